@@ -1,0 +1,29 @@
+"""Base models: camelCase on the wire, snake_case in Python, bounded everywhere."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic.alias_generators import to_camel
+
+
+class ApiModel(BaseModel):
+    """Part of the FineTuneJob object. Unknown fields are ignored: an old operator must survive a newer CRD.
+
+    The API server and the CLI refuse unknown fields by the closed schema of the CRD.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, serialize_by_alias=True, frozen=True, extra="ignore"
+    )
+
+
+class WireModel(BaseModel):
+    """Part of the contract between operator and trainer. Unknown fields are errors: skew must be seen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Str64 = Annotated[str, StringConstraints(max_length=64)]
+Str256 = Annotated[str, StringConstraints(max_length=256)]
+Uri = Annotated[str, StringConstraints(max_length=1024)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]

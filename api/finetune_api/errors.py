@@ -1,0 +1,24 @@
+"""The one exception that crosses stages: a known fault with its arguments."""
+
+from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, words
+
+
+class StageError(Exception):
+    """A stage ends for a known reason.
+
+    The reason's exit code tells what kind it is: final (the user must change something), retryable (another
+    attempt may work), or Unknown (our bug). Arguments are places and counts, never rows and never secrets.
+    """
+
+    def __init__(self, fault: Fault, **args: str | int | float) -> None:
+        self.fault = fault
+        self.args_by_name = args
+        super().__init__(words(fault, args))
+
+    @property
+    def reason(self) -> Reason:
+        return FAULTS[self.fault].reason
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.reason]

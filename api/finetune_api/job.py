@@ -1,0 +1,335 @@
+"""The FineTuneJob spec: the single source of truth for the CRD, the operator, the trainer and the CLI.
+
+No field has a schema default. An absent field means "choose for me": the value chosen and why land in
+`status.plan.resolved`. Rules that need more than one field are CEL, written beside the model they belong to,
+and are evaluated by the API server and, without a cluster, by the CLI.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from finetune_api.base import ApiModel, Uri
+
+
+def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """JSON-schema extra with CEL rules, each with the message that tells what to write."""
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
+
+
+_URI_RULES = rules(
+    (
+        "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')",
+        "write s3://BUCKET/PREFIX, for example s3://models/smollm2",
+    ),
+)
+S3Uri = Annotated[Uri, StringConstraints(min_length=1), Field(json_schema_extra=_URI_RULES)]
+DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+DnsSubdomain = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+
+
+class ModelSpec(ApiModel):
+    """The base model."""
+
+    uri: S3Uri = Field(
+        description="Folder with the model in Hugging Face layout: config.json, tokenizer files and safetensors "
+        "weights. Pickled weights and models that need their own code are refused. Example: s3://models/smollm2-135m"
+    )
+
+
+class MethodType(StrEnum):
+    CPT = "CPT"
+    SFT = "SFT"
+
+
+class LossOn(StrEnum):
+    ASSISTANT = "Assistant"
+    ALL = "All"
+
+
+class SftSpec(ApiModel):
+    """Options of supervised fine-tuning."""
+
+    loss_on: LossOn | None = Field(
+        default=None,
+        description="Which tokens are learned: Assistant (the answers and the token that ends them) or All. "
+        "Absent: Assistant.",
+    )
+
+
+class MethodSpec(ApiModel):
+    """The training method."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!has(self.sft) || self.type == 'SFT'", "method.sft belongs to type: SFT; remove it or write type: SFT"),
+        )
+    )
+    type: MethodType = Field(
+        description="CPT continues pre-training on plain text (field `text`). SFT learns answers from conversations "
+        "(`messages`) or `prompt` and `completion`."
+    )
+    sft: SftSpec | None = Field(default=None, description="Options of SFT; only with type: SFT.")
+
+
+class PeftSpec(ApiModel):
+    """The adapter that is trained."""
+
+    type: Literal["LoRA"] = Field(description="LoRA trains low-rank matrices beside every linear layer.")
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="Rank of the LoRA matrices. Absent: the smallest of 16, 32, 64 and 128 with at least as many "
+        "weights as there are tokens to learn. vLLM serves 8, 16, 32, 64, 128 and 256, up to its --max-lora-rank.",
+    )
+    alpha: int | None = Field(default=None, ge=1, le=1024, description="LoRA scale is alpha / rank. Absent: 32.")
+
+
+class DatasetFormat(StrEnum):
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    TEXT = "Text"
+
+
+class DatasetSpec(ApiModel):
+    """A set of files with rows."""
+
+    name: DnsName | None = Field(default=None, description="Name in reports. Absent: main, or data-2 and so on.")
+    uri: S3Uri = Field(
+        description="A file, a prefix ending in /, or a pattern with * and ?. Read are .jsonl, .jsonl.gz and .parquet. "
+        "Example: s3://data/chat/*.jsonl"
+    )
+    format: DatasetFormat | None = Field(
+        default=None,
+        description="Messages (rows with `messages`), PromptCompletion (`prompt`, `completion`) or Text (`text`). "
+        "Absent: told from the first rows; every row is checked.",
+    )
+
+
+class OnBadRow(StrEnum):
+    FAIL = "Fail"
+    QUARANTINE = "Quarantine"
+
+
+class PreprocessingSpec(ApiModel):
+    """How rows become tokens."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.maxBrokenFraction) || (has(self.onBadRow) && self.onBadRow == 'Quarantine')",
+                "maxBrokenFraction needs onBadRow: Quarantine; write onBadRow: Quarantine beside it",
+            ),
+        )
+    )
+    chat_template: Literal["plain"] | None = Field(
+        default=None,
+        description="plain renders conversations with the built-in plain template, for base models that have none. "
+        "Absent: the model's own chat template.",
+    )
+    max_sequence_length: int | None = Field(
+        default=None,
+        ge=16,
+        le=131072,
+        description="Longest sequence in tokens. Longer conversations are dropped as too_long and reported, never cut; "
+        "longer texts (CPT) are split. Absent: the longest row, at most 2048 and at most what the model was made for.",
+    )
+    packing: bool | None = Field(
+        default=None,
+        description="Whether several rows share one forward pass, each seeing only itself. Absent: true where the "
+        "model passes the packed = unpacked test.",
+    )
+    on_bad_row: OnBadRow | None = Field(
+        default=None,
+        description="What to do with a row that is not valid: Fail ends the job, naming the row; Quarantine drops "
+        "the row and keeps its place and reason in the report. Absent: Fail.",
+    )
+    max_broken_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With Quarantine: the job fails when a larger share of rows is broken. Absent: 0.05.",
+    )
+
+
+class Schedule(StrEnum):
+    LINEAR = "Linear"
+    COSINE = "Cosine"
+    CONSTANT = "Constant"
+
+
+class HyperparametersSpec(ApiModel):
+    """Numbers of the training loop."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("!(has(self.epochs) && has(self.maxSteps))", "write either epochs or maxSteps, not both"),
+        )
+    )
+    epochs: float | None = Field(
+        default=None, gt=0, le=1000, description="Passes over the data. Absent: by the number of rows, 1 to 10."
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Number of optimizer steps, instead of epochs."
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Peak learning rate of AdamW, a number such as 2e-4. Absent: by the model's family and width "
+        "(about 2e-4 to 5e-4 for LoRA).",
+    )
+    global_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="Rows per optimizer step, over all GPUs. Absent: 4 to 32, so that there are at least 200 steps.",
+    )
+    warmup_ratio: float | None = Field(
+        default=None, ge=0, le=1, description="Share of the steps over which the learning rate rises. Absent: 0.03."
+    )
+    schedule: Schedule | None = Field(
+        default=None, description="How the learning rate falls after warm-up. Absent: Linear for SFT, Cosine for CPT."
+    )
+    weight_decay: float | None = Field(default=None, ge=0, le=1, description="AdamW weight decay. Absent: 0.")
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1, description="Seed of order and weights. Absent: 42.")
+
+
+class EvaluationSpec(ApiModel):
+    """What is measured on rows that are not trained on."""
+
+    holdout_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=0.5,
+        description="Share of rows held out, chosen by a hash of their content so that equal rows stay together. "
+        "Absent: 0.02, at most 2000 rows.",
+    )
+
+
+Quantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$", max_length=16)]
+Cpu = Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]*|[1-9][0-9]{1,5}m)$", max_length=8)]
+
+
+class ResourcesSpec(ApiModel):
+    """What the training pod gets. Requests equal limits."""
+
+    gpus_per_node: int | None = Field(
+        default=None, ge=0, le=1, description="0 trains on the CPU, 1 on one GPU. Absent: the runtime's default."
+    )
+    cpu: int | Cpu | None = Field(
+        default=None, description='CPU cores, as 4 or "500m". Absent: the runtime\'s default.'
+    )
+    memory: Quantity | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
+
+
+class CheckpointSpec(ApiModel):
+    """How often progress is made safe."""
+
+    interval_seconds: int | None = Field(
+        default=None, ge=1, le=86400, description="Seconds between checkpoints. Absent: 600."
+    )
+    keep_last: int | None = Field(default=None, ge=1, le=20, description="Checkpoints kept while training. Absent: 3.")
+
+
+class RecoverySpec(ApiModel):
+    """How much may go wrong."""
+
+    max_retries: int | None = Field(
+        default=None, ge=0, le=20, description="Attempts after a retryable failure. Absent: 3."
+    )
+    max_disruptions: int | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Evictions, preemptions and drains that do not count as retries. Absent: 20.",
+    )
+    progress_deadline_seconds: int | None = Field(
+        default=None,
+        ge=30,
+        le=86400,
+        description="A training pod that finishes no step for so long is restarted. Absent: 1800.",
+    )
+
+
+class LocalObjectRef(ApiModel):
+    """An object in the job's own namespace."""
+
+    name: DnsSubdomain = Field(description="Name of an object in the same namespace.")
+
+
+class CaBundleSpec(ApiModel):
+    """Certificates of a private storage endpoint."""
+
+    config_map_ref: LocalObjectRef = Field(description="ConfigMap with the PEM certificates under the key ca.crt.")
+
+
+class StorageSpec(ApiModel):
+    """How the pods reach object storage."""
+
+    service_account_name: DnsSubdomain | None = Field(
+        default=None, description="ServiceAccount of the pods, for cloud identities. Absent: the namespace's default."
+    )
+    secret_ref: LocalObjectRef | None = Field(
+        default=None,
+        description="Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if needed, AWS_SESSION_TOKEN. It is "
+        "mounted as files in the pods; the operator never reads it.",
+    )
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^ /]+$", max_length=256)] | None = Field(
+        default=None, description="URL of an S3-compatible server, such as https://minio.example:9000. Absent: AWS."
+    )
+    region: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$", max_length=64)] | None = Field(
+        default=None, description="Region of the buckets. Absent: us-east-1."
+    )
+    path_style: bool | None = Field(
+        default=None,
+        description="Whether the bucket is in the path instead of the host name. Absent: true with an endpoint.",
+    )
+    ca_bundle: CaBundleSpec | None = Field(default=None, description="Certificates of a private endpoint.")
+
+
+class OutputSpec(ApiModel):
+    """Where the adapter goes."""
+
+    uri: S3Uri = Field(
+        description="Parent folder. The job writes only below URI/NAME-UID5/, the adapter to URI/NAME-UID5/adapter/; "
+        "URI/latest.json names the newest. Example: s3://adapters/support-bot"
+    )
+
+
+class FineTuneJobSpec(ApiModel):
+    """What to train, from what, and where to put it. Immutable but for suspend and ttlSecondsAfterFinished."""
+
+    suspend: bool | None = Field(
+        default=None,
+        description="true checkpoints and frees the pod; false continues at the checkpoint. May change at any time.",
+    )
+    runtime: DnsName | None = Field(
+        default=None, description="Name of a runtime that the platform team set up by Helm. Absent: default."
+    )
+    model: ModelSpec = Field(description="The base model.")
+    method: MethodSpec = Field(description="The training method.")
+    peft: PeftSpec | None = Field(default=None, description="The adapter. Absent: LoRA.")
+    datasets: list[DatasetSpec] = Field(min_length=1, max_length=20, description="Where the rows are.")
+    preprocessing: PreprocessingSpec | None = Field(default=None, description="How rows become tokens.")
+    hyperparameters: HyperparametersSpec | None = Field(default=None, description="Numbers of the training loop.")
+    evaluation: EvaluationSpec | None = Field(default=None, description="What is measured on held-out rows.")
+    resources: ResourcesSpec | None = Field(default=None, description="What the training pod gets.")
+    checkpoint: CheckpointSpec | None = Field(default=None, description="How often progress is made safe.")
+    recovery: RecoverySpec | None = Field(default=None, description="How much may go wrong.")
+    storage: StorageSpec | None = Field(default=None, description="How the pods reach object storage.")
+    output: OutputSpec = Field(description="Where the adapter goes.")
+    active_deadline_seconds: int | None = Field(
+        default=None,
+        ge=60,
+        le=31_536_000,
+        description="The job fails when it has run for so long, waiting and all attempts included. Absent: no limit.",
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None,
+        ge=0,
+        le=31_536_000,
+        description="When a finished job's pods and Kubernetes Jobs are removed; the FineTuneJob stays. Absent: 86400.",
+    )

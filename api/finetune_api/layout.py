@@ -1,0 +1,24 @@
+"""Where things lie in object storage below one run's folder, `output.uri/NAME-UID5/`.
+
+`adapter/` is for readers, `.job/` is working state. Readers trust only what `_COMMITTED.json` names.
+"""
+
+CLAIM = "_CLAIM.json"  # written first, If-None-Match: whose folder this is
+COMMITTED = "_COMMITTED.json"  # written last, If-None-Match: digest and manifest of the adapter
+LATEST = "latest.json"  # beside the run folders, moved with If-Match: what to serve
+
+ADAPTER = "adapter"
+JOB = ".job"
+WRITER = f"{JOB}/_WRITER.json"  # epoch fence, raised with If-Match by every training attempt
+PLAN = f"{JOB}/plan.json"
+REPORT = f"{JOB}/report.json"
+DECISIONS = f"{JOB}/decisions.jsonl"
+PREPARED = f"{JOB}/prepared"
+CHECKPOINTS = f"{JOB}/checkpoints"
+LOGS = f"{JOB}/logs"
+METRICS = f"{JOB}/metrics.jsonl"
+
+
+def join(uri: str, *parts: str) -> str:
+    """Join with single slashes, whatever `uri` ends in."""
+    return "/".join([uri.rstrip("/"), *parts])

@@ -1,0 +1,302 @@
+"""Why something ended or waits: the fixed list of reasons, their exit codes, and their words.
+
+Two levels. A `Reason` is what code and dashboards read: it has an exit code, and the exit code decides
+whether a retry can help. A `Fault` is what exactly happened: it belongs to one reason and has a sentence
+with places for arguments, which says the object, the place, what was found and what to do. Trainers send
+the fault's code and its arguments, never free text and never data; the words are made here.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Reason(StrEnum):
+    """Reasons of conditions, events and attempts. Those with an exit code come from the trainer."""
+
+    # The trainer's own verdicts; see EXIT_CODES.
+    COMMITTED = "Committed"
+    CONFIG_INVALID = "ConfigInvalid"
+    DATA_INVALID = "DataInvalid"
+    DATA_NOT_FOUND = "DataNotFound"
+    ACCESS_DENIED = "AccessDenied"
+    UNTRUSTED_MODEL = "UntrustedModel"
+    DIVERGED = "Diverged"
+    GPU_OOM = "GpuOOM"
+    OUTPUT_CONFLICT = "OutputConflict"
+    NO_VALID_CHECKPOINT = "NoValidCheckpoint"
+    DISK_FULL = "DiskFull"
+    ADAPTER_NO_EFFECT = "AdapterNoEffect"
+    MODEL_MISMATCH = "ModelMismatch"
+    INTERRUPTED = "Interrupted"
+    STORAGE_TRANSIENT = "StorageTransient"
+    DISTRIBUTED_FAULT = "DistributedFault"
+    GPU_FAULT = "GpuFault"
+    SUPERSEDED = "Superseded"
+    HOST_OOM = "HostOOM"
+    UNKNOWN = "Unknown"
+    # The operator's: progress.
+    ACCEPTED = "Accepted"
+    PREPARING = "Preparing"
+    PREPARED = "Prepared"
+    TRAINING = "Training"
+    RETRYING = "Retrying"
+    SUSPENDED = "Suspended"
+    SUSPENDING = "Suspending"
+    RESUMED = "Resumed"
+    HEALTHY = "Healthy"
+    SUCCEEDED = "Succeeded"
+    # The operator's: waits that a person or the cluster can end.
+    UNSCHEDULABLE = "Unschedulable"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    IMAGE_PULL = "ImagePull"
+    MISSING_REF = "MissingRef"
+    FORBIDDEN = "Forbidden"
+    NODE_UNREACHABLE = "NodeUnreachable"
+    JOB_LOST = "JobLost"
+    POD_LOST = "PodLost"
+    DISRUPTED = "Disrupted"
+    NO_PROGRESS = "NoProgress"
+    BAD_REPORT = "BadReport"
+    STORAGE_WAIT = "StorageWait"
+    # The operator's: ends.
+    SPEC_INVALID = "SpecInvalid"
+    RUNTIME_NOT_FOUND = "RuntimeNotFound"
+    INVALID_MANIFEST = "InvalidManifest"
+    NAME_COLLISION = "NameCollision"
+    DISK_LIMIT = "DiskLimit"
+    RETRIES_EXHAUSTED = "RetriesExhausted"
+    DISRUPTION_BUDGET = "DisruptionBudget"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    QUEUE_TIMEOUT = "QueueTimeout"
+
+
+# 10-29 are final, 30-49 retryable, 1 and everything else counted as Unknown. 20 is kept for GateFailed.
+EXIT_CODES: dict[Reason, int] = {
+    Reason.COMMITTED: 0,
+    Reason.UNKNOWN: 1,
+    Reason.CONFIG_INVALID: 10,
+    Reason.DATA_INVALID: 11,
+    Reason.DATA_NOT_FOUND: 12,
+    Reason.ACCESS_DENIED: 13,
+    Reason.UNTRUSTED_MODEL: 14,
+    Reason.DIVERGED: 15,
+    Reason.GPU_OOM: 16,
+    Reason.OUTPUT_CONFLICT: 17,
+    Reason.NO_VALID_CHECKPOINT: 18,
+    Reason.DISK_FULL: 19,
+    Reason.ADAPTER_NO_EFFECT: 21,
+    Reason.MODEL_MISMATCH: 22,
+    Reason.INTERRUPTED: 30,
+    Reason.STORAGE_TRANSIENT: 31,
+    Reason.DISTRIBUTED_FAULT: 32,
+    Reason.GPU_FAULT: 33,
+    Reason.SUPERSEDED: 34,
+    Reason.HOST_OOM: 35,
+}
+REASON_BY_EXIT_CODE: dict[int, Reason] = {code: reason for reason, code in EXIT_CODES.items()}
+FINAL_EXIT_CODES: tuple[int, ...] = tuple(sorted(code for code in EXIT_CODES.values() if 10 <= code < 30))
+
+
+def reason_of_exit(exit_code: int) -> Reason:
+    """The reason a container's exit code stands for; Unknown for codes outside the table."""
+    return REASON_BY_EXIT_CODE.get(exit_code, Reason.UNKNOWN)
+
+
+def is_final(reason: Reason) -> bool:
+    """Whether trying again without a change by the user is pointless."""
+    return EXIT_CODES.get(reason, 1) in FINAL_EXIT_CODES
+
+
+class FaultText(NamedTuple):
+    """What a fault means: its reason, and a sentence with `{places}` for its arguments."""
+
+    reason: Reason
+    text: str
+
+
+class Fault(StrEnum):
+    """What exactly happened, as a code. Words and arguments: see FAULTS."""
+
+    COMMITTED = "Committed"
+    PREPARED = "Prepared"
+    CONTRACT_SKEW = "ContractSkew"
+    CONFIG_UNREADABLE = "ConfigUnreadable"
+    CONFIG_CHANGED = "ConfigChanged"
+    NO_CHAT_TEMPLATE = "NoChatTemplate"
+    TEMPLATE_FAILED = "TemplateFailed"
+    TEMPLATE_NOT_PREFIX_STABLE = "TemplateNotPrefixStable"
+    SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
+    UNSUPPORTED_MODEL = "UnsupportedModel"
+    MEMORY_TOO_SMALL = "MemoryTooSmall"
+    BROKEN_ROW = "BrokenRow"
+    WRONG_FORMAT = "WrongFormat"
+    NO_TRAINING_DATA = "NoTrainingData"
+    INPUT_CHANGED = "InputChanged"
+    BUCKET_NOT_FOUND = "BucketNotFound"
+    OBJECT_NOT_FOUND = "ObjectNotFound"
+    NO_FILES_MATCH = "NoFilesMatch"
+    TOO_MANY_FILES = "TooManyFiles"
+    ACCESS_DENIED = "AccessDenied"
+    TOKEN_EXPIRED = "TokenExpired"
+    NO_CREDENTIALS = "NoCredentials"
+    PICKLE_ONLY = "PickleOnly"
+    REMOTE_CODE = "RemoteCode"
+    NOT_FINITE = "NotFinite"
+    GPU_OOM = "GpuOOM"
+    OUTPUT_CONFLICT = "OutputConflict"
+    NO_VALID_CHECKPOINT = "NoValidCheckpoint"
+    DISK_FULL = "DiskFull"
+    ADAPTER_NO_EFFECT = "AdapterNoEffect"
+    RELOAD_MISMATCH = "ReloadMismatch"
+    MODEL_CHANGED = "ModelChanged"
+    INTERRUPTED = "Interrupted"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    CORRUPT_TRANSFER = "CorruptTransfer"
+    STALLED = "Stalled"
+    GPU_FAULT = "GpuFault"
+    SUPERSEDED = "Superseded"
+    HOST_OOM = "HostOOM"
+    KILLED = "Killed"
+    BUG = "Bug"
+
+
+FAULTS: dict[Fault, FaultText] = {
+    Fault.COMMITTED: FaultText(Reason.COMMITTED, "the adapter is committed at {uri}"),
+    Fault.PREPARED: FaultText(Reason.COMMITTED, "data is prepared: {rows_used} of {rows_in} rows, {steps} steps"),
+    Fault.CONTRACT_SKEW: FaultText(
+        Reason.CONFIG_INVALID,
+        "the operator speaks contract version {operator}, the trainer image {trainer}; "
+        "set the runtime's image to the one released with the operator",
+    ),
+    Fault.CONFIG_UNREADABLE: FaultText(
+        Reason.CONFIG_INVALID, "the run configuration is not readable at {field}: {problem}"
+    ),
+    Fault.CONFIG_CHANGED: FaultText(
+        Reason.CONFIG_INVALID,
+        "{what} differs from what step {step} was trained with ({found}, not {expected}); create a new job",
+    ),
+    Fault.NO_CHAT_TEMPLATE: FaultText(
+        Reason.CONFIG_INVALID,
+        "the tokenizer at {uri} has no chat template; set preprocessing.chatTemplate: plain, "
+        "or use a model that has one",
+    ),
+    Fault.TEMPLATE_FAILED: FaultText(
+        Reason.CONFIG_INVALID, "the chat template of {uri} failed on {file} row {row}: {problem}"
+    ),
+    Fault.TEMPLATE_NOT_PREFIX_STABLE: FaultText(
+        Reason.DATA_INVALID,
+        "{file} row {row}: the chat template renders the conversation up to message {message} differently "
+        "once more messages follow, so the tokens to train on cannot be told apart; "
+        "set preprocessing.chatTemplate: plain",
+    ),
+    Fault.SEQUENCE_LENGTH_TOO_LONG: FaultText(
+        Reason.CONFIG_INVALID,
+        "preprocessing.maxSequenceLength is {asked}, but the model at {uri} was made for {limit}; "
+        "write {limit} or less",
+    ),
+    Fault.UNSUPPORTED_MODEL: FaultText(
+        Reason.CONFIG_INVALID, "the model at {uri} is a {architecture}, which is not supported: {problem}"
+    ),
+    Fault.MEMORY_TOO_SMALL: FaultText(
+        Reason.CONFIG_INVALID,
+        "training needs about {needed_gib} GiB of memory, but resources.memory allows {limit_gib} GiB; "
+        "raise it, or lower preprocessing.maxSequenceLength",
+    ),
+    Fault.BROKEN_ROW: FaultText(
+        Reason.DATA_INVALID,
+        "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; "
+        "mend them, or set preprocessing.onBadRow: Quarantine and maxBrokenFraction to go on without them",
+    ),
+    Fault.WRONG_FORMAT: FaultText(
+        Reason.DATA_INVALID, "{file} row {row}: method {method} needs {expected}; found the fields {found}"
+    ),
+    Fault.NO_TRAINING_DATA: FaultText(
+        Reason.DATA_INVALID, "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most as {reason}"
+    ),
+    Fault.INPUT_CHANGED: FaultText(
+        Reason.DATA_INVALID, "{file} changed while it was read; wait until it is written, then create the job again"
+    ),
+    Fault.BUCKET_NOT_FOUND: FaultText(
+        Reason.DATA_NOT_FOUND, "the bucket {bucket} does not exist at {endpoint}; create it or mend {field}"
+    ),
+    Fault.OBJECT_NOT_FOUND: FaultText(Reason.DATA_NOT_FOUND, "{uri} does not exist; put it there or mend {field}"),
+    Fault.NO_FILES_MATCH: FaultText(
+        Reason.DATA_NOT_FOUND, "nothing matches {uri}; expected at least one .jsonl, .jsonl.gz or .parquet file"
+    ),
+    Fault.TOO_MANY_FILES: FaultText(
+        Reason.DATA_INVALID, "{uri} matches more than {limit} files; name a narrower prefix or merge the files"
+    ),
+    Fault.ACCESS_DENIED: FaultText(
+        Reason.ACCESS_DENIED, "the job's credentials may not {action} {uri}; grant it or mend storage.secretRef"
+    ),
+    Fault.TOKEN_EXPIRED: FaultText(
+        Reason.ACCESS_DENIED, "the session token has expired while trying to {action} {uri}; renew the Secret"
+    ),
+    Fault.NO_CREDENTIALS: FaultText(
+        Reason.ACCESS_DENIED,
+        "no storage credentials: set storage.secretRef, or storage.serviceAccountName with a cloud identity",
+    ),
+    Fault.PICKLE_ONLY: FaultText(
+        Reason.UNTRUSTED_MODEL,
+        "{uri} has no safetensors weights (found {found}); pickles can run code and are refused: convert the model",
+    ),
+    Fault.REMOTE_CODE: FaultText(
+        Reason.UNTRUSTED_MODEL, "the model at {uri} asks for its own code (auto_map), which is never run"
+    ),
+    Fault.NOT_FINITE: FaultText(
+        Reason.DIVERGED,
+        "{count} steps in a row had a loss or gradient that is not finite, last at step {step}; "
+        "lower hyperparameters.learningRate",
+    ),
+    Fault.GPU_OOM: FaultText(
+        Reason.GPU_OOM, "the GPU's memory ran out at step {step}; lower preprocessing.maxSequenceLength"
+    ),
+    Fault.OUTPUT_CONFLICT: FaultText(
+        Reason.OUTPUT_CONFLICT, "{uri} belongs to another job ({owner}); choose another output.uri"
+    ),
+    Fault.NO_VALID_CHECKPOINT: FaultText(
+        Reason.NO_VALID_CHECKPOINT,
+        "none of the {count} checkpoints at {uri} is whole; create a new job to train from the start",
+    ),
+    Fault.DISK_FULL: FaultText(
+        Reason.DISK_FULL, "the disk is full while writing {what} ({needed_gib} GiB more needed); raise the disk limit"
+    ),
+    Fault.ADAPTER_NO_EFFECT: FaultText(
+        Reason.ADAPTER_NO_EFFECT,
+        "the reloaded adapter does not change the model (largest log-probability difference {difference})",
+    ),
+    Fault.RELOAD_MISMATCH: FaultText(
+        Reason.ADAPTER_NO_EFFECT,
+        "the reloaded adapter differs from the trained one (largest log-probability difference {difference})",
+    ),
+    Fault.MODEL_CHANGED: FaultText(Reason.MODEL_MISMATCH, "{uri} changed since the job was prepared; create a new job"),
+    Fault.INTERRUPTED: FaultText(Reason.INTERRUPTED, "stopped on request at step {step}, checkpoint kept"),
+    Fault.STORAGE_UNAVAILABLE: FaultText(
+        Reason.STORAGE_TRANSIENT, "could not {action} {uri} after {tries} tries over {seconds} s: {problem}"
+    ),
+    Fault.CORRUPT_TRANSFER: FaultText(
+        Reason.STORAGE_TRANSIENT, "{uri} arrived with a wrong size or digest {tries} times"
+    ),
+    Fault.STALLED: FaultText(Reason.DISTRIBUTED_FAULT, "no step finished for {seconds} s after step {step}"),
+    Fault.GPU_FAULT: FaultText(Reason.GPU_FAULT, "the GPU failed at step {step}"),
+    Fault.SUPERSEDED: FaultText(
+        Reason.SUPERSEDED, "a newer attempt (epoch {newer}) has taken over from this one (epoch {own})"
+    ),
+    Fault.HOST_OOM: FaultText(
+        Reason.HOST_OOM, "the container's memory limit of {limit_gib} GiB was exceeded; raise resources.memory"
+    ),
+    Fault.KILLED: FaultText(Reason.UNKNOWN, "the trainer was killed by signal {signal}"),
+    Fault.BUG: FaultText(
+        Reason.UNKNOWN, "unexpected {exception} at {place}: this is a bug of the trainer; its log has the trace"
+    ),
+}
+
+
+def words(fault: Fault, args: dict[str, str | int | float]) -> str:
+    """The fault's sentence with its arguments; a missing argument shows as `?` instead of raising."""
+
+    class _Args(dict[str, str | int | float]):
+        def __missing__(self, key: str) -> str:
+            return "?"
+
+    return FAULTS[fault].text.format_map(_Args(args))

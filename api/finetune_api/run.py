@@ -1,0 +1,121 @@
+"""What the operator hands to the trainer (RunConfig) and what it gets back (RunResult, Progress).
+
+RunConfig lies as JSON in an immutable ConfigMap. RunResult is the container's termination message. Progress is
+answered by the running pod at GET /progress. All three are strict, so that version skew is seen, not guessed.
+"""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Str64, Str256, Uri, WireModel
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
+from finetune_api.reasons import Fault
+from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
+
+CONTRACT_VERSION = 1
+MAX_RESULT_BYTES = 4000  # the kubelet keeps 4096 per container
+MAX_PROGRESS_BYTES = 16 * 1024
+
+FaultArg = Annotated[str, StringConstraints(max_length=256)] | int | float
+
+
+class JobRef(WireModel):
+    """Which FineTuneJob this run belongs to."""
+
+    name: Str64
+    namespace: Str64
+    uid: Str64
+
+
+class StorageConfig(WireModel):
+    """How to reach object storage, with every default decided."""
+
+    endpoint: Str256 | None = None
+    region: Str64 = "us-east-1"
+    path_style: bool = False
+    credentials_dir: Str256 | None = None  # files named like SECRET_KEYS; None = boto3's own chain
+    ca_bundle_path: Str256 | None = None
+
+
+class RunResources(WireModel):
+    """What the training pod may use."""
+
+    cpu_count: float = Field(gt=0)
+    memory_bytes: int = Field(gt=0)
+    disk_bytes: int = Field(gt=0)
+    gpus: int = Field(ge=0, le=1)
+
+
+class RunConfig(WireModel):
+    """One job's run: the same for all stages and attempts."""
+
+    contract_version: int
+    job: JobRef
+    spec: FineTuneJobSpec
+    run_uri: Uri  # output.uri/NAME-UID5
+    storage: StorageConfig
+    resources: RunResources
+    work_dir: Str256 = SCRATCH_DIR
+    http_port: int = HTTP_PORT  # 0 = any free port
+    grace_period_s: int = Field(default=120, ge=5, le=3600)
+    termination_log: Str256 = TERMINATION_LOG
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)
+
+
+class RunResult(WireModel):
+    """How one stage attempt ended. Codes and arguments only: `reasons.words` turns them into sentences."""
+
+    contract_version: int = CONTRACT_VERSION
+    stage: Stage
+    attempt: int = Field(ge=1)
+    fault: Fault
+    args: dict[Str64, FaultArg] = Field(default_factory=dict[str, str | int | float], max_length=12)
+    exit_code: int = Field(ge=0, le=255)
+    plan: PlanStatus | None = None
+    data: DataStatus | None = None
+    metrics: MetricsStatus | None = None
+    checkpoint: CheckpointStatus | None = None
+    artifact: Artifact | None = None
+    step: int | None = Field(default=None, ge=0)
+    resumed_from_step: int | None = Field(default=None, ge=0)
+    log_uri: Uri | None = None
+
+    def to_message(self) -> bytes:
+        """JSON of at most MAX_RESULT_BYTES: when too long, the plan's resolved values go first, from the end."""
+        result = self
+        while True:
+            message = json.dumps(result.model_dump(mode="json", exclude_none=True), separators=(",", ":")).encode()
+            if len(message) <= MAX_RESULT_BYTES:
+                return message
+            if result.plan is None or not result.plan.resolved:
+                raise ValueError(f"RunResult is {len(message)} bytes without resolved values")
+            plan = result.plan.model_copy(update={"resolved": result.plan.resolved[:-1]})
+            result = result.model_copy(update={"plan": plan})
+
+
+class Progress(WireModel):
+    """Where the running pod is."""
+
+    contract_version: int = CONTRACT_VERSION
+    stage: Stage
+    attempt: int = Field(ge=1)
+    activity: Literal["Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing", "Done"]
+    step: int = Field(default=0, ge=0)
+    total_steps: int = Field(default=0, ge=0)
+    resumed_from_step: int | None = Field(default=None, ge=0)
+    eta_seconds: float | None = Field(default=None, ge=0)
+    seconds_since_step: float = Field(default=0, ge=0)
+    seconds_since_checkpoint: float = Field(default=0, ge=0)
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    base_eval_loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    tokens_total: int = Field(default=0, ge=0)
+    rows_read: int = Field(default=0, ge=0)
+    checkpoint: CheckpointStatus | None = None

@@ -1,0 +1,187 @@
+"""The FineTuneJob status: what the operator reports. At most 8 KiB, every list and string bounded."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import ApiModel, Digest, Str64, Uri
+
+
+class Phase(StrEnum):
+    """For people and printer columns; code reads conditions."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class ConditionType(StrEnum):
+    PLANNED = "Planned"
+    ADMITTED = "Admitted"
+    RUNNING = "Running"
+    SUSPENDED = "Suspended"
+    DEGRADED = "Degraded"
+    SUCCEEDED = "Succeeded"
+    FINISHED = "Finished"
+    READY = "Ready"
+    STALLED = "Stalled"
+
+
+Message = Annotated[str, StringConstraints(max_length=1024)]
+
+
+class Condition(ApiModel):
+    """One condition, as in metav1.Condition."""
+
+    type: ConditionType = Field(description="Which question it answers.")
+    status: Literal["True", "False", "Unknown"] = Field(description="The answer.")
+    reason: Str64 = Field(description="Why, from a fixed list.")
+    message: Message = Field(description="Why, in words: the object, the place, what was found and what to do.")
+    last_transition_time: Str64 = Field(description="When the answer last changed.")
+    observed_generation: int = Field(ge=0, description="Generation of the spec that was judged.")
+
+
+class ResolvedValue(ApiModel):
+    """A value that was chosen because the spec left it out."""
+
+    field: Str64 = Field(description="Path in the spec.")
+    value: Str64 = Field(description="The value chosen.")
+    reason: Annotated[str, StringConstraints(max_length=160)] = Field(description="Why.")
+
+
+class PlanStatus(ApiModel):
+    """The essence of the plan; the whole of it lies at `uri`."""
+
+    uri: Uri = Field(description="plan.json in the bucket.")
+    digest: Digest = Field(description="SHA-256 of the plan's content.")
+    steps: int = Field(ge=0, description="Optimizer steps.")
+    train_tokens: int = Field(ge=0, description="Tokens read over all steps.")
+    label_tokens: int = Field(ge=0, description="Tokens learned over all steps.")
+    memory_bytes: int = Field(ge=0, description="Memory the training pod is expected to need.")
+    disk_bytes: int = Field(ge=0, description="Disk the training pod is expected to need.")
+    resolved: list[ResolvedValue] = Field(max_length=20, description="Values chosen, with reasons.")
+
+
+class DroppedRows(ApiModel):
+    """Rows left out for one reason."""
+
+    reason: Str64 = Field(description="Why they were left out.")
+    rows: int = Field(ge=0, description="How many.")
+
+
+class DataStatus(ApiModel):
+    """Every row accounted for: rowsIn = rowsUsed + rowsHeldOut + the sum of dropped."""
+
+    files: int = Field(ge=0, description="Files read.")
+    rows_in: int = Field(ge=0, description="Rows read.")
+    rows_used: int = Field(ge=0, description="Rows trained on.")
+    rows_held_out: int = Field(ge=0, description="Rows kept for evaluation.")
+    dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
+    digest: Digest = Field(description="SHA-256 over the prepared data.")
+    report_uri: Uri = Field(description="report.json in the bucket.")
+
+
+class ProgressStatus(ApiModel):
+    """The last known place of the training."""
+
+    step: int = Field(ge=0, description="Finished optimizer steps.")
+    total_steps: int = Field(ge=0, description="Steps of the plan.")
+    percentage: int = Field(ge=0, le=100, description="step / totalSteps.")
+    text: Str64 = Field(description="step/totalSteps, for the printer column.")
+    estimated_remaining_seconds: int | None = Field(default=None, ge=0, description="Time left at the present speed.")
+    eta: Str64 | None = Field(default=None, description="Time left, for the printer column.")
+    stale: bool = Field(default=False, description="Whether the pod has not answered for a while.")
+    last_updated_time: Str64 = Field(description="When the pod last answered.")
+
+
+class MetricsStatus(ApiModel):
+    """Last known figures."""
+
+    train_loss: float | None = Field(default=None, description="Loss of the last step, nats per label token.")
+    eval_loss: float | None = Field(default=None, description="Last loss on held-out rows.")
+    base_eval_loss: float | None = Field(default=None, description="Loss of the base model on held-out rows.")
+    learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
+    tokens_per_second: float | None = Field(default=None, description="Real tokens per second.")
+    loss: Str64 | None = Field(default=None, description="Loss to three decimals, for the printer column.")
+
+
+class CheckpointStatus(ApiModel):
+    """A checkpoint that was verified in the bucket."""
+
+    step: int = Field(ge=0, description="Finished steps in it.")
+    uri: Uri = Field(description="Its manifest.")
+    digest: Digest = Field(description="SHA-256 of its manifest.")
+
+
+class AttemptStatus(ApiModel):
+    """One Kubernetes Job of this job that has ended or runs."""
+
+    number: int = Field(ge=1, le=999, description="Number of the attempt within its stage.")
+    stage: Literal["prepare", "train"] = Field(description="Stage.")
+    attempt_class: Literal["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded"] = Field(
+        alias="class", description="How it counts: only Failure uses up recovery.maxRetries."
+    )
+    reason: Str64 | None = Field(default=None, description="Why it ended.")
+    exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
+    started_at: Str64 | None = Field(default=None, description="When its Kubernetes Job was created.")
+    finished_at: Str64 | None = Field(default=None, description="When it ended.")
+    resumed_from_step: int | None = Field(default=None, ge=0, description="Step it continued at.")
+    last_step: int | None = Field(default=None, ge=0, description="Last step it was seen at.")
+    lost_seconds: int | None = Field(default=None, ge=0, description="Work since the last checkpoint that was lost.")
+
+
+class UsageStatus(ApiModel):
+    """What the job has used over all attempts."""
+
+    seconds: int = Field(ge=0, description="Seconds since the job was accepted.")
+    gpu_seconds: int = Field(ge=0, description="Seconds times GPUs over all training pods.")
+
+
+class Artifact(ApiModel):
+    """What came out."""
+
+    type: Literal["Adapter"] = Field(description="Kind of artifact.")
+    uri: Uri = Field(description="Folder of the adapter, in PEFT layout.")
+    digest: Digest = Field(description="SHA-256 of its manifest.")
+    manifest_uri: Uri = Field(description="The manifest: every file with size and SHA-256.")
+    base_digest: Digest | None = Field(default=None, description="Digest over the base model's files.")
+    rank: int = Field(ge=1, description="LoRA rank; vLLM needs --max-lora-rank at least so high.")
+
+
+class OperatorRecord(ApiModel):
+    """Bookkeeping of the operator, so that a restart decides alike."""
+
+    accepted_at: Str64 | None = Field(default=None, description="When the job was accepted.")
+    storage_wait_since: Str64 | None = Field(default=None, description="Since when storage is missing or denied.")
+    disruptions: int = Field(default=0, ge=0, description="Disrupted pods so far.")
+
+
+class FineTuneJobStatus(ApiModel):
+    """What the operator knows of the job."""
+
+    observed_generation: int | None = Field(default=None, ge=0, description="Generation of the spec last acted on.")
+    phase: Phase | None = Field(default=None, description="For people; code reads conditions.")
+    conditions: list[Condition] = Field(
+        default_factory=list[Condition],
+        max_length=12,
+        description="Planned, Admitted, Running, Suspended, Degraded, Succeeded, Finished, Ready, Stalled.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    plan: PlanStatus | None = Field(default=None, description="What will be done, known before training.")
+    data: DataStatus | None = Field(default=None, description="What became of the rows.")
+    progress: ProgressStatus | None = Field(default=None, description="Where the training is.")
+    metrics: MetricsStatus | None = Field(default=None, description="Last known figures.")
+    checkpoints: list[CheckpointStatus] = Field(
+        default_factory=list[CheckpointStatus], max_length=5, description="Newest checkpoints."
+    )
+    attempts: list[AttemptStatus] = Field(
+        default_factory=list[AttemptStatus], max_length=10, description="The last ten attempts."
+    )
+    failures: int = Field(default=0, ge=0, description="Attempts that count against recovery.maxRetries.")
+    usage: UsageStatus | None = Field(default=None, description="What the job has used.")
+    artifacts: list[Artifact] = Field(default_factory=list[Artifact], max_length=2, description="What came out.")
+    record: OperatorRecord | None = Field(default=None, description="The operator's own bookkeeping.")

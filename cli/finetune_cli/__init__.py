@@ -1,0 +1,1 @@
+"""The `finetune` command, also found by kubectl as `kubectl finetune`."""

@@ -1,0 +1,1 @@
+"""The trainer: prepare and train stages of one FineTuneJob, in a container or in local processes."""

@@ -1,0 +1,125 @@
+"""The plan that prepare writes and train follows: `plan.json`, and the arrays it points to.
+
+Everything that decides the outcome is fixed here before step 1: the base model's files, the tokens, which rows
+every step reads, the learning rate of every step. Its digest is in every checkpoint.
+
+Prepared rows of one split are three raw little-endian files, memory-mapped by readers:
+
+- `tokens`:  uint32 (total_tokens,)   token ids of all rows, one after another
+- `labels`:  uint8  (total_tokens,)   1 where the token is to be predicted from the tokens before it; never 1 at
+                                      a row's first token
+- `offsets`: int64  (rows + 1,)       row i is tokens[offsets[i]:offsets[i + 1]]
+
+The batch plan is `batches.safetensors` with
+
+- `rows`:         int64 (sum of batch sizes,)  row ids in the order they are read
+- `step_offsets`: int64 (steps + 1,)           step g reads rows[step_offsets[g]:step_offsets[g + 1]]
+- `label_tokens`: int64 (steps,)               label tokens of each step: the denominator of its loss
+- `tokens`:       int64 (steps,)               tokens of each step
+
+How a step's rows are packed into forward passes is not part of the plan: it changes no result but rounding.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from finetune_api.base import Digest, Str64, Str256, Uri, WireModel
+from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
+from finetune_api.status import ResolvedValue
+
+PLAN_VERSION = 1
+
+
+class FileRecord(WireModel):
+    """A file in the bucket, pinned."""
+
+    uri: Uri
+    size_bytes: int = Field(ge=0)
+    etag: Str256
+    sha256: Digest | None = None  # None: too large to read while planning; train fills it in the lineage
+
+
+class ModelFacts(WireModel):
+    """What the base model is, read from its config.json and the headers of its weights."""
+
+    uri: Uri
+    digest: Digest  # over name, size and ETag of all files
+    files: list[FileRecord] = Field(max_length=1000)
+    architecture: Str256
+    hidden_size: int
+    layers: int
+    vocabulary_size: int
+    parameters: int
+    context_length: int
+    lora_parameters_per_rank: int  # sum of d_in + d_out over all linear layers
+    target_modules: list[Str64] = Field(max_length=64)
+    packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
+
+
+class SplitFiles(WireModel):
+    """One split's prepared rows."""
+
+    rows: int
+    total_tokens: int
+    label_tokens: int
+    longest_row: int
+    tokens: FileRecord
+    labels: FileRecord
+    offsets: FileRecord
+
+
+class Hyperparameters(WireModel):
+    """Every number of the loop, decided."""
+
+    learning_rate: float
+    warmup_steps: int
+    schedule: Schedule
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    total_steps: int
+    global_batch_size: int
+    max_sequence_length: int
+    micro_batch_tokens: int  # token budget of one forward pass
+    packing: bool
+    lora_rank: int
+    lora_alpha: int
+    eval_interval_steps: int
+
+
+class SamplePrompt(WireModel):
+    """A prompt that base and tuned model answer at the end; its words are data and stay in the bucket."""
+
+    text: str = Field(max_length=4000)
+    token_ids: list[int] = Field(max_length=4096)
+
+
+class RunPlan(WireModel):
+    """The whole plan; the essence of it is in `status.plan`."""
+
+    version: Literal[1] = PLAN_VERSION
+    method: MethodType
+    loss_on: LossOn
+    formats: list[DatasetFormat] = Field(max_length=20)
+    chat_template: str | None = Field(default=None, max_length=65536)  # None: rows are plain text
+    stop_token_ids: list[int] = Field(max_length=16)  # tokens that end an answer, trained in SFT
+    model: ModelFacts
+    hyperparameters: Hyperparameters
+    train: SplitFiles
+    held_out: SplitFiles | None
+    batches: FileRecord
+    sample_prompts: list[SamplePrompt] = Field(max_length=3)
+    inputs: list[FileRecord] = Field(max_length=10_000)
+    resolved: list[ResolvedValue] = Field(max_length=30)
+    train_tokens: int  # over all steps
+    label_tokens: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the plan."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
