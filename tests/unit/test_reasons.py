@@ -4,6 +4,7 @@ import string
 from pathlib import Path
 
 import pytest
+
 from finetune_api import reference
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
@@ -39,7 +40,7 @@ def test_words_name_the_place_and_survive_a_missing_argument() -> None:
 
 @pytest.mark.parametrize("fault", list(Fault))
 def test_words_use_plain_places_only(fault: Fault) -> None:
-    places = [name for _, name, spec, _ in string.Formatter().parse(FAULTS[fault].text) if name is not None]
+    places = [name for _, name, _, _ in string.Formatter().parse(FAULTS[fault].text) if name is not None]
     assert all(place.isidentifier() for place in places)
     assert "{" not in words(fault, dict.fromkeys(places, "x"))
 
