@@ -18,21 +18,53 @@ def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
 
 
-_URI_RULES = rules(
-    (
-        "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')",
-        "write s3://BUCKET/PREFIX, for example s3://models/smollm2",
+def matching(pattern: str, message: str) -> Any:
+    """Field whose text matches `pattern`, refused with words instead of the pattern."""
+    return Field(json_schema_extra=rules((f"self.matches('{pattern}')", message)))
+
+
+# The CLI also takes file:///… and exchanges this one rule for it: what runs there needs no cluster and no bucket.
+S3_URI_RULE = "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')"
+
+FolderUri = Annotated[
+    Uri,
+    Field(
+        json_schema_extra=rules(
+            (S3_URI_RULE, "write s3://BUCKET/FOLDER, for example s3://models/smollm2"),
+            ("!self.matches('[*?]')", "write one folder; patterns with * and ? are for datasets"),
+        )
     ),
-)
-S3Uri = Annotated[Uri, StringConstraints(min_length=1), Field(json_schema_extra=_URI_RULES)]
-DnsName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
-DnsSubdomain = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+]
+FilesUri = Annotated[
+    Uri,
+    Field(
+        json_schema_extra=rules(
+            (S3_URI_RULE, "write s3://BUCKET/PATH, for example s3://data/chat/*.jsonl"),
+            (
+                "self.matches('(/|[.]jsonl|[.]jsonl[.]gz|[.]parquet|[*?][^/]*)$')",
+                "write a file ending in .jsonl, .jsonl.gz or .parquet, a prefix ending in /, or a pattern such as *.jsonl",
+            ),
+        )
+    ),
+]
+_DNS_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+_DNS_SUBDOMAIN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+DnsName = Annotated[
+    str,
+    StringConstraints(pattern=_DNS_NAME, max_length=63),
+    matching(_DNS_NAME, "write lower-case letters, digits and -, for example chat-2"),
+]
+DnsSubdomain = Annotated[
+    str,
+    StringConstraints(pattern=_DNS_SUBDOMAIN, max_length=253),
+    matching(_DNS_SUBDOMAIN, "write the name of a Kubernetes object: lower-case letters, digits, - and ."),
+]
 
 
 class ModelSpec(ApiModel):
     """The base model."""
 
-    uri: S3Uri = Field(
+    uri: FolderUri = Field(
         description="Folder with the model in Hugging Face layout: config.json, tokenizer files and safetensors "
         "weights. Pickled weights and models that need their own code are refused. Example: s3://models/smollm2-135m"
     )
@@ -97,7 +129,7 @@ class DatasetSpec(ApiModel):
     """A set of files with rows."""
 
     name: DnsName | None = Field(default=None, description="Name in reports. Absent: main, or data-2 and so on.")
-    uri: S3Uri = Field(
+    uri: FilesUri = Field(
         description="A file, a prefix ending in /, or a pattern with * and ?. Read are .jsonl, .jsonl.gz and .parquet. "
         "Example: s3://data/chat/*.jsonl"
     )
@@ -209,8 +241,15 @@ class EvaluationSpec(ApiModel):
     )
 
 
-Quantity = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*(Mi|Gi|Ti)$", max_length=16)]
-Cpu = Annotated[str, StringConstraints(pattern=r"^([1-9][0-9]*|[1-9][0-9]{1,5}m)$", max_length=8)]
+_MEMORY = "^[1-9][0-9]*(Mi|Gi|Ti)$"
+_CPU = "^([1-9][0-9]{0,3}|[1-9][0-9]{1,5}m)$"
+Memory = Annotated[
+    str,
+    StringConstraints(pattern=_MEMORY, max_length=16),
+    matching(_MEMORY, "write a whole number of Mi, Gi or Ti, such as 16Gi"),
+]
+Cores = Annotated[int, Field(ge=1, le=9999)]
+CpuText = Annotated[str, StringConstraints(pattern=_CPU)]
 
 
 class ResourcesSpec(ApiModel):
@@ -219,10 +258,17 @@ class ResourcesSpec(ApiModel):
     gpus_per_node: int | None = Field(
         default=None, ge=0, le=1, description="0 trains on the CPU, 1 on one GPU. Absent: the runtime's default."
     )
-    cpu: int | Cpu | None = Field(
-        default=None, description='CPU cores, as 4 or "500m". Absent: the runtime\'s default.'
+    cpu: Cores | CpuText | None = Field(
+        default=None,
+        description='CPU cores, as 4 or "500m". Absent: the runtime\'s default.',
+        json_schema_extra=rules(
+            (
+                f"type(self) == int ? self >= 1 && self <= 9999 : self.matches('{_CPU}')",
+                'write whole cores such as 4, or thousandths such as "500m"',
+            )
+        ),
     )
-    memory: Quantity | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
+    memory: Memory | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
 
 
 class CheckpointSpec(ApiModel):
@@ -266,6 +312,20 @@ class CaBundleSpec(ApiModel):
     config_map_ref: LocalObjectRef = Field(description="ConfigMap with the PEM certificates under the key ca.crt.")
 
 
+_ENDPOINT = "^https?://[^ /]+$"
+_REGION = "^[a-z0-9-]+$"
+Endpoint = Annotated[
+    str,
+    StringConstraints(pattern=_ENDPOINT, max_length=256),
+    matching(_ENDPOINT, "write http:// or https:// with host and port and no path, such as https://minio.example:9000"),
+]
+Region = Annotated[
+    str,
+    StringConstraints(pattern=_REGION, max_length=64),
+    matching(_REGION, "write a region such as eu-central-1"),
+]
+
+
 class StorageSpec(ApiModel):
     """How the pods reach object storage."""
 
@@ -277,12 +337,10 @@ class StorageSpec(ApiModel):
         description="Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if needed, AWS_SESSION_TOKEN. It is "
         "mounted as files in the pods; the operator never reads it.",
     )
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^ /]+$", max_length=256)] | None = Field(
+    endpoint: Endpoint | None = Field(
         default=None, description="URL of an S3-compatible server, such as https://minio.example:9000. Absent: AWS."
     )
-    region: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$", max_length=64)] | None = Field(
-        default=None, description="Region of the buckets. Absent: us-east-1."
-    )
+    region: Region | None = Field(default=None, description="Region of the buckets. Absent: us-east-1.")
     path_style: bool | None = Field(
         default=None,
         description="Whether the bucket is in the path instead of the host name. Absent: true with an endpoint.",
@@ -293,15 +351,43 @@ class StorageSpec(ApiModel):
 class OutputSpec(ApiModel):
     """Where the adapter goes."""
 
-    uri: S3Uri = Field(
+    uri: FolderUri = Field(
         description="Parent folder. The job writes only below URI/NAME-UID5/, the adapter to URI/NAME-UID5/adapter/; "
         "URI/latest.json names the newest. Example: s3://adapters/support-bot"
     )
 
 
+_OUTPUT_FOLDER = "(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')"
+_MODEL_FOLDER = "(self.model.uri.endsWith('/') ? self.model.uri : self.model.uri + '/')"
+_IS_FILE = "!d.uri.matches('[*?]|/$')"
+# The part of a pattern before its first wildcard: an output below it might be read as data by the next job.
+_FIXED_PART = "d.uri.find('^[^*?]+')"
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, from what, and where to put it. Immutable but for suspend and ttlSecondsAfterFinished."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.datasets.all(d, self.datasets.filter(e, has(d.name) && has(e.name) && e.name == d.name).size() <= 1)",
+                "two datasets have the same name; give each its own",
+            ),
+            (
+                f"!self.datasets.exists(d, {_OUTPUT_FOLDER}.startsWith({_IS_FILE} ? d.uri + '/' : {_FIXED_PART}))",
+                "output.uri lies inside a dataset, so that the next job would read it as data; "
+                "write a folder that no dataset's uri covers",
+            ),
+            (
+                f"!self.datasets.exists(d, d.uri.startsWith({_OUTPUT_FOLDER}))",
+                "a dataset lies inside output.uri; write another output.uri, or move the data out of it",
+            ),
+            (
+                f"!{_OUTPUT_FOLDER}.startsWith({_MODEL_FOLDER}) && !{_MODEL_FOLDER}.startsWith({_OUTPUT_FOLDER})",
+                "output.uri and model.uri lie in one another; write an output.uri beside the model's folder",
+            ),
+        )
+    )
     suspend: bool | None = Field(
         default=None,
         description="true checkpoints and frees the pod; false continues at the checkpoint. May change at any time.",
