@@ -122,8 +122,11 @@ class AttemptStatus(ApiModel):
 
     number: int = Field(ge=1, le=999, description="Number of the attempt within its stage.")
     stage: Literal["prepare", "train"] = Field(description="Stage.")
-    attempt_class: Literal["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded"] = Field(
-        alias="class", description="How it counts: only Failure uses up recovery.maxRetries."
+    attempt_class: Literal["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"] = (
+        Field(
+            alias="class",
+            description="How it counts: only Failure uses up recovery.maxRetries. Waiting: storage was missing or denied.",
+        )
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
@@ -158,6 +161,9 @@ class OperatorRecord(ApiModel):
     accepted_at: Str64 | None = Field(default=None, description="When the job was accepted.")
     storage_wait_since: Str64 | None = Field(default=None, description="Since when storage is missing or denied.")
     disruptions: int = Field(default=0, ge=0, description="Disrupted pods so far.")
+    disrupted_pods: list[Str64] = Field(
+        default_factory=list[str], max_length=20, description="UIDs of the last disrupted pods: each counts once."
+    )
 
 
 class FineTuneJobStatus(ApiModel):
