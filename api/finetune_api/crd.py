@@ -90,7 +90,7 @@ def object_schema() -> Schema:
             ),
             (
                 "self.metadata.name.matches('^[a-z0-9-]+$')",
-                "metadata.name has a dot; write only lower-case letters, digits and -, as names of pods are made from it",
+                "metadata.name has a dot; write only lower-case letters, digits and -, as pods are named after it",
             ),
         ),
     }
@@ -174,8 +174,4 @@ def _union(node: Schema, definitions: dict[str, Schema]) -> Schema:
         return _translate({**members[0], **outer}, definitions)
     if [member.get("type") for member in members] != ["integer", "string"] or "x-kubernetes-validations" not in outer:
         raise ValueError(f"no structural schema for the union {node}")
-    return {
-        **_translate(outer, definitions),
-        "anyOf": [{"type": "integer"}, {"type": "string"}],
-        "x-kubernetes-int-or-string": True,
-    }
+    return {**_translate(outer, definitions), "x-kubernetes-int-or-string": True}
