@@ -129,6 +129,7 @@ class Fault(StrEnum):
     UNSUPPORTED_MODEL = "UnsupportedModel"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     BROKEN_ROW = "BrokenRow"
+    BROKEN_FILE = "BrokenFile"
     WRONG_FORMAT = "WrongFormat"
     NO_TRAINING_DATA = "NoTrainingData"
     INPUT_CHANGED = "InputChanged"
@@ -158,6 +159,8 @@ class Fault(StrEnum):
     HOST_OOM = "HostOOM"
     KILLED = "Killed"
     BUG = "Bug"
+    OBJECT_TOO_LARGE = "ObjectTooLarge"
+    CONDITIONAL_WRITES_UNSUPPORTED = "ConditionalWritesUnsupported"
 
 
 FAULTS: dict[Fault, FaultText] = {
@@ -206,6 +209,10 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.DATA_INVALID,
         "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; "
         "mend them, or set preprocessing.onBadRow: Quarantine and maxBrokenFraction to go on without them",
+    ),
+    Fault.BROKEN_FILE: FaultText(
+        Reason.DATA_INVALID,
+        "{file} cannot be read from row {row} on: {problem}; write the file again, or leave it out",
     ),
     Fault.WRONG_FORMAT: FaultText(
         Reason.DATA_INVALID, "{file} row {row}: method {method} needs {expected}; found the fields {found}"
@@ -288,6 +295,14 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.KILLED: FaultText(Reason.UNKNOWN, "the trainer was killed by signal {signal}"),
     Fault.BUG: FaultText(
         Reason.UNKNOWN, "unexpected {exception} at {place}: this is a bug of the trainer; its log has the trace"
+    ),
+    Fault.OBJECT_TOO_LARGE: FaultText(
+        Reason.DATA_INVALID, "{uri} has {size_bytes} bytes; at most {limit_bytes} are read of such an object"
+    ),
+    Fault.CONDITIONAL_WRITES_UNSUPPORTED: FaultText(
+        Reason.CONFIG_INVALID,
+        "the store at {endpoint} does not honour conditional writes (If-None-Match), so two jobs could overwrite each "
+        "other; use one that does, such as AWS S3, MinIO or Ceph",
     ),
 }
 
