@@ -10,6 +10,7 @@ import testbed
 
 pytestmark = pytest.mark.control_plane
 
+COLUMNS = ["NAME", "METHOD", "MODEL", "PHASE", "PROGRESS", "ETA", "LOSS", "ATTEMPT", "AGE"]
 STATUS: dict[str, Any] = {
     "observedGeneration": 1,
     "phase": "Training",

@@ -23,10 +23,9 @@ def api(control_plane: testbed.Cluster) -> client.CustomObjectsApi:
 @pytest.fixture(scope="module")
 def existing(api: client.CustomObjectsApi) -> Iterator[str]:
     """Resource version of an object like the table's base."""
-    where = {"group": GROUP, "version": VERSION, "namespace": "default", "plural": PLURAL}
-    created: dict[str, Any] = api.create_namespaced_custom_object(**where, body=spec_cases.base())
+    created: Any = api.create_namespaced_custom_object(GROUP, VERSION, "default", PLURAL, spec_cases.base())
     yield created["metadata"]["resourceVersion"]
-    api.delete_namespaced_custom_object(**where, name=created["metadata"]["name"])
+    api.delete_namespaced_custom_object(GROUP, VERSION, "default", PLURAL, created["metadata"]["name"])
 
 
 def create(api: client.CustomObjectsApi, body: dict[str, Any]) -> None:

@@ -1,0 +1,43 @@
+"""Reads a job's file. YAML 1.2, as kubectl reads numbers: 2e-4 is a number."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from finetune_api.names import KIND
+from finetune_cli.errors import CommandError, Exit
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def load_job(path: Path) -> dict[str, Any]:
+    """The one FineTuneJob in a file, which may hold other objects too.
+
+    Raises CommandError when the file is not readable, is no YAML, or has no or several jobs.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}", Exit.USAGE) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise CommandError(f"{path} is larger than {MAX_FILE_BYTES} bytes; this is no job", Exit.USAGE)
+    try:
+        documents: list[Any] = list(YAML(typ="safe", pure=True).load_all(content.decode()))
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path} is not UTF-8 text", Exit.USAGE) from error
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise CommandError(f"{path}{line}: {error.problem}", Exit.USAGE) from error
+    except YAMLError as error:
+        raise CommandError(f"{path} is no YAML: {str(error)[:200]}", Exit.USAGE) from error
+    jobs = [cast(dict[str, Any], one) for one in documents if isinstance(one, dict) and one.get("kind") == KIND]
+    if len(jobs) != 1:
+        raise CommandError(f"{path} has {len(jobs) or 'no'} objects of kind {KIND}; write one", Exit.USAGE)
+    try:
+        return cast(dict[str, Any], json.loads(json.dumps(jobs[0], allow_nan=False, default=str)))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"{path}: {error}; write plain numbers, words and lists", Exit.USAGE) from error

@@ -1,0 +1,145 @@
+"""The API server's judgement of a job, without an API server: the CRD's own schema and its own CEL rules.
+
+Messages are worded as the API server words them, so that what is learned here holds there.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, cast
+
+import celpy
+from celpy import celtypes
+from celpy.adapter import json_to_cel
+from celpy.evaluation import CELEvalError
+from jsonschema import Draft4Validator  # OpenAPI 3.0, which CRDs use, has draft 4's boolean exclusiveMinimum
+from jsonschema.exceptions import ValidationError
+
+from finetune_api.crd import Schema, object_schema
+from finetune_api.job import S3_URI_RULE
+from finetune_api.names import API_VERSION, KIND
+
+# Without a cluster, files of this machine will do as well.
+LOCAL_URI_RULE = S3_URI_RULE + " || self.matches('^file:///[^ ].*$')"
+MAX_PROBLEMS = 10
+
+
+def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: bool = True) -> list[str]:
+    """What is wrong with a job, at most MAX_PROBLEMS lines; rules on changes are checked against `old`.
+
+    `local` also takes file:/// URIs, as `finetune run` does.
+    """
+    if job.get("apiVersion") != API_VERSION or job.get("kind") != KIND:
+        return [f"this is no FineTuneJob; write apiVersion: {API_VERSION} and kind: {KIND}"]
+    metadata: object = job.get("metadata")
+    name = cast(dict[str, Any], metadata).get("name") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or not name:
+        return ["metadata.name: Required value"]
+    schema = object_schema()
+    errors = sorted(_validator().iter_errors(job), key=lambda error: error.json_path)
+    found = [line for error in errors for line in _words(error)]
+    # As in the API server: rules are not run on what has not the right shape.
+    return (found or list(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+
+
+@cache
+def _validator() -> Draft4Validator:
+    return Draft4Validator(_closed(object_schema()))
+
+
+def _closed(node: Schema) -> Schema:
+    """The schema for jsonschema: unknown fields refused (strict), int-or-string written out, metadata left open."""
+    result = dict(node)
+    if "x-kubernetes-int-or-string" in node:
+        result["type"] = ["integer", "string"]
+    if "properties" in node:
+        children = cast(dict[str, Schema], node["properties"])
+        result["properties"] = {name: _closed(child) for name, child in children.items()}
+        result["additionalProperties"] = False
+    if "items" in node:
+        result["items"] = _closed(node["items"])
+    return result
+
+
+def _place(path: Iterable[object]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def _words(error: ValidationError) -> Iterator[str]:
+    place, limit = _place(error.absolute_path), error.validator_value
+    match error.validator:
+        case "required":
+            missing = [name for name in cast(list[str], limit) if name not in cast(dict[str, Any], error.instance)]
+            # jsonschema reports each missing name on its own.
+            name = next(name for name in missing if f"'{name}' is" in error.message)
+            yield f"{place}.{name}: Required value".lstrip(".")
+        case "additionalProperties":
+            known = cast(dict[str, Any], cast(dict[str, Any], error.schema)["properties"])
+            for name in cast(dict[str, Any], error.instance):
+                if name not in known:
+                    yield f'unknown field "{place}.{name}"'.replace('".', '"') + _nearest(name, known)
+        case "type":
+            wanted = ",".join(limit) if isinstance(limit, list) else str(limit)
+            yield f"{place}: must be of type {wanted}"
+        case "enum":
+            words = ", ".join(f'"{word}"' for word in cast(list[str], limit))
+            yield f'{place}: Unsupported value: "{str(error.instance)[:64]}": supported values: {words}'
+        case "minimum" | "maximum":
+            exclusive = cast(dict[str, Any], error.schema).get(f"exclusive{error.validator.title()}", False)
+            side = "greater" if error.validator == "minimum" else "less"
+            yield f"{place}: should be {side} than {'' if exclusive else 'or equal to '}{limit}"
+        case "minItems":
+            yield f"{place}: should have at least {limit} items"
+        case "maxItems":
+            yield f"{place}: must have at most {limit} items"
+        case "maxLength":
+            yield f"{place}: Too long: may not be more than {limit} bytes"
+        case _:
+            yield f"{place}: {error.validator} {limit} does not hold"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for learning_rate or LearningRate instead of learningRate."""
+
+    def plain(text: str) -> str:
+        return re.sub("[^a-z]", "", text.lower())
+
+    return next((f"; write {other}" for other in known if plain(other) == plain(name)), "")
+
+
+def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool) -> Iterator[str]:
+    for rule in schema.get("x-kubernetes-validations", []):
+        text: str = rule["rule"]
+        if "oldSelf" in text and old is None:
+            continue
+        text = LOCAL_URI_RULE if local and text == S3_URI_RULE else text
+        if not _holds(text, value, old):
+            yield f"{place}: {rule['message']}".removeprefix(": ")
+    if isinstance(value, dict):
+        fields, olds = cast(dict[str, Any], value), cast(dict[str, Any], old if isinstance(old, dict) else {})
+        for name, child in schema.get("properties", {}).items():
+            if name in fields:
+                yield from _broken_rules(child, fields[name], olds.get(name), f"{place}.{name}".lstrip("."), local)
+    elif isinstance(value, list):
+        for index, item in enumerate(cast(list[Any], value)):
+            yield from _broken_rules(schema["items"], item, None, f"{place}[{index}]", local)
+
+
+def _holds(rule: str, value: Any, old: Any) -> bool:
+    given = {"self": json_to_cel(value), "oldSelf": json_to_cel(old)}
+    try:
+        return bool(_program(rule).evaluate(given))
+    except CELEvalError as error:
+        raise ValueError(f"the rule {rule} could not be evaluated") from error
+
+
+@cache
+def _program(rule: str) -> celpy.Runner:
+    environment = celpy.Environment()
+    return environment.program(environment.compile(rule), functions={"find": _find})
+
+
+def _find(text: celtypes.Value, pattern: celtypes.Value) -> celtypes.Value:
+    """Kubernetes' own addition to CEL: the first match, or nothing."""
+    match = re.search(str(pattern), str(text))
+    return celtypes.StringType(match.group() if match else "")

@@ -1,0 +1,64 @@
+"""The CLI judges jobs as the API server does: over the same table, with the same words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spec_cases
+from finetune_cli.load import load_job
+from finetune_cli.validate import problems
+
+
+@pytest.mark.parametrize("path", spec_cases.EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_accepted(path: Path):
+    assert problems(load_job(path), local=False) == []
+
+
+@pytest.mark.parametrize(("name", "body"), spec_cases.accepted())
+def test_accepted(name: str, body: dict[str, Any]):
+    assert problems(body, local=False) == []
+
+
+@pytest.mark.parametrize(("name", "body", "says"), spec_cases.refused())
+def test_refused_with_words_that_help(name: str, body: dict[str, Any], says: str):
+    assert says in "\n".join(problems(body, local=False))
+
+
+@pytest.mark.parametrize(("name", "body", "says"), spec_cases.refused_changes())
+def test_changes_are_refused(name: str, body: dict[str, Any], says: str):
+    assert problems(body) == []
+    assert says in "\n".join(problems(body, spec_cases.base()))
+
+
+@pytest.mark.parametrize(("name", "body"), spec_cases.allowed_changes())
+def test_changes_are_allowed(name: str, body: dict[str, Any]):
+    assert problems(body, spec_cases.base()) == []
+
+
+def test_files_of_this_machine_are_taken_without_a_cluster_only():
+    body = spec_cases.base()
+    body["spec"]["model"]["uri"] = "file:///models/x"
+    assert problems(body, local=True) == []
+    assert "write s3://BUCKET/FOLDER" in problems(body, local=False)[0]
+
+
+def test_a_relative_path_is_not_taken():
+    body = spec_cases.base()
+    body["spec"]["model"]["uri"] = "file://models/x"
+    assert "write s3://BUCKET/FOLDER" in problems(body)[0]
+
+
+def test_a_misspelt_field_is_told_its_right_name():
+    body = spec_cases.base()
+    body["spec"]["hyperparameters"] = {"learning_rate": 1e-4}
+    assert problems(body) == ['unknown field "spec.hyperparameters.learning_rate"; write learningRate']
+
+
+def test_another_kind_is_refused():
+    assert "no FineTuneJob" in problems({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}})[0]
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"name": ""}, {"name": 3}, "bot"])
+def test_a_job_without_a_name_is_refused(metadata: Any):
+    assert problems(spec_cases.base() | {"metadata": metadata}) == ["metadata.name: Required value"]
