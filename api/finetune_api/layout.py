@@ -9,7 +9,7 @@ LATEST = "latest.json"  # beside the run folders, moved with If-Match: what to s
 
 ADAPTER = "adapter"
 JOB = ".job"
-WRITER = f"{JOB}/_WRITER.json"  # epoch fence, raised with If-Match by every training attempt
+WRITERS = f"{JOB}/writers"  # epoch fence: EPOCH.json, If-None-Match, by every training attempt; the highest writes
 PLAN = f"{JOB}/plan.json"
 REPORT = f"{JOB}/report.json"
 DECISIONS = f"{JOB}/decisions.jsonl"
