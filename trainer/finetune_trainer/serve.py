@@ -1,0 +1,184 @@
+"""The window into a running stage: GET /progress for the operator, GET /metrics for Prometheus, nothing else."""
+
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+
+from finetune_api.names import Stage
+from finetune_api.run import MAX_PROGRESS_BYTES, Progress
+
+log = logging.getLogger(__name__)
+
+_REQUEST_TIMEOUT_S = 5
+_MAX_CONNECTIONS = 8
+
+# Progress field -> metric name and its help.
+_GAUGES = {
+    "step": ("finetune_train_step", "Finished optimizer steps."),
+    "total_steps": ("finetune_train_steps", "Optimizer steps of the plan."),
+    "train_loss": ("finetune_train_loss", "Loss of the last step, nats per label token."),
+    "eval_loss": ("finetune_train_eval_loss", "Last loss on held-out rows, nats per label token."),
+    "base_eval_loss": ("finetune_train_base_eval_loss", "Loss of the base model on held-out rows."),
+    "learning_rate": ("finetune_train_learning_rate", "Learning rate of the last step."),
+    "tokens_per_second": ("finetune_train_tokens_per_second", "Real tokens per second."),
+    "eta_seconds": ("finetune_train_eta_seconds", "Time left at the present speed."),
+    "seconds_since_step": ("finetune_train_since_step_seconds", "Time since the last step finished."),
+    "seconds_since_checkpoint": ("finetune_train_since_checkpoint_seconds", "Work not yet in a checkpoint."),
+}
+_COUNTERS = {
+    "tokens_total": ("finetune_train_tokens", "Tokens trained on by this attempt."),
+    "rows_read": ("finetune_prepare_rows_read", "Rows read by this attempt."),
+}
+
+
+class Reporter:
+    """Holds the newest figures of a stage and answers for them over HTTP. Thread-safe; `update` costs microseconds."""
+
+    def __init__(self, stage: Stage, attempt: int, registry: CollectorRegistry) -> None:
+        self._lock = threading.Lock()
+        self._fields: dict[str, object] = {"stage": stage, "attempt": attempt, "activity": "Starting"}
+        self._step_at_s = self._checkpoint_at_s = time.monotonic()
+        self._registry = registry
+        self._server: _Server | None = None
+        registry.register(_ProgressCollector(self))
+
+    def update(self, **fields: object) -> None:
+        """Set fields of Progress; the times since step and checkpoint follow by themselves.
+
+        A figure that is not finite is unknown (None): JSON has no NaN. Raises TypeError for a name that Progress
+        does not have."""
+        if unknown := fields.keys() - Progress.model_fields.keys():
+            raise TypeError(f"Progress has no {', '.join(sorted(unknown))}")
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in fields.items()
+        }
+        now_s = time.monotonic()
+        with self._lock:
+            if "step" in finite and finite["step"] != self._fields.get("step"):
+                self._step_at_s = now_s
+            if "checkpoint" in finite and finite["checkpoint"] != self._fields.get("checkpoint"):
+                self._checkpoint_at_s = now_s
+            self._fields.update(finite)
+
+    def progress(self) -> Progress:
+        """Where the stage is now. Raises pydantic.ValidationError for a field of a wrong type."""
+        now_s = time.monotonic()
+        with self._lock:
+            since = {
+                "seconds_since_step": now_s - self._step_at_s,
+                "seconds_since_checkpoint": now_s - self._checkpoint_at_s,
+            }
+            return Progress.model_validate(since | self._fields)
+
+    def start(self, port: int) -> int:
+        """Serve on `port` (0: any free one) until `close`; returns the port. Raises OSError when it is taken."""
+        self._server = _Server(port, self._registry, self)
+        threading.Thread(target=self._server.serve_forever, name="report", daemon=True).start()
+        return self._server.server_port
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _ProgressCollector(Collector):
+    """Metrics made from Progress when they are asked for, so that training never waits for them."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def collect(self) -> Iterator[Metric]:
+        progress = self._reporter.progress()
+        yield InfoMetricFamily(
+            "finetune_stage",
+            "What this pod is doing.",
+            value={
+                "stage": progress.stage.value,
+                "attempt": str(progress.attempt),
+                "activity": progress.activity,
+            },
+        )
+        for field, (name, text) in _GAUGES.items():
+            if (value := getattr(progress, field)) is not None:
+                yield GaugeMetricFamily(name, text, value=value)
+        for field, (name, text) in _COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=getattr(progress, field))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, port: int, registry: CollectorRegistry, reporter: Reporter) -> None:
+        self.registry = registry
+        self.reporter = reporter
+        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(("", port), _Handler, bind_and_activate=False)
+        self.socket.close()
+        # Pods have IPv4, IPv6 or both.
+        if socket.has_dualstack_ipv6():
+            self.socket = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            self.socket = socket.create_server(("", port))
+        self.server_port = self.socket.getsockname()[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the name of the hook)
+        """A client that hangs up is no news; the default prints a trace to stderr."""
+        log.debug("a client of /progress or /metrics broke off", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    timeout = _REQUEST_TIMEOUT_S
+    server_version = "finetune"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        match self.path.partition("?")[0]:
+            case "/progress":
+                body = self.server.reporter.progress().model_dump_json(exclude_none=True).encode()
+                if len(body) > MAX_PROGRESS_BYTES:
+                    self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
+                    return
+                self._answer(body, "application/json")
+            case "/metrics":
+                self._answer(generate_latest(self.server.registry), CONTENT_TYPE_PLAIN_0_0_4)
+            case _:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+    def log_message(self, format: str, *args: object) -> None:
+        log.debug(format, *args)
+
+    def _answer(self, body: bytes, content_type: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)

@@ -1,0 +1,113 @@
+"""The boto3 client: credentials that rotate, explicit timeouts, bounded retries."""
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+
+from finetune_api.errors import StageError
+from finetune_api.names import SECRET_KEYS
+from finetune_api.reasons import Fault
+from finetune_api.run import StorageConfig
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# One request: at most 12 tries of 35 s and 151 s of pauses (2^n s with full jitter, cut at 20 s), below 10 minutes.
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 30
+MAX_TRIES = 12
+# A rotated Secret reaches a running pod within about a minute (the kubelet's sync period).
+ROTATION_WAIT_S = 60.0
+_ROTATION_POLL_S = 2.0
+
+_Stamp = tuple[tuple[int, int] | None, ...]
+
+
+class Clients:
+    """Hands out the current client, and makes a new one when the credential files have changed."""
+
+    def __init__(self, storage: StorageConfig) -> None:
+        if storage.ca_bundle_path and not Path(storage.ca_bundle_path).is_file():
+            raise StageError(
+                Fault.CONFIG_UNREADABLE, field="storage.caBundle", problem=f"{storage.ca_bundle_path} is missing"
+            )
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._client: S3Client | None = None
+        self._stamp: _Stamp = ()
+
+    def get(self) -> "S3Client":
+        """Raises StageError(NO_CREDENTIALS) when the credentials folder lacks the files."""
+        with self._lock:
+            stamp = self._credentials_stamp()
+            if self._client is None or stamp != self._stamp:
+                self._client, self._stamp = self._create(), stamp
+            return self._client
+
+    def renew(self, refused: "S3Client") -> bool:
+        """After the store refused the credentials: whether there is another client to try with.
+
+        Waits for mounted files to change, as their rotation and the old token's end race each other. Other sources
+        of credentials are asked again at once."""
+        if self._storage.credentials_dir is None:
+            with self._lock:
+                self._client = None
+            return True
+        deadline_s = time.monotonic() + ROTATION_WAIT_S
+        while self.get() is refused:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_ROTATION_POLL_S)
+        return True
+
+    def _create(self) -> "S3Client":
+        storage = self._storage
+        secrets = self._read_secrets()
+        # A session of its own: boto3's default session caches credentials.
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=storage.endpoint,
+            region_name=storage.region,
+            verify=storage.ca_bundle_path,
+            aws_access_key_id=secrets.get("AWS_ACCESS_KEY_ID"),
+            aws_secret_access_key=secrets.get("AWS_SECRET_ACCESS_KEY"),
+            aws_session_token=secrets.get("AWS_SESSION_TOKEN"),
+            config=Config(
+                connect_timeout=CONNECT_TIMEOUT_S,
+                read_timeout=READ_TIMEOUT_S,
+                retries={"mode": "standard", "total_max_attempts": MAX_TRIES},
+                max_pool_connections=32,
+                s3={"addressing_style": "path" if storage.path_style else "auto"},
+                # The default of boto3 >= 1.36 (CRC trailers) breaks S3-compatible stores. Without it every body
+                # is signed by its SHA-256, which the store checks.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def _read_secrets(self) -> dict[str, str]:
+        folder = self._storage.credentials_dir
+        if folder is None:
+            return {}
+        found = {name: path.read_text().strip() for name in SECRET_KEYS if (path := Path(folder, name)).is_file()}
+        if not (found.get("AWS_ACCESS_KEY_ID") and found.get("AWS_SECRET_ACCESS_KEY")):
+            raise StageError(Fault.NO_CREDENTIALS)
+        return {name: value for name, value in found.items() if value}
+
+    def _credentials_stamp(self) -> _Stamp:
+        """Identity of the mounted files: the kubelet replaces them all by moving one symbolic link."""
+        if self._storage.credentials_dir is None:
+            return ()
+        return tuple(_stamp(Path(self._storage.credentials_dir, name)) for name in SECRET_KEYS)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino

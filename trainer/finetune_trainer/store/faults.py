@@ -1,0 +1,105 @@
+"""What an S3 server or the network answered, as the fault it stands for."""
+
+import re
+from typing import NamedTuple
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    SSLError,
+    TokenRetrievalError,
+    UnauthorizedSSOTokenError,
+)
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+# The credentials themselves are refused: newer ones may be in the Secret by now.
+REFUSED_CREDENTIALS = EXPIRED | {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"}
+_DENIED = frozenset({"AccessDenied", "Forbidden", "AllAccessDisabled", "UnauthorizedAccess", "AccountProblem"})
+_FIELD = "its URI in the job"  # for callers that do not name the field with `spec_field`
+
+
+class Attempted(NamedTuple):
+    """What was tried, for the words of an error."""
+
+    action: str
+    uri: str
+    bucket: str
+    endpoint: str
+    seconds: float
+
+
+def error_code(error: ClientError) -> str:
+    """The server's error code; for answers without a body the HTTP status as text."""
+    return error.response.get("Error", {}).get("Code", "") or str(http_status(error))
+
+
+def http_status(error: ClientError) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def tries(error: ClientError) -> int:
+    """How often the request was sent; above 1 an earlier answer may have been lost."""
+    return error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0) + 1
+
+
+def answered(error: ClientError, tried: Attempted) -> StageError:
+    """The fault of an error that the server answered."""
+    code = error_code(error)
+    if code == "RequestTimeTooSkewed":
+        return unavailable(tried, tries(error), "the clocks of this node and of the store differ too much")
+    if code in ("NoSuchBucket", "InvalidBucketName"):
+        return StageError(Fault.BUCKET_NOT_FOUND, bucket=tried.bucket, endpoint=tried.endpoint, field=_FIELD)
+    if code in EXPIRED:
+        return StageError(Fault.TOKEN_EXPIRED, action=tried.action, uri=tried.uri)
+    if code in _DENIED or code in REFUSED_CREDENTIALS or http_status(error) in (401, 403):
+        return StageError(Fault.ACCESS_DENIED, action=tried.action, uri=tried.uri)
+    if code == "NoSuchKey" or http_status(error) == 404:
+        return not_found(tried.uri)
+    known = re.sub(r"[^A-Za-z0-9.]", "", code)[:64]  # from the network: may be anything
+    return unavailable(tried, tries(error), f"the store answered {known} (HTTP {http_status(error)})")
+
+
+def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageError:
+    """The fault of a request that got no answer, or that could not be made."""
+    match error:
+        case NoCredentialsError() | PartialCredentialsError() | NoAuthTokenError():
+            return StageError(Fault.NO_CREDENTIALS)
+        case CredentialRetrievalError() | TokenRetrievalError() | UnauthorizedSSOTokenError():
+            return StageError(Fault.NO_CREDENTIALS)
+        case SSLError():
+            problem = f"the TLS certificate of {tried.endpoint} is not trusted; set storage.caBundle"
+        case ProxyConnectionError():
+            problem = "the HTTP proxy does not answer"
+        case EndpointConnectionError() | ConnectTimeoutError():
+            problem = f"no connection to {tried.endpoint}"
+        case ReadTimeoutError():
+            problem = f"{tried.endpoint} stopped answering"
+        case _:
+            problem = f"the connection to {tried.endpoint} broke ({type(error).__name__})"
+    return unavailable(tried, max_tries, problem)
+
+
+def unavailable(tried: Attempted, times: int, problem: str) -> StageError:
+    return StageError(
+        Fault.STORAGE_UNAVAILABLE,
+        action=tried.action,
+        uri=tried.uri,
+        tries=times,
+        seconds=round(tried.seconds),
+        problem=problem,
+    )
+
+
+def not_found(uri: str) -> StageError:
+    return StageError(Fault.OBJECT_NOT_FOUND, uri=uri, field=_FIELD)

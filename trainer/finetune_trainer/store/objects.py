@@ -1,0 +1,16 @@
+"""What both kinds of store speak of."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """An object as it was when it was looked at."""
+
+    uri: str
+    size_bytes: int
+    etag: str  # opaque: equal means unchanged, and nothing else can be read from it
+
+
+class PreconditionFailed(Exception):  # noqa: N818 (the name of the HTTP status, 412)
+    """A conditional read or write lost: the object is not (or no longer) what the caller expected."""

@@ -1,0 +1,95 @@
+"""Reading an S3 object as a stream that survives cut connections."""
+
+import io
+import random
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from botocore.exceptions import BotoCoreError
+from urllib3.exceptions import HTTPError
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.store.objects import PreconditionFailed
+
+MAX_CUTS = 8  # in a row, each without PROGRESS_BYTES since the one before
+PROGRESS_BYTES = 1 << 20
+_MAX_PAUSE_S = 20.0
+
+
+class Body(Protocol):
+    """The part of botocore's StreamingBody that is used."""
+
+    def readinto(self, b: Any) -> int: ...
+    def close(self) -> None: ...
+
+
+class Answer(NamedTuple):
+    """An answer to GET: the stream, and what the whole object is."""
+
+    body: Body
+    size_bytes: int
+    etag: str
+
+
+class ResumingReader(io.RawIOBase):
+    """One object from its first to its last byte, all of the same version.
+
+    A connection that breaks is replaced by a request for the rest (Range), on condition that the object is still
+    the same (If-Match). Raises StageError(INPUT_CHANGED) when it is not, STORAGE_UNAVAILABLE after MAX_CUTS."""
+
+    def __init__(self, uri: str, first: Answer, reopen: Callable[[int, str], Answer]) -> None:
+        self._uri = uri
+        self._answer = first
+        self._reopen = reopen  # (offset, ETag) -> the rest
+        self._offset = 0
+        self._cuts = 0
+        self._offset_of_last_cut = 0
+        self._started_s = time.monotonic()
+
+    @property
+    def size_bytes(self) -> int:
+        return self._answer.size_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        while self._offset < self._answer.size_bytes and len(buffer):
+            try:
+                count = self._answer.body.readinto(buffer)
+            except (BotoCoreError, HTTPError, OSError) as error:
+                self._resume(type(error).__name__)
+                continue
+            if count:
+                self._offset += count
+                return count
+            self._resume("it ended early")
+        return 0
+
+    def close(self) -> None:
+        if not self.closed:
+            self._answer.body.close()
+        super().close()
+
+    def _resume(self, problem: str) -> None:
+        self._answer.body.close()
+        if self._offset - self._offset_of_last_cut >= PROGRESS_BYTES:
+            self._cuts = 0
+        self._offset_of_last_cut = self._offset
+        self._cuts += 1
+        if self._cuts > MAX_CUTS:
+            raise StageError(
+                Fault.STORAGE_UNAVAILABLE,
+                action="read",
+                uri=self._uri,
+                tries=self._cuts,
+                seconds=round(time.monotonic() - self._started_s),
+                problem=f"the connection broke after {self._offset} bytes ({problem})",
+            )
+        time.sleep(random.uniform(0, min(2.0 ** (self._cuts - 1), _MAX_PAUSE_S)))
+        try:
+            self._answer = self._reopen(self._offset, self._answer.etag)
+        except PreconditionFailed as error:
+            raise StageError(Fault.INPUT_CHANGED, file=self._uri) from error

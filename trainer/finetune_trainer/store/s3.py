@@ -1,0 +1,222 @@
+"""`s3://`: the operations on any S3-compatible store."""
+
+import io
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_api.run import StorageConfig
+from finetune_trainer.store import client as clients
+from finetune_trainer.store import faults, multipart
+from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
+from finetune_trainer.store.reading import Answer, ResumingReader
+from finetune_trainer.store.uri import s3_location
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+MULTIPART_THRESHOLD_BYTES = 64 << 20
+MAX_CONFLICTS = 6  # answers 409 to a conditional write: another one on the same key was under way
+_BUFFER_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+class S3Files:
+    """Objects in buckets; one instance may be used by many threads."""
+
+    def __init__(self, storage: StorageConfig) -> None:
+        self._clients = clients.Clients(storage)
+        self._endpoint = storage.endpoint or f"AWS S3 in {storage.region}"
+        self._existing_buckets: set[str] = set()
+
+    def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
+        """Objects in the order of their keys, a page at a time."""
+        bucket, prefix = s3_location(prefix_uri)
+        page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            answer = self._call("list", prefix_uri, lambda s3, page=page: s3.list_objects_v2(**page))
+            for found in answer.get("Contents", []):
+                if "Key" in found and not found["Key"].endswith("/"):  # folder markers are no files
+                    yield ObjectInfo(f"s3://{bucket}/{found['Key']}", found.get("Size", 0), found.get("ETag", ""))
+            if not answer.get("IsTruncated"):
+                return
+            page["ContinuationToken"] = answer["NextContinuationToken"]
+
+    def head(self, uri: str) -> ObjectInfo | None:
+        bucket, key = s3_location(uri)
+
+        def ask(s3: "S3Client") -> ObjectInfo | None:
+            try:
+                found = s3.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if faults.http_status(error) == 404:
+                    return None
+                # Answers to HEAD have no body and so no code: a GET tells an expired token from a denial.
+                s3.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
+                raise
+            return ObjectInfo(uri, found["ContentLength"], found["ETag"])
+
+        found = self._call("read", uri, ask)
+        if found is None:
+            self._require_bucket(uri, bucket)
+        return found
+
+    def open(self, uri: str, if_match: str | None) -> tuple[io.BufferedReader, ObjectInfo]:
+        """The stream and what it is.
+
+        Raises PreconditionFailed when it is not the version asked for."""
+        first = self._get(uri, 0, if_match)
+        reader = ResumingReader(uri, first, lambda offset, etag: self._get(uri, offset, etag))
+        return io.BufferedReader(reader, _BUFFER_BYTES), ObjectInfo(uri, first.size_bytes, first.etag)
+
+    def put(self, uri: str, data: bytes, *, if_none_match: bool, if_match: str | None) -> str:
+        bucket, key = s3_location(uri)
+        conditions = _conditions(if_none_match, if_match)
+        return self._conditional(
+            uri,
+            lambda s3: s3.put_object(Bucket=bucket, Key=key, Body=data, **conditions)["ETag"],
+            lambda: self._etag_if_same(uri, data),
+            conditional=bool(conditions),
+        )
+
+    def upload(self, path: Path, uri: str, *, if_none_match: bool) -> ObjectInfo:
+        bucket, key = s3_location(uri)
+        size_bytes = path.stat().st_size
+        conditions = _conditions(if_none_match, None)
+
+        def send(s3: "S3Client") -> str:
+            if size_bytes > MULTIPART_THRESHOLD_BYTES:
+                return multipart.send(s3, bucket, key, path, size_bytes, conditions)
+            with path.open("rb") as body:
+                return s3.put_object(Bucket=bucket, Key=key, Body=body, **conditions)["ETag"]
+
+        self._conditional(
+            uri, send, lambda: multipart.etag_if_same_file(self.open, uri, path), conditional=bool(conditions)
+        )
+        found = self.head(uri)
+        if found is None or found.size_bytes != size_bytes:
+            raise StageError(Fault.CORRUPT_TRANSFER, uri=uri, tries=1)
+        return found
+
+    def delete(self, uri: str) -> None:
+        bucket, key = s3_location(uri)
+
+        def remove(s3: "S3Client") -> None:
+            try:
+                s3.delete_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if faults.error_code(error) not in ("NoSuchKey", "404"):
+                    raise
+
+        self._call("delete", uri, remove)
+
+    def _get(self, uri: str, offset: int, if_match: str | None) -> Answer:
+        bucket, key = s3_location(uri)
+        request: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        if if_match is not None:
+            request["IfMatch"] = if_match
+        if offset:
+            request["Range"] = f"bytes={offset}-"
+
+        def ask(s3: "S3Client") -> Answer:
+            try:
+                answer = s3.get_object(**request)
+            except ClientError as error:
+                if faults.http_status(error) == 412:
+                    raise PreconditionFailed(uri) from error
+                raise
+            # "bytes 5-9/10"; a whole answer to a request for the rest would be appended wrongly.
+            start, _, total = answer.get("ContentRange", f"bytes 0-/{answer['ContentLength']}").partition("/")
+            if not start.startswith(f"bytes {offset}-"):
+                raise faults.unavailable(self._tried("read", uri, 0), 1, "the store does not answer to Range")
+            return Answer(answer["Body"], int(total), answer["ETag"])
+
+        return self._call("read", uri, ask)
+
+    def _conditional(
+        self, uri: str, send: "Callable[[S3Client], str]", etag_if_ours: Callable[[], str | None], *, conditional: bool
+    ) -> str:
+        """Write, deciding what an answer to a condition means.
+
+        When an answer was lost, the retry meets our own object and is told 412: so the content decides."""
+        for conflict in range(MAX_CONFLICTS):
+
+            def attempt(s3: "S3Client", seen_conflict: bool = conflict > 0) -> str | None:
+                try:
+                    return send(s3)
+                except ClientError as error:
+                    code, status = faults.error_code(error), faults.http_status(error)
+                    if conditional and (status == 412 or (status == 404 and code == "NoSuchKey")):
+                        if (faults.tries(error) > 1 or seen_conflict) and (etag := etag_if_ours()):
+                            return etag
+                        raise PreconditionFailed(uri) from error
+                    if conditional and (status == 501 or code == "NotImplemented"):
+                        raise StageError(Fault.CONDITIONAL_WRITES_UNSUPPORTED, endpoint=self._endpoint) from error
+                    if conditional and status == 409:
+                        return None
+                    raise
+
+            etag = self._call("write", uri, attempt)
+            if etag is not None:
+                return etag
+            time.sleep(random.uniform(0, 0.1 * 2**conflict))
+        raise PreconditionFailed(uri)
+
+    def _etag_if_same(self, uri: str, data: bytes) -> str | None:
+        try:
+            stream, info = self.open(uri, None)
+        except StageError as error:
+            if error.fault is Fault.OBJECT_NOT_FOUND:
+                return None
+            raise
+        with stream:
+            return info.etag if info.size_bytes == len(data) and stream.read(len(data)) == data else None
+
+    def _require_bucket(self, uri: str, bucket: str) -> None:
+        """Tell a missing bucket from a missing object, once per bucket."""
+        if bucket in self._existing_buckets:
+            return
+
+        def ask(s3: "S3Client") -> bool:
+            try:
+                s3.head_bucket(Bucket=bucket)
+            except ClientError as error:
+                return faults.http_status(error) != 404  # 403 here: it exists, and only asking for it is denied
+            return True
+
+        if not self._call("read", uri, ask):
+            raise StageError(Fault.BUCKET_NOT_FOUND, bucket=bucket, endpoint=self._endpoint, field="its URI in the job")
+        self._existing_buckets.add(bucket)
+
+    def _call(self, action: str, uri: str, operation: "Callable[[S3Client], T]") -> T:
+        """Run an operation; once more with renewed credentials when those it had were refused."""
+        started_s = time.monotonic()
+        renewed = False
+        while True:
+            s3 = self._clients.get()
+            try:
+                return operation(s3)
+            except ClientError as error:
+                if not renewed and faults.error_code(error) in faults.REFUSED_CREDENTIALS and self._clients.renew(s3):
+                    renewed = True
+                    continue
+                raise faults.answered(error, self._tried(action, uri, time.monotonic() - started_s)) from error
+            except BotoCoreError as error:
+                tried = self._tried(action, uri, time.monotonic() - started_s)
+                raise faults.unanswered(error, tried, clients.MAX_TRIES) from error
+
+    def _tried(self, action: str, uri: str, seconds: float) -> faults.Attempted:
+        return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, seconds)
+
+
+def _conditions(if_none_match: bool, if_match: str | None) -> dict[str, Any]:
+    if if_none_match:
+        return {"IfNoneMatch": "*"}
+    return {} if if_match is None else {"IfMatch": if_match}
