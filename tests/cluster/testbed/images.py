@@ -1,0 +1,188 @@
+"""Container images: from buildah's store into containerd's, each once.
+
+The node has no registry: images are built by buildah as root (`--isolation chroot`, so it works inside containers and
+VMs without systemd) and imported. containerd's store lies in the cache, and an imported image carries buildah's image
+id as a label, so loading the same image again is one lookup, also after `down` and `up`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from testbed.binaries import binary
+from testbed.components import CONTAINERD_SOCKET
+from testbed.instance import TestbedError, cache_dir
+from testbed.processes import last_lines, run
+
+BASE_IMAGE = "localhost/finetune-base:bookworm"
+PAUSE_IMAGE = "localhost/pause:1"
+_ID_LABEL = "testbed.finetune.dev/source"
+_CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def ctr(*arguments: str, timeout_s: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run(
+        [binary("ctr"), "--address", str(CONTAINERD_SOCKET), "--namespace", "k8s.io", *arguments],
+        timeout_s=timeout_s,
+        check=check,
+    )
+
+
+def load_image(name: str, source: str | None = None) -> bool:
+    """Make `name` available to pods, from a buildah image (default: of that name) or an archive file. False when it was
+    there.
+
+    Raises TestbedError when there is no such image or archive."""
+    source = source or name
+    if Path(source).is_file():
+        stat = Path(source).stat()
+        identity = hashlib.sha256(f"{Path(source).resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    else:
+        identity = run(
+            ["buildah", "inspect", "--type", "image", "--format", "{{.FromImageID}}", source], timeout_s=60
+        ).stdout.strip()
+    if _loaded_identity(name) == identity:
+        return False
+    if Path(source).is_file():
+        ctr("images", "import", "--local", "--index-name", name, source, timeout_s=900)
+    else:
+        _pipe_from_buildah(source, name)
+    if name not in ctr("images", "ls", "-q").stdout.split():
+        raise TestbedError(f"{source} was imported, but holds no image called {name}: give the name it was built with")
+    # Last, so that an import killed half-way is done again.
+    ctr("images", "label", name, f"{_ID_LABEL}={identity}")
+    return True
+
+
+def _loaded_identity(name: str) -> str | None:
+    for line in ctr("images", "ls", f"name=={name}").stdout.splitlines()[1:]:
+        for label in line.split()[-1].split(","):
+            key, _, value = label.partition("=")
+            if key == _ID_LABEL:
+                return value
+    return None
+
+
+def _pipe_from_buildah(source: str, name: str, timeout_s: float = 900) -> None:
+    """No archive on disk: an image has 3 GB, and a killed load would leave it there. Uncompressed: gzip is slow."""
+    push = ["buildah", "push", "--quiet", source, f"docker-archive:/dev/stdout:{name}"]
+    receive = [
+        binary("ctr"),
+        "--address",
+        str(CONTAINERD_SOCKET),
+        "--namespace",
+        "k8s.io",
+        "images",
+        "import",
+        "--local",
+        "-",
+    ]
+    with tempfile.TemporaryFile() as errors:
+        sender = subprocess.Popen(push, stdout=subprocess.PIPE, stderr=errors)
+        try:
+            receiver = subprocess.run(
+                receive, stdin=sender.stdout, stdout=errors, stderr=errors, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise TestbedError(f"importing {name} did not end within {timeout_s:.0f} s") from None
+        finally:
+            if sender.stdout:
+                sender.stdout.close()
+            if sender.poll() is None:
+                sender.terminate()
+            sent = sender.wait(timeout=30)
+        if sent != 0 or receiver.returncode != 0:
+            errors.seek(0)
+            raise TestbedError(f"loading {name} failed:\n{last_lines(errors.read().decode(errors='replace'))}")
+
+
+def ensure_base_image() -> str:
+    """Debian bookworm with python3 and CA certificates in buildah's store: no image registry is needed."""
+    if run(["buildah", "images", "-q", BASE_IMAGE], timeout_s=60, check=False).stdout.strip():
+        return BASE_IMAGE
+    print(f"making {BASE_IMAGE} with mmdebstrap (once)", flush=True)
+    # The host's own apt sources decide where packages come from; no mirror is named here.
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="base-") as directory:
+        rootfs = f"{directory}/rootfs.tar"
+        run(
+            ["mmdebstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", rootfs],
+            timeout_s=900,
+        )
+        container = run(["buildah", "from", "scratch"], timeout_s=60).stdout.strip()
+        try:
+            run(["buildah", "add", "--quiet", container, rootfs, "/"], timeout_s=300)
+            run(["buildah", "config", "--cmd", "/bin/bash", "--env", "LANG=C.UTF-8", container], timeout_s=60)
+            run(["buildah", "commit", "--quiet", container, BASE_IMAGE], timeout_s=300)
+        finally:
+            run(["buildah", "rm", container], timeout_s=60, check=False)
+    return BASE_IMAGE
+
+
+def build_image(
+    target: str, tag: str, context: Path, *, build_args: list[str] | None = None, timeout_s: float = 3600
+) -> None:
+    """Build one target of the Dockerfile in `context` on the local base image. Unchanged layers are reused."""
+    command = ["buildah", "bud", "--isolation", "chroot", "--layers", "--target", target, "-t", tag]
+    command += ["--build-arg", f"BASE_IMAGE={ensure_base_image()}"]
+    for argument in build_args or []:
+        command += ["--build-arg", argument]
+    if _CA_BUNDLE.exists():
+        # A machine behind a TLS-inspecting proxy trusts it through this file; images built there must too, while they
+        # build.
+        command += ["--volume", f"{_CA_BUNDLE}:{_CA_BUNDLE}:ro"]
+    for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"):
+        if os.environ.get(name) == str(_CA_BUNDLE):
+            command += ["--build-arg", f"{name}={_CA_BUNDLE}"]
+    try:
+        subprocess.run([*command, str(context)], timeout=timeout_s, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise TestbedError(f"building {tag} failed: {error}") from error
+
+
+def ensure_pause() -> None:
+    """The sandbox image: one static C program, packed as a docker archive by hand (three small files)."""
+    source = Path(__file__).parent / "pause" / "pause.c"
+    identity = hashlib.sha256(source.read_bytes()).hexdigest()
+    if _loaded_identity(PAUSE_IMAGE) == identity:
+        return
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="pause-") as directory:
+        program, archive = Path(directory) / "pause", Path(directory) / "pause.tar"
+        run(["gcc", "-Os", "-static", "-s", "-o", str(program), str(source)], timeout_s=60)
+        layer = _tar({"pause": program.read_bytes()})
+        config = json.dumps(
+            {
+                "architecture": os.uname().machine.replace("x86_64", "amd64").replace("aarch64", "arm64"),
+                "os": "linux",
+                "config": {"Entrypoint": ["/pause"], "User": "65535:65535"},
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+            }
+        ).encode()
+        manifest = json.dumps([{"Config": "config.json", "RepoTags": [PAUSE_IMAGE], "Layers": ["layer.tar"]}]).encode()
+        archive.write_bytes(_tar({"manifest.json": manifest, "config.json": config, "layer.tar": layer}))
+        ctr("images", "import", "--local", str(archive))
+    ctr("images", "label", PAUSE_IMAGE, f"{_ID_LABEL}={identity}")
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o755
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def remove_stale_containers(*, check: bool = True) -> None:
+    """Forget an earlier cluster's containers: containerd's database lies with the images and remembers them."""
+    for container in ctr("containers", "ls", "-q", check=check).stdout.split():
+        ctr("tasks", "kill", "--signal", "SIGKILL", container, check=False)
+        ctr("tasks", "delete", "--force", container, check=False)
+        ctr("containers", "delete", container, check=False)
+    for line in ctr("sandboxes", "ls", check=False).stdout.splitlines()[1:]:
+        ctr("sandboxes", "remove", "--force", line.split()[0], check=False)
