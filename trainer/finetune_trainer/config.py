@@ -1,0 +1,37 @@
+"""The run configuration as the pod finds it."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+from pydantic import ValidationError
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_api.run import CONTRACT_VERSION, RunConfig
+
+_MAX_CONFIG_BYTES = 1 << 20  # a ConfigMap's limit
+
+
+def load(path: Path) -> RunConfig:
+    """Raises StageError(CONTRACT_SKEW) when another version of the operator wrote it, CONFIG_UNREADABLE."""
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="larger than 1 MiB")
+        found: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem=error.strerror or "not readable") from error
+    except ValueError as error:
+        raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="not JSON") from error
+    if not isinstance(found, dict):
+        raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="not a JSON object")
+    # Before strict parsing: with another version, unknown fields are a symptom and not the cause.
+    version = cast("dict[str, object]", found).get("contract_version")
+    if version != CONTRACT_VERSION:
+        raise StageError(Fault.CONTRACT_SKEW, operator=str(version)[:20], trainer=CONTRACT_VERSION)
+    try:
+        return RunConfig.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise StageError(Fault.CONFIG_UNREADABLE, field=field[:200], problem=first["msg"][:200]) from error
