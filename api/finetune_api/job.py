@@ -42,7 +42,7 @@ FilesUri = Annotated[
             (S3_URI_RULE, "write s3://BUCKET/PATH, for example s3://data/chat/*.jsonl"),
             (
                 "self.matches('(/|[.]jsonl|[.]jsonl[.]gz|[.]parquet|[*?][^/]*)$')",
-                "write a file ending in .jsonl, .jsonl.gz or .parquet, a prefix ending in /, or a pattern such as *.jsonl",
+                "write a file ending in .jsonl, .jsonl.gz or .parquet, a folder ending in /, or a pattern as *.jsonl",
             ),
         )
     ),
@@ -243,13 +243,13 @@ class EvaluationSpec(ApiModel):
 
 _MEMORY = "^[1-9][0-9]*(Mi|Gi|Ti)$"
 _CPU = "^([1-9][0-9]{0,3}|[1-9][0-9]{1,5}m)$"
-Memory = Annotated[
+Quantity = Annotated[
     str,
     StringConstraints(pattern=_MEMORY, max_length=16),
     matching(_MEMORY, "write a whole number of Mi, Gi or Ti, such as 16Gi"),
 ]
 Cores = Annotated[int, Field(ge=1, le=9999)]
-CpuText = Annotated[str, StringConstraints(pattern=_CPU)]
+Cpu = Annotated[str, StringConstraints(pattern=_CPU)]
 
 
 class ResourcesSpec(ApiModel):
@@ -258,7 +258,7 @@ class ResourcesSpec(ApiModel):
     gpus_per_node: int | None = Field(
         default=None, ge=0, le=1, description="0 trains on the CPU, 1 on one GPU. Absent: the runtime's default."
     )
-    cpu: Cores | CpuText | None = Field(
+    cpu: Cores | Cpu | None = Field(
         default=None,
         description='CPU cores, as 4 or "500m". Absent: the runtime\'s default.',
         json_schema_extra=rules(
@@ -268,7 +268,7 @@ class ResourcesSpec(ApiModel):
             )
         ),
     )
-    memory: Memory | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
+    memory: Quantity | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
 
 
 class CheckpointSpec(ApiModel):
@@ -370,7 +370,8 @@ class FineTuneJobSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
-                "self.datasets.all(d, self.datasets.filter(e, has(d.name) && has(e.name) && e.name == d.name).size() <= 1)",
+                "self.datasets.all(d, self.datasets.filter(e, has(d.name) && has(e.name) && e.name == d.name)"
+                ".size() <= 1)",
                 "two datasets have the same name; give each its own",
             ),
             (
