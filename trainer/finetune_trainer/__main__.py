@@ -88,6 +88,7 @@ def run(arguments: Arguments, config: RunConfig) -> RunResult:
             work_dir=work_dir,
             store=store,
             reporter=reporter,
+            result_file=arguments.result,
         )
         uploader = logs.Uploader(store, log_prefix, [log_file])
         try:

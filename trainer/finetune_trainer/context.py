@@ -21,3 +21,4 @@ class StageContext:
     work_dir: Path
     store: Store
     reporter: Reporter
+    result_file: Path | None = None  # for a stage that has to end its process itself, as when a step hangs

@@ -49,7 +49,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._fields: dict[str, object] = {"stage": stage, "attempt": attempt, "activity": "Starting"}
         self._step_at_s = self._checkpoint_at_s = time.monotonic()
-        self._registry = registry
+        self.registry = registry  # for the stage's own metrics
         self._server: _Server | None = None
         registry.register(_ProgressCollector(self))
 
@@ -84,7 +84,7 @@ class Reporter:
 
     def start(self, port: int) -> int:
         """Serve on `port` (0: any free one) until `close`; returns the port. Raises OSError when it is taken."""
-        self._server = _Server(port, self._registry, self)
+        self._server = _Server(port, self.registry, self)
         threading.Thread(target=self._server.serve_forever, name="report", daemon=True).start()
         return self._server.server_port
 
