@@ -33,6 +33,7 @@ CA_BUNDLE_DIR = "/etc/finetune/ca"
 CA_BUNDLE_KEY = "ca.crt"
 SCRATCH_DIR = "/scratch"
 TERMINATION_LOG = "/dev/termination-log"
+PORT_FILE = "port"  # in the work folder, a line with the port that serves when RunConfig.http_port is 0
 
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import layout
 from finetune_api.errors import StageError
-from finetune_api.names import Stage
+from finetune_api.names import PORT_FILE, Stage
 from finetune_api.run import RunConfig, RunResult
 from finetune_trainer import config as run_config
 from finetune_trainer import logs, results
@@ -137,6 +137,7 @@ def _serve(context: StageContext) -> None:
         log.warning("no /progress and /metrics: port %d: %s", context.config.http_port, error.strerror)
     else:
         log.info("/progress and /metrics on port %d", port)
+        (context.work_dir / PORT_FILE).write_text(f"{port}\n")
 
 
 if __name__ == "__main__":
