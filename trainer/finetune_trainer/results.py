@@ -34,7 +34,7 @@ def failed(stage: Stage, attempt: int, error: StageError, progress: Progress | N
             "step": progress.step if progress.total_steps else None,
             "resumed_from_step": progress.resumed_from_step,
             "checkpoint": progress.checkpoint,
-            "metrics": _metrics(progress),
+            "metrics": metrics_of(progress),
         }
     )
 
@@ -74,7 +74,7 @@ def _bounded(value: str | int | float) -> str | int | float:
     return value[:_MAX_ARG_CHARS] if isinstance(value, str) else value
 
 
-def _metrics(progress: Progress) -> MetricsStatus | None:
+def metrics_of(progress: Progress) -> MetricsStatus | None:
     if progress.train_loss is None and progress.eval_loss is None:
         return None
     return MetricsStatus(
