@@ -1,0 +1,169 @@
+"""How one attempt ended, and what that counts as. Pure; every row of the fault table is decided here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from finetune_api.names import Stage
+from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, reason_of_exit, words
+from finetune_api.run import RunResult
+from finetune_api.status import AttemptStatus
+from finetune_operator.observed import ObservedJob, ObservedPod
+from finetune_operator.view import reason_of
+
+AttemptClass = Literal["Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"]
+
+# A running attempt with one of these reasons is being stopped by us; the reason is written before the Job is deleted.
+STOPPING = (Reason.SUSPENDED, Reason.NO_PROGRESS)
+STORAGE_REASONS = (Reason.DATA_NOT_FOUND, Reason.ACCESS_DENIED)
+ONCE_REASONS = (Reason.HOST_OOM, Reason.DISK_LIMIT)  # a second time in one stage is final
+NO_MESSAGE = (Reason.POD_LOST, Reason.BAD_REPORT)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The verdict on one attempt."""
+
+    attempt_class: AttemptClass
+    reason: Reason
+    message: str
+    exit_code: int | None = None
+    report: RunResult | None = None
+    finished_at: datetime | None = None
+
+
+def is_open(entry: AttemptStatus) -> bool:
+    return entry.attempt_class == "Running"
+
+
+def is_stopping(entry: AttemptStatus) -> bool:
+    return is_open(entry) and reason_of(entry.reason) in STOPPING
+
+
+def belongs(entry: AttemptStatus, child: ObservedJob | ObservedPod) -> bool:
+    return child.stage == entry.stage and child.attempt == entry.number
+
+
+def is_planned(entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod]) -> bool:
+    """Whether its Job is yet to be created: nothing of it was ever seen to run."""
+    return is_open(entry) and job is None and not pods and entry.started_at is None and not is_stopping(entry)
+
+
+def judge(
+    entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod], earlier: Sequence[AttemptStatus]
+) -> Ended | None:
+    """How the open attempt ended; None while it is planned, runs, or has pods that have not ended."""
+    if is_planned(entry, job, pods) or (job is not None and job.live) or any(pod.active for pod in pods):
+        return None
+    pod = max(pods, key=lambda p: (p.exit_code is not None, p.created_at, p.uid), default=None)
+    report = next((p.report for p in pods if p.exit_code == 0 and _completes(entry, p.report)), None)
+    finished_at = (job and job.finished_at) or (pod and pod.finished_at) or None
+    if report is not None:
+        return Ended("Succeeded", Reason.COMMITTED, words(report.fault, report.args), 0, report, finished_at)
+    if pod is None or pod.exit_code is None:
+        attempt_class, reason, message = _without_container(entry, job, pod, earlier)
+        return Ended(attempt_class, reason, message, None, None, finished_at)
+    report = pod.report if _matches(entry, pod) else None
+    attempt_class, reason, message = _with_container(entry, job, pod, report, earlier)
+    return Ended(attempt_class, reason, message, pod.exit_code, report, finished_at)
+
+
+def is_final_exit(exit_code: int | None) -> bool:
+    """Codes 10 to 29 are final, those of a newer trainer that this operator has no name for included."""
+    return exit_code is not None and 10 <= exit_code < 30
+
+
+def is_final(entry: AttemptStatus, earlier: Sequence[AttemptStatus]) -> bool:
+    """Whether a failed attempt ends the job, whatever retries are left."""
+    if entry.attempt_class != "Failure":
+        return False
+    reason = reason_of(entry.reason)
+    before = [e for e in earlier if e.stage == entry.stage and reason_of(e.reason) == reason]
+    return is_final_exit(entry.exit_code) or (reason in ONCE_REASONS and bool(before))
+
+
+def _completes(entry: AttemptStatus, report: RunResult | None) -> bool:
+    """Whether a report of success brings what its stage is for."""
+    if report is None or report.stage != entry.stage or report.attempt != entry.number or report.exit_code != 0:
+        return False
+    if report.stage == Stage.PREPARE:
+        return report.fault == Fault.PREPARED and report.plan is not None and report.data is not None
+    return report.fault == Fault.COMMITTED and report.artifact is not None
+
+
+def _matches(entry: AttemptStatus, pod: ObservedPod) -> bool:
+    """The exit code decides; a report that says otherwise is not believed."""
+    report = pod.report
+    return (
+        report is not None
+        and (report.stage, report.attempt) == (entry.stage, entry.number)
+        and report.exit_code == pod.exit_code == EXIT_CODES[FAULTS[report.fault].reason]
+    )
+
+
+def _with_container(
+    entry: AttemptStatus,
+    job: ObservedJob | None,
+    pod: ObservedPod,
+    report: RunResult | None,
+    earlier: Sequence[AttemptStatus],
+) -> tuple[AttemptClass, Reason, str]:
+    """Order matters: what the trainer decided, what we asked for, what the cluster did, then the exit code."""
+    code = pod.exit_code or 0
+    told = words(report.fault, report.args) if report is not None else ""
+    by_code = reason_of_exit(code)
+    if is_final_exit(code):
+        waits = entry.stage == Stage.PREPARE and by_code in STORAGE_REASONS
+        return ("Waiting" if waits else "Failure", by_code, told or f"the trainer ended with exit code {code}")
+    if is_stopping(entry):
+        return _stopped(entry)
+    if pod.disrupted:
+        return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
+    if pod.evicted:
+        return "Failure", Reason.DISK_LIMIT, f"pod {pod.name} used more disk than its limit; raise ephemeralStorage"
+    if pod.oom_killed or by_code == Reason.HOST_OOM:
+        return "Failure", Reason.HOST_OOM, told or words(Fault.HOST_OOM, {"limit_gib": pod.memory_limit})
+    if code == 0:
+        return _without_message(pod, earlier, entry)
+    if job is None:
+        return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
+    if told:
+        return "Failure", by_code, told
+    if code > 128:
+        return "Failure", Reason.UNKNOWN, words(Fault.KILLED, {"signal": code - 128})
+    return "Failure", by_code, f"the trainer ended with exit code {code} and left no message"
+
+
+def _without_container(
+    entry: AttemptStatus, job: ObservedJob | None, pod: ObservedPod | None, earlier: Sequence[AttemptStatus]
+) -> tuple[AttemptClass, Reason, str]:
+    """No container is known to have ended: the pod is unknown, or was deleted before it ran or was last seen."""
+    if is_stopping(entry):
+        return _stopped(entry)
+    if job is not None and job.outcome == "Complete":
+        return _without_message(pod, earlier, entry)
+    if pod is not None and pod.disrupted:
+        return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
+    if pod is not None and pod.evicted:
+        return "Failure", Reason.DISK_LIMIT, f"pod {pod.name} used more disk than its limit; raise ephemeralStorage"
+    if job is None:
+        return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
+    return "Failure", Reason.POD_LOST, f"its pod is gone without a result. {job.message}".strip()
+
+
+def _stopped(entry: AttemptStatus) -> tuple[AttemptClass, Reason, str]:
+    if reason_of(entry.reason) == Reason.SUSPENDED:
+        return "Suspended", Reason.SUSPENDED, "stopped because spec.suspend is true"
+    return "Failure", Reason.NO_PROGRESS, "stopped because no step finished within recovery.progressDeadlineSeconds"
+
+
+def _without_message(
+    pod: ObservedPod | None, earlier: Sequence[AttemptStatus], entry: AttemptStatus
+) -> tuple[AttemptClass, Reason, str]:
+    """It ended well, but what came out is unknown. One more attempt, which counts as no retry, finds the commit."""
+    reason = Reason.BAD_REPORT if pod is not None and (pod.bad_report or pod.report is not None) else Reason.POD_LOST
+    before = earlier[-1] if earlier else None
+    again = before is not None and before.stage == entry.stage and reason_of(before.reason) in NO_MESSAGE
+    message = "it ended with exit code 0, but left no result that can be read"
+    return "Failure" if again else "Disruption", reason, message

@@ -1,0 +1,56 @@
+"""From a situation to conditions and phase. Pure; a condition's time moves only when its status does."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from finetune_api.reasons import Reason
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
+from finetune_operator.clock import format_time
+
+MAX_MESSAGE = 1024
+Answer = Literal["True", "False", "Unknown"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One condition before it is compared with what is stored."""
+
+    type: ConditionType
+    status: Answer
+    reason: Reason
+    message: str = ""
+
+
+def find(status: FineTuneJobStatus, wanted: ConditionType) -> Condition | None:
+    return next((c for c in status.conditions if c.type == wanted), None)
+
+
+def with_claims(status: FineTuneJobStatus, claims: list[Claim], generation: int, now: datetime) -> FineTuneJobStatus:
+    """The status with these conditions; conditions that no claim is about stay as they are."""
+    stored = {c.type: c for c in status.conditions}
+    for claim in claims:
+        stored[claim.type] = _condition(stored.get(claim.type), claim, generation, now)
+    order = list(ConditionType)
+    return status.model_copy(update={"conditions": sorted(stored.values(), key=lambda c: order.index(c.type))})
+
+
+def _condition(old: Condition | None, claim: Claim, generation: int, now: datetime) -> Condition:
+    message = one_line(claim.message)
+    same_answer = old is not None and old.status == claim.status
+    if old is not None and same_answer and old.reason == claim.reason and claim.reason == Reason.UNSCHEDULABLE:
+        message = old.message  # the scheduler's words change with every node of the cluster
+    return Condition(
+        type=claim.type,
+        status=claim.status,
+        reason=claim.reason.value,
+        message=message,
+        last_transition_time=old.last_transition_time if old is not None and same_answer else format_time(now),
+        observed_generation=generation,
+    )
+
+
+def one_line(text: str) -> str:
+    """At most 1,024 printable characters on one line: parts of it come from outside."""
+    clean = "".join(char if char.isprintable() else " " for char in text)
+    return clean if len(clean) <= MAX_MESSAGE else clean[: MAX_MESSAGE - 1] + "…"

@@ -1,0 +1,168 @@
+"""Fold what was observed into the attempts: open ones that ended are closed, once, with everything they tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.names import Stage
+from finetune_api.reasons import Fault
+from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
+from finetune_operator.attempts import Ended, belongs, is_open, judge
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.figures import checkpoints, metrics_of_report, progress_of_report
+from finetune_operator.observed import ObservedJob, ObservedPod
+from finetune_operator.seen import Seen, SeenProgress
+from finetune_operator.view import JobView
+
+MAX_ENTRIES = 10
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The status with attempts brought up to date, and what the newest attempt is about."""
+
+    status: FineTuneJobStatus
+    ended: Ended | None  # the newest attempt, if it was closed just now
+    job: ObservedJob | None  # of the newest attempt
+    pods: tuple[ObservedPod, ...]  # of the newest attempt
+
+    @property
+    def last(self) -> AttemptStatus | None:
+        return self.status.attempts[-1] if self.status.attempts else None
+
+
+def fold(view: JobView, seen: Seen, now: datetime) -> Folded:
+    status = _adopt(view.status, seen.jobs)
+    status = _count_disruptions(status, seen.pods)
+    entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
+    status = status.model_copy(update={"attempts": entries})
+    if not entries:
+        return Folded(status, None, None, ())
+    entry = entries[-1]
+    job = next((j for j in seen.jobs if belongs(entry, j)), None)
+    pods = tuple(p for p in seen.pods if belongs(entry, p))
+    if not is_open(entry):
+        return Folded(status, None, job, pods)
+    if entry.started_at is None and any(p.started_at is not None for p in pods):
+        # Only now: before its pod has started, a Job that vanishes is simply created again.
+        created = job.created_at if job is not None else min(p.created_at for p in pods)
+        entry = entry.model_copy(update={"started_at": format_time(created)})
+        status = status.model_copy(update={"attempts": [*entries[:-1], entry]})
+    ended = judge(entry, job, pods, entries[:-1])
+    if ended is None:
+        return Folded(status, None, job, pods)
+    return Folded(_close(view, status, ended, job, pods, seen.progress, now), ended, job, pods)
+
+
+def _adopt(status: FineTuneJobStatus, jobs: Sequence[ObservedJob]) -> FineTuneJobStatus:
+    """Enter the newest Job that the attempts do not know: its status write was lost."""
+    stage = Stage.TRAIN if any(j.stage == Stage.TRAIN for j in jobs) or status.plan else Stage.PREPARE
+    known = max((e.number for e in status.attempts if e.stage == stage), default=0)
+    newest = max((j.attempt for j in jobs if j.stage == stage), default=0)
+    if newest <= known:
+        return status
+    entry = running_entry(stage, newest)
+    return status.model_copy(update={"attempts": [*status.attempts, entry][-MAX_ENTRIES:]})
+
+
+def running_entry(stage: Stage, number: int) -> AttemptStatus:
+    return AttemptStatus.model_validate({"number": number, "stage": stage.value, "class": "Running"})
+
+
+def _superseded(entry: AttemptStatus, now: datetime) -> AttemptStatus:
+    return entry.model_copy(
+        update={"attempt_class": "Superseded", "reason": "Superseded", "finished_at": format_time(now)}
+    )
+
+
+def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -> FineTuneJobStatus:
+    """Each disrupted pod counts once, also when the Job itself replaced it."""
+    record = status.record or OperatorRecord()
+    known = set(record.disrupted_pods)
+    new = sorted({pod.uid for pod in pods if pod.disrupted} - known)
+    if not new:
+        return status
+    update = {"disruptions": record.disruptions + len(new), "disrupted_pods": [*record.disrupted_pods, *new][-20:]}
+    return status.model_copy(update={"record": record.model_copy(update=update)})
+
+
+def _close(
+    view: JobView,
+    status: FineTuneJobStatus,
+    ended: Ended,
+    job: ObservedJob | None,
+    pods: Sequence[ObservedPod],
+    progress: SeenProgress | None,
+    now: datetime,
+) -> FineTuneJobStatus:
+    """The status with the newest attempt closed and the figures of its report taken over."""
+    entry = status.attempts[-1]
+    if progress is not None and progress.progress.attempt != entry.number:
+        progress = None
+    finished = ended.finished_at or now
+    report = ended.report
+    step = report.step if report is not None else None
+    closed = entry.model_copy(
+        update={
+            "attempt_class": ended.attempt_class,
+            "reason": ended.reason.value,
+            "exit_code": ended.exit_code,
+            "finished_at": format_time(finished),
+            "resumed_from_step": report.resumed_from_step if report is not None else entry.resumed_from_step,
+            "last_step": step if step is not None else (progress.progress.step if progress else entry.last_step),
+            "lost_seconds": _lost_seconds(status, entry, ended, progress, finished),
+        }
+    )
+    update: dict[str, object] = {
+        "attempts": [*status.attempts[:-1], closed],
+        "failures": status.failures + (ended.attempt_class == "Failure"),
+        "usage": _usage(status, job, pods, finished, now),
+    }
+    if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
+        update |= {"plan": report.plan, "data": report.data}
+    if report is not None and entry.stage == Stage.TRAIN:
+        keep = view.spec.checkpoint.keep_last if view.spec and view.spec.checkpoint else None
+        update["metrics"] = metrics_of_report(status.metrics, report)
+        update["checkpoints"] = checkpoints(status.checkpoints, report.checkpoint, keep or 3)
+        update["progress"] = progress_of_report(status.progress, status.plan, report, finished)
+        if report.artifact is not None and ended.attempt_class == "Succeeded":
+            update["artifacts"] = [report.artifact]
+    return status.model_copy(update=update)
+
+
+def _lost_seconds(
+    status: FineTuneJobStatus,
+    entry: AttemptStatus,
+    ended: Ended,
+    progress: SeenProgress | None,
+    finished: datetime,
+) -> int | None:
+    """Work after the last checkpoint. None when it is not known: the pod was never asked, or its Job never ran."""
+    if entry.stage != Stage.TRAIN or ended.attempt_class == "Succeeded":
+        return None
+    report = ended.report
+    if report is not None and report.fault == Fault.INTERRUPTED:
+        return 0
+    if progress is not None:
+        return int(progress.progress.seconds_since_checkpoint + max(0.0, (finished - progress.at).total_seconds()))
+    started = parse_time(entry.started_at)
+    if started is not None and not status.checkpoints:
+        return max(0, int((finished - started).total_seconds()))
+    return None
+
+
+def _usage(
+    status: FineTuneJobStatus,
+    job: ObservedJob | None,
+    pods: Sequence[ObservedPod],
+    finished: datetime,
+    now: datetime,
+) -> UsageStatus:
+    gpus = job.gpus if job is not None else 0
+    ran = sum(((p.finished_at or finished) - p.started_at).total_seconds() for p in pods if p.started_at is not None)
+    accepted = parse_time(status.record.accepted_at) if status.record else None
+    before = status.usage.gpu_seconds if status.usage else 0
+    return UsageStatus(
+        seconds=max(0, int((now - accepted).total_seconds())) if accepted else 0,
+        gpu_seconds=before + max(0, int(ran * gpus)),
+    )

@@ -1,0 +1,111 @@
+"""What the newest attempt is doing while it is open: does it run, and if not, what is it waiting for. Pure."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api.reasons import Reason
+from finetune_api.status import AttemptStatus
+from finetune_operator.attempts import is_stopping
+from finetune_operator.observed import ObservedJob, ObservedPod
+from finetune_operator.seen import Blocked
+
+# Waits that end the job after a while: somebody has to mend something that no cluster mends by itself.
+PATIENCE = timedelta(minutes=15)
+IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
+SLOW_START_S = 15  # a pod that has not started by then is looked into
+
+_IMAGE_WAITS = (
+    "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
+    "ImageInspectError",
+)  # fmt: skip
+_CONFIG_WAITS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_NOT_FOUND = re.compile(r'(secret|configmap|serviceaccount|service account) "?([a-z0-9.-]+/)?([a-z0-9.-]+)"? not found')
+_FIELDS = {
+    "secret": ("Secret", "storage.secretRef"),
+    "configmap": ("ConfigMap", "storage.caBundle.configMapRef"),
+    "serviceaccount": ("ServiceAccount", "storage.serviceAccountName"),
+    "service account": ("ServiceAccount", "storage.serviceAccountName"),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """`wait` is what a person or the cluster has to end before the attempt can run."""
+
+    running: bool = False
+    scheduled: bool = False
+    wait: Blocked | None = None
+
+
+def look(
+    entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod], blocked: Blocked | None, now: datetime
+) -> Look:
+    active = [pod for pod in pods if pod.active]
+    if not active:
+        return Look(wait=blocked or _disruption(entry, job, pods))
+    pod = max(active, key=lambda p: (p.created_at, p.uid))
+    if pod.running:
+        lost = pod.deletion_due is not None and now > pod.deletion_due + timedelta(seconds=60)
+        wait = Blocked(Reason.NODE_UNREACHABLE, f"the node of pod {pod.name} does not answer") if lost else None
+        return Look(running=True, scheduled=True, wait=wait)
+    wait = _container_wait(pod) or blocked
+    if wait is None and pod.unschedulable is not None:
+        wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
+    return Look(scheduled=pod.scheduled, wait=wait or _disruption(entry, job, pods))
+
+
+def needs_explanation(job: ObservedJob | None, pods: Sequence[ObservedPod], now: datetime) -> str | None:
+    """UID whose events say why nothing has started: the Job's without pods, else that of a pod without a container."""
+    if job is None or not job.live or (now - job.created_at).total_seconds() < SLOW_START_S:
+        return None
+    active = [pod for pod in pods if pod.active]
+    if not active:
+        return job.uid if not pods else None
+    pod = max(active, key=lambda p: (p.created_at, p.uid))
+    stuck = pod.scheduled and pod.started_at is None and _container_wait(pod) is None
+    return pod.uid if stuck and (now - pod.created_at).total_seconds() >= SLOW_START_S else None
+
+
+def explain(event_reason: str, message: str, namespace: str) -> Blocked | None:
+    """What an event on a Job or pod of ours means; None where it says nothing that a person must act on."""
+    text = " ".join(message.split())[:512]
+    if event_reason not in ("FailedCreate", "FailedMount"):
+        return None
+    missing = missing_ref(text, namespace)
+    if missing is not None:
+        return missing
+    if event_reason == "FailedMount":
+        return Blocked(Reason.MISSING_REF, f"a volume of the pod cannot be mounted: {text}")
+    if "exceeded quota" in text:
+        return Blocked(Reason.QUOTA_EXCEEDED, f"waiting for quota: {text}")
+    return Blocked(Reason.FORBIDDEN, f"the cluster refuses the pod: {text}")
+
+
+def missing_ref(text: str, namespace: str) -> Blocked | None:
+    """Names the missing object and the field of the spec that asks for it; never what is in it."""
+    found = _NOT_FOUND.search(text)
+    if found is None:
+        return None
+    kind, field = _FIELDS[found[1]]
+    return Blocked(
+        Reason.MISSING_REF, f"{kind} {namespace}/{found[3]} does not exist: create it, or mend {field} in a new job"
+    )
+
+
+def _container_wait(pod: ObservedPod) -> Blocked | None:
+    if pod.waiting_reason in _IMAGE_WAITS:
+        text = pod.waiting_message or pod.waiting_reason or ""
+        return Blocked(Reason.IMAGE_PULL, f"the trainer image cannot be pulled ({pod.waiting_reason}): {text}")
+    if pod.waiting_reason in _CONFIG_WAITS:
+        return Blocked(Reason.MISSING_REF, f"the container cannot start ({pod.waiting_reason}): {pod.waiting_message}")
+    return None
+
+
+def _disruption(entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod]) -> Blocked | None:
+    lost = [pod for pod in pods if pod.disrupted]
+    if not lost or job is None or is_stopping(entry):
+        return None
+    pod = max(lost, key=lambda p: (p.created_at, p.uid))
+    return Blocked(Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted; a new one continues at the checkpoint")

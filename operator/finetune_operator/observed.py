@@ -1,0 +1,211 @@
+"""What the API server says, as plain values: the only place that reads the shapes of Kubernetes objects.
+
+Parsing is total. Whatever a field holds, the result is a value or None; objects that are not ours give None.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_api.run import MAX_RESULT_BYTES, RunResult
+from finetune_operator.clock import parse_time
+
+ANNOTATION_GPUS = f"{names.GROUP}/gpus"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MAX_TEXT = 256
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ObservedJob:
+    """One Kubernetes Job of a FineTuneJob."""
+
+    name: str
+    uid: str
+    stage: Stage
+    attempt: int
+    created_at: datetime = EPOCH
+    deleting: bool = False
+    outcome: Literal["Complete", "Failed"] | None = None  # set only once all its pods have ended
+    message: str = ""  # of the Failed condition
+    finished_at: datetime | None = None
+    gpus: int = 0
+    ttl_seconds: int | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.outcome is None
+
+
+@dataclass(frozen=True)
+class ObservedPod:
+    """One pod of such a Job; `gone` means deleted, with the last state it was seen in."""
+
+    name: str
+    uid: str
+    stage: Stage
+    attempt: int
+    created_at: datetime = EPOCH
+    phase: str = "Pending"
+    ip: str | None = None
+    gone: bool = False
+    deletion_due: datetime | None = None
+    scheduled: bool = False
+    unschedulable: str | None = None  # the scheduler's words
+    disrupted: bool = False
+    evicted: bool = False  # by the kubelet, for a limit of its own
+    waiting_reason: str | None = None
+    waiting_message: str = ""
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    exit_code: int | None = None
+    oom_killed: bool = False
+    memory_limit: str = "?"
+    report: RunResult | None = None
+    bad_report: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether it may still run or come to run."""
+        return not self.gone and self.phase not in ("Succeeded", "Failed")
+
+    @property
+    def running(self) -> bool:
+        return self.active and self.started_at is not None and self.finished_at is None
+
+
+def job_uid(body: Body) -> str | None:
+    """UID of the FineTuneJob a labelled child belongs to."""
+    return _text(_labels(body).get(names.LABEL_JOB_UID))
+
+
+def observe_job(body: Body) -> ObservedJob | None:
+    """None for a Job that is not controlled by the FineTuneJob its label names."""
+    meta, spec, status = _dict(body, "metadata"), _dict(body, "spec"), _dict(body, "status")
+    place = _place(body)
+    owner = _controller(meta)
+    if place is None or owner.get("kind") != names.KIND or owner.get("uid") != job_uid(body):
+        return None
+    conditions = {c.get("type"): c for c in _dicts(status, "conditions") if c.get("status") == "True"}
+    ended = conditions.get("Complete") or conditions.get("Failed")
+    gpus = _text(_dict(meta, "annotations").get(ANNOTATION_GPUS)) or "0"
+    return ObservedJob(
+        name=str(meta.get("name")),
+        uid=str(meta.get("uid")),
+        stage=place[0],
+        attempt=place[1],
+        created_at=parse_time(meta.get("creationTimestamp")) or EPOCH,
+        deleting=meta.get("deletionTimestamp") is not None,
+        outcome=None if ended is None else ("Complete" if "Complete" in conditions else "Failed"),
+        message="" if ended is None else _cut(ended.get("message")),
+        finished_at=None if ended is None else parse_time(ended.get("lastTransitionTime")),
+        gpus=int(gpus) if gpus.isdecimal() and len(gpus) <= 3 else 0,
+        ttl_seconds=_int(spec.get("ttlSecondsAfterFinished")),
+    )
+
+
+def observe_pod(body: Body) -> ObservedPod | None:
+    """None for a pod that no Job controls."""
+    meta, status = _dict(body, "metadata"), _dict(body, "status")
+    place = _place(body)
+    if place is None or _controller(meta).get("kind") != "Job":
+        return None
+    conditions = {c.get("type"): c for c in _dicts(status, "conditions")}
+    scheduled = conditions.get("PodScheduled", {})
+    container = next((c for c in _dicts(status, "containerStatuses") if c.get("name") == names.CONTAINER), {})
+    state = _dict(container, "state")
+    running, waiting, ended = _dict(state, "running"), _dict(state, "waiting"), _dict(state, "terminated")
+    report, bad_report = parse_report(ended.get("message"))
+    return ObservedPod(
+        name=str(meta.get("name")),
+        uid=str(meta.get("uid")),
+        stage=place[0],
+        attempt=place[1],
+        created_at=parse_time(meta.get("creationTimestamp")) or EPOCH,
+        phase=_text(status.get("phase")) or "Pending",
+        ip=_text(status.get("podIP")),
+        deletion_due=parse_time(meta.get("deletionTimestamp")),
+        scheduled=scheduled.get("status") == "True",
+        unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") == "Unschedulable" else None,
+        disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True",
+        evicted=status.get("reason") == "Evicted",
+        waiting_reason=_text(waiting.get("reason")),
+        waiting_message=_cut(waiting.get("message")),
+        started_at=parse_time(running.get("startedAt")) or parse_time(ended.get("startedAt")),
+        finished_at=parse_time(ended.get("finishedAt")),
+        exit_code=_int(ended.get("exitCode")),
+        oom_killed=ended.get("reason") == "OOMKilled",
+        memory_limit=_memory_limit(body),
+        report=report,
+        bad_report=bad_report,
+    )
+
+
+def parse_report(message: object) -> tuple[RunResult | None, bool]:
+    """The termination message as a RunResult, and whether there was one that cannot be used."""
+    text = _text(message)
+    if not text:
+        return None, False
+    if len(text.encode(errors="replace")) > MAX_RESULT_BYTES + 96:
+        return None, True
+    try:
+        return RunResult.model_validate_json(text), False
+    except ValidationError:
+        return None, True
+
+
+def as_gone(pod: ObservedPod) -> ObservedPod:
+    return replace(pod, gone=True)
+
+
+def _place(body: Body) -> tuple[Stage, int] | None:
+    labels = _labels(body)
+    stage, attempt = labels.get(names.LABEL_STAGE), _text(labels.get(names.LABEL_ATTEMPT)) or ""
+    if stage not in (Stage.PREPARE, Stage.TRAIN) or not attempt.isdecimal() or len(attempt) > 3 or int(attempt) < 1:
+        return None
+    return Stage(stage), int(attempt)
+
+
+def _labels(body: Body) -> Body:
+    return _dict(_dict(body, "metadata"), "labels")
+
+
+def _controller(meta: Body) -> Body:
+    return next((ref for ref in _dicts(meta, "ownerReferences") if ref.get("controller") is True), {})
+
+
+def _memory_limit(body: Body) -> str:
+    containers = _dicts(_dict(body, "spec"), "containers")
+    trainer = next((c for c in containers if c.get("name") == names.CONTAINER), {})
+    limit = _text(_dict(_dict(trainer, "resources"), "limits").get("memory")) or "?"
+    return limit.removesuffix("Gi")
+
+
+def _dict(body: Body, key: str) -> Body:
+    value = body.get(key)
+    return cast(Body, value) if isinstance(value, Mapping) else {}
+
+
+def _dicts(body: Body, key: str) -> list[Body]:
+    value = body.get(key)
+    if not isinstance(value, list):
+        return []
+    return [cast(Body, item) for item in cast(list[object], value) if isinstance(item, Mapping)]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _cut(value: object) -> str:
+    return (_text(value) or "")[:MAX_TEXT]

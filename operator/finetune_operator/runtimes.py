@@ -1,0 +1,44 @@
+"""The runtimes file as it is now: a changed ConfigMap mount is seen without a restart."""
+
+import logging
+import threading
+from pathlib import Path
+
+from finetune_operator.settings import Runtime, SettingsError, parse_runtimes
+
+log = logging.getLogger(__name__)
+
+
+class Runtimes:
+    """Thread-safe look-up by name. The file is parsed again only when it changed; a broken change is not taken."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises SettingsError when the file cannot be read or used."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._stamp = self._now()
+        self._by_name = parse_runtimes(self._read())
+
+    def get(self, name: str) -> Runtime | None:
+        with self._lock:
+            stamp = self._now()
+            if stamp != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._by_name = parse_runtimes(self._read())
+                except SettingsError as error:
+                    log.error("keeping the runtimes read before: %s", error)
+            return self._by_name.get(name)
+
+    def _read(self) -> str:
+        try:
+            return self._path.read_text()
+        except OSError as error:
+            raise SettingsError(f"the runtimes file {self._path} cannot be read: {error}") from error
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None  # between the two halves of a ConfigMap update
+        return stat.st_mtime_ns, stat.st_size

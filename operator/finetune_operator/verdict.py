@@ -1,0 +1,143 @@
+"""When a job is over, and what its status then says. Pure."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.names import MAX_ATTEMPTS
+from finetune_api.reasons import Fault, Reason, words
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
+from finetune_operator.attempts import is_final, is_open
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.conditions import Claim, with_claims
+from finetune_operator.fold import Folded
+from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, Look
+from finetune_operator.seen import Blocked
+from finetune_operator.view import reason_of
+
+MAX_RETRIES = 3
+MAX_DISRUPTIONS = 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The job's own bounds, with the defaults of absent fields."""
+
+    max_retries: int
+    max_disruptions: int
+    progress_deadline_s: int
+    deadline_s: int | None
+
+
+def limits_of(spec: FineTuneJobSpec) -> Limits:
+    recovery = spec.recovery
+
+    def chosen(value: int | None, default: int) -> int:
+        return default if value is None else value
+
+    return Limits(
+        max_retries=chosen(recovery.max_retries if recovery else None, MAX_RETRIES),
+        max_disruptions=chosen(recovery.max_disruptions if recovery else None, MAX_DISRUPTIONS),
+        progress_deadline_s=chosen(recovery.progress_deadline_seconds if recovery else None, 1800),
+        deadline_s=spec.active_deadline_seconds,
+    )
+
+
+def is_success(folded: Folded) -> bool:
+    last = folded.last
+    return (
+        last is not None
+        and last.stage == "train"
+        and last.attempt_class == "Succeeded"
+        and bool(folded.status.artifacts)
+    )
+
+
+def failure(folded: Folded, look: Look, limits: Limits, now: datetime) -> Blocked | None:
+    """The final reason with its words, or None while there is hope."""
+    status, last, record = folded.status, folded.last, folded.status.record
+    accepted = parse_time(record.accepted_at) if record else None
+    if limits.deadline_s is not None and accepted and now >= accepted + timedelta(seconds=limits.deadline_s):
+        text = f"the job was not done {limits.deadline_s} s after it was accepted (activeDeadlineSeconds)"
+        return Blocked(Reason.DEADLINE_EXCEEDED, text)
+    if look.wait is not None and look.wait.reason == Reason.INVALID_MANIFEST:
+        return look.wait
+    if last is None:
+        return None
+    since = parse_time(record.storage_wait_since) if record else None
+    impatient = since is not None and now >= since + PATIENCE
+    if impatient and is_open(last) and look.wait is not None and look.wait.reason in IMPATIENT_REASONS:
+        return Blocked(look.wait.reason, f"{look.wait.message} (waited 15 minutes)")
+    if impatient and last.attempt_class == "Waiting":
+        return Blocked(reason_of(last.reason), f"{ended_words(folded)} (tried for 15 minutes)")
+    if is_final(last, status.attempts[:-1]):
+        return Blocked(reason_of(last.reason), ended_words(folded))
+    if record is not None and record.disruptions > limits.max_disruptions:
+        text = f"pods were evicted or preempted {record.disruptions} times, {limits.max_disruptions} are allowed"
+        return Blocked(Reason.DISRUPTION_BUDGET, f"{text} (recovery.maxDisruptions)")
+    if is_open(last):
+        return None
+    if status.failures > limits.max_retries or last.number >= MAX_ATTEMPTS:
+        text = f"{status.failures} attempts failed and recovery.maxRetries is {limits.max_retries}"
+        return Blocked(Reason.RETRIES_EXHAUSTED, f"{text}; the last one ({last.reason}): {ended_words(folded)}")
+    return None
+
+
+def ended_words(folded: Folded) -> str:
+    """The sentence on how the newest attempt ended, with the place of its log."""
+    ended, last = folded.ended, folded.last
+    if ended is None:
+        return f"attempt {last.number} of {last.stage} ended as {last.reason}" if last is not None else ""
+    log_uri = ended.report.log_uri if ended.report is not None else None
+    return ended.message + (f"; log: {log_uri}" if log_uri else "")
+
+
+def succeeded(status: FineTuneJobStatus, generation: int, now: datetime) -> FineTuneJobStatus:
+    artifact = status.artifacts[0]
+    message = words(Fault.COMMITTED, {"uri": artifact.uri})
+    claims = [
+        planned(status),
+        Claim(ConditionType.RUNNING, "False", Reason.SUCCEEDED),
+        Claim(ConditionType.DEGRADED, "False", Reason.HEALTHY),
+        Claim(ConditionType.SUCCEEDED, "True", Reason.SUCCEEDED, message),
+        Claim(ConditionType.FINISHED, "True", Reason.SUCCEEDED, message),
+        Claim(ConditionType.READY, "True", Reason.SUCCEEDED, message),
+        Claim(ConditionType.STALLED, "False", Reason.HEALTHY),
+    ]
+    return _over(with_claims(status, claims, generation, now), Phase.SUCCEEDED, now)
+
+
+def failed(status: FineTuneJobStatus, why: Blocked, generation: int, now: datetime) -> FineTuneJobStatus:
+    """An attempt that is still open is closed; its Job is deleted by the caller."""
+    attempts = list(status.attempts)
+    if attempts and is_open(attempts[-1]):
+        update = {"attempt_class": "Failure", "reason": why.reason.value, "finished_at": format_time(now)}
+        attempts[-1] = attempts[-1].model_copy(update=update)
+    claims = [
+        planned(status) if status.plan else Claim(ConditionType.PLANNED, "False", why.reason, why.message),
+        Claim(ConditionType.RUNNING, "False", why.reason, why.message),
+        Claim(ConditionType.SUCCEEDED, "False", why.reason, why.message),
+        Claim(ConditionType.FINISHED, "True", why.reason, why.message),
+        Claim(ConditionType.READY, "False", why.reason, why.message),
+        Claim(ConditionType.STALLED, "True", why.reason, why.message),
+    ]
+    status = status.model_copy(update={"attempts": attempts})
+    return _over(with_claims(status, claims, generation, now), Phase.FAILED, now)
+
+
+def planned(status: FineTuneJobStatus) -> Claim:
+    """Whether the plan is known."""
+    if status.plan is None:
+        return Claim(ConditionType.PLANNED, "Unknown", Reason.PREPARING)
+    rows_used = status.data.rows_used if status.data else "?"
+    rows_in = status.data.rows_in if status.data else "?"
+    message = words(Fault.PREPARED, {"rows_used": rows_used, "rows_in": rows_in, "steps": status.plan.steps})
+    return Claim(ConditionType.PLANNED, "True", Reason.PREPARED, message)
+
+
+def _over(status: FineTuneJobStatus, phase: Phase, now: datetime) -> FineTuneJobStatus:
+    accepted = parse_time(status.record.accepted_at) if status.record else None
+    usage = status.usage or UsageStatus(seconds=0, gpu_seconds=0)
+    if accepted is not None:
+        usage = usage.model_copy(update={"seconds": max(0, int((now - accepted).total_seconds()))})
+    return status.model_copy(update={"phase": phase, "usage": usage})

@@ -1,0 +1,105 @@
+"""A FineTuneJob as the operator reads it. Unknown fields are ignored; what cannot be read is said, never raised."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from finetune_api import names
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.reasons import Reason
+from finetune_api.status import ConditionType, FineTuneJobStatus
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class JobView:
+    """`spec` is None when it cannot be read, and `problem` then says why."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    resource_version: str
+    deleting: bool
+    spec: FineTuneJobSpec | None
+    problem: str
+    status: FineTuneJobStatus
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.namespace, self.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the verdict is stored; it never changes again."""
+        return is_finished(self.status)
+
+
+def is_finished(status: FineTuneJobStatus) -> bool:
+    return any(c.type == ConditionType.FINISHED and c.status == "True" for c in status.conditions)
+
+
+def view(body: Mapping[str, Any]) -> JobView:
+    """Total: any object with metadata.name and metadata.uid gives a view."""
+    meta = cast(Mapping[str, Any], body.get("metadata") or {})
+    name = str(meta.get("name", ""))
+    spec, problem = _read_spec(body.get("spec"))
+    if len(name) > names.MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+        spec = None
+        problem = (
+            f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and -; found {name!r}"
+        )
+    return JobView(
+        name=name,
+        namespace=str(meta.get("namespace", "")),
+        uid=str(meta.get("uid", "")),
+        generation=int(meta.get("generation") or 0),
+        resource_version=str(meta.get("resourceVersion", "")),
+        deleting=bool(meta.get("deletionTimestamp")),
+        spec=spec,
+        problem=problem[:1024],
+        status=read_status(body.get("status")),
+    )
+
+
+def _read_spec(raw: object) -> tuple[FineTuneJobSpec | None, str]:
+    try:
+        return FineTuneJobSpec.model_validate(raw), ""
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["spec", *(str(part) for part in first["loc"])])
+        return None, f"{place}: {first['msg']}; this operator reads {names.API_VERSION}, mend the field or update it"
+
+
+def read_status(raw: object) -> FineTuneJobStatus:
+    """The status as far as this version can read it: parts it cannot are as if absent, never an error.
+
+    Conditions are read one by one, so that a newer version's condition never hides a verdict.
+    """
+    fields = dict(cast(Mapping[str, Any], raw)) if isinstance(raw, Mapping) else {}
+    for key, value in list(fields.items()):
+        if isinstance(value, list):
+            fields[key] = [item for item in cast(list[object], value) if _readable({key: [item]})]
+        if not _readable({key: fields[key]}):
+            del fields[key]
+    return FineTuneJobStatus.model_validate(fields)
+
+
+def _readable(fields: dict[str, Any]) -> bool:
+    try:
+        FineTuneJobStatus.model_validate(fields)
+    except ValidationError:
+        return False
+    return True
+
+
+def reason_of(text: str | None) -> Reason:
+    """The reason a status field names; Unknown for one of a newer version."""
+    try:
+        return Reason(text or "")
+    except ValueError:
+        return Reason.UNKNOWN
