@@ -1,0 +1,84 @@
+"""Every row's fate: counts per file, a decision record per dropped row, and the report. Never any content."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import orjson
+
+from finetune_api.status import DroppedRows
+
+_MAX_REASONS = 10
+
+
+@dataclass
+class FileAccount:
+    """Rows of one file. rows_in = used + held_out + the sum of dropped."""
+
+    uri: str
+    size_bytes: int
+    etag: str
+    sha256: str | None = None
+    rows_in: int = 0
+    used: int = 0
+    held_out: int = 0
+    dropped: Counter[str] = field(default_factory=Counter[str])
+
+    def check(self) -> None:
+        """Raises AssertionError when a row was lost: a bug of ours that must not reach training."""
+        accounted = self.used + self.held_out + self.dropped.total()
+        if accounted != self.rows_in:
+            raise AssertionError(f"{self.rows_in} rows read, {accounted} accounted for")
+
+
+class Ledger:
+    """Writes decisions.jsonl and keeps the counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.files: list[FileAccount] = []
+        self.rows_read = 0
+        self._decisions = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._decisions.close()
+
+    def drop(self, file: int, number: int, stage: str, reason: str, field_path: str = "") -> None:
+        """Row `number` of a file is left out."""
+        account = self.files[file]
+        account.dropped[reason] += 1
+        record = {"file": account.uri, "row": number, "stage": stage, "reason": reason}
+        if field_path:
+            record["field"] = field_path
+        self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def flush(self) -> None:
+        """Make decisions so far readable."""
+        self._decisions.flush()
+
+    def count(self, file: int) -> None:
+        """One more row of a file was read."""
+        self.files[file].rows_in += 1
+        self.rows_read += 1
+
+    @property
+    def dropped(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for account in self.files:
+            total.update(account.dropped)
+        return total
+
+    def dropped_rows(self) -> list[DroppedRows]:
+        """Rows dropped by reason, most first; at most ten entries, the rest as `other`."""
+        ordered = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+        shown = ordered if len(ordered) <= _MAX_REASONS else ordered[: _MAX_REASONS - 1]
+        rest = sum(rows for _, rows in ordered[len(shown) :])
+        return [DroppedRows(reason=reason, rows=rows) for reason, rows in shown] + (
+            [DroppedRows(reason="other", rows=rest)] if rest else []
+        )

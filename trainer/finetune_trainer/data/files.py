@@ -1,0 +1,207 @@
+"""Files to decoded rows, a bounded piece at a time: JSONL, gzipped JSONL and Parquet.
+
+A row that cannot be decoded comes out as Broken with its number. A file that cannot be read on (cut gzip stream, bad
+Parquet footer, decompression bomb) raises BROKEN_FILE: how many rows are lost is unknown, so nothing may go on.
+"""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data.problems import MAX_DEPTH, MAX_LINE_BYTES, Broken, Problem, place
+from finetune_trainer.data.rows import FIELDS
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_CHUNK_BYTES = 2**20
+_MAX_GZIP_RATIO = 100
+_PARQUET_ROWS = 256
+_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Decoded(NamedTuple):
+    """A row: its number in the file (line or record, from 1), the decoded value or what is wrong, and its size."""
+
+    number: int
+    value: object
+    size_bytes: int
+
+
+class HashingReader:
+    """Reads a stream in chunks and keeps the SHA-256 of what was read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._sha256 = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self._stream.read(_CHUNK_BYTES):
+            self._sha256.update(chunk)
+            yield chunk
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._sha256.hexdigest()
+
+
+def _damaged(file: str, row: int, problem: str) -> StageError:
+    return StageError(Fault.BROKEN_FILE, file=place(file), row=row, problem=problem)
+
+
+def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
+    """Decompress a gzip stream of one or more members into pieces of at most 1 MiB."""
+    member = zlib.decompressobj(wbits=31)
+    taken = given = 0
+    for chunk in chunks:
+        taken += len(chunk)
+        data = chunk
+        while data:
+            if member.eof:
+                data = data.lstrip(b"\0")  # tar-style padding after the last member
+                if not data:
+                    break
+                member = zlib.decompressobj(wbits=31)
+            try:
+                piece = member.decompress(data, _CHUNK_BYTES)
+            except zlib.error as error:
+                raise _damaged(file, 0, "the gzip stream is damaged") from error
+            data = member.unused_data if member.eof else member.unconsumed_tail
+            given += len(piece)
+            if given > _MAX_GZIP_RATIO * taken + _CHUNK_BYTES:
+                raise _damaged(file, 0, f"it unpacks to more than {_MAX_GZIP_RATIO} times its size")
+            if piece:
+                yield piece
+    if not member.eof and taken:
+        raise _damaged(file, 0, "the gzip stream is cut off")
+
+
+def lines(chunks: Iterator[bytes], file: str) -> Iterator[tuple[int, bytes | Broken]]:
+    """Non-blank lines with their numbers. A line above the limit is passed over without being held."""
+    number = 0
+    rest = b""
+    passing_over = False
+    first = True
+    for chunk in chunks:
+        if first and chunk.startswith(_UTF16_BOMS):
+            raise _damaged(file, 1, "it is UTF-16; write it as UTF-8")
+        pieces = (rest + chunk).split(b"\n")
+        if first:
+            pieces[0] = pieces[0].removeprefix(_BOM)
+            first = False
+        rest = pieces.pop()
+        for piece in pieces:
+            number += 1
+            if passing_over or len(piece) > MAX_LINE_BYTES:
+                passing_over = False
+                yield number, Broken(Problem.LINE_TOO_LONG)
+            elif piece and not piece.isspace():
+                yield number, piece
+        if len(rest) > MAX_LINE_BYTES:
+            passing_over, rest = True, b""
+    if passing_over:
+        yield number + 1, Broken(Problem.LINE_TOO_LONG)
+    elif rest and not rest.isspace():
+        yield number + 1, rest
+
+
+def _is_too_deep(value: object) -> bool:
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (cast(dict[str, Any], item).values() if isinstance(item, dict) else cast(list[Any], item))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def decode(line: bytes) -> object:
+    """The line's JSON value, or Broken with the most telling name."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return Broken(Problem.INVALID_UTF8)
+        if "depth" in error.msg or "ecursion" in error.msg:
+            return Broken(Problem.TOO_DEEP)
+        if "surrogate" in error.msg and _SURROGATE.search(line):
+            return Broken(Problem.LONE_SURROGATE)
+        return Broken(Problem.NOT_JSON, detail=f"column {error.colno}")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_too_deep(value):
+        return Broken(Problem.TOO_DEEP)
+    return value
+
+
+def jsonl_rows(chunks: Iterator[bytes], file: str) -> Iterator[Decoded]:
+    """Rows of a JSONL stream."""
+    number = 0
+    try:
+        for number, line in lines(chunks, file):
+            if isinstance(line, Broken):
+                yield Decoded(number, line, MAX_LINE_BYTES)
+            else:
+                yield Decoded(number, decode(line), len(line))
+    except StageError as error:
+        if error.fault is Fault.BROKEN_FILE and error.args_by_name["row"] == 0:
+            raise StageError(Fault.BROKEN_FILE, **{**error.args_by_name, "row": number + 1}) from error
+        raise
+
+
+def parquet_rows(path: Path, file: str) -> Generator[Decoded, None, None]:
+    """Rows of a Parquet file: only the fields a row can have are read."""
+    number = 0
+    try:
+        with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES, pre_buffer=False) as parquet:
+            names = parquet.schema_arrow.names
+            columns = [name for name in names if name in FIELDS]
+            if not columns:  # so that the error can say which fields are there
+                yield Decoded(1, dict.fromkeys(names[:64]), 0)
+                return
+            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False):
+                size = max(1, batch.nbytes // max(1, batch.num_rows))
+                for value in _values(batch):
+                    number += 1
+                    too_long = size * _PARQUET_ROWS > MAX_LINE_BYTES and _text_bytes(value) > MAX_LINE_BYTES
+                    yield Decoded(number, Broken(Problem.LINE_TOO_LONG) if too_long else value, size)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        # Arrow's own words can quote the file, so only the kind of error is told.
+        problem = f"Parquet cannot be decoded ({type(error).__name__})"
+        raise _damaged(file, number + 1, problem) from error
+
+
+def _values(batch: Any) -> Iterator[object]:
+    """The batch's rows as dicts; a row whose strings are not UTF-8 comes out as Broken."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield Broken(Problem.INVALID_UTF8)
+
+
+def _text_bytes(value: object) -> int:
+    """Characters in all strings of a row; nesting is bounded by the file's schema."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_text_bytes(item) for item in cast(dict[str, Any], value).values())
+    if isinstance(value, list):
+        return sum(_text_bytes(item) for item in cast(list[Any], value))
+    return 0

@@ -1,0 +1,195 @@
+"""Checked rows to tokens on disk: render, tokenise, drop or split what is too long, append to the spool.
+
+Batches are bounded by rows and bytes, and one batch is rendered in the child process while the one before is
+tokenised here, so memory does not grow with the data.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from finetune_api.errors import StageError
+from finetune_api.job import LossOn, MethodType
+from finetune_api.reasons import Fault
+from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.problems import Broken, Drop, Problem, place
+from finetune_trainer.data.reading import BadRows, Checked
+from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
+from finetune_trainer.data.rows import Completion, Conversation, Text
+from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.tokens import Tokens, split
+
+_BATCH_ROWS = 512
+_BATCH_BYTES = 2**20
+TEXT_PROMPT_TOKENS = 32
+
+Batch = list[Checked]
+
+
+def require_end_token(model: Model) -> None:
+    """Raises UNSUPPORTED_MODEL when the tokenizer has no token to end a text with."""
+    if model.tokenizer.eos_id is None:
+        raise StageError(
+            Fault.UNSUPPORTED_MODEL,
+            uri=place(model.facts.uri),
+            architecture=model.facts.architecture,
+            problem="its tokenizer names no eos_token, which must end every text",
+        )
+
+
+@dataclass
+class Timings:
+    """Seconds by stage."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def of(self, stage: str) -> Generator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - begin
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Where rows go on their way to the spool. renderer: None when no row is a conversation's."""
+
+    model: Model
+    method: MethodType
+    loss_on: LossOn
+    limit: int  # tokens of one sequence
+    renderer: Renderer | None
+    ledger: Ledger
+    bad: BadRows
+    spool: Spool
+    timings: Timings
+
+    def run(self, rows: Iterator[Checked]) -> Iterator[None]:
+        """Take all rows of one dataset; yields after every batch.
+
+        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX_STABLE, UNSUPPORTED_MODEL.
+        """
+        pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for batch in self._batches(rows):
+                pending.append((batch, pool.submit(self._render, batch)))
+                if len(pending) > 1:
+                    self._finish(*pending.popleft())
+                    yield
+            while pending:
+                self._finish(*pending.popleft())
+                yield
+
+    def _batches(self, rows: Iterator[Checked]) -> Iterator[Batch]:
+        while True:
+            batch: Batch = []
+            size_bytes = 0
+            with self.timings.of("read"):
+                for row in rows:
+                    batch.append(row)
+                    size_bytes += row.size_bytes
+                    if len(batch) >= _BATCH_ROWS or size_bytes >= _BATCH_BYTES:
+                        break
+            if not batch:
+                return
+            yield batch
+
+    def _render(self, batch: Batch) -> list[Rendered | Broken]:
+        """The batch's conversations as text, in order. Runs in the pool's thread."""
+        conversations = [item.row for item in batch if isinstance(item.row, Conversation)]
+        if not conversations:
+            return []
+        if self.renderer is None:
+            raise StageError(Fault.NO_CHAT_TEMPLATE, uri=place(self.model.facts.uri))
+        return self.renderer.render(conversations)
+
+    def _finish(self, batch: Batch, future: Future[list[Rendered | Broken]]) -> None:
+        with self.timings.of("render"):
+            try:
+                rendered = future.result()
+            except TemplateInvalidError as error:
+                raise self._template_failed(batch[0], str(error)) from error
+        with self.timings.of("tokenise"):
+            sequences = self._sequences(batch, rendered)
+        with self.timings.of("write"):
+            for item, parts in sequences:
+                self._store(item, parts)
+
+    def _sequences(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
+        """Every row's sequences, in the order of the batch; broken rows are left out and recorded."""
+        tokenizer = self.model.tokenizer
+        learn_all = self.loss_on is LossOn.ALL
+        by_row: dict[int, list[Tokens]] = {}
+        conversations = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
+        texts: list[Rendered] = []
+        places: list[int] = []
+        for index, result in zip(conversations, rendered, strict=True):
+            if isinstance(result, Broken):
+                self._broken(batch[index], result)
+            else:
+                places.append(index)
+                texts.append(result)
+        tokens = tokenizer.conversations([each.text for each in texts], [each.spans for each in texts], learn_all)
+        by_row.update((index, [row]) for index, row in zip(places, tokens, strict=True))
+        completions = [(index, item.row) for index, item in enumerate(batch) if isinstance(item.row, Completion)]
+        if completions:
+            require_end_token(self.model)
+        tokens = tokenizer.completions([row for _, row in completions], learn_all)
+        by_row.update((index, [row]) for (index, _), row in zip(completions, tokens, strict=True))
+        documents = [(index, item.row.text) for index, item in enumerate(batch) if isinstance(item.row, Text)]
+        for (index, _), ids in zip(documents, tokenizer.texts([text for _, text in documents]), strict=True):
+            by_row[index] = [_text_tokens(piece) for piece in split(ids, self.limit, tokenizer.breaks)]
+        return [(batch[index], by_row[index]) for index in sorted(by_row)]
+
+    def _store(self, item: Checked, sequences: list[Tokens]) -> None:
+        """Append one row, or record why it is left out."""
+        size = self.model.facts.vocabulary_size
+        if any(part.ids.max(initial=0) >= size for part in sequences):
+            raise StageError(
+                Fault.UNSUPPORTED_MODEL,
+                uri=place(self.model.facts.uri),
+                architecture=self.model.facts.architecture,
+                problem=f"its tokenizer makes ids above the model's vocabulary of {size}",
+            )
+        if any(len(part.ids) > self.limit for part in sequences):
+            self.ledger.drop(item.file, item.number, "tokenise", Drop.TOO_LONG)
+        elif not any(part.labels.any() for part in sequences):
+            self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
+        else:
+            self.spool.append(item.content_hash, item.file, item.number, sequences)
+
+    def _broken(self, item: Checked, broken: Broken) -> None:
+        """A row that the template refuses."""
+        if self.bad.quarantine:
+            self.bad.add(item.file, item.number, "render", broken)
+        elif broken.problem is Problem.TEMPLATE_NOT_PREFIX_STABLE:
+            file = place(self.ledger.files[item.file].uri)
+            raise StageError(
+                Fault.TEMPLATE_NOT_PREFIX_STABLE, file=file, row=item.number, message=int(broken.field[9:-1]) + 1
+            )
+        else:
+            raise self._template_failed(item, broken.detail)
+
+    def _template_failed(self, item: Checked, problem: str) -> StageError:
+        return StageError(
+            Fault.TEMPLATE_FAILED,
+            uri=place(self.model.facts.uri),
+            file=place(self.ledger.files[item.file].uri),
+            row=item.number,
+            problem=problem[:200],
+        )
+
+
+def _text_tokens(ids: np.ndarray) -> Tokens:
+    """A piece of a document: every token but the first is learned."""
+    labels = np.ones(len(ids), dtype=np.uint8)
+    labels[:1] = 0
+    return Tokens(ids, labels, min(TEXT_PROMPT_TOKENS, len(ids)))

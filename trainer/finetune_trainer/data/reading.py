@@ -1,0 +1,185 @@
+"""Datasets to checked rows: which files, in which order, which of their rows are broken."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune_api.errors import StageError
+from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
+from finetune_api.reasons import Fault
+from finetune_trainer.data import detect, files
+from finetune_trainer.data.accounts import FileAccount, Ledger
+from finetune_trainer.data.problems import Broken, place
+from finetune_trainer.data.rows import Row, check, content_hash
+from finetune_trainer.store import Store, spec_field
+
+_PEEK_ROWS = 1000
+_PEEK_BYTES = 32 * 2**20
+_MAX_BROKEN = 1000
+_MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
+_MAX_FILES = 10_000
+_MAX_IGNORED = 100
+
+
+class Checked(NamedTuple):
+    """A valid row: index of its file, its number there, what it says, the hash of that, and its size."""
+
+    file: int
+    number: int
+    row: Row
+    content_hash: bytes
+    size_bytes: int
+
+
+class BadRows:
+    """Broken rows are put aside and counted, or end the job."""
+
+    def __init__(self, ledger: Ledger, quarantine: bool, max_broken_fraction: float) -> None:
+        self._ledger = ledger
+        self.quarantine = quarantine
+        self._max_fraction = max_broken_fraction
+        self._first: tuple[str, int, Broken] | None = None
+        self._first_at = 0
+        self._count = 0
+
+    def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
+        """Row `number` of a file is broken."""
+        self._ledger.drop(file, number, stage, broken.problem, broken.field)
+        self._count += 1
+        if self._first is None:
+            self._first = (self._ledger.files[file].uri, number, broken)
+            self._first_at = self._ledger.rows_read
+
+    @property
+    def failing(self) -> bool:
+        return self._first is not None and not self.quarantine
+
+    @property
+    def counted_enough(self) -> bool:
+        """Whether a failing job has read on far enough to say how many rows are broken."""
+        return self._count >= _MAX_BROKEN or self._ledger.rows_read - self._first_at >= _MAX_ROWS_AFTER_BROKEN
+
+    def check(self) -> None:
+        """Raises BROKEN_ROW when more rows are broken than allowed."""
+        allowed = self._max_fraction * self._ledger.rows_read if self.quarantine else 0
+        if self._count > allowed:
+            raise self.error()
+
+    def error(self) -> StageError:
+        """The first broken row, and how many there are. There must be one."""
+        assert self._first is not None
+        file, number, broken = self._first
+        return StageError(
+            Fault.BROKEN_ROW,
+            file=place(file),
+            row=number,
+            field=f", field {broken.field[:200]}" if broken.field else "",
+            problem=broken.words,
+            broken=self._count,
+            rows=self._ledger.rows_read,
+        )
+
+
+class Inputs(NamedTuple):
+    """The files of one dataset, as indices into the ledger, and names that were passed over."""
+
+    files: range
+    ignored: list[str]
+
+
+def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -> Inputs:
+    """Register the dataset's files, pinned to what they are now. Raises NO_FILES_MATCH, TOO_MANY_FILES."""
+    with spec_field(f"datasets[{index}].uri"):
+        found = store.match(dataset.uri, _MAX_FILES)
+    kept = [info for info in found if info.uri.endswith(files.SUFFIXES)]
+    ignored = [info.uri for info in found if not info.uri.endswith(files.SUFFIXES)]
+    if not kept:
+        raise StageError(Fault.NO_FILES_MATCH, uri=place(dataset.uri))
+    first = len(ledger.files)
+    if first + len(kept) > _MAX_FILES:
+        raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
+    ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag) for info in kept]
+    return Inputs(range(first, first + len(kept)), ignored[:_MAX_IGNORED])
+
+
+def checked_rows(
+    store: Store,
+    ledger: Ledger,
+    bad: BadRows,
+    inputs: Inputs,
+    given: DatasetFormat | None,
+    method: MethodType,
+    work_dir: Path,
+    formats: list[DatasetFormat],
+) -> Iterator[Checked]:
+    """Valid rows of one dataset, in order; its format is appended to `formats` before the first.
+
+    Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
+    """
+    decoded = _decoded_rows(store, ledger, inputs.files, work_dir)
+    peeked: list[tuple[int, files.Decoded]] = []
+    peeked_bytes = 0
+    for item in decoded:
+        peeked.append(item)
+        peeked_bytes += item[1].size_bytes
+        if len(peeked) >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
+            break
+    data_format = given or _detect(ledger, bad, peeked, method)
+    formats.append(data_format)
+    for file, (number, value, size_bytes) in chain(peeked, decoded):
+        ledger.count(file)
+        checked = _check(value, data_format)
+        if isinstance(checked, Broken):
+            bad.add(file, number, "read", checked)
+        elif not bad.failing:
+            yield Checked(file, number, *checked, size_bytes)
+        if bad.failing and bad.counted_enough:
+            break
+    if bad.failing:
+        raise bad.error()
+
+
+def _check(value: object, data_format: DatasetFormat) -> tuple[Row, bytes] | Broken:
+    if isinstance(value, Broken):
+        return value
+    row = check(value, data_format)
+    if isinstance(row, Broken):
+        return row
+    hashed = content_hash(row)
+    return hashed if isinstance(hashed, Broken) else (row, hashed)
+
+
+def _detect(ledger: Ledger, bad: BadRows, peeked: list[tuple[int, files.Decoded]], method: MethodType) -> DatasetFormat:
+    """The dataset's format; when no row is an object, what is wrong with the first."""
+    if not peeked:
+        return detect.FORMATS[method][0]  # no rows, so it does not matter
+    if not any(isinstance(item.value, dict) for _, item in peeked):
+        for file, item in peeked:
+            ledger.count(file)
+            broken = _check(item.value, detect.FORMATS[method][0])
+            assert isinstance(broken, Broken)
+            bad.add(file, item.number, "read", broken)
+        raise bad.error()
+    return detect.detect([(ledger.files[file].uri, item.number, item.value) for file, item in peeked], method)
+
+
+def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) -> Iterator[tuple[int, files.Decoded]]:
+    """Rows of the files in order, each file pinned by its ETag. Only Parquet, which needs seeking, goes to disk."""
+    for index in indices:
+        account = ledger.files[index]
+        if account.uri.endswith(".parquet"):
+            path = work_dir / "input.parquet"
+            account.sha256 = store.download(account.uri, path, if_match=account.etag)
+            for item in files.parquet_rows(path, account.uri):
+                yield index, item
+            path.unlink()
+            continue
+        with store.open(account.uri, if_match=account.etag) as stream:
+            reader = files.HashingReader(stream)
+            chunks = iter(reader)
+            if account.uri.endswith(".gz"):
+                chunks = files.gunzip(chunks, account.uri)
+            for item in files.jsonl_rows(chunks, account.uri):
+                yield index, item
+            account.sha256 = reader.digest

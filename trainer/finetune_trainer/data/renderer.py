@@ -1,0 +1,126 @@
+"""Conversations to text through the child process of `render_worker`, which is replaced when a row kills it."""
+
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.render_worker import MEMORY_BYTES, ROW_CPU_S, read_message, write_message
+from finetune_trainer.data.rows import Conversation
+from finetune_trainer.data.template import Span
+
+_REPLY_TIMEOUT_S = 600  # wall clock for one batch; CPU per row is limited inside
+_MAX_RESTARTS = 20
+_TOO_MUCH = f"it took more than {ROW_CPU_S} s of CPU or {MEMORY_BYTES // 2**20} MiB"
+
+
+class Rendered(NamedTuple):
+    """A conversation as text, and where its answers are, in characters."""
+
+    text: str
+    spans: list[Span]
+
+
+class TemplateInvalidError(Exception):
+    """The template itself cannot be used; the message has no content of rows."""
+
+
+class Renderer:
+    """One template and its child process, started with the first batch. Not thread-safe."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], now: datetime, learn_all: bool) -> None:
+        self._setup = {
+            "source": source,
+            "special_tokens": special_tokens,
+            "now": now.isoformat(),
+            "learn_all": learn_all,
+        }
+        self._restarts = 0
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was rendered."""
+        return self._child is not None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "finetune_trainer.data.render_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        reply = _exchange(child, self._setup)
+        problem = _TOO_MUCH if reply is None else reply["problem"]
+        if problem is not None:
+            _end(child)
+            raise TemplateInvalidError(problem)
+        return child
+
+    def render(self, rows: list[Conversation]) -> list[Rendered | Broken]:
+        """Render rows in order. A row that kills the child is found by rendering its batch one by one.
+
+        Raises TemplateInvalidError when the template cannot be compiled, or when too many rows kill the child."""
+        results = self._try(rows)
+        if results is None:
+            return [self._render_one(row) for row in rows]
+        return [_result(result) for result in results]
+
+    def _render_one(self, row: Conversation) -> Rendered | Broken:
+        results = self._try([row])
+        return Broken(Problem.TEMPLATE_FAILED, detail=_TOO_MUCH) if results is None else _result(results[0])
+
+    def _try(self, rows: list[Conversation]) -> list[Any] | None:
+        """The child's reply, or None when it died; then there is a new one."""
+        if self._child is None:
+            self._child = self._start()
+        reply = _exchange(self._child, [[row.messages, row.learn_from] for row in rows])
+        if reply is None:
+            _end(self._child)
+            self._restarts += 1
+            if self._restarts > _MAX_RESTARTS:
+                raise TemplateInvalidError(f"{_TOO_MUCH}, {_MAX_RESTARTS} times")
+            self._child = self._start()
+        return reply
+
+    def close(self) -> None:
+        if self._child is not None:
+            _end(self._child)
+
+
+def _exchange(child: subprocess.Popen[bytes], message: Any) -> Any | None:
+    """Send a message and await the reply; None when the child died or did not answer in time."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    deadline = threading.Timer(_REPLY_TIMEOUT_S, child.kill)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        write_message(child.stdin, message)
+        return read_message(child.stdout)
+    except BrokenPipeError:
+        return None
+    finally:
+        deadline.cancel()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and free its pipes."""
+    child.kill()
+    child.wait(timeout=60)
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+
+def _result(result: list[Any]) -> Rendered | Broken:
+    text, detail = result
+    if text is not None:
+        return Rendered(text, [(begin, end) for begin, end in detail])
+    if isinstance(detail, int):
+        return Broken(Problem.TEMPLATE_NOT_PREFIX_STABLE, f"messages[{detail}]")
+    return Broken(Problem.TEMPLATE_FAILED, detail=detail)

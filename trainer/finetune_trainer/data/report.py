@@ -1,0 +1,92 @@
+"""report.json: what became of every row, how long rows are, how fast it went. No content."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_trainer.batches import BatchPlan, pack
+from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.spool import Division
+from finetune_trainer.runplan import Hyperparameters
+
+_LONGEST = 10
+_BUCKETS = 20
+_STEPS_SAMPLED = 100
+
+
+def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) -> dict[str, Any]:
+    """Rows by file and reason, and the speed of each stage; also for a job that failed."""
+    size_bytes = sum(account.size_bytes for account in ledger.files)
+    return {
+        "rows_in": ledger.rows_read,
+        "dropped": dict(sorted(ledger.dropped.items())),
+        "files": [
+            {
+                "uri": account.uri,
+                "size_bytes": account.size_bytes,
+                "etag": account.etag,
+                "sha256": account.sha256,
+                "rows_in": account.rows_in,
+                "rows_used": account.used,
+                "rows_held_out": account.held_out,
+                "dropped": dict(sorted(account.dropped.items())),
+            }
+            for account in ledger.files
+        ],
+        "ignored_files": list(ignored),
+        "stages": {
+            stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}
+            for stage, spent in seconds.items()
+        },
+    }
+
+
+def lengths(division: Division, ledger: Ledger) -> dict[str, Any]:
+    """How long the used rows are, in tokens, and where the longest ones lie."""
+    used = division.sequences_of(~division.dropped)
+    tokens = division.sequences["tokens"][used].astype(np.int64)
+    labels = int(division.sequences["labels"][used].sum(dtype=np.int64))
+    counts, edges = np.histogram(tokens, bins=_BUCKETS)
+    total = int(tokens.sum())
+    return {
+        "sequences": len(tokens),
+        "tokens": total,
+        "label_tokens": labels,
+        "label_share": round(labels / total, 4),
+        "percentiles": {f"p{q}": int(np.percentile(tokens, q)) for q in (50, 95, 99, 100)},
+        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "sequences": counts.tolist()},
+        "longest_rows": _longest(division, ledger),
+        "duplicates": {
+            "distinct_rows": division.distinct,
+            "repeated_rows": len(division.rows) - division.distinct,
+            "dropped_as_copies_of_held_out": int(division.dropped.sum()),
+        },
+    }
+
+
+def _longest(division: Division, ledger: Ledger) -> list[dict[str, Any]]:
+    row_tokens = np.add.reduceat(division.sequences["tokens"].astype(np.int64), division.first_sequence[:-1])
+    order = np.argsort(-row_tokens, kind="stable")[:_LONGEST]
+    return [
+        {
+            "file": ledger.files[int(division.rows["file"][row])].uri,
+            "row": int(division.rows["number"][row]),
+            "tokens": int(row_tokens[row]),
+        }
+        for row in order
+    ]
+
+
+def packing(plan: BatchPlan, row_lengths: npt.NDArray[Any], hyper: Hyperparameters) -> dict[str, Any]:
+    """How full forward passes are, over the first steps."""
+    if not hyper.packing:
+        return {"packing": False}
+    budget = max(hyper.micro_batch_tokens, int(row_lengths.max()))
+    passes = tokens = 0
+    for step in range(min(plan.steps, _STEPS_SAMPLED)):
+        rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
+        passes += len(pack(row_lengths[rows].tolist(), budget))
+        tokens += int(plan.tokens[step])
+    return {"packing": True, "budget_tokens": budget, "efficiency": round(tokens / (passes * budget), 4)}

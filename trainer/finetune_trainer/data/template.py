@@ -1,0 +1,181 @@
+"""Chat templates: where they are found, the sandbox they run in, and which part of a conversation is an answer.
+
+The sandbox follows transformers' `apply_chat_template` (utils/chat_template_utils.py), so that a rendered
+conversation is the same here, in transformers and in vLLM. Only jinja2 is imported: the child process that runs
+untrusted templates must stay small.
+"""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, cast
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+MAX_TEMPLATE_BYTES = 65536
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# Readable tags that no base model's tokenizer treats specially; an answer ends with the tokenizer's own end token.
+_PLAIN = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+
+def plain_template(begins_with_bos: bool) -> str:
+    """The built-in template for base models; with the begin token where the tokenizer itself would add it."""
+    return ("{{ bos_token }}" if begins_with_bos else "") + _PLAIN
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks answers in some templates; here it only passes its body on."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Refuses attributes that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as in jinja2, `self` may be an attribute
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError("names that begin with an underscore are refused")
+
+
+def _raise_exception(message: object) -> None:
+    raise jinja2.exceptions.TemplateError(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    special_tokens: bos_token, eos_token and so on, as the template sees them; now: what `strftime_now` tells, one
+    moment for the whole stage. Raises jinja2.TemplateError when the template is not valid.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str], now: datetime) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        functions: dict[str, Any] = {
+            "raise_exception": _raise_exception,
+            "strftime_now": now.strftime,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
+        environment.globals.update(functions)
+        self._template = environment.from_string(source)
+        self._special_tokens = special_tokens
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as text."""
+        return self._template.render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._special_tokens,
+        )
+
+
+class NotPrefixStableError(Exception):
+    """What is rendered up to a message changes once more messages follow."""
+
+    def __init__(self, message: int) -> None:
+        super().__init__(message)
+        self.message = message  # its index
+
+
+def answers(
+    template: ChatTemplate, messages: list[Message], learn_from: int, learn_all: bool
+) -> tuple[str, list[Span]]:
+    """The whole conversation as text, and where in it the answers are, from message `learn_from` on.
+
+    An answer is what the template adds to the generation prompt for one assistant message. Raises NotPrefixStableError
+    when the text up to an answer's begin or end is not the beginning of the whole. With `learn_all` there is one
+    span, from the first answer to the end, and none where that begin cannot be told.
+    """
+    messages = [_with_reasoning(message) for message in messages]
+    whole = template.render(messages)
+    spans: list[Span] = []
+    for index in range(learn_from, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        before = template.render(messages[:index], add_generation_prompt=True)
+        if learn_all:
+            return whole, [(len(before), len(whole))] if whole.startswith(before) else []
+        through = whole if index == len(messages) - 1 else template.render(messages[: index + 1])
+        if not (whole.startswith(through) and through.startswith(before)):
+            raise NotPrefixStableError(index)
+        spans.append((len(before), len(through)))
+    return whole, spans
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Reasoning under all the names that templates read it by, as transformers does."""
+    if len(message) > 2:
+        names = ("reasoning_content", "thinking", "reasoning")
+        reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+        if reasoning is not None:
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
+
+
+def find_template(config: dict[str, Any], jinja_file: str | None) -> str | None:
+    """The model's template: chat_template.jinja, else that of tokenizer_config.json (of a list, `default`)."""
+    if jinja_file is not None:
+        return jinja_file
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        entries = [cast(dict[str, Any], entry) for entry in cast(list[Any], found) if isinstance(entry, dict)]
+        found = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) and found else None

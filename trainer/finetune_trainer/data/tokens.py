@@ -1,0 +1,182 @@
+"""Text to token ids and labels, by `tokenizers` alone: transformers would import torch.
+
+What is tokenised is always the whole text of a row, in one piece, so the ids equal `apply_chat_template`. Labels are
+laid over it by character positions. A token that reaches over an answer's begin belongs to the context: at inference
+the prompt is tokenised without the answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.template import Span
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_STOP_WINDOW = 256  # characters at an answer's end in which its stop token is looked for
+_NEWLINES = ("Ċ", "\n", "<0x0A>")  # a newline in byte-level, plain and byte-fallback vocabularies
+
+
+class Tokens(NamedTuple):
+    """One row: ids uint32 (n,), labels uint8 (n,), and how many tokens come before its first answer."""
+
+    ids: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.uint8]
+    prompt_tokens: int
+
+
+def special_tokens(config: dict[str, Any], legacy_map: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name, as chat templates see them; tokenizer_config.json wins over special_tokens_map.json."""
+    found: dict[str, str] = {}
+    extra: Any = config.get("extra_special_tokens")
+    sources: list[dict[str, Any]] = [legacy_map, config]
+    if isinstance(extra, dict):
+        sources.append(cast(dict[str, Any], extra))
+    for source in sources:
+        names = SPECIAL_TOKEN_NAMES if source is not extra else tuple(source)
+        for name in names:
+            value = source.get(name)
+            if isinstance(value, dict):
+                value = cast(dict[str, Any], value).get("content")
+            if isinstance(value, str) and value:
+                found[name] = value
+    return found
+
+
+class RowTokenizer:
+    """The model's tokenizer and the tokens that begin and end rows.
+
+    eos_token: ends texts and completions; None when the model names none. Raises ValueError when it is no token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token: str | None) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        self._stops = tuple(self._special)
+        self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        if eos_token is not None and self.eos_id is None:
+            raise ValueError("the tokenizer's eos_token is not in its vocabulary")
+        bare = tokenizer.encode("a", add_special_tokens=False).ids
+        full = tokenizer.encode("a", add_special_tokens=True).ids
+        begins = full.index(bare[0]) if bare and bare[0] in full else 0
+        self.prefix_ids: list[int] = full[:begins]  # usually [] or the begin-of-text token
+        self._breaks: npt.NDArray[np.bool_] | None = None
+        self.stop_ids: set[int] = set()  # tokens seen to end an answer
+
+    @property
+    def vocabulary_size(self) -> int:
+        """One above the largest token id."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def conversations(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], learn_all: bool) -> list[Tokens]:
+        """Rendered conversations; the template has written all special tokens."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        rows: list[Tokens] = []
+        for text, encoding, row_spans in zip(texts, encodings, spans, strict=True):
+            ids = np.array(encoding.ids, dtype=np.uint32)
+            labels = np.zeros(len(ids), dtype=np.uint8)
+            prompt_tokens = len(ids)
+            for begin, end in row_spans:
+                end = self._without_tail(text, begin, end)
+                first, last = _token_range(encoding, len(text), begin, end)
+                labels[first:last] = 1
+                prompt_tokens = min(prompt_tokens, first)
+                if first < last and text.endswith(self._stops, begin, end):
+                    self.stop_ids.add(int(ids[last - 1]))
+            rows.append(_row(ids, labels, prompt_tokens, learn_all))
+        return rows
+
+    def _without_tail(self, text: str, begin: int, end: int) -> int:
+        """The answer's end without the white space that a template writes after the stop token."""
+        tail = text[max(begin, end - _STOP_WINDOW) : end]
+        bare = tail.rstrip()
+        return end - (len(tail) - len(bare)) if bare.endswith(self._stops) else end
+
+    def completions(self, rows: Sequence[Completion], learn_all: bool) -> list[Tokens]:
+        """prompt + completion + end token, after the token that the tokenizer itself begins texts with."""
+        if not rows:
+            return []
+        assert self.eos_id is not None
+        encodings = self._tokenizer.encode_batch(
+            [row.prompt + row.completion for row in rows], add_special_tokens=False
+        )
+        self.stop_ids.add(self.eos_id)
+        result: list[Tokens] = []
+        for row, encoding in zip(rows, encodings, strict=True):
+            ids = np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32)
+            labels = np.zeros(len(ids), dtype=np.uint8)
+            characters = len(row.prompt) + len(row.completion)
+            first = len(self.prefix_ids) + _token_range(encoding, characters, len(row.prompt), characters)[0]
+            labels[first:] = 1
+            result.append(_row(ids, labels, first, learn_all))
+        return result
+
+    def texts(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """Documents, each after the tokenizer's begin token and before the end token."""
+        if not texts:
+            return []
+        assert self.eos_id is not None
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
+
+    @property
+    def breaks(self) -> npt.NDArray[np.bool_]:
+        """(vocabulary,) whether a token contains a newline: where a text is best split."""
+        if self._breaks is None:
+            self._breaks = np.zeros(self.vocabulary_size, dtype=np.bool_)
+            for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+                self._breaks[number] = any(newline in token for newline in _NEWLINES)
+        return self._breaks
+
+
+def _row(ids: npt.NDArray[np.uint32], labels: npt.NDArray[np.uint8], prompt_tokens: int, learn_all: bool) -> Tokens:
+    if learn_all:
+        labels[:] = 1
+    labels[:1] = 0  # nothing comes before a row's first token
+    return Tokens(ids, labels, prompt_tokens)
+
+
+def _token_range(encoding: Encoding, characters: int, begin: int, end: int) -> tuple[int, int]:
+    """Tokens that begin at characters begin … end - 1, as a half-open range."""
+    return _first_from(encoding, characters, begin), _first_from(encoding, characters, end)
+
+
+def _first_from(encoding: Encoding, characters: int, position: int) -> int:
+    """Index of the first token that begins at character `position` or later."""
+    while position < characters:
+        index = encoding.char_to_token(position)
+        if index is not None:
+            span = encoding.token_to_chars(index)
+            if span is None or span[0] >= position:
+                return index
+            position = max(span[1], position + 1)  # a token that reaches over `position` belongs before it
+        else:
+            position += 1  # a character that the tokenizer drops
+    return len(encoding)
+
+
+def split(ids: npt.NDArray[np.uint32], limit: int, breaks: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.uint32]]:
+    """Split a document into pieces of at most `limit` tokens, after the last newline in a piece's second half.
+
+    Each piece but the first begins with the last token of the one before, which is only context there: so every
+    token but the document's first is predicted exactly once, and n tokens give n - 1 labels.
+    """
+    pieces: list[npt.NDArray[np.uint32]] = []
+    begin = 0
+    while len(ids) - begin > limit:
+        half = begin + limit // 2
+        newlines = np.flatnonzero(breaks[ids[half : begin + limit]])
+        end = half + int(newlines[-1]) + 1 if len(newlines) else begin + limit
+        pieces.append(ids[begin:end])
+        begin = end - 1
+    pieces.append(ids[begin:])
+    return pieces

@@ -1,0 +1,362 @@
+"""The prepare stage: rows in object storage become prepared arrays, a batch plan and `plan.json`. No GPU, no torch.
+
+Everything is written at names made of its content, and `plan.json` last: running the stage again is safe at any point.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_api.errors import StageError
+from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
+from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
+from finetune_api.reasons import Fault, Reason
+from finetune_api.run import RunResult
+from finetune_api.status import DataStatus, PlanStatus
+from finetune_trainer import batches, sizing
+from finetune_trainer.commit import claim
+from finetune_trainer.context import StageContext
+from finetune_trainer.data import report
+from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.detect import check_given
+from finetune_trainer.data.model_facts import Model, read_model
+from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
+from finetune_trainer.data.reading import BadRows, checked_rows, find_files
+from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.spool import (
+    DEFAULT_HOLDOUT,
+    MIN_ROWS_TO_HOLD_OUT,
+    Division,
+    Spool,
+    Written,
+    divide,
+    write_split,
+)
+from finetune_trainer.data.template import plain_template
+from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles
+from finetune_trainer.sizing import Choices, DataFacts
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_MAX_BROKEN = 0.05
+_SAMPLES = 3
+_MAX_SAMPLE_TOKENS = 4096
+_MAX_SAMPLE_CHARACTERS = 4000
+
+
+@dataclass
+class _Read:
+    """What reading the datasets left behind."""
+
+    template: str | None = None
+    formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
+    ignored: list[str] = field(default_factory=list[str])
+    timings: Timings = field(default_factory=Timings)
+
+
+def run(ctx: StageContext) -> RunResult:
+    """Prepare one job; returns PREPARED with the plan's essence. Known ends are raised as StageError."""
+    claim(ctx.store, ctx.config.run_uri, ctx.config.job.uid)
+    try:
+        return _prepare(ctx)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(Fault.DISK_FULL, what="the prepared data", needed_gib="?") from error
+        raise
+
+
+def _prepare(ctx: StageContext) -> RunResult:
+    spec = ctx.config.spec
+    for index, dataset in enumerate(spec.datasets):
+        check_given(dataset.format, spec.method.type, index)
+    model = read_model(ctx.store, spec.model.uri)
+    choices = Choices()
+    limit = sizing.sequence_limit(spec, model.facts)
+    loss_on = _loss_on(ctx, choices)
+    spool_dir = ctx.work_dir / "spool"
+    done = _Read()
+    with Ledger(ctx.work_dir / "decisions.jsonl") as ledger:
+        try:
+            bad = _bad_rows(ctx, choices, ledger)
+            _read_datasets(ctx, model, limit, loss_on, ledger, bad, spool_dir, done)
+            division = _divide(ctx, choices, ledger, spool_dir)
+        except StageError as error:
+            if error.reason is Reason.DATA_INVALID:
+                _upload_failure(ctx, ledger, done)
+            raise
+    formats = ", ".join(dict.fromkeys(done.formats))
+    if any(dataset.format is None for dataset in spec.datasets):
+        choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
+    return _write(ctx, model, limit, loss_on, choices, ledger, division, spool_dir, done)
+
+
+def _loss_on(ctx: StageContext, choices: Choices) -> LossOn:
+    method = ctx.config.spec.method
+    if method.type is MethodType.CPT:
+        return LossOn.ALL
+    given = method.sft.loss_on if method.sft else None
+    return choices.pick("method.sft.lossOn", given, LossOn.ASSISTANT, "the answers and the token that ends them")
+
+
+def _bad_rows(ctx: StageContext, choices: Choices, ledger: Ledger) -> BadRows:
+    preprocessing = ctx.config.spec.preprocessing or PreprocessingSpec()
+    policy = choices.pick(
+        "preprocessing.onBadRow", preprocessing.on_bad_row, OnBadRow.FAIL, "broken rows are never lost silently"
+    )
+    fraction = preprocessing.max_broken_fraction
+    if policy is OnBadRow.QUARANTINE:
+        fraction = choices.pick(
+            "preprocessing.maxBrokenFraction", fraction, _DEFAULT_MAX_BROKEN, "more is another problem"
+        )
+    return BadRows(ledger, policy is OnBadRow.QUARANTINE, fraction or 0.0)
+
+
+def _renderer(ctx: StageContext, model: Model, learn_all: bool) -> tuple[str, Renderer] | None:
+    """The template and its process; None when the model has no template and none was asked for."""
+    preprocessing = ctx.config.spec.preprocessing or PreprocessingSpec()
+    tokens = dict(model.special_tokens)
+    source = model.chat_template
+    if preprocessing.chat_template == "plain":
+        require_end_token(model)
+        assert model.tokenizer.eos_id is not None
+        tokens.setdefault("eos_token", model.tokenizer.decode([model.tokenizer.eos_id]))
+        source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
+    return None if source is None else (source, Renderer(source, tokens, datetime.now(UTC), learn_all))
+
+
+def _read_datasets(
+    ctx: StageContext,
+    model: Model,
+    limit: int,
+    loss_on: LossOn,
+    ledger: Ledger,
+    bad: BadRows,
+    spool_dir: Path,
+    done: _Read,
+) -> None:
+    """Read, check, render and tokenise all datasets into the spool; `done` is filled as it goes."""
+    spec = ctx.config.spec
+    method = spec.method.type
+    if method is MethodType.CPT:
+        require_end_token(model)
+    inputs = [find_files(ctx.store, dataset, index, ledger) for index, dataset in enumerate(spec.datasets)]
+    done.ignored = [uri for each in inputs for uri in each.ignored]
+    with ExitStack() as stack:
+        spool = stack.enter_context(Spool(spool_dir))
+        found = _renderer(ctx, model, loss_on is LossOn.ALL) if method is MethodType.SFT else None
+        if found is not None:
+            stack.callback(found[1].close)
+        renderer = found[1] if found else None
+        pipeline = Pipeline(model, method, loss_on, limit, renderer, ledger, bad, spool, done.timings)
+        for dataset, files in zip(spec.datasets, inputs, strict=True):
+            rows = checked_rows(ctx.store, ledger, bad, files, dataset.format, method, ctx.work_dir, done.formats)
+            for _ in pipeline.run(rows):
+                ctx.reporter.update(activity="Reading", rows_read=ledger.rows_read)
+        if found is not None and found[1].used:
+            done.template = found[0]
+    bad.check()
+
+
+def _divide(ctx: StageContext, choices: Choices, ledger: Ledger, spool_dir: Path) -> Division:
+    """Choose held-out rows and close the accounts of every file."""
+    evaluation = ctx.config.spec.evaluation or EvaluationSpec()
+    division = divide(spool_dir, evaluation.holdout_fraction)
+    held_out = int(division.held_out.sum())
+    if evaluation.holdout_fraction is None:
+        reason = f"{held_out:,} of {division.distinct:,} distinct rows"
+        if not held_out:
+            reason = f"fewer than {MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
+        choices.pick("evaluation.holdoutFraction", None, DEFAULT_HOLDOUT if held_out else 0.0, reason)
+    for row in np.flatnonzero(division.dropped):
+        record = division.rows[row]
+        ledger.drop(int(record["file"]), int(record["number"]), "split", "duplicate_of_held_out")
+    for mask, name in ((division.train, "used"), (division.held_out, "held_out")):
+        counts = np.bincount(division.rows["file"][mask], minlength=len(ledger.files))
+        for account, rows in zip(ledger.files, counts.tolist(), strict=True):
+            setattr(account, name, rows)
+    for account in ledger.files:
+        account.check()
+    if not division.train.any():
+        dropped = ledger.dropped
+        reason = dropped.most_common(1)[0][0] if dropped else "nothing: the files are empty"
+        raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
+    return division
+
+
+def _upload_failure(ctx: StageContext, ledger: Ledger, done: _Read) -> None:
+    """Leave the report of what was read, so that all broken rows can be found, not only the first."""
+    content = {"state": "failed", **report.funnel(ledger, done.ignored, done.timings.seconds)}
+    ledger.flush()
+    with suppress(StageError):  # what ended the stage matters more than storage that fails now
+        ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
+        ctx.store.upload(ctx.work_dir / "decisions.jsonl", join(ctx.config.run_uri, DECISIONS))
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode()
+
+
+def _write(
+    ctx: StageContext,
+    model: Model,
+    limit: int,
+    loss_on: LossOn,
+    choices: Choices,
+    ledger: Ledger,
+    division: Division,
+    spool_dir: Path,
+    done: _Read,
+) -> RunResult:
+    """Write the splits, size the run, plan its batches, upload; plan.json is last."""
+    ctx.reporter.update(activity="Saving", rows_read=ledger.rows_read)
+    spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
+    lengths = division.sequences["tokens"]
+    train_mask, held_mask = division.sequences_of(division.train), division.sequences_of(division.held_out)
+    with done.timings.of("split"):
+        written = {"train": write_split(spool_dir, ctx.work_dir / "train", train_mask, lengths)}
+        if held_mask.any():
+            written["held_out"] = write_split(spool_dir, ctx.work_dir / "held_out", held_mask, lengths)
+    train = division.sequences[train_mask]
+    data = DataFacts(
+        rows=len(train),
+        tokens=int(train["tokens"].sum(dtype=np.int64)),
+        label_tokens=int(train["labels"].sum(dtype=np.int64)),
+        longest_row=int(train["tokens"].max()),
+        prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
+        too_long_rows=ledger.dropped["too_long"],
+        sequence_limit=limit,
+    )
+    sized = sizing.size(spec, model.facts, model.family, data, ctx.config.resources)
+    hyper = sized.hyperparameters
+    plan = batches.plan_batches(train["tokens"], train["labels"], sized.total_rows, hyper.global_batch_size, hyper.seed)
+    batches.write(plan, ctx.work_dir / "batches.safetensors")
+    digest = _content_digest(written)
+    folder = join(run_uri, PREPARED, digest.removeprefix("sha256:")[:32])
+    with done.timings.of("upload"):
+        splits = {name: _upload_split(ctx, each, join(folder, name), division, name) for name, each in written.items()}
+        batches_record = _upload_batches(ctx, folder)
+    run_plan = RunPlan(
+        method=spec.method.type,
+        loss_on=loss_on,
+        formats=done.formats,
+        chat_template=done.template,
+        stop_token_ids=sorted(model.tokenizer.stop_ids)[:16],
+        model=model.facts,
+        hyperparameters=hyper,
+        train=splits["train"],
+        held_out=splits.get("held_out"),
+        batches=batches_record,
+        sample_prompts=_sample_prompts(model, division, spool_dir),
+        inputs=[
+            FileRecord(uri=each.uri, size_bytes=each.size_bytes, etag=each.etag, sha256=each.sha256)
+            for each in ledger.files
+        ],
+        resolved=[*sized.resolved, *choices.resolved],
+        train_tokens=int(plan.tokens.sum()),
+        label_tokens=int(plan.label_tokens.sum()),
+        memory_bytes=sized.memory_bytes,
+        disk_bytes=sized.disk_bytes,
+    )
+    content = {
+        "state": "prepared",
+        **report.funnel(ledger, done.ignored, done.timings.seconds),
+        "lengths": report.lengths(division, ledger),
+        "packing": report.packing(plan, train["tokens"], hyper),
+        "resolved": [value.model_dump() for value in run_plan.resolved],
+    }
+    store.put(join(run_uri, REPORT), _json(content))
+    store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))
+    store.put(join(run_uri, PLAN), run_plan.model_dump_json().encode())
+    ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
+    return _result(ctx, run_plan, ledger, digest)
+
+
+def _content_digest(written: dict[str, Written]) -> str:
+    parts = {f"{name}/{file}": sha256 for name, each in written.items() for file, sha256 in each.sha256.items()}
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _record(ctx: StageContext, path: Path, uri: str, sha256: str) -> FileRecord:
+    info = ctx.store.upload(path, uri)
+    return FileRecord(uri=uri, size_bytes=info.size_bytes, etag=info.etag, sha256=sha256)
+
+
+def _upload_split(ctx: StageContext, written: Written, uri: str, division: Division, name: str) -> SplitFiles:
+    kept = division.sequences[division.sequences_of(division.train if name == "train" else division.held_out)]
+    records = {
+        file: _record(ctx, written.folder / file, join(uri, file), sha256) for file, sha256 in written.sha256.items()
+    }
+    return SplitFiles(
+        rows=len(kept),
+        total_tokens=int(kept["tokens"].sum(dtype=np.int64)),
+        label_tokens=int(kept["labels"].sum(dtype=np.int64)),
+        longest_row=int(kept["tokens"].max()),
+        **records,
+    )
+
+
+def _upload_batches(ctx: StageContext, folder: str) -> FileRecord:
+    path = ctx.work_dir / "batches.safetensors"
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return _record(ctx, path, join(folder, f"batches-{sha256[:16]}.safetensors"), f"sha256:{sha256}")
+
+
+def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[SamplePrompt]:
+    """Beginnings of a few rows, held-out ones first: up to the first answer, or the first words of a text."""
+    tokens = np.memmap(spool_dir / "tokens", dtype="<u4", mode="r")
+    bounds = np.concatenate([[0], np.cumsum(division.sequences["tokens"].astype(np.int64))])
+    prompts: list[SamplePrompt] = []
+    for row in [*np.flatnonzero(division.held_out)[:100], *np.flatnonzero(division.train)[:100]]:
+        first = int(division.first_sequence[row])
+        begin, length = int(bounds[first]), int(bounds[first + 1] - bounds[first])
+        size = int(division.rows["prompt_tokens"][row])
+        if size >= length:  # the answer's begin is not known
+            size = min(TEXT_PROMPT_TOKENS, length - 1)
+        if not 1 <= size <= _MAX_SAMPLE_TOKENS:
+            continue
+        ids: Sequence[int] = tokens[begin : begin + size].tolist()
+        prompts.append(SamplePrompt(text=model.tokenizer.decode(ids)[:_MAX_SAMPLE_CHARACTERS], token_ids=list(ids)))
+        if len(prompts) == _SAMPLES:
+            break
+    return prompts
+
+
+def _result(ctx: StageContext, plan: RunPlan, ledger: Ledger, digest: str) -> RunResult:
+    run_uri, hyper = ctx.config.run_uri, plan.hyperparameters
+    used = sum(account.used for account in ledger.files)
+    return RunResult(
+        stage=ctx.stage,
+        attempt=ctx.attempt,
+        fault=Fault.PREPARED,
+        args={"rows_used": used, "rows_in": ledger.rows_read, "steps": hyper.total_steps},
+        exit_code=0,
+        plan=PlanStatus(
+            uri=join(run_uri, PLAN),
+            digest=plan.digest(),
+            steps=hyper.total_steps,
+            train_tokens=plan.train_tokens,
+            label_tokens=plan.label_tokens,
+            memory_bytes=plan.memory_bytes,
+            disk_bytes=plan.disk_bytes,
+            resolved=plan.resolved[:20],
+        ),
+        data=DataStatus(
+            files=len(ledger.files),
+            rows_in=ledger.rows_read,
+            rows_used=used,
+            rows_held_out=sum(account.held_out for account in ledger.files),
+            dropped=ledger.dropped_rows(),
+            digest=digest,
+            report_uri=join(run_uri, REPORT),
+        ),
+    )

@@ -1,0 +1,262 @@
+"""Every value the spec left open, chosen from what the model and the data are, with the reason. Pure.
+
+The rules and their evidence are in training-engine.md §4: LoRA on all linear layers, rank by the number of tokens to
+learn and learning rate by family and width (Thinking Machines, "LoRA Without Regret", 2025), small batches because
+LoRA pays for large ones at any rank.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from finetune_api.errors import StageError
+from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, MethodType, PeftSpec, PreprocessingSpec, Schedule
+from finetune_api.reasons import Fault
+from finetune_api.run import RunResources
+from finetune_api.status import ResolvedValue
+from finetune_trainer.batches import rows_to_read
+from finetune_trainer.runplan import Hyperparameters, ModelFacts
+
+T = TypeVar("T")
+GIB = 2**30
+DEFAULT_SEQUENCE_LENGTH = 2048
+_CPU_MICRO_BATCH_TOKENS = 2048
+_GPU_MICRO_BATCH_TOKENS = 8192
+_LOW_STEPS = 100
+_WANTED_STEPS = 200
+_MAX_BATCH_TOKENS = 65536
+_LR_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+_LR_FITTED_WIDTH = 2000  # the rule was fitted on models at least so wide
+_PROCESS_BYTES = 3 * GIB // 2  # torch, transformers and allocator slack
+_ACTIVATION_BYTES_PER_UNIT = 100  # fp32, per token, layer and unit of width: about 25 kept values
+_HEAD_TILE_BYTES = 128 * 2**20  # logits are made in tiles, never whole
+_CLEARLY = 1.1  # an estimate is refused only when it is above the limit by more than its own error
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the prepared training rows are."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    longest_row: int
+    prepared_bytes: int
+    too_long_rows: int
+    sequence_limit: int  # the length rows were dropped or split at
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What was chosen."""
+
+    hyperparameters: Hyperparameters
+    total_rows: int  # rows read over all steps
+    memory_bytes: int
+    disk_bytes: int
+    resolved: list[ResolvedValue]
+
+
+class Choices:
+    """Collects the values that the spec left open."""
+
+    def __init__(self) -> None:
+        self.resolved: list[ResolvedValue] = []
+
+    def pick(self, field: str, given: T | None, value: T, reason: str) -> T:
+        """`given`, or else `value`, which is then recorded with its reason."""
+        if given is not None:
+            return given
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value).removesuffix(".0")
+        self.resolved.append(ResolvedValue(field=field, value=shown, reason=reason[:160]))
+        return value
+
+
+def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
+    """The length in tokens above which rows are dropped (SFT) or split (CPT).
+
+    Raises SEQUENCE_LENGTH_TOO_LONG when the spec asks for more than the model was made for.
+    """
+    asked = spec.preprocessing.max_sequence_length if spec.preprocessing else None
+    if asked is None:
+        return min(DEFAULT_SEQUENCE_LENGTH, model.context_length)
+    if asked > model.context_length:
+        raise StageError(Fault.SEQUENCE_LENGTH_TOO_LONG, asked=asked, uri=model.uri[-256:], limit=model.context_length)
+    return asked
+
+
+def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts, resources: RunResources) -> Sizing:
+    """Decide every number of the run. `family` is the model_type of config.json.
+
+    Raises MEMORY_TOO_SMALL or DISK_FULL when what is granted clearly does not suffice.
+    """
+    choices = Choices()
+    cpt = spec.method.type is MethodType.CPT
+    preprocessing = spec.preprocessing or PreprocessingSpec()
+    hyper = spec.hyperparameters or HyperparametersSpec()
+    length = _sequence_length(choices, preprocessing, model, data)
+    rank, alpha = _adapter(choices, spec.peft, model, data.label_tokens, cpt)
+    epochs = _epochs(choices, hyper, data.rows, cpt)
+    batch = _batch_size(choices, hyper, data, epochs)
+    if hyper.max_steps is not None:
+        total_rows, steps = hyper.max_steps * batch, hyper.max_steps
+    else:
+        total_rows = rows_to_read(data.rows, epochs)
+        steps = -(-total_rows // batch)
+    learning_rate = _learning_rate(choices, hyper, model, family, steps)
+    warmup_ratio = choices.pick("hyperparameters.warmupRatio", hyper.warmup_ratio, 0.03, "usual for LoRA")
+    schedule = choices.pick(
+        "hyperparameters.schedule",
+        hyper.schedule,
+        Schedule.COSINE if cpt else Schedule.LINEAR,
+        "continued pre-training falls along a cosine" if cpt else "SFT falls linearly to 0",
+    )
+    weight_decay = choices.pick("hyperparameters.weightDecay", hyper.weight_decay, 0.0, "LoRA needs none")
+    seed = choices.pick("hyperparameters.seed", hyper.seed, 42, "fixed, so that a rerun repeats the order")
+    packing = choices.pick(
+        "preprocessing.packing",
+        preprocessing.packing,
+        model.packing_safe,
+        f"{family} passes the packed = unpacked test"
+        if model.packing_safe
+        else f"{family} is not known to keep packed rows apart",
+    )
+    micro, memory = _micro_batch(choices, model, data, rank, resources)
+    disk = _disk_bytes(model, data, rank)
+    if disk > resources.disk_bytes * _CLEARLY:
+        needed_gib = round((disk - resources.disk_bytes) / GIB, 1)
+        raise StageError(Fault.DISK_FULL, what="the model, the data and checkpoints", needed_gib=needed_gib)
+    return Sizing(
+        hyperparameters=Hyperparameters(
+            learning_rate=learning_rate,
+            warmup_steps=math.ceil(warmup_ratio * steps),
+            schedule=schedule,
+            weight_decay=weight_decay,
+            max_grad_norm=1.0,
+            seed=seed,
+            total_steps=steps,
+            global_batch_size=batch,
+            max_sequence_length=length,
+            micro_batch_tokens=micro,
+            packing=packing,
+            lora_rank=rank,
+            lora_alpha=alpha,
+            eval_interval_steps=max(1, -(-steps // 10)),
+        ),
+        total_rows=total_rows,
+        memory_bytes=memory,
+        disk_bytes=disk,
+        resolved=choices.resolved,
+    )
+
+
+def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, data: DataFacts) -> int:
+    reason = "the longest row"
+    if data.too_long_rows:
+        reason = f"the longest row kept; {data.too_long_rows} rows above {data.sequence_limit} were dropped as too_long"
+    elif data.longest_row == data.sequence_limit:
+        source = "the model's context length" if data.sequence_limit == model.context_length else "the default limit"
+        reason = f"{source}; longer texts are split"
+    return choices.pick("preprocessing.maxSequenceLength", spec.max_sequence_length, data.longest_row, reason)
+
+
+def _adapter(
+    choices: Choices, peft: PeftSpec | None, model: ModelFacts, label_tokens: int, cpt: bool
+) -> tuple[int, int]:
+    candidates = (64, 128) if cpt else (16, 32, 64, 128)
+    per_rank = model.lora_parameters_per_rank
+    rank = next((r for r in candidates if r * per_rank >= label_tokens), candidates[-1])
+    reason = f"{rank * per_rank:,} adapter weights for {label_tokens:,} tokens to learn"
+    if rank * per_rank < label_tokens:
+        reason += "; larger ranks are seldom served"
+    elif rank == candidates[0]:
+        reason += f"; {rank} is the least for {'CPT' if cpt else 'SFT'}"
+    if peft is None:
+        choices.pick("peft.type", None, "LoRA", "the adapter this release trains")
+    rank = choices.pick("peft.rank", peft.rank if peft else None, rank, reason)
+    alpha = choices.pick(
+        "peft.alpha",
+        peft.alpha if peft else None,
+        32,
+        "with alpha / rank the best learning rate hardly moves with rank",
+    )
+    return rank, alpha
+
+
+def _epochs(choices: Choices, spec: HyperparametersSpec, rows: int, cpt: bool) -> float:
+    """Passes over the data; with maxSteps only a measure for the batch size."""
+    if cpt:
+        epochs, reason = 1.0, "continued pre-training reads each text once"
+    else:
+        epochs = min(max(3.0, 100 / rows), max(1.0, 25_000 / rows))
+        epochs = round(min(max(epochs, 1.0), 10.0), 2)
+        reason = f"{rows:,} rows: 3 passes, more for fewer than 34 rows, fewer above 8,333"
+    if spec.max_steps is not None:
+        return epochs
+    return choices.pick("hyperparameters.epochs", spec.epochs, epochs, reason)
+
+
+def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float) -> int:
+    wanted = spec.max_steps or _WANTED_STEPS
+    mean_tokens = max(1, data.tokens // data.rows)
+    fitting = [b for b in (32, 16, 8) if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
+    value = min(fitting[0] if fitting else 4, data.rows)
+    steps = f"at least {wanted} steps" if fitting else f"as many steps as {data.rows:,} rows allow"
+    return choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, value, f"small, for {steps}")
+
+
+def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int) -> float:
+    """5e-4 · (2000 / hidden)^p: p is 0.781 for Llama and 0.0775 for Qwen (Tinker cookbook, 2025)."""
+    exponent = next((p for name, p in _LR_EXPONENTS.items() if family.startswith(name)), None)
+    if exponent is None:
+        value, reason = 2e-4, f"{family}: usual for LoRA"
+    else:
+        value = 5e-4 * (_LR_FITTED_WIDTH / max(model.hidden_size, _LR_FITTED_WIDTH)) ** exponent
+        reason = f"{family} of width {model.hidden_size}"
+    if steps < _LOW_STEPS:
+        value *= 1.5
+        reason += f", half as much again for only {steps} steps"
+    return choices.pick("hyperparameters.learningRate", spec.learning_rate, float(f"{value:.3g}"), reason)
+
+
+def memory_estimate(model: ModelFacts, rank: int, micro_batch_tokens: int, gpus: int) -> int:
+    """Bytes of host memory that training needs.
+
+    CPU, all fp32: weights 4N; adapter, gradient and two moments 16A; activations of one forward pass; a tile of
+    logits. GPU: the weights pass through the host once in their stored precision.
+    """
+    adapter = 16 * rank * model.lora_parameters_per_rank
+    if gpus:
+        return _PROCESS_BYTES + 2 * GIB + 2 * model.parameters + adapter
+    activations = micro_batch_tokens * model.layers * model.hidden_size * _ACTIVATION_BYTES_PER_UNIT
+    return _PROCESS_BYTES + 4 * model.parameters + adapter + activations + _HEAD_TILE_BYTES
+
+
+def _micro_batch(
+    choices: Choices, model: ModelFacts, data: DataFacts, rank: int, resources: RunResources
+) -> tuple[int, int]:
+    """(tokens of one forward pass, bytes of memory): the most that fits, never less than the longest row."""
+    wanted = _GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS
+    tokens = max(wanted, data.longest_row)
+    reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
+    while tokens > data.longest_row and memory_estimate(model, rank, tokens, resources.gpus) > resources.memory_bytes:
+        tokens = max(data.longest_row, tokens // 2)
+        reason = "what the memory allows"
+    if tokens == data.longest_row:
+        reason = "the longest row"
+    memory = memory_estimate(model, rank, tokens, resources.gpus)
+    if memory > resources.memory_bytes * _CLEARLY:
+        raise StageError(
+            Fault.MEMORY_TOO_SMALL,
+            needed_gib=round(memory / GIB, 1),
+            limit_gib=round(resources.memory_bytes / GIB, 1),
+        )
+    choices.pick("microBatchTokens", None, tokens, reason)
+    return tokens, memory
+
+
+def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int) -> int:
+    """Model files, prepared data, two checkpoints in the making, the adapter, logs."""
+    checkpoint = 12 * rank * model.lora_parameters_per_rank
+    files = sum(record.size_bytes for record in model.files)
+    return files + data.prepared_bytes + 3 * checkpoint + 256 * 2**20
