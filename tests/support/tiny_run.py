@@ -1,0 +1,280 @@
+"""A whole training run in a folder: tiny random model, tokenizer, prepared arrays and plan, as prepare leaves them."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, MethodType, Schedule
+from finetune_api.layout import PLAN, PREPARED, join
+from finetune_api.names import Stage
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
+from finetune_trainer.context import StageContext
+from finetune_trainer.families import PACKING_FAMILIES
+from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, RunPlan, SamplePrompt, SplitFiles
+from finetune_trainer.serve import Reporter
+from finetune_trainer.store import Store, open_store
+
+VOCABULARY = 320  # 256 bytes and room for special tokens
+STOP_ID = 257
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": STOP_ID,
+    "pad_token_id": 258,
+}
+_NOT_LINEAR_TARGETS = ("lm_head", "embed_out")
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Configuration of a model of `family` with about 30,000 weights."""
+    return AutoConfig.for_model(family, **{**_SMALL, **changes})
+
+
+def tiny_model(config: Any, seed: int = 0) -> Any:
+    """Random fp32 weights, larger than usual so that every part of the model shows in the output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.08)
+    return model
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Names of all linear layers but the head, as prepare gives them to LoRA."""
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return sorted(names - set(_NOT_LINEAR_TARGETS))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and three special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+def random_rows(count: int, seed: int, longest: int = 40) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids and labels of rows with something to learn: the answer is the prompt's first byte again and again."""
+    generator = np.random.default_rng(seed)
+    tokens: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for _ in range(count):
+        prompt = generator.integers(0, 256, generator.integers(2, longest // 2))
+        answer = np.full(generator.integers(2, longest // 2), prompt[0])
+        row = np.concatenate([prompt, answer, [STOP_ID]])
+        tokens.append(row.astype("<u4"))
+        labels.append((np.arange(len(row)) >= len(prompt)).astype("u1"))
+    return tokens, labels
+
+
+@dataclass
+class TinyRun:
+    """Folder, configuration and plan of one run."""
+
+    folder: Path
+    config: RunConfig
+    plan: RunPlan
+    store: Store
+
+    @property
+    def run_uri(self) -> str:
+        return self.config.run_uri
+
+    def write_plan(self, plan: RunPlan) -> None:
+        self.plan = plan
+        path = Path(join(self.run_uri, PLAN).removeprefix("file://"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(plan.model_dump_json())
+
+
+def _record(store: Store, path: Path) -> FileRecord:
+    uri = f"file://{path}"
+    info = store.head(uri)
+    assert info is not None
+    digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    return FileRecord(uri=uri, size_bytes=info.size_bytes, etag=info.etag, sha256=digest)
+
+
+def _write_split(store: Store, folder: Path, rows: int, seed: int, longest: int) -> SplitFiles:
+    tokens, labels = random_rows(rows, seed, longest)
+    offsets = np.cumsum([0, *map(len, tokens)]).astype("<i8")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.concatenate(tokens).tofile(folder / "tokens")
+    np.concatenate(labels).tofile(folder / "labels")
+    offsets.tofile(folder / "offsets")
+    return SplitFiles(
+        rows=rows,
+        total_tokens=int(offsets[-1]),
+        label_tokens=int(np.concatenate(labels).sum()),
+        longest_row=max(map(len, tokens)),
+        tokens=_record(store, folder / "tokens"),
+        labels=_record(store, folder / "labels"),
+        offsets=_record(store, folder / "offsets"),
+    )
+
+
+def _write_batches(store: Store, folder: Path, split: SplitFiles, steps: int, batch: int, seed: int) -> FileRecord:
+    prepared = folder / "train"
+    offsets = np.fromfile(prepared / "offsets", "<i8")
+    labels = np.add.reduceat(np.fromfile(prepared / "labels", "u1").astype(np.int64), offsets[:-1])
+    order: list[int] = []
+    generator = random.Random(seed)
+    while len(order) < steps * batch:
+        order += generator.sample(range(split.rows), split.rows)
+    rows = np.array(order[: steps * batch], dtype=np.int64).reshape(steps, batch)
+    safetensors.numpy.save_file(
+        {
+            "rows": rows.reshape(-1),
+            "step_offsets": np.arange(steps + 1, dtype=np.int64) * batch,
+            "label_tokens": labels[rows].sum(1),
+            "tokens": np.diff(offsets)[rows].sum(1),
+        },
+        folder / "batches.safetensors",
+    )
+    return _record(store, folder / "batches.safetensors")
+
+
+def make_run(
+    folder: Path,
+    *,
+    steps: int = 12,
+    rows: int = 48,
+    batch: int = 4,
+    longest: int = 40,
+    family: str = "llama",
+    model_changes: dict[str, Any] | None = None,
+    method: MethodType = MethodType.SFT,
+    checkpoint_interval_s: int = 600,
+    keep_last: int = 3,
+    gpus: int = 0,
+    **hyper: Any,
+) -> TinyRun:
+    """Everything below `folder`: model/, out/ (output.uri), scratch/."""
+    storage = StorageConfig()
+    store = open_store(storage)
+    model_folder = folder / "model"
+    model = tiny_model(tiny_config(family, **(model_changes or {})))
+    model.save_pretrained(model_folder)
+    byte_tokenizer().save_pretrained(model_folder)
+    uid = "1a2b3c4d-0000-4000-8000-000000000000"
+    run_uri = f"file://{folder}/out/tiny-1a2b3"
+    prepared = Path(join(run_uri, PREPARED).removeprefix("file://"))
+    train = _write_split(store, prepared / "train", rows, 1, longest)
+    held_out = _write_split(store, prepared / "held_out", 10, 2, longest)
+    hyperparameters = Hyperparameters.model_validate(
+        {
+            "learning_rate": 5e-3,
+            "warmup_steps": 2,
+            "schedule": Schedule.LINEAR,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "seed": 42,
+            "total_steps": steps,
+            "global_batch_size": batch,
+            "max_sequence_length": longest + 1,
+            "micro_batch_tokens": 96,
+            "packing": True,
+            "lora_rank": 4,
+            "lora_alpha": 32,
+            "eval_interval_steps": max(1, steps // 3),
+            **hyper,
+        }
+    )
+    files = [_record(store, path) for path in sorted(model_folder.iterdir())]
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n]
+    batches = _write_batches(store, prepared, train, steps, batch, hyperparameters.seed)
+    prompt = "".join(chr(c) for c in range(65, 75))
+    plan = RunPlan(
+        method=method,
+        loss_on=LossOn.ASSISTANT,
+        formats=[DatasetFormat.MESSAGES if method is MethodType.SFT else DatasetFormat.TEXT],
+        chat_template=TEMPLATE if method is MethodType.SFT else None,
+        stop_token_ids=[STOP_ID],
+        model=ModelFacts(
+            uri=f"file://{model_folder}",
+            digest="sha256:" + "0" * 64,
+            files=files,
+            architecture=type(model).__name__,
+            hidden_size=model.config.hidden_size,
+            layers=model.config.num_hidden_layers,
+            vocabulary_size=VOCABULARY,
+            parameters=sum(p.numel() for p in model.parameters()),
+            context_length=256,
+            lora_parameters_per_rank=sum(m.in_features + m.out_features for m in linear),
+            target_modules=linear_modules(model),
+            packing_safe=family in PACKING_FAMILIES,
+        ),
+        hyperparameters=hyperparameters,
+        train=train,
+        held_out=held_out,
+        batches=batches,
+        sample_prompts=[SamplePrompt(text=prompt[i:], token_ids=list(prompt[i:].encode())) for i in range(3)],
+        inputs=[],
+        resolved=[],
+        train_tokens=int(train.total_tokens),
+        label_tokens=int(train.label_tokens),
+        memory_bytes=2**30,
+        disk_bytes=2**30,
+    )
+    spec = FineTuneJobSpec.model_validate(
+        {
+            "model": {"uri": "s3://models/tiny"},
+            "method": {"type": method.value},
+            "datasets": [{"uri": "s3://data/rows.jsonl"}],
+            "checkpoint": {"intervalSeconds": checkpoint_interval_s, "keepLast": keep_last},
+            "output": {"uri": "s3://adapters/tiny"},
+        }
+    )
+    config = RunConfig(
+        contract_version=CONTRACT_VERSION,
+        job=JobRef(name="tiny", namespace="test", uid=uid),
+        spec=spec,
+        run_uri=run_uri,
+        storage=storage,
+        resources=RunResources(cpu_count=1, memory_bytes=2**31, disk_bytes=2**31, gpus=gpus),
+        work_dir=str(folder / "scratch"),
+        http_port=0,
+        termination_log=str(folder / "termination-log"),
+    )
+    run = TinyRun(folder, config, plan, store)
+    run.write_plan(plan)
+    return run
+
+
+def context(run: TinyRun, attempt: int = 1, stage: Stage = Stage.TRAIN) -> StageContext:
+    """What `__main__` gives to the stage, without its server and signals."""
+    work_dir = Path(run.config.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        config=run.config,
+        stage=stage,
+        attempt=attempt,
+        pod_uid=f"pod-{attempt}",
+        plan_digest=run.plan.digest(),
+        work_dir=work_dir,
+        store=run.store,
+        reporter=Reporter(stage, attempt, CollectorRegistry()),
+    )

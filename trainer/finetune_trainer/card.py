@@ -1,0 +1,129 @@
+"""README.md of an adapter: what it is, how well it does, how it was made, how to serve it. Pure; holds no data rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune_trainer.evaluate import Answer, HeldOut
+from finetune_trainer.runplan import RunPlan
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What the adapter was made from."""
+
+    job_name: str
+    plan_digest: str
+    base_digest: str
+    base_files: dict[str, str]  # name -> sha256
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What was measured; empty where there were no held-out rows or prompts."""
+
+    held_out: Sequence[HeldOut]  # the base's first, the finished adapter's last
+    base_answers: Sequence[Answer]
+    tuned_answers: Sequence[Answer]
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that serves an adapter of `rank`."""
+    return next(allowed for allowed in _VLLM_RANKS if allowed >= rank)
+
+
+def stop_ratio(answers: Sequence[Answer]) -> float:
+    """Share of answers that ended with a stop token within the limit."""
+    return sum(answer.stopped for answer in answers) / max(1, len(answers))
+
+
+def repetition(answers: Sequence[Answer]) -> float:
+    """Mean share of repeated 4-grams."""
+    return sum(answer.repetition_ratio for answer in answers) / max(1, len(answers))
+
+
+def model_card(plan: RunPlan, lineage: Lineage, found: Evaluations) -> str:
+    """The whole README.md."""
+    hyper = plan.hyperparameters
+    rank = vllm_rank(hyper.lora_rank)
+    name = lineage.job_name
+    sections = [
+        f"""---
+library_name: peft
+base_model: {plan.model.uri}
+pipeline_tag: text-generation
+tags: [lora, {plan.method.value.lower()}]
+---
+
+# {name}
+
+A LoRA adapter for `{plan.model.uri}` ({plan.model.architecture}, {plan.model.parameters:,} weights), trained by
+{"supervised fine-tuning" if plan.method.value == "SFT" else "continued pre-training"} for {hyper.total_steps} steps
+on {plan.train.rows:,} rows with {plan.train.label_tokens:,} tokens to learn.
+Before it was committed it was reloaded from these files and shown to compute what was trained.
+""",
+        _results(found),
+        f"""## Serve
+
+With vLLM, from local copies of the base model and of this folder:
+
+```sh
+vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {name}=ADAPTER_FOLDER
+```
+
+With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. Ask with the chat template of this folder
+(`chat_template.jinja`, if there is one): it is the one that was trained with. Answers end with the token ids of
+`generation_config.json`.
+""",
+        _table("## Hyperparameters", ("Name", "Value"), _hyperparameters(plan)),
+        _table(
+            "## Chosen values",
+            ("Field", "Value", "Why"),
+            [(value.field, value.value, value.reason) for value in plan.resolved],
+        ),
+        _table(
+            "## Lineage",
+            ("What", "Digest"),
+            [
+                ("plan", lineage.plan_digest),
+                ("training tokens", str(plan.train.tokens.sha256)),
+                ("training labels", str(plan.train.labels.sha256)),
+                ("base model", lineage.base_digest),
+                *((f"base model: {file}", digest) for file, digest in sorted(lineage.base_files.items())),
+                *((package, version) for package, version in sorted(lineage.versions.items())),
+            ],
+        ),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _results(found: Evaluations) -> str:
+    rows: list[tuple[str, ...]] = []
+    if found.held_out:
+        base, tuned = found.held_out[0], found.held_out[-1]
+        rows += [
+            ("loss on held-out rows (nats per token)", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
+            ("perplexity on held-out rows", f"{base.perplexity:.3f}", f"{tuned.perplexity:.3f}"),
+        ]
+    if found.tuned_answers:
+        base_answers, tuned_answers = found.base_answers, found.tuned_answers
+        rows += [
+            ("sample answers that end", f"{stop_ratio(base_answers):.0%}", f"{stop_ratio(tuned_answers):.0%}"),
+            ("repetition in sample answers", f"{repetition(base_answers):.0%}", f"{repetition(tuned_answers):.0%}"),
+        ]
+    return _table("## Results", ("", "Base", "Tuned"), rows)
+
+
+def _hyperparameters(plan: RunPlan) -> list[tuple[str, str]]:
+    values = plan.hyperparameters.model_dump(mode="json")
+    return [(name, str(value)) for name, value in values.items()]
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table below its title; nothing without rows."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    return "\n".join([title, "", lines[0], "|" + " --- |" * len(header), *lines[1:], ""])

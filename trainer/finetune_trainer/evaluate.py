@@ -1,0 +1,91 @@
+"""What the model can do: loss on held-out rows, and answers to the sample prompts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetune_api.base import WireModel
+from finetune_trainer.inputs import Rows
+from finetune_trainer.loop import passes
+from finetune_trainer.model import LanguageModel
+from finetune_trainer.runplan import SamplePrompt
+from finetune_trainer.stop import StopFlag
+
+MAX_NEW_TOKENS = 64
+MAX_HELD_OUT_ROWS = 2000
+_NGRAM = 4
+
+
+class HeldOut(WireModel):
+    """Token-weighted loss on held-out rows after a number of steps; 0 is the base model."""
+
+    step: int = Field(ge=0)
+    loss: float  # nats per label token
+    rows: int = Field(ge=0)
+    label_tokens: int = Field(ge=0)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # e^709 is the largest float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer. Its words are data: they belong into eval.json in the bucket and nowhere else."""
+
+    text: str
+    token_ids: list[int]
+    stopped: bool  # by a stop token, not by the limit
+
+    @property
+    def repetition_ratio(self) -> float:
+        return repetition_ratio(self.token_ids)
+
+
+def repetition_ratio(token_ids: Sequence[int]) -> float:
+    """Share of the 4-grams that occurred before in the same answer; 0 for answers too short to tell."""
+    ngrams = [tuple(token_ids[i : i + _NGRAM]) for i in range(len(token_ids) - _NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def held_out_loss(
+    lm: LanguageModel, held_out: Rows, budget_tokens: int, packing: bool, step: int, stop: StopFlag
+) -> HeldOut | None:
+    """Loss on the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile."""
+    rows = list(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
+    total = torch.zeros((), dtype=torch.float64, device=lm.device)
+    labels = 0
+    for group in passes(rows, held_out.lengths(rows), budget_tokens, packing):
+        if stop.is_set():
+            return None
+        batch = held_out.batch(group, lm.device)
+        total -= lm.token_logprobs(batch).double().sum()
+        labels += len(batch.targets)
+    return HeldOut(step=step, loss=float(total) / max(1, labels), rows=len(rows), label_tokens=labels)
+
+
+@torch.no_grad()
+def answers(
+    lm: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[SamplePrompt], stop_ids: list[int]
+) -> list[Answer]:
+    """Greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another."""
+    padding = stop_ids[0] if stop_ids else 0
+    config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=padding
+    )
+    found: list[Answer] = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids], dtype=torch.int64, device=lm.device)
+        with lm.own_attention(), lm.precision():
+            output = lm.causal.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        stopped = bool(new) and new[-1] in stop_ids
+        text = tokenizer.decode(new[:-1] if stopped else new)
+        found.append(Answer(str(text), new, stopped))
+    return found

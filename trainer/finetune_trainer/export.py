@@ -1,0 +1,222 @@
+"""The adapter as others read it: a plain PEFT folder, reloaded and compared before anybody may trust it."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finetune_api.errors import StageError
+from finetune_api.layout import ADAPTER, join
+from finetune_api.reasons import Fault
+from finetune_api.status import Artifact
+from finetune_trainer.card import Evaluations, Lineage, model_card, repetition, stop_ratio
+from finetune_trainer.checkpoint import MANIFEST, disk_error, file_digest
+from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
+from finetune_trainer.evaluate import Answer
+from finetune_trainer.inputs import Batch
+from finetune_trainer.model import LanguageModel
+from finetune_trainer.runplan import RunPlan
+from finetune_trainer.store import PreconditionFailed, Store
+
+TEMPLATE = "chat_template.jinja"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_SAME_LOGPROB = {"cpu": 1e-5, "cuda": 2e-2}  # fp32, bf16
+_NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
+_PACKAGES = ("torch", "transformers", "peft", "finetune-operator")
+
+
+def package_versions() -> dict[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
+
+def model_stop_ids(model_folder: Path) -> list[int]:
+    """Token ids that the base model's own configuration stops at."""
+    for name in ("generation_config.json", "config.json"):
+        path = model_folder / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return [int(token_id) for token_id in (found if isinstance(found, list) else [found])]
+    return []
+
+
+def write_adapter(
+    adapted: PeftModel,
+    folder: Path,
+    model_folder: Path,
+    plan: RunPlan,
+    stop_ids: list[int],
+    lineage: Lineage,
+    found: Evaluations,
+) -> None:
+    """Write everything but the manifest. Raises NOT_FINITE for weights that are not numbers, DISK_FULL."""
+    shutil.rmtree(folder, ignore_errors=True)
+    weights: dict[str, Tensor] = {}
+    try:
+        # Without the flag PEFT asks the Hub whether the base has another vocabulary.
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        _sort_config(folder / CONFIG_NAME)
+        weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        _write_tokenizer(folder, model_folder, plan)
+        _write_generation_config(folder, model_folder, stop_ids)
+        (folder / "README.md").write_text(model_card(plan, lineage, found))
+        (folder / "eval.json").write_text(json.dumps(_eval_json(plan, found), indent=1, ensure_ascii=False))
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, "the adapter", weights) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise StageError(Fault.NOT_FINITE, count=1, step=plan.hyperparameters.total_steps)
+
+
+def _sort_config(path: Path) -> None:
+    """PEFT keeps the modules as a set: sorted, equal runs give equal bytes."""
+    content = json.loads(path.read_text())
+    content["target_modules"] = sorted(content["target_modules"])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True))
+
+
+def _write_tokenizer(folder: Path, model_folder: Path, plan: RunPlan) -> None:
+    """The base model's tokenizer as it is, with the chat template that was trained with and no other."""
+    for name in _TOKENIZER_FILES:
+        if (model_folder / name).exists():
+            shutil.copyfile(model_folder / name, folder / name)
+    config = model_folder / "tokenizer_config.json"
+    if config.exists():
+        content = json.loads(config.read_text())
+        if plan.chat_template is not None:
+            content.pop("chat_template", None)
+        (folder / config.name).write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    if plan.chat_template is not None:
+        (folder / TEMPLATE).write_text(plan.chat_template)
+    elif (model_folder / TEMPLATE).exists():
+        shutil.copyfile(model_folder / TEMPLATE, folder / TEMPLATE)
+
+
+def _write_generation_config(folder: Path, model_folder: Path, stop_ids: list[int]) -> None:
+    path = model_folder / "generation_config.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if stop_ids:
+        content["eos_token_id"] = stop_ids
+    (folder / path.name).write_text(json.dumps(content, indent=2))
+
+
+def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
+    def sample(answer: Answer) -> dict[str, object]:
+        return {**asdict(answer), "repetition_ratio": answer.repetition_ratio}
+
+    return {
+        "held_out": [evaluation.model_dump() | {"perplexity": evaluation.perplexity} for evaluation in found.held_out],
+        "samples": [
+            {"prompt": prompt.text, "base": sample(base), "tuned": sample(tuned)}
+            for prompt, base, tuned in zip(
+                plan.sample_prompts, found.base_answers, found.tuned_answers, strict=bool(found.tuned_answers)
+            )
+        ],
+        "stop_ratio": {"base": stop_ratio(found.base_answers), "tuned": stop_ratio(found.tuned_answers)},
+        "repetition_ratio": {"base": repetition(found.base_answers), "tuned": repetition(found.tuned_answers)},
+    }
+
+
+def check_reload(lm: LanguageModel, adapted: PeftModel, folder: Path, batches: Sequence[Batch]) -> dict[str, float]:
+    """Load the adapter from `folder` with plain PEFT and compare log-probabilities with the live model and the base.
+
+    Ends the life of `adapted`: its layers are taken out of the base, whose weights are used again, as two bases may
+    not fit. Raises RELOAD_MISMATCH or ADAPTER_NO_EFFECT.
+    """
+    live = _logprobs(lm, batches)
+    with adapted.disable_adapter():
+        base = _logprobs(lm, batches)
+    bare = adapted.unload()  # type: ignore[operator]
+    assert isinstance(bare, PreTrainedModel)
+    reloaded_model = PeftModel.from_pretrained(bare, str(folder)).eval()
+    assert reloaded_model.get_base_model() is lm.causal
+    reloaded = _logprobs(lm, batches)
+    mismatch = _largest_difference(reloaded, live)
+    effect = _largest_difference(reloaded, base)
+    if not mismatch <= _SAME_LOGPROB[lm.device.type]:
+        raise StageError(Fault.RELOAD_MISMATCH, difference=mismatch)
+    if not effect > _NO_EFFECT_LOGPROB:
+        raise StageError(Fault.ADAPTER_NO_EFFECT, difference=effect)
+    return {"reload_difference": mismatch, "effect": effect}
+
+
+def _logprobs(lm: LanguageModel, batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([lm.token_logprobs(batch) for batch in batches])
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """NaN if any log-probability is not a number, which no comparison passes."""
+    return float((a - b).abs().max())
+
+
+def upload(
+    store: Store, fence: Fence, run_uri: str, folder: Path, plan: RunPlan, lineage: Lineage, checks: dict[str, float]
+) -> Artifact:
+    """Upload the folder and publish its manifest; nothing that lies in the bucket is overwritten.
+
+    The folder's name is `adapter`, unless an earlier attempt died while it wrote there: then the epoch is in it.
+    Raises SUPERSEDED when a newer attempt has taken over.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    files = [
+        ManifestFile(path=name, size_bytes=(folder / name).stat().st_size, sha256=file_digest(folder / name))
+        for name in names
+    ]
+    adapter_uri = join(run_uri, ADAPTER)
+    if store.list(join(adapter_uri, ""), limit=100) or not _upload_files(store, fence, folder, names, adapter_uri):
+        adapter_uri = join(run_uri, f"{ADAPTER}-{fence.epoch}")
+        _upload_files(store, fence, folder, names, adapter_uri)
+    manifest: dict[str, object] = {
+        "version": 1,
+        "files": [file.model_dump() for file in files],
+        "step": plan.hyperparameters.total_steps,
+        "epoch": fence.epoch,
+        "plan_digest": lineage.plan_digest,
+        "base": {"uri": plan.model.uri, "digest": lineage.base_digest, "files": lineage.base_files},
+        "versions": lineage.versions,
+        "checks": checks,
+    }
+    manifest_uri = join(adapter_uri, MANIFEST)
+    digest = publish_manifest(store, fence, manifest_uri, manifest)
+    return Artifact(
+        type="Adapter",
+        uri=join(adapter_uri, ""),
+        digest=digest,
+        manifest_uri=manifest_uri,
+        base_digest=lineage.base_digest,
+        rank=plan.hyperparameters.lora_rank,
+    )
+
+
+def remove_orphans(store: Store, run_uri: str, committed: Artifact) -> None:
+    """After the commit: remove what earlier attempts uploaded but never committed."""
+    for info in store.list(join(run_uri, ADAPTER), limit=1000):
+        if not info.uri.startswith(join(committed.uri, "")):
+            store.delete(info.uri)
+
+
+def _upload_files(store: Store, fence: Fence, folder: Path, names: Sequence[str], uri: str) -> bool:
+    """False when another writer has put a file there in the meantime."""
+    fence.check()
+    try:
+        for name in names:
+            store.upload(folder / name, join(uri, name), if_none_match=True)
+    except PreconditionFailed:
+        return False
+    return True

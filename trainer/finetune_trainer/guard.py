@@ -1,0 +1,138 @@
+"""What stops a run that goes wrong: values that are not finite, a step that never ends, a GPU without memory."""
+
+import faulthandler
+import logging
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.loop import Stepper
+
+log = logging.getLogger(__name__)
+
+MAX_NONFINITE_IN_A_ROW = 3
+MAX_OOM_RETRIES = 3
+STALL_FLOOR_S = 300.0
+STALL_FACTOR = 10
+
+
+def nonfinite_in_a_row(before: int, finite: bool, step: int) -> int:
+    """The new number of steps in a row that were skipped. Raises NOT_FINITE at the third."""
+    if finite:
+        return 0
+    if before + 1 >= MAX_NONFINITE_IN_A_ROW:
+        raise StageError(Fault.NOT_FINITE, count=before + 1, step=step)
+    return before + 1
+
+
+def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
+    """After an attempt's first step: the loss must depend on the adapter.
+
+    Single matrices may have no gradient, such as those of queries in rows of two tokens; all of them may not.
+    Raises ADAPTER_NO_EFFECT.
+    """
+    # The gradient of A is zero as long as B is, so B tells.
+    gradients = [p.grad for name, p in parameters.items() if "lora_B" in name and p.grad is not None]
+    if not any(bool((gradient != 0).any()) for gradient in gradients):
+        raise StageError(Fault.ADAPTER_NO_EFFECT, difference=0.0)
+
+
+@dataclass
+class OomRetry:
+    """Repeats a step with half the tokens per pass when the GPU's memory runs out: same rows, same update."""
+
+    on_retry: Callable[[], None]
+    retries: int = 0
+
+    def run(self, step: int, stepper: Stepper) -> Tensor:
+        """What `stepper.run(step)` returns. Raises GPU_OOM when three halvings over the attempt did not help."""
+        while True:
+            try:
+                return stepper.run(step)
+            except torch.cuda.OutOfMemoryError as error:
+                if self.retries == MAX_OOM_RETRIES:
+                    raise StageError(Fault.GPU_OOM, step=step) from error
+            # Outside the handler: the error's trace holds the failed pass's tensors.
+            self.retries += 1
+            self.on_retry()
+            stepper.budget_tokens = max(1, stepper.budget_tokens // 2)
+            log.warning("GPU memory ran out at step %d; passes of %d tokens from now on", step, stepper.budget_tokens)
+            torch.cuda.empty_cache()
+
+
+def stall_limit_s(step_seconds: list[float]) -> float:
+    """How long a step may take: ten times the median so far, and never less than five minutes."""
+    return max(STALL_FLOOR_S, STALL_FACTOR * statistics.median(step_seconds)) if step_seconds else STALL_FLOOR_S
+
+
+class Watchdog:
+    """Notices that no step ends any more, dumps all stacks to stderr and calls `on_stall(step, seconds)`, once.
+
+    The main thread is stuck then, perhaps in a kernel, and cannot be interrupted: `on_stall` has to end the process.
+    """
+
+    def __init__(self, on_stall: Callable[[int, float], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._on_stall = on_stall
+        self._clock = clock
+        self._durations: deque[float] = deque(maxlen=100)
+        self._lock = threading.Lock()
+        self._last_s: float | None = None  # None: not watching
+        self._step = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        with self._lock:
+            self._step, self._last_s = step, self._clock()
+
+    def end(self) -> None:
+        """A step has ended; nothing is watched until the next one begins."""
+        with self._lock:
+            if self._last_s is not None:
+                self._durations.append(self._clock() - self._last_s)
+            self._last_s = None
+
+    def overdue(self) -> tuple[int, float] | None:
+        """(step, seconds) if the running step takes too long."""
+        with self._lock:
+            if self._last_s is None:
+                return None
+            elapsed_s = self._clock() - self._last_s
+            return (self._step, elapsed_s) if elapsed_s > stall_limit_s(list(self._durations)) else None
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            if late := self.overdue():
+                faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+                log.error("no step finished for %.0f s after step %d", late[1], late[0])
+                self._on_stall(*late)
+                return
+
+
+@contextmanager
+def watching(watchdog: Watchdog) -> Generator[None]:
+    """Run the watchdog for the length of a block."""
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.close()

@@ -1,0 +1,184 @@
+"""What train reads: the plan, the base model's files, and the prepared arrays, each verified against its pin."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from finetune_api.errors import StageError
+from finetune_api.layout import PLAN, join
+from finetune_api.reasons import Fault
+from finetune_trainer.attention import Segments
+from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
+from finetune_trainer.store import Store
+
+IntArray = npt.NDArray[np.int64]
+_MAX_PLAN_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
+
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64, from 0 in every row
+    segments: Segments
+    sources: Tensor  # (N,) int64 places whose hidden state predicts the label
+    targets: Tensor  # (N,) int64 token ids
+
+    @property
+    def tokens(self) -> int:
+        return self.segments.bounds[-1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The prepared rows of one split, memory-mapped: memory stays flat as the data grows."""
+
+    tokens: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.uint8]
+    offsets: IntArray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
+        """Lay `rows` one after another, in this order."""
+        spans = [slice(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows]
+        return pack_rows([self.tokens[span] for span in spans], [self.labels[span] for span in spans], device)
+
+
+def pack_rows(tokens: Sequence[npt.NDArray[Any]], labels: Sequence[npt.NDArray[Any]], device: torch.device) -> Batch:
+    """One pass with the given rows one after another. labels[i][j] is 1 where tokens[i][j] is to be predicted."""
+    lengths = [len(row) for row in tokens]
+    bounds = np.cumsum([0, *lengths])
+    places = np.flatnonzero(np.concatenate(labels))
+    ids = np.concatenate(tokens).astype(np.int64)
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+
+    def on_device(array: npt.NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    segments = Segments(tuple(bounds.tolist()), on_device(bounds.astype(np.int32)), max(lengths))
+    return Batch(
+        input_ids=on_device(ids)[None],
+        position_ids=on_device(positions)[None],
+        segments=segments,
+        sources=on_device(places - 1),
+        targets=on_device(ids[places]),
+    )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which rows every step reads, and how many labels they have."""
+
+    rows: IntArray
+    step_offsets: IntArray
+    label_tokens: IntArray
+    tokens: IntArray
+
+    def __len__(self) -> int:
+        return len(self.step_offsets) - 1
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens of all steps after `step`."""
+        return int(self.tokens.sum() - self.tokens[: step + 1].sum())
+
+    def rows_of(self, step: int) -> list[int]:
+        return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
+
+
+def read_plan(store: Store, run_uri: str, digest: str | None) -> RunPlan:
+    """The plan that prepare wrote. Raises CONFIG_CHANGED if it is not the one this attempt was told to follow."""
+    uri = join(run_uri, PLAN)
+    content, _ = store.read(uri, max_bytes=_MAX_PLAN_BYTES)
+    try:
+        plan = RunPlan.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise StageError(
+            Fault.CONFIG_UNREADABLE, field=f"plan.json {field}"[:256], problem=first["msg"][:256]
+        ) from error
+    found = plan.digest()
+    if digest is not None and found != digest:
+        raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=found, expected=digest)
+    return plan
+
+
+def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, str]:
+    """Download the base model's files, pinned; returns file name -> "sha256:…".
+
+    Raises MODEL_CHANGED when a file is not the one that was planned with.
+    """
+    digests: dict[str, str] = {}
+    for record in plan.model.files:
+        name = record.uri.removeprefix(join(plan.model.uri, ""))
+        parts = PurePosixPath(name).parts
+        if name == record.uri or not parts or ".." in parts or parts[0] == "/":
+            raise StageError(Fault.CONFIG_UNREADABLE, field="plan.model.files", problem="a file outside the model")
+        digests[name] = _fetch(store, record, folder.joinpath(*parts), Fault.MODEL_CHANGED)
+    return digests
+
+
+def _fetch(store: Store, record: FileRecord, path: Path, changed: Fault) -> str:
+    """Download one pinned file; returns its digest. Raises `changed` when ETag, size or digest differ."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        digest = store.download(record.uri, path, if_match=record.etag)
+    except StageError as error:
+        if error.fault is Fault.INPUT_CHANGED:
+            raise StageError(changed, uri=record.uri, file=record.uri) from error
+        raise
+    if path.stat().st_size != record.size_bytes or record.sha256 not in (None, digest):
+        raise StageError(changed, uri=record.uri, file=record.uri)
+    return digest
+
+
+def fetch_rows(store: Store, split: SplitFiles, folder: Path) -> Rows:
+    """Download one split's arrays and map them. Raises INPUT_CHANGED when they are not what prepare wrote."""
+    for name in ("tokens", "labels", "offsets"):
+        _fetch(store, getattr(split, name), folder / name, Fault.INPUT_CHANGED)
+    rows = Rows(
+        tokens=_mapped(folder / "tokens", "<u4"),
+        labels=_mapped(folder / "labels", "<u1"),
+        offsets=np.fromfile(folder / "offsets", dtype="<i8"),
+    )
+    whole = len(rows) == split.rows and rows.offsets[-1] == len(rows.tokens) == len(rows.labels) == split.total_tokens
+    if not whole:
+        raise StageError(Fault.INPUT_CHANGED, file=split.offsets.uri)
+    return rows
+
+
+def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+
+
+def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
+    """Download the batch plan. Raises INPUT_CHANGED when it is not what prepare wrote."""
+    path = folder / "batches.safetensors"
+    _fetch(store, plan.batches, path, Fault.INPUT_CHANGED)
+    tensors = safetensors.numpy.load_file(path)
+    steps = StepPlan(**{name: tensors[name] for name in ("rows", "step_offsets", "label_tokens", "tokens")})
+    if len(steps) != plan.hyperparameters.total_steps:
+        raise StageError(Fault.INPUT_CHANGED, file=plan.batches.uri)
+    return steps
+
+
+def digest_of(digests: dict[str, str]) -> str:
+    """One digest over names and digests of files, whatever their order."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()

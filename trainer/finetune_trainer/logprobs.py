@@ -1,0 +1,74 @@
+"""The loss head: log-probabilities of label tokens without the full logits.
+
+Only label positions are projected, in tiles, with fp32 results; the gradient is made in the same pass, as in Liger
+Kernel (https://arxiv.org/abs/2410.10989), since the head is frozen. Full logits would cost 10 bytes per token and
+entry of the vocabulary and are never held.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # fp32 logits of one tile; the CPU's fits its cache hierarchy
+
+
+def _tiles(rows: int, head: Tensor) -> Iterator[slice]:
+    """Slices of label positions whose fp32 logits fit the tile size."""
+    size = max(16, _TILE_BYTES.get(head.device.type, _TILE_BYTES["cuda"]) // (4 * head.shape[0]))
+    for begin in range(0, rows, size):
+        yield slice(begin, min(begin + size, rows))
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (n, h), head (V, h) -> (n, V) fp32, summed in fp32 also for half-precision inputs."""
+    if head.is_cuda and head.dtype != torch.float32:
+        logits = torch.mm(hidden, head.t(), out_dtype=torch.float32)
+    else:
+        logits = torch.mm(hidden, head.t()).float()
+    return logits if bias is None else logits.add_(bias)
+
+
+class _NllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+        """Sum of the negative log-likelihoods, fp32 scalar, and beside it the gradient of `hidden`."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for tile in _tiles(len(targets), head):
+            logits = _logits(hidden[tile] * scale, head, bias)
+            target = targets[tile, None]
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, target)).sum()
+            probabilities = logits.sub_(normaliser).exp_()
+            probabilities.scatter_add_(1, target, probabilities.new_full((1, 1), -1.0).expand_as(target))
+            torch.mm(probabilities.to(head.dtype), head, out=gradient[tile])
+        ctx.save_for_backward(gradient.mul_(scale))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+
+
+def nll_sum(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float = 1.0) -> Tensor:
+    """Sum over label positions of -log p(target), fp32 scalar in nats, differentiable in `hidden`.
+
+    hidden: (n, h) states that predict `targets` (n,) int64; head: (V, h) frozen, of hidden's dtype; bias: (V,).
+    logits = scale · hidden · headᵀ + bias.
+    """
+    result = _NllSum.apply(hidden.to(head.dtype), head, bias, targets, scale)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@torch.no_grad()
+def token_logprobs(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float = 1.0) -> Tensor:
+    """(n,) fp32 log p(target) in nats; arguments as in `nll_sum`."""
+    result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for tile in _tiles(len(targets), head):
+        logits = _logits(hidden[tile].to(head.dtype) * scale, head, bias)
+        result[tile] = logits.gather(1, targets[tile, None])[:, 0] - logits.logsumexp(dim=1)
+    return result

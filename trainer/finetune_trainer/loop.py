@@ -1,0 +1,104 @@
+"""The step, nothing else: forward, backward, clip, AdamW. No step waits for the device.
+
+The loss of a step is the sum over its label tokens divided by their planned number, so accumulation over forward
+passes changes nothing but rounding, however the rows are packed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune_api.job import Schedule
+from finetune_trainer.batches import pack
+from finetune_trainer.inputs import Batch, Rows, StepPlan
+from finetune_trainer.model import LanguageModel
+from finetune_trainer.recipes import Recipe
+from finetune_trainer.runplan import Hyperparameters
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
+_COSINE_FLOOR = 0.1  # share of the peak at the end, as in continued pre-training (https://arxiv.org/abs/2403.08763)
+
+
+def learning_rate(step: int, hyper: Hyperparameters) -> float:
+    """Learning rate of step `step`, counted from 0: linear warm-up, then the schedule down to the last step."""
+    if step < hyper.warmup_steps:
+        return hyper.learning_rate * (step + 1) / (hyper.warmup_steps + 1)
+    done = (step - hyper.warmup_steps) / max(1, hyper.total_steps - hyper.warmup_steps)
+    match hyper.schedule:
+        case Schedule.CONSTANT:
+            share = 1.0
+        case Schedule.LINEAR:
+            share = 1.0 - done
+        case Schedule.COSINE:
+            share = _COSINE_FLOOR + (1 - _COSINE_FLOOR) * (1 + math.cos(math.pi * done)) / 2
+    return hyper.learning_rate * share
+
+
+def passes(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int, packing: bool) -> Iterator[list[int]]:
+    """Divide a step's rows into forward passes of at most `budget_tokens`, or one row each without packing."""
+    if not packing:
+        yield from ([row] for row in rows)
+        return
+    for places in pack(lengths, max(budget_tokens, max(lengths))):
+        yield [rows[place] for place in places]
+
+
+@dataclass
+class Stepper:
+    """Runs planned steps on one model; the only state is the optimizer's and the parameters'."""
+
+    lm: LanguageModel
+    recipe: Recipe
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.AdamW
+    rows: Rows
+    steps: StepPlan
+    hyper: Hyperparameters
+    budget_tokens: int
+
+    def run(self, step: int) -> Tensor:
+        """Train step `step`; returns (3,) fp64 on the device: loss in nats per label token, gradient norm before
+        clipping, and 1 if both were finite. Where they were not, AdamW leaves everything as it was.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), dtype=torch.float64, device=self.lm.device)
+        labels = max(1, int(self.steps.label_tokens[step]))
+        for batch in self._batches(step):
+            part = self.recipe.loss_sum(self.lm, batch) / labels
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.hyper.max_grad_norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips on the device
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.hyper)
+        self.optimizer.step()
+        return torch.stack([loss, norm.double(), finite.double()])
+
+    def _batches(self, step: int) -> Iterator[Batch]:
+        rows = self.steps.rows_of(step)
+        for group in passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing):
+            yield self.rows.batch(group, self.lm.device)
+
+
+def make_optimizer(parameters: list[nn.Parameter], hyper: Hyperparameters) -> torch.optim.AdamW:
+    """Fused AdamW (https://arxiv.org/abs/1711.05101) with its state in place, so that a checkpoint can be copied in."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=hyper.learning_rate,
+        betas=ADAM_BETAS,
+        eps=ADAM_EPSILON,
+        weight_decay=hyper.weight_decay,
+        fused=True,
+    )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer

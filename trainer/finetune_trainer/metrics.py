@@ -1,0 +1,75 @@
+"""Figures for Prometheus beside those made from Progress (`serve`), and `metrics.jsonl` that outlives the pod."""
+
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+MAX_ROWS = 10_000
+_STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class TrainMetrics:
+    """Definitions; names in base units, no user string in any label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"finetune_train_{name}", text, registry=registry)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"finetune_train_{name}", text, registry=registry)
+
+        self.grad_norm = gauge("grad_norm", "Gradient norm of the last step before clipping.")
+        self.epoch_ratio = gauge("epoch_ratio", "Passes over the training rows so far.")
+        self.goodput_ratio = gauge("goodput_ratio", "Time in kept steps divided by time since training first started.")
+        self.label_tokens = counter("label_tokens", "Tokens learned by this attempt.")
+        self.nonfinite_steps = counter("nonfinite_steps", "Steps skipped because loss or gradient were not finite.")
+        self.oom_retries = counter("oom_retries", "Steps repeated with less memory.")
+        self.resumes = counter("resumes", "Whether this attempt continued a checkpoint.")
+        self.checkpoint_stall = gauge("checkpoint_stall_seconds", "Time the last checkpoint kept training waiting.")
+        self.checkpoint_write = gauge("checkpoint_write_seconds", "Time to write, upload and publish the last one.")
+        self.checkpoint_success = gauge("checkpoint_last_success_timestamp_seconds", "When a checkpoint was published.")
+        self.gpu_memory_peak = gauge("gpu_memory_peak_bytes", "Highest GPU memory in use so far.")
+        self.gpu_memory_reserved = gauge("gpu_memory_reserved_bytes", "GPU memory held by the process.")
+        self.step_seconds = Histogram(
+            "finetune_train_step_seconds", "Duration of steps.", registry=registry, buckets=_STEP_BUCKETS
+        )
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a row per step, thinned to at most about MAX_ROWS rows, and a row per evaluation."""
+
+    def __init__(self, path: Path, total_steps: int, earlier: bytes, resumed_step: int) -> None:
+        """`earlier` is what the attempts before have written; rows beyond the step resumed at are void."""
+        self.path = path
+        self._every = -(-total_steps // MAX_ROWS)
+        kept = [line for line in earlier.splitlines() if _step_of(line) <= resumed_step]
+        path.write_bytes(b"".join(line + b"\n" for line in kept))
+        self._file: IO[str] = path.open("a")
+
+    def step(self, step: int, **figures: Any) -> None:
+        """Add the row of a finished step; `step` counts from 1."""
+        if step == 1 or step % self._every == 0:
+            self._write({"step": step, **figures})
+
+    def evaluation(self, step: int, loss: float) -> None:
+        self._write({"step": step, "eval_loss": loss})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinite for a torn line, which is left out."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,159 @@
+"""The language model that is trained: load the base, add the adapter, compute log-probabilities of label tokens."""
+
+import os
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer import attention
+from finetune_trainer.inputs import Batch, pack_rows
+from finetune_trainer.logprobs import nll_sum, token_logprobs
+from finetune_trainer.runplan import RunPlan
+
+# Largest log-probability difference between our pass and the model's own, by dtype: rounding, nothing else.
+_SAME_LOGPROB = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with a frozen head; LoRA layers, once added, live inside `causal`."""
+
+    causal: PreTrainedModel
+    device: torch.device
+    packed: bool  # whether our attention is in place, so that a pass may hold several rows
+    logit_scale: float
+
+    @property
+    def head(self) -> nn.Linear:
+        return cast(nn.Linear, self.causal.get_output_embeddings())
+
+    def precision(self) -> AbstractContextManager[object]:
+        """bf16 autocast on CUDA: without it PEFT computes the fp32 adapter, and what follows, in fp32."""
+        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def predicting_states(self, batch: Batch) -> Tensor:
+        """(N, h) hidden states that predict the batch's N label tokens."""
+        decoder = getattr(self.causal, self.causal.base_model_prefix)
+        rows: dict[str, Any] = {"segments": batch.segments} if self.packed else {}
+        with self.precision():
+            output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **rows)
+        return output.last_hidden_state[0, batch.sources]
+
+    def nll_sum(self, batch: Batch) -> Tensor:
+        """Sum of the label tokens' negative log-likelihoods, fp32 scalar in nats, differentiable."""
+        head = self.head
+        return nll_sum(self.predicting_states(batch), head.weight, head.bias, batch.targets, self.logit_scale)
+
+    @torch.no_grad()
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """(N,) log-probabilities of the label tokens, fp32."""
+        head = self.head
+        return token_logprobs(self.predicting_states(batch), head.weight, head.bias, batch.targets, self.logit_scale)
+
+    @contextmanager
+    def own_attention(self) -> Generator[None]:
+        """The model's own attention, for generation with a cache."""
+        if not self.packed:
+            yield
+            return
+        self.causal.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.causal.set_attn_implementation(attention.PACKED)
+
+
+def load_base(folder: Path, plan: RunPlan, device: torch.device) -> LanguageModel:
+    """The frozen base model in evaluation mode: fp32 on the CPU, bf16 on CUDA; safetensors only, no remote code.
+
+    Raises UNSUPPORTED_MODEL when transformers has no such model, or computes something else than our pass.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise _unsupported(plan, f"transformers could not load it ({type(error).__name__})") from error
+    causal.requires_grad_(False).eval()
+    causal.to(device)  # type: ignore[arg-type]
+    lm = LanguageModel(causal, device, plan.model.packing_safe, _logit_scale(causal.config))
+    _check_our_pass(lm, plan)
+    return lm
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor between head output and logits: Cohere multiplies by logit_scale, Granite divides by logits_scaling."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+@torch.no_grad()
+def _check_our_pass(lm: LanguageModel, plan: RunPlan) -> None:
+    """Put our attention in place and compare our log-probabilities of two short rows with the model's own."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, plan.model.vocabulary_size, length) for length in (9, 6)]
+    labels = [np.arange(len(row)) > 0 for row in rows]
+    expected: list[Tensor] = []
+    for row in rows:
+        ids = torch.from_numpy(row).to(lm.device)
+        with lm.precision():
+            logits = lm.causal(input_ids=ids[None], use_cache=False).logits[0].float()
+        expected.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    if lm.packed:
+        attention.register()
+        lm.causal.set_attn_implementation(attention.PACKED)
+    try:
+        if lm.packed:
+            found = lm.token_logprobs(pack_rows(rows, labels, lm.device))
+        else:
+            single = [
+                lm.token_logprobs(pack_rows([row], [label], lm.device)) for row, label in zip(rows, labels, strict=True)
+            ]
+            found = torch.cat(single)
+        difference = float((found - torch.cat(expected)).abs().max())
+        problem = f"its log-probabilities differ by {difference:.3g} from what its head gives"
+    except (NotImplementedError, TypeError, AttributeError) as error:
+        difference, problem = float("inf"), f"it has {error}"[:200]
+    if not difference <= _SAME_LOGPROB[lm.head.weight.dtype]:
+        raise _unsupported(plan, problem)
+
+
+def _unsupported(plan: RunPlan, problem: str) -> StageError:
+    facts = plan.model
+    return StageError(Fault.UNSUPPORTED_MODEL, uri=facts.uri, architecture=facts.architecture, problem=problem)
+
+
+def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
+    """LoRA on the planned modules of `lm.causal`, in place; weights drawn from the plan's seed alone."""
+    hyper = plan.hyperparameters
+    config = LoraConfig(
+        r=hyper.lora_rank,
+        lora_alpha=hyper.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(plan.model.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(hyper.seed)
+        adapted = get_peft_model(lm.causal, config)
+    adapted.base_model_name_or_path = plan.model.uri  # type: ignore[assignment]
+    config.base_model_name_or_path = plan.model.uri
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, sorted; names as in the model, with PEFT's adapter name in them."""
+    return {name: parameter for name, parameter in sorted(adapted.named_parameters()) if parameter.requires_grad}

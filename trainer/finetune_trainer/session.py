@@ -1,0 +1,202 @@
+"""The loop around the step: reads figures late so that no step waits, evaluates, saves, stops on request."""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from finetune_trainer import guard
+from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, snapshot
+from finetune_trainer.evaluate import held_out_loss
+from finetune_trainer.inputs import Rows
+from finetune_trainer.loop import Stepper, learning_rate
+from finetune_trainer.metrics import MetricsFile, TrainMetrics
+from finetune_trainer.serve import Reporter
+from finetune_trainer.stop import StopFlag
+
+log = logging.getLogger(__name__)
+
+_SPEED_WINDOW_STEPS = 50
+_LOG_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A step's figures on their way to the host."""
+
+    step: int
+    values: Tensor  # (3,) fp64 on the host once `arrived`: loss, gradient norm, finite
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, float, bool]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, finite = self.values.tolist()
+        return loss, norm, bool(finite)
+
+
+def _read_later(step: int, values: Tensor) -> _Reading:
+    """Begin to copy a step's figures to the host."""
+    if not values.is_cuda:
+        return _Reading(step, values, None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return _Reading(step, host, arrived)
+
+
+@dataclass
+class Session:
+    """One attempt's training, from a position to the last step of the plan or a request to stop."""
+
+    stepper: Stepper
+    adapted: PeftModel
+    parameters: dict[str, nn.Parameter]
+    held_out: Rows | None
+    position: Position
+    checkpointer: Checkpointer
+    checkpoint_interval_s: int
+    stop: StopFlag
+    reporter: Reporter
+    metrics: TrainMetrics
+    metrics_file: MetricsFile
+    watchdog: guard.Watchdog
+    _pending: deque[_Reading] = field(default_factory=deque[_Reading])
+    _recent: deque[tuple[int, float]] = field(
+        default_factory=partial(deque[tuple[int, float]], maxlen=_SPEED_WINDOW_STEPS)
+    )
+    _step_began_s: float = 0.0
+    _logged_s: float = 0.0
+
+    def run(self) -> bool:
+        """Run the remaining steps; False when asked to stop before the last one. Ends with a checkpoint either way.
+
+        Raises NOT_FINITE, GPU_OOM, ADAPTER_NO_EFFECT, and what a checkpoint failed with.
+        """
+        total = self.stepper.hyper.total_steps
+        if not self.position.evaluations:
+            with self.adapted.disable_adapter():
+                self._evaluate()
+        self.reporter.update(activity="Training")
+        self._train(total)
+        done = self.position.step == total
+        if done and self.position.evaluations and self.position.evaluations[-1].step != total:
+            self._evaluate()
+        self.reporter.update(activity="Saving")
+        self._save()
+        self.checkpointer.wait()
+        return done
+
+    def _train(self, total: int) -> None:
+        first = self.position.step
+        oom = guard.OomRetry(self.metrics.oom_retries.inc)
+        lag = 1 if self.stepper.lm.device.type == "cuda" else 0
+        saved_s = self._step_began_s = time.monotonic()
+        for step in range(first, total):
+            if self.stop.is_set():
+                break
+            self.checkpointer.check()
+            self.watchdog.begin(step)
+            self._pending.append(_read_later(step, oom.run(step, self.stepper)))
+            self._account(keep=lag)
+            self.watchdog.end()
+            if step == first:
+                guard.check_gradients(self.parameters)
+            if (step + 1) % self.stepper.hyper.eval_interval_steps == 0 and step + 1 < total:
+                self._account(keep=0)
+                self._evaluate()
+            if time.monotonic() - saved_s >= self.checkpoint_interval_s and not self.checkpointer.busy:
+                self._account(keep=0)
+                self._save()
+                saved_s = time.monotonic()
+        self._account(keep=0)
+
+    def _account(self, keep: int) -> None:
+        """Take in the figures of all steps but the newest `keep`. Raises NOT_FINITE."""
+        while len(self._pending) > keep:
+            reading = self._pending.popleft()
+            loss, norm, finite = reading.wait()
+            now_s = time.monotonic()
+            seconds, self._step_began_s = now_s - self._step_began_s, now_s
+            steps, before = self.stepper.steps, self.position
+            tokens, labels = int(steps.tokens[reading.step]), int(steps.label_tokens[reading.step])
+            self.position = before.model_copy(
+                update={
+                    "step": reading.step + 1,
+                    "tokens": before.tokens + tokens,
+                    "label_tokens": before.label_tokens + labels,
+                    "nonfinite_steps": before.nonfinite_steps + (not finite),
+                    "nonfinite_in_a_row": guard.nonfinite_in_a_row(before.nonfinite_in_a_row, finite, reading.step),
+                    "kept_seconds": before.kept_seconds + seconds,
+                }
+            )
+            self._recent.append((tokens, seconds))
+            self._report(reading.step, loss, norm, finite, tokens, labels, seconds)
+
+    def _report(
+        self, step: int, loss: float, norm: float, finite: bool, tokens: int, labels: int, seconds: float
+    ) -> None:
+        steps, position = self.stepper.steps, self.position
+        speed = sum(t for t, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
+        rate = learning_rate(step, self.stepper.hyper)
+        self.reporter.update(
+            step=position.step,
+            train_loss=loss,
+            learning_rate=rate,
+            tokens_per_second=speed,
+            tokens_total=position.tokens,
+            eta_seconds=steps.tokens_after(step) / max(1e-9, speed),
+        )
+        self.metrics.step_seconds.observe(seconds)
+        self.metrics.grad_norm.set(norm)
+        self.metrics.label_tokens.inc(labels)
+        self.metrics.nonfinite_steps.inc(not finite)
+        self.metrics.epoch_ratio.set(steps.step_offsets[step + 1] / max(1, len(self.stepper.rows)))
+        self.metrics.goodput_ratio.set(position.kept_seconds / max(1e-9, time.time() - position.first_started_at))
+        if self.stepper.lm.device.type == "cuda":
+            self.metrics.gpu_memory_peak.set(torch.cuda.max_memory_allocated())
+            self.metrics.gpu_memory_reserved.set(torch.cuda.memory_reserved())
+        self.metrics_file.step(
+            position.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4)
+        )
+        now_s = time.monotonic()
+        if not finite:
+            log.warning("step %d had a loss or gradient that is not finite and was skipped", position.step)
+        elif now_s - self._logged_s >= _LOG_INTERVAL_S:
+            self._logged_s = now_s
+            log.info("step %d/%d loss %.4f, %.0f tokens/s", position.step, len(steps), loss, speed)
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss; nothing without held-out rows or once asked to stop."""
+        if self.held_out is None:
+            return
+        self.reporter.update(activity="Evaluating")
+        stepper = self.stepper
+        found = held_out_loss(
+            stepper.lm, self.held_out, stepper.budget_tokens, stepper.hyper.packing, self.position.step, self.stop
+        )
+        if found is not None:
+            # The base's stays first, the oldest of the others go.
+            earlier = self.position.evaluations
+            kept = [*earlier[:1], *earlier[1:][-(MAX_EVALUATIONS - 2) :], found]
+            self.position = self.position.model_copy(update={"evaluations": kept})
+            self.reporter.update(eval_loss=found.loss, base_eval_loss=kept[0].loss)
+            self.metrics_file.evaluation(found.step, found.loss)
+            log.info("held-out loss %.4f after step %d", found.loss, found.step)
+        self.reporter.update(activity="Training")
+        self._step_began_s = time.monotonic()
+
+    def _save(self) -> None:
+        """Begin to save the position, unless that is done already."""
+        last = self.checkpointer.last
+        if last is not None and last.step == self.position.step:
+            return
+        began_s = time.monotonic()
+        self.checkpointer.start(snapshot(self.parameters, self.stepper.optimizer, self.position))
+        self._step_began_s = time.monotonic()
+        self.metrics.checkpoint_stall.set(self._step_began_s - began_s)

@@ -1,0 +1,271 @@
+"""The train stage: from a plan to a committed adapter, or to a checkpoint and the reason why not.
+
+In order: verify an earlier commit; claim the folder and fence off earlier attempts; fetch what the plan names; load;
+resume or begin; train; answer the sample prompts; export; reload; upload; commit. Each part can die at any moment:
+what counts is published last and whole, and the next attempt goes on from there.
+"""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from finetune_api.errors import StageError
+from finetune_api.layout import ADAPTER, JOB, METRICS, join
+from finetune_api.names import Stage
+from finetune_api.reasons import Fault
+from finetune_api.run import RunResult
+from finetune_api.status import Artifact, CheckpointStatus
+from finetune_trainer import checkpoint, commit, export, inputs, results
+from finetune_trainer.card import Evaluations, Lineage
+from finetune_trainer.context import StageContext
+from finetune_trainer.evaluate import answers
+from finetune_trainer.guard import Watchdog, watching
+from finetune_trainer.inputs import Rows, StepPlan
+from finetune_trainer.logs import Uploader
+from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.metrics import MetricsFile, TrainMetrics
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.recipes import recipe_of
+from finetune_trainer.runplan import RunPlan
+from finetune_trainer.session import Session
+from finetune_trainer.stop import StopFlag
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_CHECKPOINT_INTERVAL_S = 600
+_DEFAULT_KEEP_LAST = 3
+_RELOAD_ROWS = 8
+_MAX_METRICS_BYTES = 16 * 2**20
+
+
+def run(ctx: StageContext, stop: StopFlag) -> RunResult:
+    """One attempt. Raises StageError for every known end but success, INTERRUPTED once all is safe among them."""
+    store, run_uri = ctx.store, ctx.config.run_uri
+    committed = commit.read_commit(store, run_uri)
+    commit.claim(store, run_uri, ctx.config.job.uid)
+    fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
+    if committed is not None:
+        # The attempt that committed may have died before it moved latest.json.
+        commit.commit(store, fence, run_uri, committed)
+        return _success(ctx, committed, None, None)
+    fetched = _fetch(ctx, stop)
+    lm = _load(ctx, fetched)
+    adapted = add_adapter(lm, fetched.plan)
+    session, resumed_from = _begin(ctx, fence, fetched, lm, adapted, stop)
+    resumed_step = resumed_from.step if resumed_from else None
+    uploader = Uploader(store, join(run_uri, JOB), [session.metrics_file.path])
+    try:
+        with watching(session.watchdog):
+            done = session.run()
+        if not done:
+            raise StageError(Fault.INTERRUPTED, step=session.position.step)
+        artifact = _finish(ctx, fence, fetched, session, lm, adapted)
+    except torch.AcceleratorError as error:
+        raise StageError(Fault.GPU_FAULT, step=session.position.step) from error
+    finally:
+        session.checkpointer.close()
+        session.metrics_file.close()
+        uploader.close(stop.remaining_s() if stop.is_set() else 60)
+    return _success(ctx, artifact, session, resumed_step)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The inputs, on disk and verified."""
+
+    plan: RunPlan
+    plan_digest: str
+    model_folder: Path
+    model_digests: dict[str, str]
+    rows: Rows
+    held_out: Rows | None
+    steps: StepPlan
+
+
+def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
+    ctx.reporter.update(activity="Reading")
+    store = ctx.store
+    plan = inputs.read_plan(store, ctx.config.run_uri, ctx.plan_digest)
+    ctx.reporter.update(total_steps=plan.hyperparameters.total_steps)
+    prepared = ctx.work_dir / "prepared"
+    prepared.mkdir(parents=True, exist_ok=True)
+    rows = inputs.fetch_rows(store, plan.train, prepared / "train")
+    held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out") if plan.held_out else None
+    steps = inputs.fetch_steps(store, plan, prepared)
+    _go_on(stop)
+    model_folder = ctx.work_dir / "model"
+    digests = inputs.fetch_model(store, plan, model_folder)
+    _go_on(stop)
+    return _Fetched(plan, plan.digest(), model_folder, digests, rows, held_out, steps)
+
+
+def _go_on(stop: StopFlag) -> None:
+    """Between parts that hold nothing to save."""
+    if stop.is_set():
+        raise StageError(Fault.INTERRUPTED, step=0)
+
+
+def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
+    ctx.reporter.update(activity="Loading")
+    # The sum of a product depends on how many threads share it: without a fixed number resumes are not bit-equal.
+    torch.set_num_threads(max(1, round(ctx.config.resources.cpu_count)))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if ctx.config.resources.gpus and not torch.cuda.is_available():
+        raise StageError(Fault.GPU_FAULT, step=0)
+    device = torch.device("cuda" if ctx.config.resources.gpus else "cpu")
+    return load_base(fetched.model_folder, fetched.plan, device)
+
+
+def _begin(
+    ctx: StageContext,
+    fence: commit.Fence,
+    fetched: _Fetched,
+    lm: LanguageModel,
+    adapted: PeftModel,
+    stop: StopFlag,
+) -> tuple[Session, CheckpointStatus | None]:
+    """The session at the newest whole checkpoint, or at step 0."""
+    plan, hyper = fetched.plan, fetched.plan.hyperparameters
+    run_uri = ctx.config.run_uri
+    parameters = adapter_parameters(adapted)
+    optimizer = make_optimizer(list(parameters.values()), hyper)
+    scratch = ctx.work_dir / "checkpoints"
+    found = checkpoint.newest(ctx.store, run_uri, fetched.plan_digest, scratch)
+    metrics = TrainMetrics(ctx.reporter.registry)
+    if found is None:
+        position = checkpoint.Position(step=0, tokens=0, label_tokens=0, first_started_at=time.time())
+        resumed_from = None
+    else:
+        checkpoint.restore(found.snapshot, parameters, optimizer)
+        position, resumed_from = found.snapshot.position, found.status
+        log.info("resumed at step %d", position.step)
+        metrics.resumes.inc()
+        ctx.reporter.update(resumed_from_step=position.step, checkpoint=resumed_from)
+        if position.evaluations:
+            ctx.reporter.update(base_eval_loss=position.evaluations[0].loss, eval_loss=position.evaluations[-1].loss)
+    ctx.reporter.update(step=position.step, tokens_total=position.tokens)
+
+    def saved(status: CheckpointStatus, seconds: float) -> None:
+        ctx.reporter.update(checkpoint=status)
+        metrics.checkpoint_write.set(seconds)
+        metrics.checkpoint_success.set_to_current_time()
+
+    spec = ctx.config.spec.checkpoint
+    checkpointer = checkpoint.Checkpointer(
+        ctx.store,
+        fence,
+        run_uri,
+        fetched.plan_digest,
+        scratch,
+        (spec and spec.keep_last) or _DEFAULT_KEEP_LAST,
+        resumed_from,
+        saved,
+    )
+    stepper = Stepper(
+        lm,
+        recipe_of(plan.method),
+        list(parameters.values()),
+        optimizer,
+        fetched.rows,
+        fetched.steps,
+        hyper,
+        hyper.micro_batch_tokens,
+    )
+    metrics_file = MetricsFile(
+        ctx.work_dir / Path(METRICS).name, hyper.total_steps, _earlier_metrics(ctx), position.step
+    )
+    session = Session(
+        stepper,
+        adapted,
+        parameters,
+        fetched.held_out,
+        position,
+        checkpointer,
+        (spec and spec.interval_seconds) or _DEFAULT_CHECKPOINT_INTERVAL_S,
+        stop,
+        ctx.reporter,
+        metrics,
+        metrics_file,
+        Watchdog(lambda step, seconds: _end_stalled(ctx, step, seconds)),
+    )
+    return session, resumed_from
+
+
+def _earlier_metrics(ctx: StageContext) -> bytes:
+    uri = join(ctx.config.run_uri, METRICS)
+    return ctx.store.read(uri, max_bytes=_MAX_METRICS_BYTES)[0] if ctx.store.head(uri) else b""
+
+
+def _end_stalled(ctx: StageContext, step: int, seconds: float) -> None:
+    """End the process from the watchdog's thread: the main one hangs, perhaps in a kernel, and cannot be raised in."""
+    error = StageError(Fault.STALLED, seconds=round(seconds), step=step)
+    if ctx.result_file is not None:
+        result = results.failed(ctx.stage, ctx.attempt, error, ctx.reporter.progress(), None)
+        results.write(result, ctx.result_file)
+    os._exit(error.exit_code)
+
+
+def _finish(
+    ctx: StageContext,
+    fence: commit.Fence,
+    fetched: _Fetched,
+    session: Session,
+    lm: LanguageModel,
+    adapted: PeftModel,
+) -> Artifact:
+    """Export, prove and commit the adapter; from here on a stop request waits, as little is left to do."""
+    plan, run_uri = fetched.plan, ctx.config.run_uri
+    ctx.reporter.update(activity="Evaluating")
+    tokenizer = AutoTokenizer.from_pretrained(fetched.model_folder, local_files_only=True, trust_remote_code=False)
+    stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder))
+    with adapted.disable_adapter():
+        base_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids)
+    tuned_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids)
+    lineage = Lineage(
+        ctx.config.job.name,
+        fetched.plan_digest,
+        inputs.digest_of(fetched.model_digests),
+        fetched.model_digests,
+        export.package_versions(),
+    )
+    ctx.reporter.update(activity="Committing")
+    folder = ctx.work_dir / ADAPTER
+    found = Evaluations(session.position.evaluations, base_answers, tuned_answers)
+    export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, found)
+    rows = fetched.held_out if fetched.held_out is not None and len(fetched.held_out) else fetched.rows
+    batches = [rows.batch([row], lm.device) for row in range(min(_RELOAD_ROWS, len(rows)))]
+    checks = export.check_reload(lm, adapted, folder, batches)
+    log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
+    artifact = export.upload(ctx.store, fence, run_uri, folder, plan, lineage, checks)
+    commit.commit(ctx.store, fence, run_uri, artifact)
+    standing = commit.read_commit(ctx.store, run_uri) or artifact
+    log.info("committed %s", standing.uri)
+    session.checkpointer.finish()
+    export.remove_orphans(ctx.store, run_uri, standing)
+    return standing
+
+
+def _success(
+    ctx: StageContext, artifact: Artifact, session: Session | None, resumed_from_step: int | None
+) -> RunResult:
+    ctx.reporter.update(activity="Done")
+    progress = ctx.reporter.progress()
+    return RunResult(
+        stage=Stage.TRAIN,
+        attempt=ctx.attempt,
+        fault=Fault.COMMITTED,
+        args={"uri": artifact.uri[:256]},
+        exit_code=0,
+        metrics=results.metrics_of(progress),
+        checkpoint=session.checkpointer.last if session else None,
+        artifact=artifact,
+        step=session.position.step if session else None,
+        resumed_from_step=resumed_from_step,
+    )
