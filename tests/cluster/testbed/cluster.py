@@ -8,6 +8,8 @@ next command cannot end.
 import json
 import os
 import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +50,7 @@ class Cluster:
         command = [binaries.binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
         return run(command, timeout_s=timeout_s, stdin=stdin, check=check).stdout
 
-    def apply(self, *objects: dict[str, object]) -> None:
+    def apply(self, *objects: Mapping[str, object]) -> None:
         self.kubectl("apply", "--server-side", "-f", "-", stdin="\n---\n".join(json.dumps(item) for item in objects))
 
     def pid(self, component: str) -> int | None:
@@ -100,15 +102,20 @@ def up(name: str = "default", *, node: bool = True) -> Cluster:
         running = instance.load()
         if running is not None:
             _refuse_foreign(instance, running)
-            if running.node == node and _healthy(instance, running):
+            if _healthy(instance, running):
+                if running.node != node:
+                    kind = "with" if running.node else "without"
+                    raise TestbedError(
+                        f"instance {name!r} is up {kind} a node: `down` first, or use another --instance"
+                    )
                 return _cluster(instance, running)
         debian.ensure_packages(node=node)
         binaries.build(node=node)
-        if not node:
-            return _start(instance, node=False)
-        with file_lock(NODE_RUN.with_suffix(".lock"), 300, "another `up` or `down` of this machine's node is running"):
-            _refuse_second_node(instance)
-            return _start(instance, node=True)
+        with _node_lock(node or (running is not None and running.node)):
+            if node:
+                _refuse_second_node(instance)
+            _clear(instance, node=node or (running is not None and running.node))
+            return _start(instance, node=node)
 
 
 def down(name: str = "default", *, force: bool = False) -> None:
@@ -118,7 +125,9 @@ def down(name: str = "default", *, force: bool = False) -> None:
         state = instance.load()
         if state is not None and not force:
             _refuse_foreign(instance, state)
-        _clear(instance, node=state is not None and state.node)
+        node = state is not None and state.node
+        with _node_lock(node):
+            _clear(instance, node=node)
 
 
 def find(name: str = "default") -> Cluster | None:
@@ -129,7 +138,6 @@ def find(name: str = "default") -> Cluster | None:
 
 
 def _start(instance: Instance, *, node: bool) -> Cluster:
-    _clear(instance, node=node)
     instance.dir.mkdir(parents=True, mode=0o700)
     host_ip = host.NODE_IP if node else "127.0.0.1"
     state = State(node=node, checkout=str(CHECKOUT), ports=free_ports("127.0.0.1", components.PORTS), host_ip=host_ip)
@@ -183,7 +191,7 @@ def _clear(instance: Instance, *, node: bool) -> None:
             end([pid], grace_s=10)
     # Shims, and whatever a killed `up` started without us knowing.
     end(marked_pids(instance.dir), grace_s=0)
-    if node:
+    if node and _node_owner() in (instance.dir, None):
         host.sweep([instance.dir, containerd_root()])
     if instance.dir.exists():
         shutil.rmtree(instance.dir)
@@ -199,16 +207,28 @@ def _refuse_foreign(instance: Instance, state: State) -> None:
 
 def _refuse_second_node(instance: Instance) -> None:
     """There is one bridge, one nftables table and one image store: two nodes would break each other in silence."""
-    try:
-        owner = Path((NODE_RUN / "owner").read_text())
-    except FileNotFoundError:
+    owner = _node_owner()
+    if owner is None or owner == instance.dir:
         return
-    if owner != instance.dir and marked_pids(owner):
-        raise TestbedError(
-            f"this machine's node belongs to {owner}: end it there first, or use --control-plane-only here"
-        )
-    if owner != instance.dir:
-        host.sweep([owner, containerd_root()])
+    if marked_pids(owner):
+        raise TestbedError(f"this machine's node belongs to {owner}: end it there, or use --control-plane-only here")
+    host.sweep([owner, containerd_root()])
+
+
+def _node_owner() -> Path | None:
+    try:
+        return Path((NODE_RUN / "owner").read_text())
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _node_lock(needed: bool) -> Generator[None]:
+    if not needed:
+        yield
+        return
+    with file_lock(NODE_RUN.with_suffix(".lock"), 300, "another `up` or `down` of this machine's node is running"):
+        yield
 
 
 def _healthy(instance: Instance, state: State) -> bool:

@@ -82,6 +82,7 @@ def control_plane(instance: Instance, state: State) -> dict[str, list[str]]:
                 use_service_account_credentials="true",
                 leader_elect="false",
                 secure_port=0,
+                flex_volume_plugin_dir=d / "volume-plugins",
                 # Nodes die here within seconds, not minutes, so that a test of a lost node need not wait five.
                 node_monitor_grace_period="16s",
             ),
@@ -251,6 +252,9 @@ address = '{CONTAINERD_SOCKET}'
 [ttrpc]
 address = '{CONTAINERD_SOCKET}.ttrpc'
 
+[plugins.'io.containerd.internal.v1.opt']
+path = '{NODE_RUN}/opt'
+
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = 'localhost/pause:1'
 
@@ -262,6 +266,7 @@ netns_mounts_under_state_dir = true
 
 [{runtime}.cni]
 bin_dirs = ['/usr/lib/cni', '/opt/cni/bin']
+use_internal_loopback = true
 conf_dir = '{d}/cni'
 
 [{runtime}.containerd.runtimes.runc]

@@ -65,8 +65,10 @@ def sweep(mount_roots: list[Path]) -> None:
             run(["nft", "delete", "table", family, "kube-proxy"], timeout_s=10, check=False)
     for result in Path("/var/lib/cni/results").glob(f"{NETWORK}-*"):
         result.unlink(missing_ok=True)
-    _remove_dangling_logs()
-    _remove_dead_shim_sockets()
+    for directory in ("/var/lib/cni/results", "/var/lib/cni"):
+        _remove_empty(Path(directory))
+    _remove_log_links(mount_roots)
+    _remove_dead_sockets()
     shutil.rmtree(NODE_RUN, ignore_errors=True)
 
 
@@ -135,22 +137,27 @@ def _unmount_below(root: Path) -> None:
             run(["umount", "--lazy", point], timeout_s=20)
 
 
-def _remove_dangling_logs() -> None:
+def _remove_log_links(mount_roots: list[Path]) -> None:
     """The kubelet links each container's log into /var/log/containers, whatever its own log directory is."""
     directory = Path("/var/log/containers")
-    if directory.is_dir():
-        for link in directory.iterdir():
-            if link.is_symlink() and not link.exists():
-                link.unlink()
+    for link in directory.glob("*.log"):
+        target = Path(os.readlink(link)) if link.is_symlink() else link
+        if any(target.is_relative_to(root) for root in mount_roots):
+            link.unlink()
+    _remove_empty(directory)
 
 
-def _remove_dead_shim_sockets() -> None:
-    """Shims listen in /run/containerd/s whatever containerd's state directory is; killed, they leave socket files."""
+def _remove_dead_sockets() -> None:
+    """Two places that no option moves: shims listen in /run/containerd/s, and the kubelet for device plugins."""
     bound = Path("/proc/net/unix").read_text()
-    directory = Path("/run/containerd/s")
-    for path in directory.glob("*"):
-        if str(path) not in bound:
-            path.unlink(missing_ok=True)
-    for path in (directory, directory.parent):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    for directory in (Path("/run/containerd/s"), Path("/var/lib/kubelet/device-plugins")):
+        for path in directory.glob("*"):
+            if path.is_socket() and str(path) not in bound:
+                path.unlink(missing_ok=True)
+        _remove_empty(directory)
+        _remove_empty(directory.parent)
+
+
+def _remove_empty(directory: Path) -> None:
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
