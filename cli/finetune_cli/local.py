@@ -1,0 +1,144 @@
+"""A job without a cluster: the same RunConfig as in a pod, with this machine in the place of the node."""
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import Field, ValidationError
+
+from finetune_api import layout
+from finetune_api.base import Digest, WireModel
+from finetune_api.crd import MUTABLE_FIELDS
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.names import Stage, run_name
+from finetune_api.quantity import cpu_count, memory_bytes
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
+from finetune_cli.errors import CommandError, Exit
+
+NAMESPACE = "local"
+_STATE_FILE = "state.json"
+_LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has; the job's own resources come first."""
+
+    cpu_count: int
+    memory_bytes: int
+    disk_bytes: int
+    gpus: int
+
+
+class State(WireModel):
+    """What a later call has to know of the earlier ones."""
+
+    uid: str
+    attempts: dict[Stage, int] = Field(default_factory=dict[Stage, int])
+    plan_digest: Digest | None = None  # prepare has succeeded
+
+    def next_attempt(self, stage: Stage) -> "State":
+        return self.model_copy(update={"attempts": {**self.attempts, stage: self.attempts.get(stage, 0) + 1}})
+
+
+def local_uid(path: Path, job: dict[str, Any]) -> str:
+    """Same file, name and spec: the next call goes on with this job. A changed spec is a new one, as in a cluster."""
+    spec = {name: value for name, value in job["spec"].items() if name not in MUTABLE_FIELDS}
+    identity = json.dumps([str(path.resolve()), job["metadata"]["name"], spec], sort_keys=True)
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, identity))
+
+
+def default_work_dir(path: Path, job: dict[str, Any]) -> Path:
+    return path.resolve().parent / ".finetune" / run_name(job["metadata"]["name"], local_uid(path, job))
+
+
+def run_config(job: dict[str, Any], uid: str, work_dir: Path, machine: Machine, env: Mapping[str, str]) -> RunConfig:
+    """The configuration for all stages. Pure.
+
+    The endpoint in the file is written for pods, so AWS_ENDPOINT_URL_S3 and AWS_REGION win over it here, as they do
+    for every other tool on this machine; credentials come from the usual AWS places.
+    """
+    spec = FineTuneJobSpec.model_validate(job["spec"])
+    resources, storage = spec.resources, spec.storage
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or (storage and storage.endpoint) or None
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or (storage and storage.region) or "us-east-1"
+    path_style = storage.path_style if storage and storage.path_style is not None else endpoint is not None
+    cpu = resources.cpu if resources else None
+    memory = resources.memory if resources else None
+    gpus = resources.gpus_per_node if resources else None
+    return RunConfig(
+        contract_version=CONTRACT_VERSION,
+        job=JobRef(name=job["metadata"]["name"], namespace=NAMESPACE, uid=uid),
+        spec=spec,
+        run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], uid)),
+        storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
+        resources=RunResources(
+            cpu_count=machine.cpu_count if cpu is None else cpu_count(cpu),
+            memory_bytes=machine.memory_bytes if memory is None else memory_bytes(memory),
+            disk_bytes=machine.disk_bytes,
+            gpus=machine.gpus if gpus is None else gpus,
+        ),
+        work_dir=str(work_dir),
+        http_port=0,
+        termination_log=str(work_dir / "termination-log"),
+    )
+
+
+def this_machine(work_dir: Path) -> Machine:
+    """What can be used here and now."""
+    return Machine(
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        disk_bytes=shutil.disk_usage(work_dir).free,
+        gpus=1 if Path("/dev/nvidia0").exists() else 0,
+    )
+
+
+@contextmanager
+def locked(work_dir: Path) -> Generator[IO[str]]:
+    """One run at a time in a work folder. The lock is handed to the stage, so that it holds as long as anything runs.
+
+    Raises CommandError when another run is at work, or the folder cannot be made.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        handle = (work_dir / _LOCK_FILE).open("w")
+    except OSError as error:
+        raise CommandError(f"{work_dir} cannot be used: {error.strerror}; choose --work-dir", Exit.USAGE) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(f"this job is running already in {work_dir}; wait until it ends", Exit.USAGE) from None
+        yield handle
+
+
+def load_state(work_dir: Path, uid: str) -> State:
+    """What is known of the job; a new job knows nothing. Raises CommandError when the folder is another job's."""
+    path = work_dir / _STATE_FILE
+    if not path.exists():
+        return State(uid=uid)
+    try:
+        state = State.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise CommandError(f"{path} is not readable; remove the folder or choose another --work-dir", 2) from error
+    if state.uid != uid:
+        raise CommandError(
+            f"{work_dir} belongs to another job, or to this one before its spec changed; choose another --work-dir",
+            Exit.USAGE,
+        )
+    return state
+
+
+def save_state(work_dir: Path, state: State) -> None:
+    """Whole or not at all."""
+    staged = work_dir / f"{_STATE_FILE}.new"
+    staged.write_text(state.model_dump_json())
+    os.replace(staged, work_dir / _STATE_FILE)

@@ -1,0 +1,93 @@
+"""The `finetune` command, also `kubectl finetune`.
+
+Exit codes: 0 success; 1 the job failed; 2 wrong usage or a job that is refused; 3 no answer from the cluster, or no
+such job; 124 time-out of `wait`; 130 stopped by Ctrl-C. A `run` that fails ends with the trainer's own code: 10-29 are
+final (change the job, the data or the rights), 30-49 may pass at another try.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from finetune_cli.errors import CommandError, Exit
+
+app = typer.Typer(
+    help=(__doc__ or "").replace("\n", " ").replace("  ", "\n\n"),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("run")
+def run_command(
+    job: Annotated[Path, typer.Argument(help="File with a FineTuneJob.", show_default=False)],
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where data, checkpoints and logs are kept. Default: .finetune/NAME-ID beside the file."),
+    ] = None,
+) -> None:
+    """Run a job on this machine, without a cluster. The same command goes on with a job that was stopped.
+
+    URIs may also be file:///…. Storage credentials come from the usual AWS places (environment, profile, role);
+    AWS_ENDPOINT_URL_S3 wins over the endpoint in the file.
+    """
+    from finetune_cli.run import run
+
+    raise typer.Exit(run(job, work_dir, Console(soft_wrap=False, highlight=False)))
+
+
+@app.command("wait")
+def wait_command(
+    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.", show_default=False)],
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Default: that of the kubeconfig.", show_default=False)
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.", show_default=False)] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds. Default: no limit.", show_default=False)] = None,
+) -> None:
+    """Wait until a job in the cluster has ended: 0 on success, 1 on failure, 124 on time-out."""
+    from finetune_cli.cluster import Cluster
+    from finetune_cli.wait import wait
+
+    cluster = Cluster(context)
+    raise typer.Exit(wait(cluster, namespace or cluster.namespace, name, timeout, Console(highlight=False)))
+
+
+@app.command("validate")
+def validate_command(
+    jobs: Annotated[list[Path], typer.Argument(help="Files with a FineTuneJob each.", show_default=False)],
+) -> None:
+    """Judge jobs as the cluster would, without one: for editors, hooks and pipelines."""
+    from finetune_cli.load import load_job
+    from finetune_cli.validate import problems
+
+    console = Console(highlight=False, stderr=True)
+    wrong = [f"{path}: {line}" for path in jobs for line in problems(load_job(path), local=False)]
+    for line in wrong:
+        console.print(line, markup=False, soft_wrap=True)
+    raise typer.Exit(Exit.USAGE if wrong else Exit.SUCCEEDED)
+
+
+def main() -> None:
+    """Entry point: known errors as one line, never a trace."""
+    try:
+        app()
+    except CommandError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]Error[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+    except BrokenPipeError:  # `finetune … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`finetune run`: prepare and train in processes of this machine, with the retries of the cluster."""
+
+import importlib.util
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+from finetune_api import layout
+from finetune_api.errors import StageError
+from finetune_api.names import MAX_ATTEMPTS, Stage
+from finetune_api.reasons import FAULTS, is_final, words
+from finetune_api.run import RunConfig, RunResult
+from finetune_cli import local, show
+from finetune_cli.errors import CommandError, Exit
+from finetune_cli.load import load_job
+from finetune_cli.stages import StageRun, Stop, run_stage
+from finetune_cli.validate import problems
+
+DEFAULT_MAX_RETRIES = 3
+RETRY_PAUSE_S = 5.0
+MAX_SAMPLES = 3
+MAX_SAMPLE_CHARS = 400
+
+
+def run(path: Path, work_dir: Path | None, console: Console) -> int:
+    """Run a job to its end, or go on with it; returns the exit code. Raises CommandError for what cannot start."""
+    job = load_job(path)
+    if wrong := problems(job):
+        raise CommandError("\n".join([f"{path} is refused:", *(f"  {line}" for line in wrong)]), Exit.USAGE)
+    if importlib.util.find_spec("torch") is None:
+        raise CommandError('training needs more packages: pip install "finetune-operator[trainer,cli]"', Exit.USAGE)
+    uid = local.local_uid(path, job)
+    folder = (work_dir or local.default_work_dir(path, job)).resolve()
+    with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, times)) as stop:
+        state = local.load_state(folder, uid)
+        config = local.run_config(job, uid, folder, local.this_machine(folder), os.environ)
+        config_file = folder / "run.json"
+        config_file.write_text(config.to_json())
+        console.print(f"[bold]{config.job.name}[/] works in {folder} and writes to {config.run_uri}", soft_wrap=True)
+        stage_run = StageRun(config, config_file, Stage.PREPARE, 0, state.plan_digest, folder / "log", lock.fileno())
+        if state.plan_digest is None:
+            state, result = _with_retries(stage_run, state, stop, console)
+            if result.exit_code != 0 or result.plan is None or result.data is None:
+                return _failed(result, stop, folder, console)
+            show.show_prepared(console, result.data, result.plan)
+            state = state.model_copy(update={"plan_digest": result.plan.digest})
+            local.save_state(folder, state)
+        stage_run = replace(stage_run, stage=Stage.TRAIN, plan_digest=state.plan_digest)
+        state, result = _with_retries(stage_run, state, stop, console)
+        if result.exit_code != 0:
+            return _failed(result, stop, folder, console)
+    show.show_success(console, result, _samples(config, result), layout.join(config.run_uri, layout.METRICS))
+    return Exit.SUCCEEDED
+
+
+def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Console) -> tuple[local.State, RunResult]:
+    """Attempts until one succeeds, its failure is final, the retries are used up, or we are asked to stop."""
+    recovery = run.config.spec.recovery
+    retries = DEFAULT_MAX_RETRIES if recovery is None or recovery.max_retries is None else recovery.max_retries
+    folder = Path(run.config.work_dir)
+    failures = 0
+    while True:
+        state = state.next_attempt(run.stage)
+        attempt = state.attempts[run.stage]
+        if attempt > MAX_ATTEMPTS:
+            raise CommandError(f"{attempt - 1} attempts are enough; change the job", Exit.FAILED)
+        local.save_state(folder, state)
+        run = replace(run, attempt=attempt, log_file=log_file(folder, run.stage, attempt))
+        with show.StageView(console, run.stage, attempt) as view:
+            result = run_stage(run, stop, view.update)
+        failures += 1
+        if stop.requested or result.exit_code == 0 or is_final(FAULTS[result.fault].reason) or failures > retries:
+            return state, result
+        console.print(f"[yellow]Retry[/]   {failures} of {retries}: {words(result.fault, result.args)}", soft_wrap=True)
+        stop.pause(RETRY_PAUSE_S)
+        if stop.requested:
+            return state, result
+
+
+def log_file(folder: Path, stage: Stage, attempt: int) -> Path:
+    """Where everything the stage prints goes; the trainer's own log lies beside it."""
+    return folder / "logs" / f"{stage.value}-{attempt}.console"
+
+
+def _failed(result: RunResult, stop: Stop, folder: Path, console: Console) -> int:
+    if stop.requested:
+        step = f" at step {result.step}" if result.step else ""
+        console.print(f"[yellow]Stopped[/]{step}; the same command goes on from the last checkpoint")
+        return Exit.INTERRUPTED
+    show.show_failure(console, result, str(log_file(folder, result.stage, result.attempt)))
+    return result.exit_code
+
+
+def _say_stopping(console: Console, times: int) -> None:
+    console.print("Stopping after a checkpoint; Ctrl-C again stops at once" if times == 1 else "Stopping at once")
+
+
+def _samples(config: RunConfig, result: RunResult) -> list[dict[str, str]]:
+    """Answers of base and tuned model from eval.json; none when it cannot be read, as the adapter counts."""
+    from finetune_trainer.store import open_store  # here, as `finetune wait` needs no storage
+
+    if result.artifact is None:
+        return []
+    try:
+        content, _etag = open_store(config.storage).read(layout.join(result.artifact.uri, "eval.json"))
+        found = cast(list[dict[str, Any]], json.loads(content)["samples"])
+        return [
+            {
+                "prompt": sample["prompt"][-MAX_SAMPLE_CHARS:],
+                "base": sample["base"]["text"][:MAX_SAMPLE_CHARS],
+                "tuned": sample["tuned"]["text"][:MAX_SAMPLE_CHARS],
+            }
+            for sample in found[:MAX_SAMPLES]
+        ]
+    except (StageError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,137 @@
+"""What a person sees: bars while a job runs, and a readable end. Plain lines where the output is no terminal."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from finetune_api.names import Stage
+from finetune_api.reasons import words
+from finetune_api.run import Progress, RunResult
+from finetune_api.status import DataStatus, PlanStatus
+
+_PLAIN_INTERVAL_S = 10.0
+_TITLES = {Stage.PREPARE: "Preparing data", Stage.TRAIN: "Training"}
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m05s or 12s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def describe(progress: Progress) -> str:
+    """One line of where a stage is."""
+    parts = [progress.activity.lower()]
+    if progress.rows_read:
+        parts.append(f"{progress.rows_read:,} rows")
+    if progress.total_steps:
+        parts.append(f"step {progress.step}/{progress.total_steps}")
+    if progress.resumed_from_step:
+        parts.append(f"resumed at {progress.resumed_from_step}")
+    if progress.train_loss is not None:
+        parts.append(f"loss {progress.train_loss:.3f}")
+    if progress.eval_loss is not None:
+        parts.append(f"held-out loss {progress.eval_loss:.3f}")
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.eta_seconds is not None and progress.step < progress.total_steps:
+        parts.append(f"{duration(progress.eta_seconds)} left")
+    return ", ".join(parts)
+
+
+class StageView:
+    """Shows one attempt while it runs; feed it with `update`."""
+
+    def __init__(self, console: Console, stage: Stage, attempt: int) -> None:
+        self._console = console
+        self._title = _TITLES[stage] + (f" (attempt {attempt})" if attempt > 1 else "")
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[line]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bars.add_task(self._title, total=None, line="starting")
+        self._said = ("", 0.0)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: starting")
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._bars.stop()
+
+    def update(self, progress: Progress) -> None:
+        line = describe(progress)
+        total = progress.total_steps or None
+        self._bars.update(self._task, total=total, completed=progress.step, line=escape(line))
+        activity, said_s = self._said
+        now_s = time.monotonic()
+        if self._console.is_terminal or (activity == progress.activity and now_s - said_s < _PLAIN_INTERVAL_S):
+            return
+        self._said = (progress.activity, now_s)
+        self._console.print(f"{self._title}: {line}", markup=False)
+
+
+def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
+    """What became of the rows, and what was chosen."""
+    console.print(
+        f"[bold]Data[/]    {data.rows_in:,} rows in {data.files} files: {data.rows_used:,} to train on, "
+        f"{data.rows_held_out:,} held out, {sum(drop.rows for drop in data.dropped):,} left out"
+    )
+    for drop in data.dropped:
+        _more(console, drop.reason, f"{drop.rows:,}")
+    _more(console, "report", data.report_uri)
+    learned = f"{plan.label_tokens:,} of them learned"
+    console.print(f"[bold]Plan[/]    {plan.steps:,} steps, {plan.train_tokens:,} tokens, {learned}")
+    if plan.resolved:
+        table = Table("chosen for you", "value", "because", box=None, padding=(0, 2, 0, 0))
+        for item in plan.resolved:
+            table.add_row(escape(item.field), escape(item.value), escape(item.reason))
+        console.print(table)
+
+
+def show_failure(console: Console, result: RunResult, log_file: str) -> None:
+    """Why, and where to read on."""
+    console.print(f"[bold red]Failed[/]  {escape(words(result.fault, result.args))}", soft_wrap=True)
+    _more(console, "exit code", f"{result.exit_code} ({result.fault.value})")
+    _more(console, "log", log_file)
+
+
+def show_success(console: Console, result: RunResult, samples: list[dict[str, str]], metrics_uri: str) -> None:
+    """What came out."""
+    if result.metrics is not None and result.metrics.eval_loss is not None:
+        base = result.metrics.base_eval_loss
+        before = "" if base is None else f" (base model {base:.3f})"
+        console.print(f"[bold]Loss[/]    {result.metrics.eval_loss:.3f} on held-out rows{before}")
+    for sample in samples:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for name, text in (("prompt", sample["prompt"]), ("base", sample["base"]), ("tuned", sample["tuned"])):
+            table.add_row(f"[dim]{name}[/]", escape(text))
+        console.print(table)
+    artifact = result.artifact
+    if artifact is not None:
+        console.print("[bold green]Done[/]    the adapter is committed and verified")
+        _more(console, "adapter", artifact.uri)
+        _more(console, "digest", artifact.digest)
+        _more(console, "manifest", artifact.manifest_uri)
+    if result.log_uri:
+        _more(console, "metrics", metrics_uri)
+        _more(console, "log", result.log_uri)
+
+
+def _more(console: Console, name: str, value: str) -> None:
+    """One line below a heading; URIs stay whole, so that they can be copied."""
+    console.print(f"        {name:10} {value}", markup=False, soft_wrap=True)

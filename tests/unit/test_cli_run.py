@@ -1,0 +1,336 @@
+"""`finetune run` around stages that are played by a small script: retries, stopping, resuming, and what is said."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import spec_cases
+from finetune_api.names import PORT_FILE, Stage
+from finetune_api.run import Progress, RunConfig
+from finetune_cli import local, run, stages
+from finetune_cli.errors import CommandError, Exit
+
+DIGEST = "sha256:" + "a" * 64
+GIB = 2**30
+
+STAGE = """
+import json, os, pathlib, signal, sys, threading, http.server
+stage, attempt, config_file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+config = json.load(open(config_file))
+work = pathlib.Path(config["work_dir"])
+part = json.loads((work / "play.json").read_text())[f"{stage}-{attempt}"]
+with open(work / "played", "a") as file:
+    file.write(json.dumps([stage, attempt, sys.argv[4:], os.getsid(0) == os.getpid()]) + "\\n")
+if "progress" in part:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(part["progress"]).encode())
+        def log_message(self, *a): pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (work / "port").write_text(f"{server.server_port}\\n")
+if part.get("waits"):
+    seen = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *a: seen.set())
+    (work / "waiting").touch()
+    seen.wait(20)
+print("a line of the stage")
+if "result" in part:
+    pathlib.Path(config["termination_log"]).write_text(
+        json.dumps({"stage": stage, "attempt": attempt, "exit_code": part["exit"], **part["result"]})
+    )
+if part.get("killed"):
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(part["exit"])
+"""
+
+PREPARED: dict[str, Any] = {
+    "exit": 0,
+    "result": {
+        "fault": "Prepared",
+        "plan": {
+            "uri": "file:///plan.json",
+            "digest": DIGEST,
+            "steps": 20,
+            "trainTokens": 4000,
+            "labelTokens": 1000,
+            "memoryBytes": GIB,
+            "diskBytes": GIB,
+            "resolved": [{"field": "peft.alpha", "value": "32", "reason": "it is absent [so]"}],
+        },
+        "data": {
+            "files": 2,
+            "rowsIn": 1100,
+            "rowsUsed": 1000,
+            "rowsHeldOut": 60,
+            "dropped": [{"reason": "too_long", "rows": 40}],
+            "digest": DIGEST,
+            "reportUri": "file:///report.json",
+        },
+    },
+}
+REFUSED: dict[str, Any] = {"exit": 11, "result": {"fault": "BrokenRow", "args": {"file": "a.jsonl", "row": 7}}}
+TRANSIENT: dict[str, Any] = {"exit": 31, "result": {"fault": "StorageUnavailable", "args": {"uri": "s3://x/y"}}}
+INTERRUPTED: dict[str, Any] = {"exit": 30, "waits": True, "result": {"fault": "Interrupted", "step": 7}}
+
+
+class Play:
+    """A job file, its work folder, and the parts that stages play in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "job.yaml"
+        job = spec_cases.base()
+        job["spec"]["output"]["uri"] = f"file://{folder}/out"
+        self.file.write_text(json.dumps(job))
+        self.job = job
+        self.work = local.default_work_dir(self.file, job)
+        self.work.mkdir(parents=True)
+        self.artifact = self.work / "adapter"
+        self.said = ""
+
+    def run(self, **parts: dict[str, Any]) -> int:
+        (self.work / "play.json").write_text(json.dumps({name.replace("_", "-"): part for name, part in parts.items()}))
+        output = io.StringIO()
+        try:
+            return run.run(self.file, None, Console(file=output, width=200))
+        finally:
+            self.said = output.getvalue()
+
+    def played(self) -> list[str]:
+        lines = (self.work / "played").read_text().splitlines()
+        return [f"{stage}-{attempt}" for stage, attempt, *_ in map(json.loads, lines)]
+
+    def committed(self) -> dict[str, Any]:
+        self.artifact.mkdir(exist_ok=True)
+        sample = {"prompt": "[Hi]?", "base": {"text": "Um."}, "tuned": {"text": "Hello!"}}
+        (self.artifact / "eval.json").write_text(json.dumps({"samples": [sample]}))
+        artifact = {
+            "type": "Adapter",
+            "uri": f"file://{self.artifact}",
+            "digest": DIGEST,
+            "manifestUri": "file:///m.json",
+            "rank": 8,
+        }
+        metrics = {"evalLoss": 1.5, "baseEvalLoss": 2.25}
+        result = {"fault": "Committed", "artifact": artifact, "metrics": metrics, "log_uri": "file:///log"}
+        return {"exit": 0, "result": result}
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    script = tmp_path / "stage.py"
+    script.write_text(STAGE)
+
+    def command(self: stages.StageRun) -> list[str]:
+        digest = [self.plan_digest] if self.plan_digest and self.stage is Stage.TRAIN else []
+        return [sys.executable, str(script), self.stage.value, str(self.attempt), str(self.config_file), *digest]
+
+    monkeypatch.setattr(stages.StageRun, "command", command)
+    monkeypatch.setattr(run, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(stages, "POLL_S", 0.05)
+    return Play(tmp_path)
+
+
+def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
+    assert play.run(prepare_1=PREPARED, train_1=play.committed()) == 0
+    assert play.played() == ["prepare-1", "train-1"]
+    for words in (
+        "1,100 rows in 2 files: 1,000 to train on, 60 held out, 40 left out",
+        "too_long",
+        "it is absent [so]",
+        "1.500 on held-out rows (base model 2.250)",
+        "[Hi]?",
+        "Um.",
+        "Hello!",
+        f"file://{play.artifact}",
+        DIGEST,
+        ".job/metrics.jsonl",
+    ):
+        assert words in play.said
+
+
+def test_train_is_given_the_digest_of_the_plan_and_a_session_of_its_own(play: Play):
+    play.run(prepare_1=PREPARED, train_1=play.committed())
+    stages_played = [json.loads(line) for line in (play.work / "played").read_text().splitlines()]
+    assert [arguments for _, _, arguments, _ in stages_played] == [[], [DIGEST]]
+    assert all(own_session for *_, own_session in stages_played)
+
+
+def test_what_may_pass_is_tried_again_and_what_is_final_is_not(play: Play):
+    assert play.run(prepare_1=TRANSIENT, prepare_2=PREPARED, train_1=TRANSIENT, train_2=REFUSED) == 11
+    assert play.played() == ["prepare-1", "prepare-2", "train-1", "train-2"]
+    assert "1 of 3" in play.said
+    assert "a.jsonl row 7" in play.said
+    assert "train-2.console" in play.said
+
+
+def test_retries_end_at_the_limit_of_the_job(play: Play):
+    play.job["spec"]["recovery"] = {"maxRetries": 1}
+    play.file.write_text(json.dumps(play.job))
+    play.work = local.default_work_dir(play.file, play.job)
+    play.work.mkdir(parents=True)
+    assert play.run(prepare_1=TRANSIENT, prepare_2=TRANSIENT) == 31
+    assert play.played() == ["prepare-1", "prepare-2"]
+
+
+def test_a_stage_that_dies_without_a_word_is_tried_again_and_named(play: Play):
+    assert play.run(prepare_1={"exit": 0, "killed": True}, prepare_2=PREPARED, train_1=play.committed()) == 0
+    assert "SIGKILL" in play.said
+
+
+def test_the_same_command_goes_on_and_does_not_prepare_again(play: Play):
+    assert play.run(prepare_1=PREPARED, train_1=REFUSED) == 11
+    assert play.run(train_2=play.committed()) == 0
+    assert play.played() == ["prepare-1", "train-1", "train-2"]
+
+
+def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
+    def interrupt() -> None:
+        deadline = time.monotonic() + 20
+        while not (play.work / "waiting").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asker = threading.Thread(target=interrupt)
+    asker.start()
+    before = signal.getsignal(signal.SIGINT)
+    assert play.run(prepare_1=PREPARED, train_1=INTERRUPTED) == Exit.INTERRUPTED
+    asker.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Ctrl-C again stops at once" in play.said
+    assert "Stopped at step 7" in play.said
+    assert play.run(train_2=play.committed()) == 0
+
+
+def test_two_runs_of_a_job_do_not_mix(play: Play):
+    with local.locked(play.work), pytest.raises(CommandError, match="running already") as refused:
+        play.run()
+    assert refused.value.code == Exit.USAGE
+
+
+def test_a_refused_job_starts_nothing(play: Play):
+    play.job["spec"]["hyperparameters"] = {"epochs": 1, "maxSteps": 2}
+    play.file.write_text(json.dumps(play.job))
+    with pytest.raises(CommandError, match="either epochs or maxSteps, not both") as refused:
+        play.run()
+    assert refused.value.code == Exit.USAGE
+
+
+def test_a_work_folder_of_another_job_is_refused(play: Play, tmp_path: Path):
+    play.run(prepare_1=REFUSED)
+    play.job["spec"]["hyperparameters"] = {"seed": 1}
+    play.file.write_text(json.dumps(play.job))
+    with pytest.raises(CommandError, match="belongs to another job"):
+        run.run(play.file, play.work, Console(file=io.StringIO()))
+
+
+def test_progress_is_read_from_the_port_that_the_stage_chose(play: Play):
+    progress = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=3, total_steps=20, train_loss=1.25)
+    part = INTERRUPTED | {"progress": json.loads(progress.model_dump_json())}
+    config = local.run_config(play.job, "0" * 36, play.work, local.Machine(2, GIB, GIB, 0), {})
+    (play.work / "run.json").write_text(config.to_json())
+    (play.work / "play.json").write_text(json.dumps({"train-1": part}))
+    seen: list[Progress] = []
+    with stages.Stop(lambda times: None) as stop, (play.work / "lock").open("w") as lock:
+
+        def on_progress(found: Progress) -> None:
+            seen.append(found)
+            if not stop.requested:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stage_run = stages.StageRun(
+            config, play.work / "run.json", Stage.TRAIN, 1, None, play.work / "log", lock.fileno()
+        )
+        result = stages.run_stage(stage_run, stop, on_progress)
+    assert seen[0] == progress
+    assert result.exit_code == 30
+    assert (play.work / "log").read_text() == "a line of the stage\n"
+
+
+@pytest.mark.parametrize("text", ["", "12", "x\n", "1\n"])
+def test_a_port_file_that_leads_nowhere_is_no_progress(tmp_path: Path, text: str):
+    (tmp_path / PORT_FILE).write_text(text)
+    assert stages.read_progress(tmp_path / PORT_FILE) is None
+
+
+def test_the_entrypoint_is_the_one_of_the_image(tmp_path: Path):
+    config = local.run_config(spec_cases.base(), "0" * 36, tmp_path, local.Machine(2, GIB, GIB, 0), {})
+    stage_run = stages.StageRun(config, tmp_path / "run.json", Stage.TRAIN, 2, DIGEST, tmp_path / "log", 0)
+    assert stage_run.command()[1:] == [
+        *("-m", "finetune_trainer.supervisor", "train", "--config", str(tmp_path / "run.json")),
+        *("--attempt", "2", "--plan-digest", DIGEST),
+    ]
+    done = subprocess.run([*stage_run.command()[:4], "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert "--config" in done.stdout
+
+
+MACHINE = local.Machine(cpu_count=8, memory_bytes=64 * GIB, disk_bytes=100 * GIB, gpus=1)
+
+
+def configured(env: dict[str, str] | None = None, **parts: Any) -> RunConfig:
+    job = spec_cases.base()
+    job["spec"] |= parts
+    return local.run_config(job, "1a2b3c4d-0000-0000-0000-000000000000", Path("/w"), MACHINE, env or {})
+
+
+def test_absent_resources_are_those_of_the_machine_and_written_ones_win():
+    assert configured().resources.model_dump() == {
+        "cpu_count": 8.0,
+        "memory_bytes": 64 * GIB,
+        "disk_bytes": 100 * GIB,
+        "gpus": 1,
+    }
+    asked = configured(resources={"cpu": "500m", "memory": "4Gi", "gpusPerNode": 0}).resources
+    assert (asked.cpu_count, asked.memory_bytes, asked.gpus) == (0.5, 4 * GIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("storage", "env", "endpoint", "region", "path_style"),
+    [
+        (None, {}, None, "us-east-1", False),
+        ({"endpoint": "http://s3.demo.svc:7070"}, {}, "http://s3.demo.svc:7070", "us-east-1", True),
+        (
+            {"endpoint": "http://s3.demo.svc:7070"},
+            {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"},
+            "http://127.0.0.1:1",
+            "us-east-1",
+            True,
+        ),
+        ({"region": "eu-central-1", "pathStyle": False}, {}, None, "eu-central-1", False),
+        (None, {"AWS_REGION": "eu-west-1"}, None, "eu-west-1", False),
+    ],
+)
+def test_storage_is_reached_as_this_machine_reaches_it(
+    storage: dict[str, Any] | None, env: dict[str, str], endpoint: str | None, region: str, path_style: bool
+):
+    found = configured(env, **({"storage": storage} if storage else {})).storage
+    assert (found.endpoint, found.region, found.path_style) == (endpoint, region, path_style)
+    assert found.credentials_dir is None
+
+
+def test_the_configuration_reads_back_as_the_trainer_reads_it():
+    config = configured()
+    assert RunConfig.model_validate_json(config.to_json()) == config
+    assert config.run_uri == "s3://adapters/bot/bot-1a2b3"
+    assert config.http_port == 0
+
+
+def test_a_job_is_known_again_by_file_name_and_spec(tmp_path: Path):
+    job = spec_cases.base()
+    uid = local.local_uid(tmp_path / "a.yaml", job)
+    assert local.local_uid(tmp_path / "x/../a.yaml", job) == uid
+    assert local.local_uid(tmp_path / "b.yaml", job) != uid
+    suspended = {**job, "spec": job["spec"] | {"suspend": True}}
+    assert local.local_uid(tmp_path / "a.yaml", suspended) == uid
+    changed = {**job, "spec": job["spec"] | {"hyperparameters": {"seed": 1}}}
+    assert local.local_uid(tmp_path / "a.yaml", changed) != uid
