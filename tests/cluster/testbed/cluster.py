@@ -78,6 +78,13 @@ class Cluster:
             raise TestbedError(f"instance {self.instance.name!r} is down")
         return state
 
+    def add_s3_account(self, access_key: str, secret_key: str) -> None:
+        """An account, made anew, that may do nothing until a bucket's policy allows it something."""
+        admin = [binaries.binary("versitygw"), "admin", "--access", self.s3_access_key, "--secret", self.s3_secret_key]
+        admin += ["--endpoint-url", self.s3_endpoint_host]
+        run([*admin, "delete-user", "--access", access_key], timeout_s=30, check=False)
+        run([*admin, "create-user", "--role", "user", "--access", access_key, "--secret", secret_key], timeout_s=30)
+
     def advertise_gpus(self, count: int) -> None:
         """Let the node offer `nvidia.com/gpu`: devices that count in scheduling and quota and do nothing else."""
         patch = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": str(count)}]
@@ -151,7 +158,8 @@ def _start(instance: Instance, *, node: bool) -> Cluster:
     pki.make(
         instance.dir, sorted({host_ip, "127.0.0.1", str(host.SERVICE_NETWORK[1])}), components.api_server_url(state)
     )
-    (instance.dir / "s3").mkdir()
+    for name in ("s3", "s3-accounts"):
+        (instance.dir / name).mkdir()
     state.commands |= components.control_plane(instance, state)
     instance.save(state)
     path = binaries.search_path()

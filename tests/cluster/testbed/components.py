@@ -46,6 +46,7 @@ def control_plane(instance: Instance, state: State) -> dict[str, list[str]]:
         "s3": [
             binary("versitygw"),
             *("--access", S3_ACCESS_KEY, "--secret", S3_SECRET_KEY, "--region", S3_REGION, *s3_ports),
+            *("--iam-dir", str(d / "s3-accounts")),  # more accounts than root, so that tests can be denied something
             *("posix", str(d / "s3")),
         ],
         "kube-apiserver": [
@@ -162,6 +163,8 @@ def _kubelet_config(d: Path) -> dict[str, object]:
         "imageGCHighThresholdPercent": 100,  # loaded images are a cache of ours, never garbage
         "nodeStatusUpdateFrequency": "4s",
         "serializeImagePulls": False,
+        # A container that a test killed for the third time is back in a second, not in forty.
+        "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
         "registerWithTaints": [],
     }
     if host.cgroup_v1():
