@@ -43,13 +43,18 @@ def run_command(
     raise typer.Exit(run(job, work_dir, Console(soft_wrap=False, highlight=False)))
 
 
+Name = Annotated[str, typer.Argument(help="Name of the FineTuneJob.", show_default=False)]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Default: that of the kubeconfig.", show_default=False)
+]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.", show_default=False)]
+
+
 @app.command("wait")
 def wait_command(
-    name: Annotated[str, typer.Argument(help="Name of the FineTuneJob.", show_default=False)],
-    namespace: Annotated[
-        str | None, typer.Option("--namespace", "-n", help="Default: that of the kubeconfig.", show_default=False)
-    ] = None,
-    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.", show_default=False)] = None,
+    name: Name,
+    namespace: Namespace = None,
+    context: Context = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds. Default: no limit.", show_default=False)] = None,
 ) -> None:
     """Wait until a job in the cluster has ended: 0 on success, 1 on failure, 124 on time-out."""
@@ -58,6 +63,20 @@ def wait_command(
 
     cluster = Cluster(context)
     raise typer.Exit(wait(cluster, namespace or cluster.namespace, name, timeout, Console(highlight=False)))
+
+
+@app.command("describe")
+def describe_command(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """Show a job in the cluster: where it is, why, what was chosen, what was tried, what came out."""
+    from finetune_cli.cluster import Cluster, UnavailableError
+    from finetune_cli.describe import describe
+
+    cluster = Cluster(context)
+    try:
+        job = cluster.get(namespace or cluster.namespace, name)
+    except UnavailableError as error:
+        raise CommandError(str(error), Exit.CLUSTER) from error
+    describe(job, Console(highlight=False))
 
 
 @app.command("validate")

@@ -1,0 +1,56 @@
+"""`finetune describe`: everything the operator knows of a job, for people."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetune_cli.wait import line
+
+
+def describe(job: dict[str, Any], console: Console) -> None:
+    """Where the job is, why, what was chosen, what became of the rows, what was tried, and what came out."""
+    status: dict[str, Any] = job.get("status") or {}
+    console.print(f"[bold]{job['metadata']['name']}[/]  {escape(line(job))}", soft_wrap=True)
+    _table(
+        console,
+        ("condition", "is", "reason", "message"),
+        [[one["type"], one["status"], one["reason"], one["message"]] for one in status.get("conditions") or []],
+    )
+    plan: dict[str, Any] = status.get("plan") or {}
+    if plan:
+        console.print(f"\n[bold]Plan[/]  {plan['steps']:,} steps, {plan['trainTokens']:,} tokens; {plan['uri']}")
+        _table(
+            console,
+            ("chosen for you", "value", "because"),
+            [[one["field"], one["value"], one["reason"]] for one in plan.get("resolved") or []],
+        )
+    data: dict[str, Any] = status.get("data") or {}
+    if data:
+        console.print(
+            f"\n[bold]Data[/]  {data['rowsIn']:,} rows in {data['files']} files: {data['rowsUsed']:,} to train on, "
+            f"{data['rowsHeldOut']:,} held out; {data['reportUri']}",
+            soft_wrap=True,
+        )
+        _table(console, ("left out as", "rows"), [[one["reason"], f"{one['rows']:,}"] for one in data["dropped"]])
+    _table(
+        console,
+        ("attempt", "stage", "ended as", "reason", "exit code", "last step"),
+        [
+            [one["number"], one["stage"], one["class"], one.get("reason"), one.get("exitCode"), one.get("lastStep")]
+            for one in status.get("attempts") or []
+        ],
+    )
+    for artifact in status.get("artifacts") or []:
+        console.print(f"\n[bold]{artifact['type']}[/]  {artifact['uri']}\n  {artifact['digest']}", soft_wrap=True)
+
+
+def _table(console: Console, heading: tuple[str, ...], rows: list[list[Any]]) -> None:
+    if not rows:
+        return
+    table = Table(*heading, box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for row in rows:
+        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    console.print()
+    console.print(table)
