@@ -192,8 +192,10 @@ def _requeue(folded: Folded, seen_as: Look, limits: Limits, due_s: float | None,
     if since is not None:
         moments.append(since + PATIENCE)
     waits = [] if due_s is None else [due_s]
-    if last is not None and is_open(last) and not seen_as.running:
-        waits.append(SLOW_START_S + 1.0)
+    if last is not None and is_open(last) and not seen_as.running and folded.job is not None:
+        born = max([folded.job.created_at, *(pod.created_at for pod in folded.pods if pod.active)])
+        slow_s = SLOW_START_S + 1 - (now - born).total_seconds()
+        waits += [slow_s] if slow_s > 0 else []
     waits += [max(1.0, (moment - now).total_seconds()) for moment in moments]
     return min(waits, default=None)
 

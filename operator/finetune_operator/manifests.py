@@ -242,7 +242,7 @@ def _env(runtime: Runtime) -> list[Manifest]:
     """Caches go to scratch because the root is read-only; USER is for libraries that ask for a name of the UID."""
     scratch = names.SCRATCH_DIR
     ours = {
-        "HOME": f"{scratch}/home",
+        "HOME": scratch,
         "TMPDIR": scratch,
         "HF_HOME": f"{scratch}/huggingface",
         "TRITON_CACHE_DIR": f"{scratch}/triton",

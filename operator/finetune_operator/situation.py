@@ -13,7 +13,7 @@ from finetune_operator.live import PATIENCE, Look
 from finetune_operator.verdict import ended_words, planned
 from finetune_operator.view import JobView, reason_of
 
-# Refused creations: they show only when it is tried again, so the last answer stands until the Job exists.
+# RefusedError creations: they show only when it is tried again, so the last answer stands until the Job exists.
 REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION)
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.RUNTIME_NOT_FOUND,

@@ -1,0 +1,41 @@
+"""`python -m finetune_operator`: one process, standalone, configured by its environment."""
+
+import logging
+import sys
+
+import kopf
+from prometheus_client import REGISTRY
+
+from finetune_operator.engine import Engine
+from finetune_operator.handlers import registry
+from finetune_operator.health import HttpServer
+from finetune_operator.metrics import Metrics
+from finetune_operator.settings import Settings, SettingsError
+
+
+def main() -> int:
+    try:
+        settings = Settings.from_env()
+        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("kopf").setLevel("WARNING")
+        metrics = Metrics(REGISTRY)
+        engine = Engine(settings, metrics)
+    except SettingsError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - there may be no log yet
+        return 2
+    server = HttpServer(settings.http_port, metrics.registry, engine.problems)
+    try:
+        kopf.run(
+            registry=registry(engine),
+            standalone=True,
+            clusterwide=not settings.watch_namespaces,
+            namespaces=settings.watch_namespaces,
+        )
+    finally:
+        engine.stop()
+        server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The Jobs and pods of all FineTuneJobs, kept up to date by label-selected watches.
+
+A deleted pod is remembered in its last state, because its termination message may be the verdict, until its
+FineTuneJob is forgotten; only the last few, so that memory stays flat.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from finetune_api import names
+from finetune_operator.observed import ObservedJob, ObservedPod, as_gone, job_uid, observe_job, observe_pod
+
+log = logging.getLogger(__name__)
+
+MAX_GONE = 20  # per FineTuneJob
+Key = tuple[str, str]  # namespace, name of a FineTuneJob
+Body = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """The part of Cluster that is used here."""
+
+    def watch(self, kind: Any, namespace: str | None) -> Iterator[tuple[str, Body]]: ...
+
+
+class Children:
+    """Thread-safe cache by the UID of the FineTuneJob. `changed` is called with the key of each job touched."""
+
+    def __init__(self, changed: Callable[[Key], None]) -> None:
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._jobs: dict[str, dict[str, ObservedJob]] = {}  # FineTuneJob UID → Job UID → Job
+        self._pods: dict[str, dict[str, ObservedPod]] = {}
+        self._keys: dict[str, Key] = {}  # UID of a child → its FineTuneJob
+
+    def of(self, uid: str) -> tuple[tuple[ObservedJob, ...], tuple[ObservedPod, ...]]:
+        with self._lock:
+            return tuple(self._jobs.get(uid, {}).values()), tuple(self._pods.get(uid, {}).values())
+
+    def running_train_pods(self) -> list[tuple[str, ObservedPod]]:
+        """(UID of the FineTuneJob, pod) for each pod that can be asked for its progress."""
+        with self._lock:
+            pods = [(uid, pod) for uid, by_uid in self._pods.items() for pod in by_uid.values()]
+        return [(uid, pod) for uid, pod in pods if pod.stage == names.Stage.TRAIN and pod.running and pod.ip]
+
+    def owners(self) -> set[str]:
+        """UIDs of the FineTuneJobs of which anything is kept."""
+        with self._lock:
+            return set(self._jobs) | set(self._pods)
+
+    def forget(self, uid: str) -> None:
+        """The FineTuneJob is gone, or its verdict stored: deleted pods are of no more use."""
+        with self._lock:
+            for pod in [pod for pod in self._pods.get(uid, {}).values() if pod.gone]:
+                self._drop_pod(uid, pod.uid)
+            self._drop_empty(uid)
+
+    def take(self, kind: str, event: str, body: Body) -> None:
+        """One event of a watch."""
+        owner, key = job_uid(body), _key(body)
+        if owner is None or key is None:
+            return
+        with self._lock:
+            changed = self._put(kind, owner, key, body, deleted=event == "DELETED")
+            self._drop_empty(owner)
+        if changed:
+            self._changed(key)
+
+    def replace(self, kind: str, namespace: str | None, bodies: list[Body]) -> None:
+        """A fresh list: what it lacks was deleted while nobody watched."""
+        listed = {str(body["metadata"]["uid"]) for body in bodies}
+        for body in bodies:
+            self.take(kind, "MODIFIED", body)
+        vanished: set[Key] = set()
+        with self._lock:
+            store: dict[str, dict[str, Any]] = self._jobs if kind == "jobs" else self._pods
+            for owner, by_uid in list(store.items()):
+                for uid in [u for u in by_uid if u not in listed and namespace in (None, self._keys[u][0])]:
+                    if self._remove(kind, owner, uid):
+                        vanished.add(self._keys.get(uid, ("", "")))
+                self._drop_empty(owner)
+        for key in vanished:
+            self._changed(key)
+
+    def _put(self, kind: str, owner: str, key: Key, body: Body, *, deleted: bool) -> bool:
+        """Store the object; whether anything that is looked at changed."""
+        uid = str(body["metadata"]["uid"])
+        child = observe_job(body) if kind == "jobs" else observe_pod(body)
+        if child is None or (kind == "jobs" and deleted):
+            return self._remove(kind, owner, uid)
+        self._keys[uid] = key
+        if isinstance(child, ObservedPod):
+            pods = self._pods.setdefault(owner, {})
+            before, pods[uid] = pods.get(uid), (as_gone(child) if deleted else child)
+            self._bound_gone(owner)
+            return pods.get(uid) != before
+        jobs = self._jobs.setdefault(owner, {})
+        old, jobs[uid] = jobs.get(uid), child
+        return child != old
+
+    def _remove(self, kind: str, owner: str, uid: str) -> bool:
+        """Whether there was anything to remove."""
+        if kind == "jobs":
+            return self._jobs.get(owner, {}).pop(uid, None) is not None
+        pod = self._pods.get(owner, {}).get(uid)
+        if pod is None or pod.gone:
+            return False
+        self._pods[owner][uid] = as_gone(pod)
+        self._bound_gone(owner)
+        return True
+
+    def _bound_gone(self, owner: str) -> None:
+        gone = sorted((p for p in self._pods[owner].values() if p.gone), key=lambda p: (p.created_at, p.uid))
+        for pod in gone[:-MAX_GONE]:
+            self._drop_pod(owner, pod.uid)
+
+    def _drop_pod(self, owner: str, uid: str) -> None:
+        del self._pods[owner][uid]
+        self._keys.pop(uid, None)
+
+    def _drop_empty(self, owner: str) -> None:
+        for store in (self._jobs, self._pods):
+            if owner in store and not store[owner]:
+                del store[owner]
+
+
+class ChildWatch:
+    """One thread that lists and watches one kind in one namespace (None: all), for ever."""
+
+    def __init__(self, cluster: Watcher, children: Children, kind: str, namespace: str | None) -> None:
+        self.name = f"watch of {kind}" + (f" in {namespace}" if namespace else "")
+        self.listed = threading.Event()
+        self.last_activity_s = time.monotonic()
+        self._cluster, self._children, self._kind, self._namespace = cluster, children, kind, namespace
+        self._stop = threading.Event()
+
+    def run(self, retry: tuple[type[Exception], ...]) -> None:
+        """Until `stop`. Errors of the kinds in `retry` lead to a new list after 1 to 30 s."""
+        delay_s = 1.0
+        while not self._stop.is_set():
+            try:
+                self._cycle()
+                delay_s = 1.0
+            except retry as error:
+                log.warning("%s: %s; listing again in %.0f s", self.name, error, delay_s)
+                self._stop.wait(delay_s)
+                delay_s = min(30.0, delay_s * 2)
+
+    def stop(self) -> None:
+        """The thread ends at the next event or when the server ends the watch; it is a daemon thread."""
+        self._stop.set()
+
+    def _cycle(self) -> None:
+        items: list[Body] = []
+        for event, body in self._cluster.watch(self._kind, self._namespace):
+            self.last_activity_s = time.monotonic()
+            if self._stop.is_set():
+                return
+            if event == "ITEM":
+                items.append(body)
+            elif event == "LISTED":
+                self._children.replace(self._kind, self._namespace, items)
+                items = []
+                self.listed.set()
+            elif event != "BOOKMARK":
+                self._children.take(self._kind, event, body)
+
+
+def _key(body: Body) -> Key | None:
+    meta = body.get("metadata") or {}
+    name = (meta.get("labels") or {}).get(names.LABEL_JOB_NAME)
+    return (str(meta.get("namespace")), str(name)) if name else None

@@ -1,0 +1,265 @@
+"""The only module that talks to the API server: bounded requests with plain dictionaries in and out.
+
+Rights it needs, in every watched namespace:
+  finetune.dev   finetunejobs             get, list, watch (watch: by Kopf)
+  finetune.dev   finetunejobs/status      patch
+  finetune.dev   finetunejobs/finalizers  update, where OwnerReferencesPermissionEnforcement is on
+  batch          jobs                     get, list, watch, create, patch, delete
+  ""             pods                     list, watch
+  ""             configmaps               get, create
+  ""             events                   list, create
+and in its own namespace:
+  coordination.k8s.io  leases             get, create, update
+It reads no Secret, node or namespace, and of Jobs and pods only those with its own label.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast
+from urllib.parse import quote
+
+import urllib3
+from kubernetes import client, config
+
+from finetune_api import names
+from finetune_api.names import FIELD_MANAGER
+from finetune_operator.metrics import Metrics
+
+Body = dict[str, Any]
+Kind = Literal["jobs", "pods", "configmaps", "events", "leases", "finetunejobs"]
+ChildKind = Literal["jobs", "pods"]
+
+REQUEST_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S = 10
+WATCH_TIMEOUT_S = 300
+SILENCE_TIMEOUT_S = 90  # bookmarks come every minute: a watch that is silent for longer hangs
+PAGE = 200
+
+_PREFIX: dict[Kind, str] = {
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+    "configmaps": "/api/v1",
+    "events": "/api/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
+    "finetunejobs": f"/apis/{names.API_VERSION}",
+}
+_OURS = f"{names.LABEL_MANAGED_BY}={FIELD_MANAGER}"
+
+
+class ApiError(Exception):
+    """The API server answered with an error."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after_s: float = 0) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class UnreachableError(Exception):
+    """No answer: the network, a time-out, or an answer cut short. Whether a write happened is not known."""
+
+
+class Cluster:
+    """Thread-safe. `server` requests raise ApiError or UnreachableError, within REQUEST_TIMEOUT_S."""
+
+    def __init__(self, metrics: Metrics, pool_size: int) -> None:
+        """In-cluster credentials, else those of KUBECONFIG."""
+        settings = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=settings)
+        except config.ConfigException:
+            config.load_kube_config(client_configuration=settings)
+        settings.connection_pool_maxsize = pool_size
+        settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
+        self._client = client.ApiClient(settings)
+        self._metrics = metrics
+
+    def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
+        """None if it does not exist."""
+        try:
+            return self._request("GET", _path(kind, namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def list_jobs(self, namespace: str | None) -> Iterator[Body]:
+        """All FineTuneJobs, page by page."""
+        yield from self._list(_path("finetunejobs", namespace), {}).items()
+
+    def list_children(self, namespace: str, job_uid: str) -> list[Body]:
+        """The Kubernetes Jobs of one FineTuneJob as they are now, not as a watch has seen them."""
+        query = {"labelSelector": f"{_OURS},{names.LABEL_JOB_UID}={job_uid}"}
+        return list(self._list(_path("jobs", namespace), query).items())
+
+    def list_events(self, namespace: str, uid: str) -> list[Body]:
+        """The newest events on one object."""
+        query = {"fieldSelector": f"involvedObject.uid={uid}", "limit": "50"}
+        items = self._request("GET", _path("events", namespace), query).get("items") or []
+        return cast(list[Body], items)
+
+    def create(self, kind: Kind, body: Body) -> Body:
+        path = _path(kind, body["metadata"]["namespace"])
+        return self._write("create", kind, "POST", path, body, {"fieldManager": FIELD_MANAGER})
+
+    def replace_lease(self, body: Body) -> Body:
+        """Raises ApiError 409 if somebody else wrote it since `body` was read."""
+        meta = body["metadata"]
+        return self._write("update", "leases", "PUT", _path("leases", meta["namespace"], meta["name"]), body)
+
+    def patch_status(self, namespace: str, name: str, resource_version: str, patch: Body) -> Body:
+        """Merge `patch` into the status. Raises ApiError 409 if the object is not that version any more."""
+        body = {"metadata": {"resourceVersion": resource_version}, "status": patch}
+        path = _path("finetunejobs", namespace, name) + "/status"
+        query = {"fieldManager": FIELD_MANAGER}
+        return self._write("patch", "finetunejobs/status", "PATCH", path, body, query)
+
+    def set_ttl(self, namespace: str, name: str, seconds: int) -> None:
+        """Let Kubernetes remove a finished Job after that time."""
+        body = {"spec": {"ttlSecondsAfterFinished": seconds}}
+        path = _path("jobs", namespace, name)
+        self._gone_is_fine("patch", "PATCH", path, body, {"fieldManager": FIELD_MANAGER})
+
+    def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """In the background, because batch/v1's default leaves the pods running; only this very object."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        self._gone_is_fine("delete", "DELETE", _path("jobs", namespace, name), body, {})
+
+    def watch(self, kind: ChildKind, namespace: str | None) -> Iterator[tuple[str, Body]]:
+        """List our Jobs or pods, then follow them until the server ends it.
+
+        Yields (ITEM, object) for what exists, (LISTED, {}) after the last, then (ADDED | MODIFIED | DELETED |
+        BOOKMARK, object). Raises ApiError (410: list again) or UnreachableError.
+        """
+        path, query = _path(kind, namespace), {"labelSelector": _OURS}
+        pages = self._list(path, query)
+        for body in pages.items():
+            yield "ITEM", body
+        yield "LISTED", {}
+        follow = {
+            **query,
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": pages.version,
+            "timeoutSeconds": str(WATCH_TIMEOUT_S),
+        }
+        answer = self._send("GET", path, follow, None, SILENCE_TIMEOUT_S)
+        try:
+            for line in _lines(answer):
+                event = cast(Body, json.loads(line))
+                body = cast(Body, event.get("object") or {})
+                if event.get("type") == "ERROR":
+                    raise ApiError(int(body.get("code") or 500), str(body.get("reason")), str(body.get("message")))
+                yield str(event.get("type")), body
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise UnreachableError(f"watch of {kind}: {type(error).__name__}") from error
+        finally:
+            answer.close()
+
+    def _list(self, path: str, query: dict[str, str]) -> "_Pages":
+        return _Pages(self, path, query)
+
+    def read(self, path: str, query: dict[str, str]) -> Body:
+        """One GET of a path of this API."""
+        return self._request("GET", path, query)
+
+    def _gone_is_fine(self, verb: str, method: str, path: str, body: Body, query: dict[str, str]) -> None:
+        try:
+            self._write(verb, "jobs", method, path, body, query)
+        except ApiError as error:
+            # 409: the precondition failed, so another object has the name by now.
+            if error.status not in (404, 409):
+                raise
+
+    def _write(
+        self, verb: str, resource: str, method: str, path: str, body: Body, query: dict[str, str] | None = None
+    ) -> Body:
+        self._metrics.api_writes.labels(verb, resource).inc()
+        return self._request(method, path, query, body)
+
+    def _request(self, method: str, path: str, query: dict[str, str] | None = None, body: Body | None = None) -> Body:
+        answer = self._send(method, path, query or {}, body, REQUEST_TIMEOUT_S)
+        try:
+            return cast(Body, json.loads(answer.data))
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
+        finally:
+            answer.release_conn()
+
+    def _send(
+        self, method: str, path: str, query: dict[str, str], body: Body | None, read_timeout_s: float
+    ) -> urllib3.BaseHTTPResponse:
+        headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER, "Content-Type": _CONTENT.get(method, "")}
+        try:
+            request = self._client.param_serialize(
+                method, path, query_params=list(query.items()), header_params=headers, body=body,
+                auth_settings=["BearerToken"],
+            )  # fmt: skip
+            answer = cast(
+                urllib3.BaseHTTPResponse,
+                self._client.call_api(*request, _request_timeout=(CONNECT_TIMEOUT_S, read_timeout_s)).response,
+            )
+            if answer.status >= 400:
+                raise self._error(answer)
+        except (urllib3.exceptions.HTTPError, client.ApiException, OSError) as error:
+            self._metrics.api_errors.labels("unreachable").inc()
+            raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
+        return answer
+
+    def _error(self, answer: urllib3.BaseHTTPResponse) -> ApiError:
+        self._metrics.api_errors.labels(str(answer.status)).inc()
+        if answer.status == 429:
+            self._metrics.api_throttled.inc()
+        text = answer.data.decode(errors="replace")
+        try:
+            status = cast(Body, json.loads(text))
+        except ValueError:
+            status = {"message": text[:256]}
+        retry_after = answer.headers.get("Retry-After", "")
+        wait_s = float(retry_after) if retry_after.isdecimal() else 0.0
+        return ApiError(answer.status, str(status.get("reason", "")), str(status.get("message", "")), wait_s)
+
+
+_CONTENT = {
+    "POST": "application/json",
+    "PUT": "application/json",
+    "DELETE": "application/json",
+    "PATCH": "application/merge-patch+json",
+}
+
+
+class _Pages:
+    """A list in pages; `version` is that of the whole list, known after the first page."""
+
+    def __init__(self, cluster: Cluster, path: str, query: dict[str, str]) -> None:
+        self._cluster, self._path, self._query = cluster, path, query
+        self.version = ""
+
+    def items(self) -> Iterator[Body]:
+        token = ""
+        while True:
+            query = {**self._query, "limit": str(PAGE)} | ({"continue": token} if token else {})
+            page = self._cluster.read(self._path, query)
+            meta = cast(Mapping[str, Any], page.get("metadata") or {})
+            self.version = str(meta.get("resourceVersion", ""))
+            yield from cast(list[Body], page.get("items") or [])
+            token = str(meta.get("continue") or "")
+            if not token:
+                return
+
+
+def _path(kind: Kind, namespace: str | None, name: str | None = None) -> str:
+    parts = [_PREFIX[kind], *(["namespaces", quote(namespace)] if namespace else []), kind]
+    return "/".join([*parts, *([quote(name)] if name else [])])
+
+
+def _lines(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    """Whole lines of a stream; an object of the API is at most a few MiB."""
+    rest = bytearray()
+    for chunk in answer.stream(65536, decode_content=True):
+        rest += chunk
+        *whole, last = bytes(rest).split(b"\n")
+        rest = bytearray(last)
+        yield from (line for line in whole if line)

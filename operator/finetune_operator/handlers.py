@@ -1,0 +1,44 @@
+"""Kopf is the watcher of FineTuneJobs, and nothing else: no state, no finalizer, no annotation, no event of its own."""
+
+import asyncio
+from typing import Any
+
+import kopf
+
+from finetune_api import names
+from finetune_operator.engine import Engine
+
+
+def registry(engine: Engine) -> kopf.OperatorRegistry:
+    """All handlers of the operator."""
+    handlers = kopf.OperatorRegistry()
+
+    @kopf.on.startup(registry=handlers)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        await asyncio.get_running_loop().run_in_executor(None, engine.start)
+
+    @kopf.on.cleanup(registry=handlers)
+    async def stop(**_: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, engine.stop)
+
+    @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers)
+    async def changed(namespace: str | None, name: str | None, uid: str | None, **_: Any) -> None:
+        if namespace and name and uid:
+            engine.put(namespace, name, uid)
+
+    return handlers
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """Bound every wait of Kopf, and keep it from reading or writing anything but FineTuneJobs."""
+    settings.posting.enabled = False
+    settings.scanning.disabled = True  # else it lists CRDs and namespaces
+    settings.peering.standalone = True
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.watching.inactivity_timeout = 90
+    settings.watching.connect_timeout = 10
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.networking.enforce_retry_after = True

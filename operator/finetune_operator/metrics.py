@@ -1,0 +1,88 @@
+"""What the operator measures of itself, and the last known figures of the jobs it runs.
+
+Labels are bounded: the namespace and name of jobs that exist, and words of fixed lists. Never a user's text.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from finetune_api.status import FineTuneJobStatus, Phase
+
+_JOB = ("namespace", "name")
+
+
+class Metrics:
+    """All metrics on one registry. Thread-safe, as prometheus_client is."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        self.jobs = gauge("finetune_jobs", "FineTuneJobs by phase, at the last resync.", ("phase",))
+        self.transitions = counter("finetune_transitions", "Transitions of jobs by reason.", ("reason",))
+        self.reconcile_duration = Histogram(
+            "finetune_reconcile_duration_seconds", "Time of one reconcile.", ("result",), registry=registry
+        )
+        self.queue_depth = gauge("finetune_queue_depth", "Keys waiting to be reconciled.")
+        self.last_resync = gauge("finetune_last_resync_timestamp_seconds", "When the last full resync ended.")
+        self.api_writes = counter("finetune_api_writes", "Writes to the API server.", ("verb", "resource"))
+        self.api_errors = counter("finetune_api_errors", "Failed requests to the API server.", ("code",))
+        self.api_throttled = counter("finetune_api_throttled", "Requests that the API server asked to repeat later.")
+        self.progress_pulls = counter("finetune_progress_pulls", "Pulls of pods' progress.", ("result",))
+        self.job_figures = {
+            "step": gauge("finetune_job_step", "Last known finished optimizer step.", _JOB),
+            "planned_steps": gauge("finetune_job_planned_steps", "Optimizer steps of the plan.", _JOB),
+            "train_loss": gauge("finetune_job_train_loss", "Last known training loss, nats per label token.", _JOB),
+            "eval_loss": gauge("finetune_job_eval_loss", "Last known loss on held-out rows.", _JOB),
+            "base_eval_loss": gauge("finetune_job_base_eval_loss", "Loss of the base model on held-out rows.", _JOB),
+            "learning_rate": gauge("finetune_job_learning_rate", "Last known learning rate.", _JOB),
+            "tokens_per_second": gauge("finetune_job_tokens_per_second", "Last known real tokens per second.", _JOB),
+            "remaining_seconds": gauge("finetune_job_remaining_seconds", "Estimated time left.", _JOB),
+            "failures": gauge("finetune_job_failures", "Attempts that counted as retries.", _JOB),
+            "disruptions": gauge("finetune_job_disruptions", "Disrupted pods.", _JOB),
+            "gpu_seconds": gauge("finetune_job_gpu_seconds", "GPU seconds of ended attempts.", _JOB),
+            "last_progress_timestamp_seconds": gauge(
+                "finetune_job_last_progress_timestamp_seconds", "When the pod last answered.", _JOB
+            ),
+            "phase": Gauge("finetune_job_phase", "1 for the job's phase.", (*_JOB, "phase"), registry=registry),
+        }
+
+    def export(self, namespace: str, name: str, status: FineTuneJobStatus, progress_at_s: float | None) -> None:
+        """Show the job's last known figures, which outlive its pod."""
+        figures: dict[str, float | None] = {"failures": status.failures}
+        if status.progress is not None:
+            figures |= {
+                "step": status.progress.step,
+                "remaining_seconds": status.progress.estimated_remaining_seconds,
+                "last_progress_timestamp_seconds": progress_at_s,
+            }
+        if status.plan is not None:
+            figures["planned_steps"] = status.plan.steps
+        if status.metrics is not None:
+            figures |= status.metrics.model_dump(by_alias=False, exclude={"loss"})
+        if status.usage is not None:
+            figures["gpu_seconds"] = status.usage.gpu_seconds
+        if status.record is not None:
+            figures["disruptions"] = status.record.disruptions
+        for key, value in figures.items():
+            if value is not None:
+                self.job_figures[key].labels(namespace, name).set(value)
+        for phase in Phase:
+            self.job_figures["phase"].labels(namespace, name, phase.value).set(float(status.phase == phase))
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The job is deleted: its series end."""
+        for key, metric in self.job_figures.items():
+            if key == "phase":
+                for phase in Phase:
+                    metric.remove(namespace, name, phase.value)
+            else:
+                metric.remove(namespace, name)
+
+    def count_phases(self, phases: dict[str, int]) -> None:
+        for phase in Phase:
+            self.jobs.labels(phase.value).set(phases.get(phase.value, 0))

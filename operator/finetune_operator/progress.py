@@ -1,0 +1,151 @@
+"""Pull the progress of running train pods. A pod is hostile: time, size and shape of its answer are bounded.
+
+The pod is asked in HTTP/1.0 over a plain connection, so there are no redirects, no chunks and no compression, and
+one deadline covers the whole exchange, however slowly the bytes come.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from finetune_api.names import HTTP_PORT
+from finetune_api.run import MAX_PROGRESS_BYTES, Progress
+from finetune_operator.children import Children
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import ObservedPod
+from finetune_operator.seen import SeenProgress
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 2.0
+MAX_HEADER_BYTES = 4096
+MAX_CONNECTIONS = 64
+MIN_WRITE_INTERVAL_S = 30.0
+WRITES_PER_S = 10.0
+
+
+class ProgressError(Exception):
+    """No usable answer; the text is a word for the metric."""
+
+
+def write_interval_s(running: int) -> float:
+    """Seconds between two writes of one job's progress, so that all together write at most ten a second."""
+    return max(MIN_WRITE_INTERVAL_S, running / WRITES_PER_S)
+
+
+async def fetch(host: str, port: int, timeout_s: float = TIMEOUT_S) -> Progress:
+    """GET /progress. Raises ProgressError within `timeout_s`, after at most 20 KiB."""
+    try:
+        answer = await asyncio.wait_for(_exchange(host, port), timeout_s)
+    except TimeoutError:
+        raise ProgressError("timeout") from None
+    except OSError:
+        raise ProgressError("unreachable") from None
+    return parse(answer)
+
+
+def parse(answer: bytes) -> Progress:
+    """The Progress in an HTTP answer. Raises ProgressError."""
+    head, _, content = answer.partition(b"\r\n\r\n")
+    status = head.split(b"\r\n", 1)[0].split(b" ")
+    if len(status) < 2 or not status[0].startswith(b"HTTP/1.") or status[1] != b"200":
+        raise ProgressError("status")
+    if len(content) > MAX_PROGRESS_BYTES or len(head) > MAX_HEADER_BYTES:
+        raise ProgressError("size")
+    try:
+        return Progress.model_validate_json(content)
+    except ValidationError:
+        raise ProgressError("schema") from None
+
+
+async def _exchange(host: str, port: int) -> bytes:
+    reader, writer = await asyncio.open_connection(host, port, limit=MAX_PROGRESS_BYTES)
+    try:
+        writer.write(f"GET /progress HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n".encode())
+        await writer.drain()
+        answer = bytearray()
+        while len(answer) <= MAX_PROGRESS_BYTES + MAX_HEADER_BYTES:
+            part = await reader.read(8192)
+            if not part:
+                return bytes(answer)
+            answer += part
+        raise ProgressError("size")
+    finally:
+        writer.transport.abort()  # a polite close could wait for the pod
+
+
+class ProgressPuller:
+    """Asks every running train pod each `interval_s` and keeps the last answers. `due` gets the UID of the
+    FineTuneJob and the pod whenever an answer should be looked at."""
+
+    def __init__(
+        self,
+        children: Children,
+        metrics: Metrics,
+        due: Callable[[str, ObservedPod], None],
+        now: Callable[[], datetime],
+        port: int = HTTP_PORT,
+    ) -> None:
+        self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
+        self._lock = threading.Lock()
+        self._answers: dict[str, SeenProgress] = {}  # FineTuneJob UID → last answer
+        self._looked_at: dict[str, datetime] = {}
+        self._running = 0
+        self._stop = threading.Event()
+
+    def last(self, uid: str) -> SeenProgress | None:
+        with self._lock:
+            return self._answers.get(uid)
+
+    def interval_s(self) -> float:
+        return write_interval_s(self._running)
+
+    def retain(self, uids: set[str]) -> None:
+        """Forget all other FineTuneJobs."""
+        with self._lock:
+            for uid in set(self._answers) - uids:
+                del self._answers[uid]
+                self._looked_at.pop(uid, None)
+
+    def run(self, interval_s: float) -> None:
+        """Until `stop`, in a thread of its own."""
+        while not self._stop.wait(interval_s):
+            asyncio.run(self.pull(self._children.running_train_pods()))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def pull(self, pods: Iterable[tuple[str, ObservedPod]]) -> None:
+        """One round over these pods, at most MAX_CONNECTIONS at a time."""
+        targets = list(pods)
+        self._running = len(targets)
+        free = asyncio.Semaphore(MAX_CONNECTIONS)
+
+        async def ask(uid: str, pod: ObservedPod) -> None:
+            async with free:
+                try:
+                    said = await fetch(pod.ip or "", self._port)
+                except ProgressError as error:
+                    self._metrics.progress_pulls.labels(str(error)).inc()
+                    return
+            if (said.stage, said.attempt) != (pod.stage, pod.attempt):
+                self._metrics.progress_pulls.labels("stranger").inc()
+                return
+            self._metrics.progress_pulls.labels("ok").inc()
+            self._keep(uid, pod, SeenProgress(said, self._now()))
+
+        await asyncio.gather(*(ask(uid, pod) for uid, pod in targets))
+
+    def _keep(self, uid: str, pod: ObservedPod, answer: SeenProgress) -> None:
+        with self._lock:
+            self._answers[uid] = answer
+            looked_at = self._looked_at.get(uid)
+            is_due = looked_at is None or (answer.at - looked_at).total_seconds() >= self.interval_s()
+            if is_due:
+                self._looked_at[uid] = answer.at
+        if is_due:
+            self._due(uid, pod)

@@ -1,0 +1,115 @@
+"""The work queue: each key at most once in it and at most once in work, with delays and back-off per key."""
+
+import heapq
+import random
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+MIN_BACKOFF_S = 1.0
+MAX_BACKOFF_S = 60.0
+
+
+class WorkQueue(Generic[Key]):
+    """Thread-safe. A key put while it is in work is handed out again after `done`; nothing is lost or doubled."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random
+    ) -> None:
+        """`clock`: monotonic seconds. `jitter`: uniform in [0, 1)."""
+        self._clock = clock
+        self._jitter = jitter
+        self._changed = threading.Condition()
+        self._due: dict[Key, float] = {}  # when each waiting key is due
+        self._heap: list[tuple[float, int, Key]] = []  # the same by time; entries that _due contradicts are stale
+        self._working: dict[Key, float] = {}  # since when
+        self._again: dict[Key, float] = {}  # put while in work
+        self._failures: dict[Key, int] = {}
+        self._count = 0
+        self._closed = False
+
+    def put(self, key: Key, delay_s: float = 0.0) -> None:
+        """Ask for one more round of `key`; the earlier of two requests counts."""
+        with self._changed:
+            self._put(key, self._clock() + delay_s)
+
+    def get(self) -> Key | None:
+        """The next key that is due, when it is; None once closed. The caller owes `done` or `retry`."""
+        with self._changed:
+            while not self._closed:
+                now = self._clock()
+                key = self._pop(now)
+                if key is not None:
+                    self._working[key] = now
+                    return key
+                wait_s = self._heap[0][0] - now if self._heap else None
+                self._changed.wait(None if wait_s is None else max(0.0, wait_s))
+            return None
+
+    def done(self, key: Key) -> None:
+        """The round went well."""
+        with self._changed:
+            self._failures.pop(key, None)
+            self._leave(key)
+
+    def retry(self, key: Key, at_least_s: float = 0.0) -> float:
+        """The round failed: once more after 1, 2, 4 … 60 s, half of it by chance. Gives the seconds."""
+        with self._changed:
+            count = self._failures.get(key, 0)
+            self._failures[key] = count + 1
+            backoff_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(count, 16))
+            delay_s = max(at_least_s, backoff_s * (0.5 + 0.5 * self._jitter()))
+            self._again[key] = min(self._again.get(key, float("inf")), self._clock() + delay_s)
+            self._leave(key)
+            return delay_s
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def depth(self) -> int:
+        """Keys that are due or in work."""
+        with self._changed:
+            now = self._clock()
+            return sum(1 for due in self._due.values() if due <= now) + len(self._working)
+
+    def stuck_s(self) -> float:
+        """Seconds of the longest round in work, or of the longest wait of a key that is due."""
+        with self._changed:
+            now = self._clock()
+            waits = [now - since for since in (*self._working.values(), *self._due.values())]
+            return max([0.0, *waits])
+
+    def _put(self, key: Key, due: float) -> None:
+        if key in self._working:
+            self._again[key] = min(due, self._again.get(key, float("inf")))
+            return
+        if due >= self._due.get(key, float("inf")):
+            return
+        self._due[key] = due
+        self._count += 1
+        heapq.heappush(self._heap, (due, self._count, key))
+        self._changed.notify()
+
+    def _pop(self, now: float) -> Key | None:
+        while self._heap:
+            due, _, key = self._heap[0]
+            if self._due.get(key) != due:
+                heapq.heappop(self._heap)
+                continue
+            if due > now:
+                return None
+            heapq.heappop(self._heap)
+            del self._due[key]
+            return key
+        return None
+
+    def _leave(self, key: Key) -> None:
+        self._working.pop(key, None)
+        again = self._again.pop(key, None)
+        if again is not None:
+            self._put(key, again)

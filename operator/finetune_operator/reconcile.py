@@ -1,0 +1,299 @@
+"""One round for one job: observe, plan, write the status, act, tell. Everything that decides is in `plan`."""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Protocol, cast
+
+from pydantic import ValidationError
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_api.reasons import Reason
+from finetune_api.run import RunConfig
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.attempts import belongs
+from finetune_operator.children import Children
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
+from finetune_operator.live import explain, needs_explanation
+from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import observe_job
+from finetune_operator.plan import plan
+from finetune_operator.runtimes import Runtimes
+from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, JobEvent, Plan, Seen, SeenProgress, SetTtl
+from finetune_operator.settings import Runtime
+from finetune_operator.view import JobView, view
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RUNTIME = "default"
+MAX_CONFLICTS = 5
+
+
+class Progresses(Protocol):
+    """The part of ProgressPuller that is used here."""
+
+    def last(self, uid: str) -> SeenProgress | None: ...
+    def interval_s(self) -> float: ...
+
+
+class RefusedError(Exception):
+    """A child cannot be created now; the job's status says why."""
+
+    def __init__(self, blocked: Blocked) -> None:
+        super().__init__(blocked.message)
+        self.blocked = blocked
+
+
+class LaterError(Exception):
+    """What was seen is behind what is; a later round will see it."""
+
+
+class Reconciler:
+    """Thread-safe as long as no two threads work on one key, which the queue sees to."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        children: Children,
+        progress: Progresses,
+        runtimes: Runtimes,
+        metrics: Metrics,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._cluster, self._children, self._progress = cluster, children, progress
+        self._runtimes, self._metrics, self._now = runtimes, metrics, now
+        self._exported: dict[tuple[str, str], str] = {}  # key → UID
+        self._lock = threading.Lock()
+
+    def reconcile(self, key: tuple[str, str]) -> float | None:
+        """Bring one job on its way; seconds until it wants another round, if any.
+
+        Raises ApiError or UnreachableError (try again later), LaterError, and RefusedError once the status says so."""
+        namespace, name = key
+        for _ in range(MAX_CONFLICTS):
+            body = self._cluster.get("finetunejobs", namespace, name)
+            if body is None:
+                self.forget(key)
+                return None
+            try:
+                return self._round(view(body))
+            except ApiError as error:
+                if not _is_stale_write(error):
+                    raise
+        raise LaterError(f"{MAX_CONFLICTS} conflicts in a row")
+
+    def forget(self, key: tuple[str, str]) -> None:
+        """The job is deleted."""
+        with self._lock:
+            uid = self._exported.pop(key, None)
+        if uid is not None:
+            self._children.forget(uid)
+            self._metrics.forget(*key)
+
+    def _round(self, job: JobView) -> float | None:
+        seen = self._observe(job)
+        made = plan(job, seen, self._now())
+        stored = self._store(job, made)
+        try:
+            for action in made.actions:
+                self._act(stored, action)
+        except RefusedError as refused:
+            again = plan(stored, replace(seen, blocked=refused.blocked), self._now())
+            if self._store(stored, again).finished:
+                return None
+            raise
+        if stored.finished:
+            self._children.forget(stored.uid)
+        return made.requeue_after_s
+
+    def _observe(self, job: JobView) -> Seen:
+        jobs, pods = self._children.of(job.uid)
+        runtime = (job.spec.runtime if job.spec else None) or DEFAULT_RUNTIME
+        seen = Seen(
+            jobs=jobs,
+            pods=pods,
+            progress=self._progress.last(job.uid),
+            runtime_known=self._runtimes.get(runtime) is not None,
+            progress_write_interval_s=self._progress.interval_s(),
+        )
+        entries = job.status.attempts
+        if job.finished or not entries:
+            return seen
+        child = next((j for j in jobs if belongs(entries[-1], j)), None)
+        uid = needs_explanation(child, [p for p in pods if belongs(entries[-1], p)], self._now())
+        if uid is None:
+            return seen
+        blocked = self._explanation(job.namespace, uid)
+        return replace(seen, blocked=blocked)
+
+    def _explanation(self, namespace: str, uid: str) -> Blocked | None:
+        """What the cluster's own newest event says that a person must mend."""
+        events = self._cluster.list_events(namespace, uid)
+        events.sort(key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), reverse=True)
+        meant = (explain(str(e.get("reason")), str(e.get("message")), namespace) for e in events)
+        return next((blocked for blocked in meant if blocked is not None), None)
+
+    def _store(self, job: JobView, made: Plan) -> JobView:
+        """Write the status if it differs, then tell what changed; the job as it is then."""
+        patch = status_patch(_dump(job.status), _dump(made.status))
+        if patch:
+            job = view(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
+            for event in made.events:
+                self._tell(job, event)
+        self._export(job)
+        return job
+
+    def _act(self, job: JobView, action: Action) -> None:
+        match action:
+            case CreateJob(stage, attempt, digest):
+                self._create(job, stage, attempt, digest)
+            case DeleteJob(name, uid):
+                self._cluster.delete_job(job.namespace, name, uid)
+            case SetTtl(name, seconds):
+                self._cluster.set_ttl(job.namespace, name, seconds)
+
+    def _create(self, job: JobView, stage: Stage, attempt: int, digest: str | None) -> None:
+        if job.spec is None:
+            return
+        # The watch may be behind: what exists now decides whether a second writer would come to life.
+        wanted = names.child_name(job.name, job.uid, stage, attempt)
+        existing = [observe_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
+        if any(child is not None and child.live and child.name != wanted for child in existing):
+            raise LaterError("another Job of this FineTuneJob is alive")
+        if any(child is not None and child.name == wanted for child in existing):
+            return
+        config, runtime = self._run(job)
+        self._create_ours("jobs", job, job_manifest(job, config, runtime, stage, attempt, digest))
+        log.info("%s/%s: created Job %s", job.namespace, job.name, wanted)
+
+    def _run(self, job: JobView) -> tuple[RunConfig, Runtime]:
+        """The run's configuration and runtime as they were when its ConfigMap was made; it is made if missing."""
+        stored = self._cluster.get("configmaps", job.namespace, names.run_name(job.name, job.uid))
+        if stored is None:
+            assert job.spec is not None
+            name = job.spec.runtime or DEFAULT_RUNTIME
+            runtime = self._runtimes.get(name)
+            if runtime is None:
+                raise LaterError(f"runtime {name} is gone")
+            config = run_config(job, job.spec, runtime)
+            stored = self._create_ours("configmaps", job, config_map(job, config, runtime))
+        if not _is_ours(stored, job):
+            raise RefusedError(_collision("ConfigMap", job.namespace, names.run_name(job.name, job.uid)))
+        data = cast(Mapping[str, str], stored.get("data") or {})
+        try:
+            return (
+                RunConfig.model_validate_json(data.get(names.CONFIG_FILE, "")),
+                Runtime.model_validate_json(data.get(RUNTIME_FILE, "")),
+            )
+        except ValidationError as error:
+            text = f"ConfigMap {job.namespace}/{names.run_name(job.name, job.uid)} is of another version"
+            raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{text}; create a new job")) from error
+
+    def _create_ours(self, kind: Any, job: JobView, manifest: Body) -> Body:
+        """Create, or find what a round before created. Raises RefusedError for what only a person can mend."""
+        name = manifest["metadata"]["name"]
+        try:
+            return self._cluster.create(kind, manifest)
+        except ApiError as error:
+            what = f"{manifest['kind']} {job.namespace}/{name}"
+            if error.status == 409:
+                found = self._cluster.get(kind, job.namespace, name)
+                if found is None:
+                    raise LaterError(f"{what} has just vanished") from error
+                if _is_ours(found, job):
+                    return found
+                raise RefusedError(_collision(manifest["kind"], job.namespace, name)) from error
+            if error.status in (400, 422):
+                raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{what} is refused: {error.message}")) from error
+            if error.status == 403:
+                quota = "exceeded quota" in error.message
+                reason = Reason.QUOTA_EXCEEDED if quota else Reason.FORBIDDEN
+                raise RefusedError(Blocked(reason, f"{what} may not be created: {error.message}")) from error
+            raise
+
+    def _tell(self, job: JobView, event: JobEvent) -> None:
+        """Best effort: the status has it all, and is written already."""
+        self._metrics.transitions.labels(event.reason.value).inc()
+        log.info("%s/%s: %s: %s", job.namespace, job.name, event.reason.value, event.message)
+        try:
+            self._cluster.create("events", event_manifest(job, event, self._now()))
+        except (ApiError, UnreachableError) as error:
+            log.warning("%s/%s: the event was not taken: %s", job.namespace, job.name, error)
+
+    def _export(self, job: JobView) -> None:
+        progress = job.status.progress
+        answered = parse_time(progress.last_updated_time) if progress else None
+        self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
+        with self._lock:
+            self._exported[job.key] = job.uid
+
+
+def status_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Body:
+    """JSON merge patch from one status to the other; empty if they are equal."""
+    patch: Body = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            inner = status_patch(cast(Mapping[str, Any], before), cast(Mapping[str, Any], value))
+            if inner:
+                patch[key] = inner
+        elif before != value:
+            patch[key] = value
+    return patch
+
+
+def event_manifest(job: JobView, event: JobEvent, now: datetime) -> Body:
+    """The name is made of what is told and when, so that a repeated round does not tell it twice."""
+    moment = format_time(now)
+    told = json.dumps([job.uid, event.type, event.reason.value, event.message, moment])
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{job.name}.{hashlib.sha256(told.encode()).hexdigest()[:16]}",
+            "namespace": job.namespace,
+        },
+        "involvedObject": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": job.name,
+            "namespace": job.namespace,
+            "uid": job.uid,
+            "resourceVersion": job.resource_version,
+        },
+        "type": event.type,
+        "reason": event.reason.value,
+        "message": event.message,
+        "source": {"component": names.FIELD_MANAGER},
+        "reportingComponent": names.FIELD_MANAGER,
+        "reportingInstance": names.FIELD_MANAGER,
+        "firstTimestamp": moment,
+        "lastTimestamp": moment,
+        "count": 1,
+    }
+
+
+def _dump(status: FineTuneJobStatus) -> Body:
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _is_ours(body: Body, job: JobView) -> bool:
+    owners = cast(list[Body], body.get("metadata", {}).get("ownerReferences") or [])
+    return any(owner.get("uid") == job.uid and owner.get("controller") is True for owner in owners)
+
+
+def _collision(kind: str, namespace: str, name: str) -> Blocked:
+    return Blocked(
+        Reason.NAME_COLLISION, f"{kind} {namespace}/{name} exists and is not of this job: remove it, or rename the job"
+    )
+
+
+def _is_stale_write(error: ApiError) -> bool:
+    return error.status == 409 and error.reason == "Conflict"
