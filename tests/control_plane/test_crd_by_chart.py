@@ -1,0 +1,100 @@
+"""The chart in a real API server: every object is taken, and the operator may do what it must and nothing else."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import testbed
+from testbed import binaries
+
+pytestmark = pytest.mark.control_plane
+
+CHART = Path(__file__).resolve().parents[2] / "charts/finetune-operator"
+
+
+def helm(cluster: testbed.Cluster, *arguments: str) -> str:
+    path = Path(binaries.binary("helm"))
+    if not path.exists():
+        pytest.skip("no helm: PYTHONPATH=tests/cluster python3 -m testbed build")
+    done = subprocess.run(
+        [str(path), *arguments],
+        env=os.environ | {"KUBECONFIG": str(cluster.kubeconfig)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def may(cluster: testbed.Cluster, user: str, verb: str, resource: str, namespace: str) -> bool:
+    kind, _, subresource = resource.partition("/")
+    part = [f"--subresource={subresource}"] if subresource else []
+    answer = cluster.kubectl("auth", "can-i", verb, kind, *part, f"--as={user}", "-n", namespace, check=False)
+    return answer.strip() == "yes"
+
+
+@pytest.fixture
+def release(control_plane: testbed.Cluster, namespace: str) -> Iterator[str]:
+    """A release that watches `team` alone, in a namespace of its own."""
+    control_plane.kubectl("create", "namespace", f"{namespace}-team")
+    # The CRD is there already, made by another hand.
+    values = ["--set", f"watchNamespaces={{{namespace}-team}}", "--set", "crds.enabled=false"]
+    helm(control_plane, "install", namespace, str(CHART), "--namespace", namespace, *values)
+    yield namespace
+    helm(control_plane, "uninstall", namespace, "--namespace", namespace)
+
+
+def test_the_api_server_takes_every_object_as_it_is(control_plane: testbed.Cluster, namespace: str):
+    objects = helm(control_plane, "template", "x", str(CHART), "--namespace", namespace)
+    control_plane.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=objects)
+
+
+def test_the_pod_passes_the_restricted_standard(control_plane: testbed.Cluster, namespace: str):
+    control_plane.kubectl("label", "ns", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    objects = helm(control_plane, "template", "x", str(CHART), "-n", namespace, "-s", "templates/deployment.yaml")
+    # For a Deployment the standard only warns; kubectl turns that into an error.
+    control_plane.kubectl("label", "ns", namespace, "pod-security.kubernetes.io/warn=restricted")
+    control_plane.kubectl("apply", "--dry-run=server", "--warnings-as-errors", "-f", "-", stdin=objects)
+
+
+def test_the_operator_may_do_what_it_must_and_only_where_it_watches(control_plane: testbed.Cluster, release: str):
+    team, user = f"{release}-team", f"system:serviceaccount:{release}:{release}-finetune-operator"
+    for verb, resource in (
+        ("watch", "finetunejobs.finetune.dev"),
+        ("patch", "finetunejobs.finetune.dev/status"),
+        ("create", "jobs.batch"),
+        ("delete", "jobs.batch"),
+        ("create", "configmaps"),
+        ("create", "events"),
+    ):
+        assert may(control_plane, user, verb, resource, team), f"{verb} {resource}"
+        assert not may(control_plane, user, verb, resource, "default"), f"{verb} {resource} elsewhere"
+    assert may(control_plane, user, "update", "leases.coordination.k8s.io", release)
+    for verb, resource in (
+        ("get", "secrets"),
+        ("patch", "finetunejobs.finetune.dev"),
+        ("delete", "pods"),
+        ("create", "pods/exec"),
+        ("update", "configmaps"),
+    ):
+        assert not may(control_plane, user, verb, resource, team), f"{verb} {resource}"
+
+
+def test_who_may_view_or_edit_a_namespace_may_do_so_with_its_jobs(control_plane: testbed.Cluster, release: str):
+    team, jobs = f"{release}-team", "finetunejobs.finetune.dev"
+    for role in ("view", "edit"):
+        control_plane.kubectl("create", "rolebinding", role, f"--clusterrole={role}", f"--user={role}er", "-n", team)
+    deadline = time.monotonic() + 30  # roles are aggregated by a controller
+    while not may(control_plane, "editer", "create", jobs, team) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert may(control_plane, "viewer", "watch", jobs, team)
+    assert not may(control_plane, "viewer", "create", jobs, team)
+    assert may(control_plane, "editer", "create", jobs, team)
+    assert may(control_plane, "editer", "patch", jobs, team)
+    assert not may(control_plane, "editer", "patch", f"{jobs}/status", team)
