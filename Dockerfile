@@ -30,8 +30,10 @@ RUN sh /tmp/build/install.sh requirements.txt
 FROM operator-dependencies AS operator
 COPY api/finetune_api finetune_api
 COPY operator/finetune_operator finetune_operator
+COPY pyproject.toml requirements/metadata.py /tmp/build/
 # The operator must stay small: no torch, not even by accident.
-RUN python -m compileall -q . && python -c "import finetune_operator, kopf" && ! python -c "import torch" 2>/dev/null
+RUN python /tmp/build/metadata.py /tmp/build/pyproject.toml . && python -m compileall -q . \
+    && python -c "import finetune_operator, kopf" && ! python -c "import torch" 2>/dev/null
 USER 10001:10001
 LABEL org.opencontainers.image.title=finetune-operator
 ENTRYPOINT ["python", "-m", "finetune_operator"]
@@ -39,7 +41,9 @@ ENTRYPOINT ["python", "-m", "finetune_operator"]
 FROM trainer-dependencies AS trainer
 COPY api/finetune_api finetune_api
 COPY trainer/finetune_trainer finetune_trainer
-RUN python -m compileall -q . && python -c "import finetune_trainer"
+COPY pyproject.toml requirements/metadata.py /tmp/build/
+RUN python /tmp/build/metadata.py /tmp/build/pyproject.toml . && python -m compileall -q . \
+    && python -c "import finetune_trainer.supervisor"
 # Training is offline: the model comes from object storage. What libraries cache goes to the scratch volume.
 ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HOME=/scratch
 USER 10001:10001
