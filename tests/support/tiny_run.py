@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, MethodType, Schedule
-from finetune_api.layout import PLAN, PREPARED, join
+from finetune_api.layout import ADAPTER, PLAN, PREPARED, join
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_trainer.context import StageContext
 from finetune_trainer.families import PACKING_FAMILIES
 from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, RunPlan, SamplePrompt, SplitFiles
 from finetune_trainer.serve import Reporter
+from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store, open_store
 
 VOCABULARY = 320  # 256 bytes and room for special tokens
@@ -97,7 +99,18 @@ class TinyRun:
     folder: Path
     config: RunConfig
     plan: RunPlan
-    store: Store
+
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.config.storage)
+
+    def local(self, *parts: str) -> Path:
+        """A path below the run's folder."""
+        return Path(join(self.run_uri, *parts).removeprefix("file://"))
+
+    def adapter_bytes(self) -> bytes:
+        """The committed weights."""
+        return self.local(ADAPTER, "adapter_model.safetensors").read_bytes()
 
     @property
     def run_uri(self) -> str:
@@ -105,7 +118,7 @@ class TinyRun:
 
     def write_plan(self, plan: RunPlan) -> None:
         self.plan = plan
-        path = Path(join(self.run_uri, PLAN).removeprefix("file://"))
+        path = self.local(PLAN)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(plan.model_dump_json())
 
@@ -259,7 +272,7 @@ def make_run(
         http_port=0,
         termination_log=str(folder / "termination-log"),
     )
-    run = TinyRun(folder, config, plan, store)
+    run = TinyRun(folder, config, plan)
     run.write_plan(plan)
     return run
 
@@ -278,3 +291,10 @@ def context(run: TinyRun, attempt: int = 1, stage: Stage = Stage.TRAIN) -> Stage
         store=run.store,
         reporter=Reporter(stage, attempt, CollectorRegistry()),
     )
+
+
+def train_in_child(run: TinyRun, attempt: int) -> None:
+    """One attempt in a process of its own, importable by multiprocessing's children; it ends when killed or done."""
+    from finetune_trainer import train
+
+    train.run(context(run, attempt), StopFlag(60))

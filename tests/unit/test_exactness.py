@@ -1,0 +1,167 @@
+"""The promises that numbers can be held to: equal to TRL, and equal to itself however often it is killed."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from finetune_trainer.inputs import Rows, fetch_rows, fetch_steps
+from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.model import adapter_parameters, add_adapter, load_base
+from finetune_trainer.recipes import recipe_of
+from tiny_run import TinyRun, byte_tokenizer, linear_modules, make_run, tiny_config, tiny_model, train_in_child
+
+CPU = torch.device("cpu")
+KILLS = 20
+
+
+def _trl(
+    run: TinyRun, rows: Rows, ids: list[int], values: dict[str, Tensor], folder: Path
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and LoRA gradients of TRL's SFTTrainer on the rows `ids` as one padded batch, with LoRA weights `values`."""
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    hyper = run.plan.hyperparameters
+    base = tiny_model(tiny_config("llama"))
+    config = LoraConfig(
+        r=hyper.lora_rank,
+        lora_alpha=hyper.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=linear_modules(base),
+        task_type="CAUSAL_LM",
+    )
+    model: Any = get_peft_model(base, config)
+    for name, value in values.items():
+        model.get_parameter(name).data.copy_(value)
+    spans = [slice(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in ids]
+    data = datasets.Dataset.from_dict(
+        {
+            "input_ids": [rows.tokens[span].tolist() for span in spans],
+            "completion_mask": [rows.labels[span].tolist() for span in spans],
+        }
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=len(ids),
+            max_steps=1,
+            learning_rate=0.0,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=data,
+        processing_class=byte_tokenizer(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=int((batch["labels"][:, 1:] != -100).sum()))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), gradients
+
+
+def test_loss_and_lora_gradients_equal_those_of_trl_on_the_same_token_ids(tmp_path: Path) -> None:
+    # No clipping, and several passes per step, so that our accumulation is compared with TRL's one padded batch.
+    run = make_run(tmp_path, rows=24, batch=8, micro_batch_tokens=60, max_grad_norm=1e9)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    rows = fetch_rows(run.store, run.plan.train, folder / "train")
+    steps = fetch_steps(run.store, run.plan, folder)
+    lm = load_base(tmp_path / "model", run.plan, CPU)
+    parameters = adapter_parameters(add_adapter(lm, run.plan))
+    hyper = run.plan.hyperparameters
+    # B starts at zero, where A has no gradient: both sides begin at the same other place.
+    generator = torch.Generator().manual_seed(7)
+    values = {name: torch.randn(p.shape, generator=generator) * 0.05 for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[name])
+    optimizer = make_optimizer(list(parameters.values()), hyper)
+    recipe = recipe_of(run.plan.method)
+    stepper = Stepper(lm, recipe, list(parameters.values()), optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+    loss = float(stepper.run(0)[0])
+    trl_loss, trl_gradients = _trl(run, rows, steps.rows_of(0), values, tmp_path / "trl")
+    assert loss == pytest.approx(trl_loss, abs=1e-5)
+    assert trl_gradients.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, trl_gradients[name], atol=1e-4, rtol=1e-4)
+
+
+def _start(processes: ForkServerContext, run: TinyRun, number: int) -> ForkServerProcess:
+    process = processes.Process(target=train_in_child, args=(run, number), daemon=True)
+    process.start()
+    return process
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Random) -> bool:
+    """SIGKILL after a few more steps or, one time in five, while it still starts; False if it was done before."""
+    metrics = Path(run.config.work_dir, "metrics.jsonl")
+    metrics.unlink(missing_ok=True)
+    starting = chance.random() < 0.2
+    wanted, delay_s = (0 if starting else chance.randint(2, 14)), chance.uniform(0.0, 0.6 if starting else 0.05)
+    seen = None
+    deadline_s = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < deadline_s:
+        lines = _lines(metrics)
+        seen = lines if seen is None and lines else seen
+        if starting or (seen is not None and lines >= seen + wanted):
+            break
+        time.sleep(0.002)
+    process.join(delay_s)
+    if process.exitcode is not None:
+        return False
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
+    steps = 240
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["finetune_trainer.train", "tiny_run"])
+    runs = [make_run(tmp_path / name, steps=steps, keep_last=2) for name in ("undisturbed", "killed")]
+    undisturbed, killed = runs
+    # Below the spec's minimum of a second, as these steps take milliseconds.
+    often = {"interval_seconds": 0.02, "keep_last": 2}
+    spec = killed.config.spec
+    assert spec.checkpoint is not None
+    quick = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update=often)})
+    killed.config = killed.config.model_copy(update={"spec": quick})
+
+    process = _start(processes, undisturbed, 1)
+    process.join(120)
+    assert process.exitcode == 0
+
+    chance = random.Random(20)
+    kills = 0
+    attempt = 0
+    while kills < KILLS:
+        attempt += 1
+        assert attempt <= 2 * KILLS
+        kills += _kill_at_random(_start(processes, killed, attempt), killed, chance)
+    process = _start(processes, killed, attempt + 1)
+    process.join(120)
+    assert process.exitcode == 0
+
+    assert undisturbed.adapter_bytes() == killed.adapter_bytes()
