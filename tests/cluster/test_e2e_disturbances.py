@@ -1,0 +1,103 @@
+"""What happens to training pods in the middle: the job goes on at its checkpoint, and ends as if nothing had been.
+
+One job suffers it all, attempt after attempt; the tests may run in any order or alone.
+"""
+
+import json
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from e2e_faults import Memory, kill_trainer, send
+from e2e_lab import Lab, Submitted
+from e2e_site import LONG_RUN
+from finetune_api.names import Stage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+Pod = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def disturbed(lab: Lab, undisturbed: Submitted) -> Submitted:
+    """The same job as `undisturbed`, which trains beside it."""
+    return lab.submit("disturbed", **LONG_RUN)
+
+
+def disturb(job: Submitted, fault: Callable[[Pod], object]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Hit the training pod once it has a checkpoint of its own. Returns what it said before, how its attempt was
+    closed, and what the next attempt says."""
+    before = job.until_training_beyond(1)
+    fault(job.until_running(Stage.TRAIN))
+    closed = job.until_attempt_closed(before["attempt"])
+    after = job.until_resumed(before["attempt"] + 1)
+    assert after["resumed_from_step"] >= before["checkpoint"]["step"] > 0
+    return before, closed, after
+
+
+def test_a_deleted_training_pod_saves_its_last_step_and_the_next_attempt_goes_on_there(lab: Lab, disturbed: Submitted):
+    before, closed, after = disturb(
+        disturbed, lambda pod: lab.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
+    )
+    assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Interrupted", 30)
+    assert after["resumed_from_step"] == closed["lastStep"] >= before["step"]
+    assert closed["lostSeconds"] == 0
+
+
+def test_a_trainer_killed_by_sigkill_is_reported_by_its_supervisor_and_the_job_resumes(disturbed: Submitted):
+    _, closed, _ = disturb(disturbed, kill_trainer)
+    assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 1)
+    assert any("killed by signal SIGKILL" in event["message"] for event in disturbed.events())
+
+
+def test_a_container_killed_whole_without_any_message_counts_once_and_the_job_resumes(disturbed: Submitted):
+    _, closed, _ = disturb(disturbed, lambda pod: send(pod, signal.SIGKILL))
+    assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 137)
+
+
+def test_memory_that_runs_out_is_named_and_counted_and_the_job_resumes(disturbed: Submitted):
+    _, closed, _ = disturb(disturbed, lambda pod: Memory(pod).run_out())
+    assert (closed["class"], closed["reason"]) == ("Failure", "HostOOM")
+    assert closed["exitCode"] in (35, 137)  # 137 where the kubelet kills whole containers (cgroup v2)
+    assert any("memory limit" in event["message"] for event in disturbed.events())
+
+
+def test_suspend_frees_the_pod_and_resume_goes_on_at_the_step_it_stopped_at(disturbed: Submitted):
+    before = disturbed.until_training_beyond(1)
+    failures = disturbed.status().get("failures", 0)
+    disturbed.patch({"suspend": True})
+    closed = disturbed.until_attempt_closed(before["attempt"])
+    assert (closed["class"], closed["reason"]) == ("Suspended", "Suspended")
+    disturbed.until(lambda: disturbed.condition("Suspended").get("status") == "True", "the job is suspended")
+    live = [pod for pod in disturbed.pods(Stage.TRAIN) if pod["status"]["phase"] in ("Pending", "Running")]
+    assert (disturbed.status()["phase"], live) == ("Suspended", [])
+
+    disturbed.patch({"suspend": False})
+    after = disturbed.until_resumed(before["attempt"] + 1)
+    assert after["resumed_from_step"] == closed["lastStep"] >= before["step"]
+    assert disturbed.status().get("failures", 0) == failures
+
+
+def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed: Submitted, disturbed: Submitted):
+    undisturbed.until_succeeded(400)
+    status = disturbed.until_succeeded(400)
+    attempts = disturbed.attempts()
+    assert [entry["number"] for entry in attempts] == list(range(1, len(attempts) + 1))
+    resumed = [entry["resumedFromStep"] for entry in attempts[1:]]
+    assert resumed == sorted(resumed)
+    assert all(step > 0 for step in resumed)
+    assert len(disturbed.pods(Stage.TRAIN)) == len(disturbed.jobs()) - 1 == len(attempts)
+
+    figures = [_figures(job) for job in (undisturbed, disturbed)]
+    steps = [row["step"] for row in figures[0] if "loss" in row]
+    assert steps == list(range(1, status["plan"]["steps"] + 1))
+    assert figures[1] == figures[0]
+    assert disturbed.adapter_sha256() == undisturbed.adapter_sha256()
+
+
+def _figures(job: Submitted) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without the times."""
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in job.metrics_rows()]
+    return sorted(rows, key=json.dumps)

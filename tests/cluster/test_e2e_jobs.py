@@ -1,0 +1,164 @@
+"""Jobs on the node from `kubectl create` to their end: good ones, wrong ones, and ones that wait for somebody."""
+
+import hashlib
+import json
+import time
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from e2e_assets import BAD_FILE, BAD_ROW
+from e2e_lab import Lab, Submitted, until
+from e2e_site import allow
+from finetune_api.names import Stage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+def assert_adapter_is_whole(lab: Lab, job: Submitted) -> None:
+    """The committed adapter is what the status says, byte for byte, and is what `latest.json` names."""
+    (artifact,) = job.status()["artifacts"]
+    content = lab.read(artifact["manifestUri"])
+    assert artifact["digest"] == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    files = {file["path"]: file for file in json.loads(content)["files"]}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "eval.json"} <= set(
+        files
+    )
+    folder = artifact["manifestUri"].rpartition("/")[0]
+    for path, file in files.items():
+        data = lab.read(f"{folder}/{path}")
+        assert (len(data), f"sha256:{hashlib.sha256(data).hexdigest()}") == (file["size_bytes"], file["sha256"]), path
+    committed = json.loads(lab.read(f"{job.run_uri()}/_COMMITTED.json"))
+    assert committed["artifact"]["digest"] == artifact["digest"]
+    assert json.loads(lab.read(f"{job.body()['spec']['output']['uri']}/latest.json")) == committed
+
+
+def seconds_between(earlier: str, later: str) -> float:
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
+
+
+def test_an_sft_job_ends_with_a_whole_adapter_that_beats_the_base(lab: Lab, undisturbed: Submitted):
+    status = undisturbed.until_succeeded(400)
+    data, metrics = status["data"], status["metrics"]
+    assert data["rowsIn"] == data["rowsUsed"] + data["rowsHeldOut"] + sum(d["rows"] for d in data["dropped"]) == 240
+    assert metrics["evalLoss"] < metrics["baseEvalLoss"]
+    assert [(e["stage"], e["number"], e["class"], e["exitCode"]) for e in status["attempts"]] == [
+        ("prepare", 1, "Succeeded", 0),
+        ("train", 1, "Succeeded", 0),
+    ]
+    assert_adapter_is_whole(lab, undisturbed)
+    lab.kubectl("wait", "--for=condition=Succeeded", "ftj/undisturbed", "--timeout=5s")
+    logs = lab.keys(f"{undisturbed.run_uri()}/.job/logs/")
+    assert [uri.rpartition("/")[2] for uri in logs] == ["prepare-1.jsonl", "train-1.jsonl"]
+    assert lab.keys(f"{undisturbed.run_uri()}/.job/checkpoints/")  # the last one is kept
+
+
+def test_a_cpt_job_ends_with_a_whole_adapter(lab: Lab):
+    hyperparameters = {"maxSteps": 30, "globalBatchSize": 4, "learningRate": 5e-3}
+    job = lab.submit(
+        "texts", method={"type": "CPT"}, datasets=[{"uri": "s3://e2e-data/texts/"}], hyperparameters=hyperparameters
+    )
+    status = job.until_succeeded()
+    assert status["metrics"]["evalLoss"] < status["metrics"]["baseEvalLoss"]
+    assert_adapter_is_whole(lab, job)
+
+
+def test_a_broken_row_fails_the_job_within_a_minute_before_any_training_pod_and_is_named(lab: Lab):
+    job = lab.submit("broken", datasets=[{"uri": "s3://e2e-data/broken/"}])
+    status = job.until_finished(60)
+    assert status["phase"] == "Failed", job.explain()
+    verdict = job.condition("Succeeded")
+    created = job.body()["metadata"]["creationTimestamp"]
+    assert seconds_between(created, verdict["lastTransitionTime"]) <= 60
+    assert (verdict["status"], verdict["reason"]) == ("False", "DataInvalid")
+    assert f"s3://e2e-data/broken/{BAD_FILE} row {BAD_ROW}" in verdict["message"]
+    assert [(e["stage"], e["class"], e["exitCode"]) for e in status["attempts"]] == [("prepare", "Failure", 11)]
+    assert job.pods(Stage.TRAIN) == []
+    event = until(lambda: _event(job, "DataInvalid"), "the event about the broken row", 15, job.explain)
+    assert f"{BAD_FILE} row {BAD_ROW}" in event["message"]
+    assert event["type"] == "Warning"
+    lab.kubectl("wait", "--for=condition=Finished", "ftj/broken", "--timeout=5s")
+
+
+def _event(job: Submitted, reason: str) -> dict[str, Any] | None:
+    return next((event for event in job.events() if event["reason"] == reason), None)
+
+
+def test_a_denied_bucket_reads_clearly_in_describe_and_the_job_recovers_when_it_is_allowed(lab: Lab):
+    storage = {"endpoint": lab.cluster.s3_endpoint_pod, "secretRef": {"name": "guest-credentials"}}
+    job = lab.submit("denied", datasets=[{"uri": "s3://e2e-private/chat/"}], storage=storage)
+    job.until(lambda: job.condition("Degraded").get("status") == "True", "the job is degraded")
+    degraded = job.condition("Degraded")
+    assert "may not" in degraded["message"], degraded
+    assert "s3://e2e-private/chat/" in degraded["message"]
+    assert "storage.secretRef" in degraded["message"]
+    assert degraded["message"] in job.describe()
+    assert job.condition("Finished")["status"] == "False"
+
+    allow(lab, "e2e-private")
+    status = job.until_succeeded()
+    assert job.condition("Degraded")["status"] == "False"
+    classes = [(e["class"], e["exitCode"]) for e in job.attempts(Stage.PREPARE)]
+    assert classes == [("Waiting", 13)] * (len(classes) - 1) + [("Succeeded", 0)]
+    assert status.get("failures", 0) == 0
+
+
+def test_a_missing_secret_reads_clearly_in_describe_and_the_job_recovers_when_it_is_made(lab: Lab):
+    lab.kubectl("delete", "secret", "late-credentials", "--ignore-not-found")
+    storage = {"endpoint": lab.cluster.s3_endpoint_pod, "secretRef": {"name": "late-credentials"}}
+    job = lab.submit("secretless", storage=storage)
+    job.until(lambda: "late-credentials" in job.condition("Running").get("message", ""), "the Secret is missed")
+    running = job.condition("Running")
+    assert (running["status"], running["reason"]) == ("False", "MissingRef")
+    assert "Secret finetune-e2e/late-credentials does not exist" in running["message"]
+    assert running["message"] in job.describe()
+    assert job.condition("Degraded")["status"] == "True"
+
+    lab.cluster.apply(lab.secret("late-credentials", lab.cluster.s3_access_key, lab.cluster.s3_secret_key))
+    status = job.until_succeeded()
+    assert job.condition("Degraded")["status"] == "False"
+    assert [(e["stage"], e["class"]) for e in status["attempts"]] == [("prepare", "Succeeded"), ("train", "Succeeded")]
+
+
+def test_a_gpu_job_waits_for_a_gpu_and_is_placed_on_the_tainted_node_that_offers_one(lab: Lab):
+    node = str(lab.cluster.node_name)
+    lab.cluster.advertise_gpus(0)
+    job = lab.submit("gpu", resources={"gpusPerNode": 1})
+    try:
+        job.until(lambda: job.condition("Admitted").get("reason") == "Unschedulable", "the job waits for a GPU")
+        assert "nvidia.com/gpu" in job.condition("Admitted")["message"]
+        assert job.condition("Planned")["status"] == "True"  # the data was prepared without one
+
+        lab.cluster.kubectl("taint", "node", node, "nvidia.com/gpu=present:NoSchedule", "--overwrite")
+        lab.cluster.advertise_gpus(1)
+        pod = job.until(lambda: _placed(job), "the training pod is placed")
+    finally:
+        lab.cluster.kubectl("taint", "node", node, "nvidia.com/gpu-", check=False)
+        lab.cluster.advertise_gpus(0)
+        job.delete()
+    spec = pod["spec"]
+    resources = spec["containers"][0]["resources"]
+    assert spec["nodeName"] == node
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "1"
+    assert resources["limits"] == resources["requests"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
+    (shm,) = [volume for volume in spec["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    mounts = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounts["shm"] == "/dev/shm"
+
+
+def _placed(job: Submitted) -> dict[str, Any] | None:
+    return next((pod for pod in job.pods(Stage.TRAIN) if pod["spec"].get("nodeName")), None)
+
+
+def test_a_deleted_job_leaves_no_pod_and_keeps_what_is_in_the_bucket(lab: Lab, in_training: Submitted):
+    job, checkpoints = in_training, f"{in_training.run_uri()}/.job/checkpoints/"
+    began_s = time.monotonic()
+    job.delete()
+    until(lambda: not job.pods() and not job.jobs(), "nothing is left of the job", 20 + 15, job.explain)
+    print(f"gone after {time.monotonic() - began_s:.1f} s")
+    configs = lab.api.items(f"/api/v1/namespaces/{lab.namespace}/configmaps", labelSelector="finetune.dev/job-name")
+    assert [c["metadata"]["name"] for c in configs if c["metadata"]["name"].startswith("in-training")] == []
+    assert lab.keys(checkpoints)

@@ -1,0 +1,91 @@
+"""Faults from outside the containers: signals to their processes, and memory that runs out for real. Needs root."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from testbed.images import ctr
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_MIB = 2**20
+
+
+def container_pid(pod: dict[str, Any]) -> int:
+    """Host pid of the pod's first container's PID 1."""
+    identity = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
+    for line in ctr("tasks", "ls").stdout.splitlines()[1:]:
+        name, pid, _state = line.split()
+        if name == identity:
+            return int(pid)
+    raise AssertionError(f"container {identity} of pod {pod['metadata']['name']} has no process")
+
+
+def child_pid(pid: int) -> int:
+    """The only child of a process: the trainer below its supervisor."""
+    children = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _parent(entry) == pid]
+    assert len(children) == 1, f"process {pid} has the children {children}"
+    return children[0]
+
+
+def _parent(entry: Path) -> int | None:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def send(pod: dict[str, Any], number: signal.Signals) -> None:
+    """Signal the container's PID 1."""
+    os.kill(container_pid(pod), number)
+
+
+def kill_trainer(pod: dict[str, Any]) -> None:
+    """SIGKILL the stage's process; its supervisor lives and can tell."""
+    os.kill(child_pid(container_pid(pod)), signal.SIGKILL)
+
+
+class Memory:
+    """The memory controller of a pod's first container."""
+
+    def __init__(self, pod: dict[str, Any]) -> None:
+        lines = Path(f"/proc/{container_pid(pod)}/cgroup").read_text().splitlines()
+        paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+        self._v2 = (_CGROUPS / "cgroup.controllers").exists()
+        self.folder = (
+            _CGROUPS / paths[""].lstrip("/") if self._v2 else _CGROUPS / "memory" / paths["memory"].lstrip("/")
+        )
+
+    def oom_kills(self) -> int | None:
+        """Processes killed for memory so far; None once the container is gone."""
+        file = self.folder / ("memory.events" if self._v2 else "memory.oom_control")
+        try:
+            return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith("oom_kill "))
+        except OSError:
+            return None
+
+    def run_out(self, timeout_s: float = 60) -> None:
+        """Lower the limit until the kernel kills for memory.
+
+        v2 kills at once. v1 refuses a limit below what is in use (EBUSY): so it is kept a little above, and the
+        program's next larger allocation is the one too many.
+        """
+        deadline = time.monotonic() + timeout_s
+        before = self.oom_kills()
+        limit, usage = ("memory.max", "memory.current") if self._v2 else (
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        )  # fmt: skip
+        slack = 0
+        while self.oom_kills() == before:
+            assert time.monotonic() < deadline, f"nothing was killed in {self.folder} within {timeout_s:.0f} s"
+            try:
+                wanted = 16 * _MIB if self._v2 else int((self.folder / usage).read_text()) - _MIB + slack
+                (self.folder / limit).write_text(str(wanted))
+                slack = 0
+            except FileNotFoundError:
+                return
+            except OSError:  # EBUSY
+                slack = min(slack + _MIB // 4, 2 * _MIB)
+            time.sleep(0.02)
