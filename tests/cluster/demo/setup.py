@@ -22,16 +22,18 @@ _S3_PORT = 7070  # as in examples/quickstart.yaml
 
 
 def _namespace(name: str) -> dict[str, object]:
+    """A namespace under the restricted Pod Security Standard."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
 def install_operator(cluster: testbed.Cluster) -> None:
-    """`helm upgrade --install` with our images, and data pods that fit a node of two cores."""
-    cluster.apply(_namespace(SYSTEM_NAMESPACE))
+    """`helm upgrade --install` with our images, for the demo's namespace, and data pods that fit a node of two cores."""
+    cluster.apply(_namespace(SYSTEM_NAMESPACE), _namespace(NAMESPACE))
     values = {
         "image": _image(OPERATOR_IMAGE),
         "trainerImage": _image(TRAINER_IMAGE),
+        "watchNamespaces": [NAMESPACE],
         "runtimes": {"default": {"prepare": {"cpu": 1, "memory": "3Gi", "ephemeralStorage": "4Gi"}}},
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +41,8 @@ def install_operator(cluster: testbed.Cluster) -> None:
         path.write_text(json.dumps(values))
         chart = str(CHECKOUT / "charts" / "finetune-operator")
         helm = [binaries.binary("helm"), f"--kubeconfig={cluster.kubeconfig}", f"--namespace={SYSTEM_NAMESPACE}"]
-        run([*helm, "upgrade", "--install", RELEASE, chart, f"--values={path}"], timeout_s=120)
+        # The CRD is one for the whole cluster and may belong to another release, such as the tests'.
+        run([*helm, "upgrade", "--install", "--take-ownership", RELEASE, chart, f"--values={path}"], timeout_s=120)
     # An image built anew under the same tag changes nothing in the Deployment, so the pod would stay the old one.
     cluster.kubectl("rollout", "restart", f"deployment/{RELEASE}", "-n", SYSTEM_NAMESPACE)
     cluster.kubectl(
@@ -53,11 +56,10 @@ def _image(name: str) -> dict[str, str]:
     return {"repository": repository, "tag": tag}
 
 
-def make_namespace(cluster: testbed.Cluster) -> None:
-    """The user's namespace under the restricted Pod Security Standard, the Secret, and a name for the S3 server."""
+def make_secret(cluster: testbed.Cluster) -> None:
+    """What the job needs in the user's namespace: the Secret, and a name for the S3 server."""
     metadata = {"name": "s3", "namespace": NAMESPACE}
     cluster.apply(
-        _namespace(NAMESPACE),
         {
             "apiVersion": "v1",
             "kind": "Secret",
