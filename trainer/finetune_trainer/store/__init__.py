@@ -101,6 +101,7 @@ class Store:
         stream, info = self._open(uri, if_match)
         digest = hashlib.sha256()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with stream, tempfile.NamedTemporaryFile(dir=path.parent, prefix=".finetune-", delete=False) as staged:
                 try:
                     while chunk := stream.read(_MIB):

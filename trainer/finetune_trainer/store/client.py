@@ -39,6 +39,7 @@ class Clients:
         self._lock = threading.Lock()
         self._client: S3Client | None = None
         self._stamp: _Stamp = ()
+        self.accepted = False  # whether the store has ever accepted our credentials
 
     def get(self) -> "S3Client":
         """Raises StageError(NO_CREDENTIALS) when the credentials folder lacks the files."""
@@ -51,13 +52,13 @@ class Clients:
     def renew(self, refused: "S3Client") -> bool:
         """After the store refused the credentials: whether there is another client to try with.
 
-        Waits for mounted files to change, as their rotation and the old token's end race each other. Other sources
-        of credentials are asked again at once."""
+        Waits for mounted files to change, as their rotation and the old token's end race each other; not when they
+        never worked. Other sources of credentials are asked again at once."""
         if self._storage.credentials_dir is None:
             with self._lock:
                 self._client = None
             return True
-        deadline_s = time.monotonic() + ROTATION_WAIT_S
+        deadline_s = time.monotonic() + (ROTATION_WAIT_S if self.accepted else 0)
         while self.get() is refused:
             if time.monotonic() >= deadline_s:
                 return False

@@ -11,6 +11,7 @@ from botocore.exceptions import (
     EndpointConnectionError,
     NoAuthTokenError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ProxyConnectionError,
     ReadTimeoutError,
@@ -24,7 +25,13 @@ from finetune_api.reasons import Fault
 
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 # The credentials themselves are refused: newer ones may be in the Secret by now.
-REFUSED_CREDENTIALS = EXPIRED | {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"}
+REFUSED_CREDENTIALS = EXPIRED | {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "XAdminUserNotFound",  # versitygw's word for InvalidAccessKeyId, with HTTP 404
+}
+_NO_SUCH_KEY = frozenset({"NoSuchKey", "404"})  # 404: an answer without a body
 _DENIED = frozenset({"AccessDenied", "Forbidden", "AllAccessDisabled", "UnauthorizedAccess", "AccountProblem"})
 _FIELD = "its URI in the job"  # for callers that do not name the field with `spec_field`
 
@@ -64,7 +71,7 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
         return StageError(Fault.TOKEN_EXPIRED, action=tried.action, uri=tried.uri)
     if code in _DENIED or code in REFUSED_CREDENTIALS or http_status(error) in (401, 403):
         return StageError(Fault.ACCESS_DENIED, action=tried.action, uri=tried.uri)
-    if code == "NoSuchKey" or http_status(error) == 404:
+    if code in _NO_SUCH_KEY:
         return not_found(tried.uri)
     known = re.sub(r"[^A-Za-z0-9.]", "", code)[:64]  # from the network: may be anything
     return unavailable(tried, tries(error), f"the store answered {known} (HTTP {http_status(error)})")
@@ -73,6 +80,8 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
 def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageError:
     """The fault of a request that got no answer, or that could not be made."""
     match error:
+        case ParamValidationError():  # such a name cannot even be asked for
+            return StageError(Fault.CONFIG_UNREADABLE, field=tried.uri[:200], problem="not a valid bucket and key")
         case NoCredentialsError() | PartialCredentialsError() | NoAuthTokenError():
             return StageError(Fault.NO_CREDENTIALS)
         case CredentialRetrievalError() | TokenRetrievalError() | UnauthorizedSSOTokenError():

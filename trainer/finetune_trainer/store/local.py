@@ -1,7 +1,7 @@
 """`file://`: the same promises as object storage on a local file system.
 
 Objects appear whole (written beside the target, then linked or renamed over it). An ETag is made of mtime, size
-and inode: every put makes a new inode. Writers with If-Match exclude each other through a lock file per folder.
+and inode: every put makes a new inode. Writers to one folder exclude each other by a lock on it.
 """
 
 import contextlib
@@ -19,8 +19,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
 from finetune_trainer.store.uri import local_path
 
-_HIDDEN = ".finetune-"  # temporary and lock files, which are not objects
-_LOCK = f"{_HIDDEN}lock"
+_HIDDEN = ".finetune-"  # temporary files, which are not objects
 _COPY_BYTES = 1 << 20
 
 
@@ -140,9 +139,12 @@ def _publish(staged: IO[bytes], target: Path, uri: str, *, if_none_match: bool, 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Generator[None]:
-    with (folder / _LOCK).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _etag(found: os.stat_result) -> str:

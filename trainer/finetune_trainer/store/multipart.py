@@ -1,5 +1,6 @@
 """Sending a large file in parts: invisible until it is complete, a bounded number of parts in memory."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from finetune_trainer.store.faults import error_code
 from finetune_trainer.store.objects import ObjectInfo
@@ -43,7 +44,8 @@ def send(s3: "S3Client", bucket: str, key: str, path: Path, size_bytes: int, con
             parts = list(pool.map(send_part, range(-(-size_bytes // step))))
         return _complete(s3, bucket, key, upload_id, parts, conditions)
     except BaseException:
-        s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+        with contextlib.suppress(ClientError, BotoCoreError):  # the reason of the failure is the news
+            s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
         raise
 
 

@@ -16,6 +16,9 @@ from finetune_trainer.store.objects import PreconditionFailed
 MAX_CUTS = 8  # in a row, each without PROGRESS_BYTES since the one before
 PROGRESS_BYTES = 1 << 20
 _MAX_PAUSE_S = 20.0
+# A connection slower than this is given up, as another one often is not.
+SLOW_BYTES_PER_S = 64 << 10
+SLOW_WINDOW_S = 60.0
 
 
 class Body(Protocol):
@@ -47,31 +50,42 @@ class ResumingReader(io.RawIOBase):
         self._cuts = 0
         self._offset_of_last_cut = 0
         self._started_s = time.monotonic()
-
-    @property
-    def size_bytes(self) -> int:
-        return self._answer.size_bytes
+        self._window_s = 0.0  # time spent waiting for the network, without what the reader does in between
+        self._window_bytes = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         while self._offset < self._answer.size_bytes and len(buffer):
+            asked_s = time.monotonic()
             try:
                 count = self._answer.body.readinto(buffer)
             except (BotoCoreError, HTTPError, OSError) as error:
                 self._resume(type(error).__name__)
                 continue
-            if count:
-                self._offset += count
-                return count
-            self._resume("it ended early")
+            if not count:
+                self._resume("it ended early")
+                continue
+            self._offset += count
+            if self._is_slow(time.monotonic() - asked_s, count) and self._offset < self._answer.size_bytes:
+                self._resume(f"slower than {SLOW_BYTES_PER_S >> 10} KiB/s")
+            return count
         return 0
 
     def close(self) -> None:
         if not self.closed:
             self._answer.body.close()
         super().close()
+
+    def _is_slow(self, waited_s: float, count: int) -> bool:
+        self._window_s += waited_s
+        self._window_bytes += count
+        if self._window_s < SLOW_WINDOW_S:
+            return False
+        slow = self._window_bytes < SLOW_BYTES_PER_S * self._window_s
+        self._window_s, self._window_bytes = 0.0, 0
+        return slow
 
     def _resume(self, problem: str) -> None:
         self._answer.body.close()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MULTIPART_THRESHOLD_BYTES = 64 << 20
 MAX_CONFLICTS = 6  # answers 409 to a conditional write: another one on the same key was under way
+_CONFLICT_PAUSE_S = 0.1
 _BUFFER_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -166,7 +167,7 @@ class S3Files:
             etag = self._call("write", uri, attempt)
             if etag is not None:
                 return etag
-            time.sleep(random.uniform(0, 0.1 * 2**conflict))
+            time.sleep(random.uniform(0, _CONFLICT_PAUSE_S * 2**conflict))
         raise PreconditionFailed(uri)
 
     def _etag_if_same(self, uri: str, data: bytes) -> str | None:
@@ -184,15 +185,14 @@ class S3Files:
         if bucket in self._existing_buckets:
             return
 
-        def ask(s3: "S3Client") -> bool:
+        def ask(s3: "S3Client") -> None:
             try:
-                s3.head_bucket(Bucket=bucket)
+                s3.list_objects_v2(Bucket=bucket, MaxKeys=1)
             except ClientError as error:
-                return faults.http_status(error) != 404  # 403 here: it exists, and only asking for it is denied
-            return True
+                if faults.http_status(error) != 403 or faults.error_code(error) in faults.REFUSED_CREDENTIALS:
+                    raise  # else it exists, and only listing it is denied
 
-        if not self._call("read", uri, ask):
-            raise StageError(Fault.BUCKET_NOT_FOUND, bucket=bucket, endpoint=self._endpoint, field="its URI in the job")
+        self._call("read", uri, ask)
         self._existing_buckets.add(bucket)
 
     def _call(self, action: str, uri: str, operation: "Callable[[S3Client], T]") -> T:
@@ -202,7 +202,7 @@ class S3Files:
         while True:
             s3 = self._clients.get()
             try:
-                return operation(s3)
+                done = operation(s3)
             except ClientError as error:
                 if not renewed and faults.error_code(error) in faults.REFUSED_CREDENTIALS and self._clients.renew(s3):
                     renewed = True
@@ -211,6 +211,9 @@ class S3Files:
             except BotoCoreError as error:
                 tried = self._tried(action, uri, time.monotonic() - started_s)
                 raise faults.unanswered(error, tried, clients.MAX_TRIES) from error
+            if done is not None:  # some stores answer 404, without a body, to HEAD by an unknown key
+                self._clients.accepted = True
+            return done
 
     def _tried(self, action: str, uri: str, seconds: float) -> faults.Attempted:
         return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, seconds)

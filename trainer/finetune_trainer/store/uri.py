@@ -50,14 +50,24 @@ def fixed_prefix(pattern: str) -> str:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within one path segment, `**` crosses segments; everything else is literal."""
-    # `**/` also stands for no folder at all, as in shells and in .gitignore.
-    parts = re.split(r"(\*\*+/|\*\*+|\*|\?)", pattern)
-    wild = {"*": "[^/]*", "?": "[^/]"}
+    """`*` and `?` stay within one path segment, `**` crosses segments; everything else is literal.
 
-    def translated(part: str) -> str:
-        if part.startswith("**"):
-            return "(?:.*/)?" if part.endswith("/") else ".*"
-        return wild.get(part, re.escape(part))
+    `**/` also stands for no folder at all, as in shells. Between two wildcards the first place where the text
+    fits is always right, so groups are atomic: time stays quadratic, however many stars there are."""
+    first, *rest = re.split(r"(\*\*+/|\*\*+)", pattern)
+    deep = list(zip(rest[::2], rest[1::2], strict=True))
+    parts = [_within_segments(first, last=not deep)]
+    for number, (wildcard, text) in enumerate(deep, start=1):
+        folders = wildcard.endswith("/")
+        if number == len(deep):
+            parts.append(("(?:.*/)?" if folders else ".*") + _within_segments(text, last=True))
+        else:
+            parts.append(f"(?>{'(?:.*?/)??' if folders else '.*?'}{_within_segments(text, last=False)})")
+    return re.compile("".join(parts), re.DOTALL)
 
-    return re.compile("".join(translated(part) for part in parts), re.DOTALL)
+
+def _within_segments(text: str, *, last: bool) -> str:
+    """Regex of a pattern without `**`; the last one has to reach the end, so its last star may take all it can."""
+    first, *rest = [re.escape(piece).replace(r"\?", "[^/]") for piece in re.split(r"\*", text)]
+    middle, end = (rest[:-1], rest[-1:]) if last else (rest, [])
+    return first + "".join(f"(?>[^/]*?{piece})" for piece in middle) + "".join(f"[^/]*{piece}" for piece in end)

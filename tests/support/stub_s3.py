@@ -1,0 +1,211 @@
+"""A small S3 in memory that fails as a test tells it to: for what a real server cannot be made to do."""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to one request instead of, or beside, its proper answer."""
+
+    method: str
+    status: int = 0  # answer so, with `code`, and do nothing
+    code: str = "InternalError"
+    lose_answer: bool = False  # do it, then hang up
+    cut_after: int | None = None  # send so many bytes of the body, then hang up
+    then_write: bytes | None = None  # afterwards the object has this content
+
+
+@dataclass
+class StubS3:
+    """Buckets, objects, the troubles to come (first match is used up), and the requests seen."""
+
+    endpoint: str
+    objects: dict[str, bytes] = field(default_factory=dict[str, bytes])  # "bucket/key"
+    buckets: set[str] = field(default_factory=lambda: {"bucket"})
+    troubles: list[Trouble] = field(default_factory=list[Trouble])
+    requests: list[str] = field(default_factory=list[str])
+    parts: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    ignores_conditions: bool = False
+    accepted_keys: set[str] | None = None  # access keys that work; None = all
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take_trouble(self, method: str) -> Trouble | None:
+        for trouble in self.troubles:
+            if trouble.method == method:
+                self.troubles.remove(trouble)
+                return trouble
+        return None
+
+
+@contextlib.contextmanager
+def stub_s3() -> Generator[StubS3]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    server.s3 = StubS3(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server.s3  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def etag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 10
+
+    @property
+    def s3(self) -> StubS3:
+        return self.server.s3  # type: ignore[attr-defined]
+
+    def handle_one_request(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle_one_request()
+
+    def do_HEAD(self) -> None:
+        self._serve()
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._serve()
+
+    def do_DELETE(self) -> None:
+        self._serve()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlsplit(self.path)
+        name, query = unquote(url.path[1:]), parse_qs(url.query, keep_blank_values=True)
+        with self.s3.lock:
+            self.s3.requests.append(f"{self.command} {name} {self.headers.get('Range', '')}".strip())
+            trouble = self.s3.take_trouble(self.command)
+            if trouble and trouble.status:
+                self._error(trouble.status, trouble.code)
+                return
+            key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
+            if self.s3.accepted_keys is not None and key not in self.s3.accepted_keys:
+                self._error(400, "ExpiredToken")
+                return
+            self._act(name, query, body, trouble)
+            if trouble and trouble.then_write is not None:
+                self.s3.objects[name] = trouble.then_write
+
+    def _act(self, name: str, query: dict[str, list[str]], body: bytes, trouble: Trouble | None) -> None:
+        bucket, _, key = name.partition("/")
+        if bucket not in self.s3.buckets:
+            self._error(404, "NoSuchBucket")
+        elif not key:
+            self._list(bucket, query)
+        elif self.command == "POST":
+            self._multipart(name, query, trouble)
+        elif "partNumber" in query:
+            self.s3.parts[int(query["partNumber"][0])] = body
+            self._answer(200, b"", etag(body), trouble)
+        elif self.command == "PUT":
+            self._put(name, body, trouble)
+        elif self.command == "DELETE":
+            self.s3.objects.pop(name, None)
+            self._answer(204, b"", "", trouble)
+        else:
+            self._get(name, trouble)
+
+    def _multipart(self, name: str, query: dict[str, list[str]], trouble: Trouble | None) -> None:
+        if "uploads" in query:
+            self.s3.parts.clear()
+            answer = "<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>"
+            self._answer(200, answer.encode(), "", trouble)
+        elif not self.s3.parts:
+            self._error(404, "NoSuchUpload")
+        else:
+            content = b"".join(self.s3.parts[number] for number in sorted(self.s3.parts))
+            self.s3.objects[name] = content
+            self.s3.parts.clear()
+            answer = f"<CompleteMultipartUploadResult><ETag>{etag(content)}</ETag></CompleteMultipartUploadResult>"
+            self._answer(200, answer.encode(), "", trouble)
+
+    def _put(self, name: str, body: bytes, trouble: Trouble | None) -> None:
+        present = self.s3.objects.get(name)
+        wanted = self.headers.get("If-Match")
+        lost = (self.headers.get("If-None-Match") == "*" and present is not None) or (
+            wanted is not None and (present is None or etag(present) != wanted)
+        )
+        if lost and not self.s3.ignores_conditions:
+            self._error(412, "PreconditionFailed")
+            return
+        self.s3.objects[name] = body
+        self._answer(200, b"", etag(body), trouble)
+
+    def _get(self, name: str, trouble: Trouble | None) -> None:
+        content = self.s3.objects.get(name)
+        if content is None:
+            self._error(404, "NoSuchKey")
+        elif self.headers.get("If-Match", etag(content)) != etag(content):
+            self._error(412, "PreconditionFailed")
+        elif wanted := self.headers.get("Range"):
+            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+            self._answer(206, content[start:], etag(content), trouble, start, len(content))
+        else:
+            self._answer(200, content, etag(content), trouble)
+
+    def _list(self, bucket: str, query: dict[str, list[str]]) -> None:
+        """Two keys a page, so that paging is tested too."""
+        prefix, after = query.get("prefix", [""])[0], query.get("continuation-token", [""])[0]
+        keys = sorted(n.partition("/")[2] for n in self.s3.objects if n.startswith(f"{bucket}/{prefix}"))
+        keys = [key for key in keys if key > after]
+        entries = "".join(
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(self.s3.objects[f'{bucket}/{key}'])}</Size>"
+            f"<ETag>{etag(self.s3.objects[f'{bucket}/{key}'])}</ETag></Contents>"
+            for key in keys[:2]
+        )
+        more = (
+            f"<IsTruncated>true</IsTruncated><NextContinuationToken>{escape(keys[1])}</NextContinuationToken>"
+            if len(keys) > 2
+            else "<IsTruncated>false</IsTruncated>"
+        )
+        self._answer(200, f"<ListBucketResult>{more}{entries}</ListBucketResult>".encode(), "", None)
+
+    def _answer(
+        self, status: int, body: bytes, tag: str, trouble: Trouble | None, start: int = 0, total: int | None = None
+    ) -> None:
+        if trouble and trouble.lose_answer:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if tag:
+            self.send_header("ETag", tag)
+        if total is not None:
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if trouble is None else body[: trouble.cut_after])
+        if trouble and trouble.cut_after is not None:
+            self.close_connection = True
+
+    def _error(self, status: int, code: str) -> None:
+        body = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

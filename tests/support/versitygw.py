@@ -1,0 +1,105 @@
+"""A real S3 server of a test's own, without a cluster, and a network in front of it that a test can break."""
+
+import contextlib
+import os
+import selectors
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from testbed import binaries
+
+ACCESS_KEY = "test-access"
+SECRET_KEY = "test-secret"
+
+
+@contextlib.contextmanager
+def versitygw(folder: Path) -> Generator[str]:
+    """Its endpoint; `bucket` exists. The program is built once into the cache."""
+    program = Path(binaries.binary("versitygw"))
+    if not program.exists():
+        binaries.build(node=False)
+    (folder / "data" / "bucket").mkdir(parents=True)
+    port = _free_port()
+    command = [str(program), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"127.0.0.1:{port}", "--quiet"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "posix", str(folder / "data")], stdout=log, stderr=log)
+        try:
+            _wait_for(port, process, time.monotonic() + 30)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+def environment() -> dict[str, str]:
+    """The environment for a process that uses the server."""
+    return os.environ | {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+
+
+class Network:
+    """A TCP proxy in front of a server. `cut(connection, bytes_answered)` decides when a connection dies."""
+
+    def __init__(self, endpoint: str, cut: Callable[[int, int], bool]) -> None:
+        host, _, port = endpoint.removeprefix("http://").partition(":")
+        self._target = (host, int(port))
+        self._cut = cut
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections = 0
+        self.cuts = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _address = self._listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._relay, args=(client, self.connections), daemon=True).start()
+
+    def _relay(self, client: socket.socket, number: int) -> None:
+        answered = 0
+        with client, socket.create_connection(self._target, 10) as server, selectors.DefaultSelector() as selector:
+            selector.register(client, selectors.EVENT_READ, server)
+            selector.register(server, selectors.EVENT_READ, client)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    for key, _events in selector.select(30):
+                        source, target = key.fileobj, key.data
+                        assert isinstance(source, socket.socket)
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        if source is server:
+                            answered += len(data)
+                            if self._cut(number, answered):
+                                self.cuts += 1
+                                return
+                        target.sendall(data)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], deadline_s: float) -> None:
+    while time.monotonic() < deadline_s:
+        assert process.poll() is None, "versitygw has ended"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise TimeoutError("versitygw does not listen")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
