@@ -6,16 +6,17 @@ from datetime import datetime, timedelta
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
-from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord
+from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempts import belongs, is_open, is_planned, is_stopping
 from finetune_operator.clock import format_time, parse_time
+from finetune_operator.conditions import find
 from finetune_operator.figures import is_stale, is_write_due, with_progress
 from finetune_operator.fold import MAX_ENTRIES, Folded, running_entry
-from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, SLOW_START_S, Look, look
+from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, REFUSED, SLOW_START_S, Look, look
 from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, Seen, SeenProgress
 from finetune_operator.situation import describe
 from finetune_operator.verdict import Limits, failed, failure, is_success, limits_of, succeeded
-from finetune_operator.view import JobView
+from finetune_operator.view import JobView, reason_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ def _look(folded: Folded, seen: Seen, now: datetime) -> Look:
     if last is None or not is_open(last):
         return Look()
     blocked = seen.blocked
-    if not seen.runtime_known and is_planned(last, folded.job, folded.pods):
+    planned = is_planned(last, folded.job, folded.pods)
+    stored = find(folded.status, ConditionType.DEGRADED)
+    if planned and blocked is None and stored is not None and stored.status == "True":
+        reason = reason_of(stored.reason)
+        blocked = Blocked(reason, stored.message) if reason in REFUSED else None
+    if planned and not seen.runtime_known:
         text = "spec.runtime names no runtime of this cluster: ask the platform team, or name another in a new job"
         blocked = Blocked(Reason.RUNTIME_NOT_FOUND, text)
     return look(last, folded.job, folded.pods, blocked, now)

@@ -14,6 +14,8 @@ from finetune_operator.seen import Blocked
 # Waits that end the job after a while: somebody has to mend something that no cluster mends by itself.
 PATIENCE = timedelta(minutes=15)
 IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
+# Refused creations show only when they are tried, so the last answer stands until the Job exists.
+REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION)
 SLOW_START_S = 15  # a pod that has not started by then is looked into
 
 _IMAGE_WAITS = (

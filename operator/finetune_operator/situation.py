@@ -5,16 +5,14 @@ from datetime import datetime
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
-from finetune_operator.attempts import is_open, is_planned, is_stopping
+from finetune_operator.attempts import is_open, is_stopping
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.conditions import Claim, find, with_claims
 from finetune_operator.fold import Folded
-from finetune_operator.live import PATIENCE, Look
+from finetune_operator.live import PATIENCE, REFUSED, Look
 from finetune_operator.verdict import ended_words, planned
 from finetune_operator.view import JobView, reason_of
 
-# RefusedError creations: they show only when it is tried again, so the last answer stands until the Job exists.
-REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION)
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.RUNTIME_NOT_FOUND,
     Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
@@ -127,13 +125,11 @@ def _still_holds(before: Condition | None, folded: Folded, look: Look) -> bool:
     """Whether a stored Degraded is still true, although nothing that is seen now says so again."""
     if before is None or before.status != "True" or folded.ended is not None:
         return False
-    reason, last = reason_of(before.reason), folded.last
+    reason = reason_of(before.reason)
     closed = [e for e in folded.status.attempts if not is_open(e)]
     if closed and closed[-1].attempt_class == "Waiting" and reason_of(closed[-1].reason) == reason:
         return True
-    if reason == Reason.BAD_REPORT:
-        return not look.running
-    return reason in REFUSED and last is not None and is_planned(last, folded.job, folded.pods)
+    return reason == Reason.BAD_REPORT and not look.running
 
 
 def _patience_ends(folded: Folded) -> str:

@@ -9,7 +9,7 @@ from finetune_api.reasons import Fault, Reason, words
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
 from finetune_operator.attempts import is_final, is_open
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.conditions import Claim, with_claims
+from finetune_operator.conditions import Claim, find, with_claims
 from finetune_operator.fold import Folded
 from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, Look
 from finetune_operator.seen import Blocked
@@ -87,6 +87,9 @@ def ended_words(folded: Folded) -> str:
     """The sentence on how the newest attempt ended, with the place of its log."""
     ended, last = folded.ended, folded.last
     if ended is None:
+        stored = find(folded.status, ConditionType.RUNNING)
+        if last is not None and stored is not None and stored.status == "False" and stored.reason == last.reason:
+            return stored.message
         return f"attempt {last.number} of {last.stage} ended as {last.reason}" if last is not None else ""
     log_uri = ended.report.log_uri if ended.report is not None else None
     return ended.message + (f"; log: {log_uri}" if log_uri else "")

@@ -1,0 +1,784 @@
+"""The specification of `plan`: what the operator does and says in every state of the fault table."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from finetune_api.names import Stage
+from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
+from finetune_api.run import Progress, RunResult
+from finetune_api.status import ConditionType, Phase
+from finetune_operator.clock import format_time
+from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
+from finetune_operator.plan import plan
+from finetune_operator.seen import Blocked, CreateJob, DeleteJob, JobEvent, Seen, SeenProgress, SetTtl
+from finetune_operator.view import JobView, view
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+DIGEST = "sha256:" + "a" * 64
+PLAN = {
+    "uri": "s3://out/bot/plan.json", "digest": DIGEST, "steps": 100, "trainTokens": 10, "labelTokens": 5,
+    "memoryBytes": 1, "diskBytes": 1, "resolved": [],
+}  # fmt: skip
+DATA = {
+    "files": 1, "rowsIn": 10, "rowsUsed": 9, "rowsHeldOut": 1, "dropped": [], "digest": DIGEST,
+    "reportUri": "s3://out/bot/report.json",
+}  # fmt: skip
+ARTIFACT = {
+    "type": "Adapter", "uri": "s3://out/bot-1a2b3/adapter", "digest": DIGEST,
+    "manifestUri": "s3://out/bot-1a2b3/adapter/manifest.json", "rank": 16,
+}  # fmt: skip
+CHECKPOINT = {"step": 40, "uri": "s3://out/bot/checkpoints/40", "digest": DIGEST}
+PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+
+
+def report(stage: Stage, attempt: int, fault: Fault, **more: Any) -> RunResult:
+    code = EXIT_CODES[FAULTS[fault].reason]
+    return RunResult.model_validate({"stage": stage, "attempt": attempt, "fault": fault, "exit_code": code, **more})
+
+
+class World:
+    """A cluster of one FineTuneJob: does what `plan` asks for, and is told what becomes of the pods."""
+
+    def __init__(self, **spec: Any) -> None:
+        self.now = START
+        self.spec = {
+            "model": {"uri": "s3://m/model"},
+            "method": {"type": "SFT"},
+            "datasets": [{"uri": "s3://d/chat/*.jsonl"}],
+            "output": {"uri": "s3://out/bot"},
+            **spec,
+        }
+        self.meta: dict[str, Any] = {"name": "bot", "namespace": "team-a", "uid": "1a2b3c4d", "generation": 1}
+        self.status: dict[str, Any] = {}
+        self.jobs: dict[str, ObservedJob] = {}
+        self.pods: dict[str, ObservedPod] = {}
+        self.progress: SeenProgress | None = None
+        self.blocked: Blocked | None = None
+        self.runtime_known = True
+        self.events: list[JobEvent] = []
+        self.created: list[str] = []
+        self.requeue_after_s: float | None = None
+
+    @property
+    def view(self) -> JobView:
+        return view({"metadata": self.meta, "spec": self.spec, "status": self.status})
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(
+            tuple(self.jobs.values()), tuple(self.pods.values()), self.progress, self.blocked, self.runtime_known
+        )
+
+    def step(self, after_s: float = 0) -> "World":
+        """Plan and apply until nothing changes any more."""
+        self.now += timedelta(seconds=after_s)
+        for _ in range(8):
+            made = plan(self.view, self.seen, self.now)
+            dumped = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+            changed = dumped != self.status
+            self.status, self.requeue_after_s = dumped, made.requeue_after_s
+            if changed:
+                self.events += made.events
+            acted = False
+            for action in made.actions:
+                acted = True
+                match action:
+                    case CreateJob(stage, attempt, _):
+                        if self.blocked is None:
+                            self._create(stage, attempt)
+                    case DeleteJob(name, _):
+                        self.jobs[name] = replace(self.jobs[name], deleting=True)
+                    case SetTtl(name, seconds):
+                        self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
+            if not changed and (not acted or self.blocked is not None):
+                return self
+        raise AssertionError(f"does not settle: {self.status}")
+
+    def _create(self, stage: Stage, attempt: int) -> None:
+        name = f"{stage.value}-{attempt}"
+        assert name not in self.jobs
+        assert not any(job.live for job in self.jobs.values()), "two live Jobs"
+        self.created.append(name)
+        self.jobs[name] = ObservedJob(name, f"uid-{name}", stage, attempt, self.now, gpus=int(stage == TRAIN))
+
+    def pod(self, name: str, number: int = 0, **fields: Any) -> "World":
+        """Create or change a pod of the Job `name`."""
+        job, key = self.jobs.get(name), f"{name}-{number}"
+        stage, attempt = name.split("-")
+        born = job.created_at if job else self.now
+        old = self.pods.get(key) or ObservedPod(key, f"uid-{key}", Stage(stage), int(attempt), born)
+        self.pods[key] = replace(old, **fields)
+        return self
+
+    def run(self, name: str, number: int = 0) -> "World":
+        return self.pod(name, number, scheduled=True, phase="Running", started_at=self.now, ip="10.0.0.1").step()
+
+    def end(
+        self, name: str, number: int = 0, fault: Fault | None = None, code: int | None = None, **more: Any
+    ) -> "World":
+        """The pod's container ends, and the Job with it; with `fault`, it leaves a report."""
+        stage, attempt = name.split("-")
+        fields = {key: more.pop(key) for key in ("disrupted", "evicted", "oom_killed", "bad_report") if key in more}
+        said = report(Stage(stage), int(attempt), fault, **more) if fault is not None else None
+        exit_code = said.exit_code if said is not None and code is None else code
+        phase = "Succeeded" if exit_code == 0 else "Failed"
+        self.pod(
+            name, number, scheduled=True, phase=phase, finished_at=self.now, exit_code=exit_code, report=said, **fields
+        )
+        if name in self.jobs:
+            outcome = "Complete" if exit_code == 0 else "Failed"
+            self.jobs[name] = replace(self.jobs[name], outcome=outcome, finished_at=self.now)
+        return self
+
+    def gone(self, name: str) -> "World":
+        """The Job and its pods are deleted; pods are remembered in their last state."""
+        self.jobs.pop(name, None)
+        self.pods = {k: as_gone(p) if k.startswith(name) else p for k, p in self.pods.items()}
+        return self
+
+    def prepared(self) -> "World":
+        """At the moment when the train Job has been created."""
+        return self.step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA).step()
+
+    def training(self) -> "World":
+        return self.prepared().run("train-1")
+
+    def condition(self, kind: ConditionType) -> tuple[str, str]:
+        found = next(c for c in self.status["conditions"] if c["type"] == kind)
+        return found["status"], found["reason"]
+
+    def message(self, kind: ConditionType) -> str:
+        return next(c for c in self.status["conditions"] if c["type"] == kind)["message"]
+
+    @property
+    def phase(self) -> str:
+        return self.status["phase"]
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        return self.condition(ConditionType.SUCCEEDED)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.status["attempts"][-1]
+
+    def reasons(self) -> list[str]:
+        return [event.reason.value for event in self.events]
+
+
+def test_a_new_job_is_accepted_and_gets_a_prepare_job():
+    world = World().step()
+    assert world.created == ["prepare-1"]
+    assert world.phase == Phase.PENDING
+    assert world.condition(ConditionType.READY) == ("True", "Accepted")
+    assert world.condition(ConditionType.PLANNED) == ("Unknown", "Preparing")
+    assert world.reasons() == ["Accepted"]
+
+
+def test_the_attempt_is_written_before_its_job_is_created():
+    made = plan(World().view, Seen(), START)
+    assert [(a.stage, a.number, a.attempt_class) for a in made.status.attempts] == [("prepare", 1, "Running")]
+    assert made.actions == (CreateJob(PREPARE, 1),)
+
+
+def test_an_operator_killed_before_the_job_was_created_creates_it_after_the_restart():
+    world = World()
+    made = plan(world.view, Seen(), START)
+    world.status = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    world.step()
+    assert world.created == ["prepare-1"]
+    assert len(world.status["attempts"]) == 1
+
+
+def test_an_operator_killed_before_the_status_was_written_finds_the_job_it_created():
+    world = World()
+    world.jobs["prepare-1"] = ObservedJob("prepare-1", "u", PREPARE, 1, START)
+    world.step()
+    assert world.created == []
+    assert world.last["number"] == 1
+
+
+def test_preparing_shows_once_the_pod_runs():
+    world = World().step().run("prepare-1")
+    assert world.phase == Phase.PREPARING
+    assert world.condition(ConditionType.RUNNING) == ("True", "Preparing")
+    assert world.condition(ConditionType.ADMITTED)[0] == "True"
+
+
+def test_a_prepared_job_shows_plan_and_data_and_trains_what_was_prepared():
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA)
+    made = plan(world.view, world.seen, world.now)
+    assert made.actions == (CreateJob(TRAIN, 1, DIGEST),)
+    world.step()
+    assert world.status["plan"]["steps"] == 100
+    assert world.status["data"]["rowsUsed"] == 9
+    assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
+    assert "9 of 10 rows" in world.message(ConditionType.PLANNED)
+
+
+def test_a_committed_adapter_is_success():
+    world = World().training().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, step=100).step()
+    assert world.phase == Phase.SUCCEEDED
+    assert world.verdict == ("True", "Succeeded")
+    assert world.condition(ConditionType.FINISHED) == ("True", "Succeeded")
+    assert world.condition(ConditionType.RUNNING) == ("False", "Succeeded")
+    assert world.status["artifacts"][0]["digest"] == DIGEST
+    assert world.status["progress"]["percentage"] == 100
+    assert world.reasons() == ["Accepted", "Preparing", "Prepared", "Training", "Succeeded"]
+
+
+def test_gpu_seconds_are_those_of_the_training_pods():
+    world = World().training()
+    world.now += timedelta(seconds=90)
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
+    assert world.status["usage"] == {"seconds": 90, "gpuSeconds": 90}
+
+
+def test_the_ttl_is_put_on_the_jobs_only_after_the_verdict_is_stored():
+    world = World(ttlSecondsAfterFinished=60).training()
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT)
+    made = plan(world.view, world.seen, world.now)
+    assert made.status.phase == Phase.SUCCEEDED
+    assert not any(isinstance(action, SetTtl) for action in made.actions)
+    world.step()
+    assert {job.ttl_seconds for job in world.jobs.values()} == {60}
+
+
+def test_a_finished_job_is_never_started_again_when_its_jobs_vanish():
+    world = World().training().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
+    before = dict(world.status)
+    world.gone("train-1").gone("prepare-1").step(after_s=100_000)
+    assert world.status == before
+    assert world.created == ["prepare-1", "train-1"]
+
+
+FINAL_TRAIN = [fault for fault, text in FAULTS.items() if 10 <= EXIT_CODES[text.reason] < 30]
+
+
+@pytest.mark.parametrize("fault", FINAL_TRAIN)
+def test_a_final_fault_in_train_ends_the_job_with_its_reason(fault: Fault):
+    world = World().training().end("train-1", fault=fault).step()
+    assert world.phase == Phase.FAILED
+    assert world.verdict == ("False", FAULTS[fault].reason.value)
+    assert world.condition(ConditionType.STALLED)[0] == "True"
+    assert world.condition(ConditionType.READY)[0] == "False"
+    assert world.last["exitCode"] == EXIT_CODES[FAULTS[fault].reason]
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_broken_rows_end_the_job_naming_file_and_row_and_the_log():
+    args = {"file": "a.jsonl", "row": 17, "field": " field messages", "problem": "not a list", "broken": 1, "rows": 90}
+    world = World().step().run("prepare-1")
+    world.end("prepare-1", fault=Fault.BROKEN_ROW, args=args, log_uri="s3://out/bot/log").step()
+    assert world.verdict == ("False", "DataInvalid")
+    for part in ("a.jsonl row 17", "not a list", "onBadRow: Quarantine", "log: s3://out/bot/log"):
+        assert part in world.message(ConditionType.SUCCEEDED)
+    assert world.events[-1].type == "Warning"
+    assert world.events[-1].reason == Reason.DATA_INVALID
+
+
+def test_contract_skew_ends_in_prepare():
+    world = World().step().run("prepare-1")
+    world.end("prepare-1", fault=Fault.CONTRACT_SKEW, args={"operator": 1, "trainer": 2}).step()
+    assert world.verdict == ("False", "ConfigInvalid")
+    assert "contract version 1, the trainer image 2" in world.message(ConditionType.SUCCEEDED)
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.INTERRUPTED, Fault.STORAGE_UNAVAILABLE, Fault.STALLED, Fault.GPU_FAULT, Fault.BUG]
+)
+def test_a_retryable_fault_is_counted_and_tried_again(fault: Fault):
+    world = World().training().end("train-1", fault=fault).step()
+    assert world.created[-1] == "train-2"
+    assert world.status["failures"] == 1
+    assert world.status["attempts"][-2]["reason"] == FAULTS[fault].reason.value
+    assert world.condition(ConditionType.RUNNING) == ("False", FAULTS[fault].reason.value)
+    assert world.verdict[0] == "Unknown"
+
+
+def test_retries_run_out_with_the_last_reason_in_words():
+    world = World(recovery={"maxRetries": 2}).prepared()
+    for attempt in (1, 2, 3):
+        world.run(f"train-{attempt}")
+        args = {"action": "read", "uri": "s3://d/x", "tries": 5, "seconds": 60, "problem": "503"}
+        world.end(f"train-{attempt}", fault=Fault.STORAGE_UNAVAILABLE, args=args).step().step(after_s=200)
+    assert world.created[-1] == "train-3"
+    assert world.verdict == ("False", "RetriesExhausted")
+    assert "StorageTransient" in world.message(ConditionType.SUCCEEDED)
+    assert "could not read s3://d/x" in world.message(ConditionType.SUCCEEDED)
+
+
+def test_later_retries_wait_before_they_start():
+    world = World(recovery={"maxRetries": 9}).prepared()
+    for attempt in (1, 2):
+        world.run(f"train-{attempt}").end(f"train-{attempt}", code=1).step()
+    assert world.created[-1] == "train-2"
+    assert world.requeue_after_s == 15
+    assert world.step(after_s=15).created[-1] == "train-3"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "words"),
+    [
+        (1, "Unknown", "exit code 1"),
+        (137, "Unknown", "signal 9"),
+        (143, "Unknown", "signal 15"),
+        (31, "StorageTransient", "code 31"),
+    ],
+)
+def test_a_trainer_that_dies_without_a_message_is_judged_by_its_exit_code(code: int, reason: str, words: str):
+    world = World().training().end("train-1", code=code).step()
+    assert world.status["attempts"][-2]["reason"] == reason
+    assert world.status["failures"] == 1
+    assert words in world.message(ConditionType.RUNNING)
+
+
+def test_an_unknown_final_exit_code_of_a_newer_trainer_is_final():
+    world = World().training().end("train-1", code=29).step()
+    assert world.phase == Phase.FAILED
+
+
+def test_an_oom_killed_pod_is_tried_again_once_and_then_names_the_memory_limit():
+    world = World().training().pod("train-1", memory_limit="16").end("train-1", code=137, oom_killed=True).step()
+    assert world.created[-1] == "train-2"
+    world.run("train-2").pod("train-2", memory_limit="16").end("train-2", code=137, oom_killed=True).step()
+    assert world.verdict == ("False", "HostOOM")
+    assert "16 GiB" in world.message(ConditionType.SUCCEEDED)
+
+
+def test_a_pod_over_its_disk_limit_is_tried_again_once_and_then_ends_the_job():
+    world = World().training().end("train-1", code=137, evicted=True).step()
+    assert world.created[-1] == "train-2"
+    world.run("train-2").end("train-2", code=137, evicted=True).step()
+    assert world.verdict == ("False", "DiskLimit")
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.OBJECT_NOT_FOUND, Fault.BUCKET_NOT_FOUND, Fault.ACCESS_DENIED, Fault.NO_CREDENTIALS]
+)
+def test_missing_or_denied_storage_in_prepare_is_degraded_and_tried_again_with_a_growing_delay(fault: Fault):
+    world = World().step()
+    delays: list[float] = []
+    for attempt in (1, 2, 3, 4):
+        world.run(f"prepare-{attempt}").end(f"prepare-{attempt}", fault=fault, args={"bucket": "chat"}).step()
+        assert world.condition(ConditionType.DEGRADED) == ("True", FAULTS[fault].reason.value)
+        assert world.verdict[0] == "Unknown"
+        assert world.requeue_after_s is not None
+        delays.append(world.requeue_after_s)
+        world.step(after_s=world.requeue_after_s)
+    assert delays == [15, 30, 60, 60]
+    assert world.status.get("failures") == 0
+    assert "trying again until 2026-01-01T00:15:00Z" in world.message(ConditionType.DEGRADED)
+
+
+def test_storage_that_comes_back_makes_the_job_healthy_again():
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.OBJECT_NOT_FOUND).step().step(after_s=15)
+    world.run("prepare-2")
+    assert world.condition(ConditionType.DEGRADED) == ("True", "DataNotFound")
+    world.end("prepare-2", fault=Fault.PREPARED, plan=PLAN, data=DATA).step()
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert world.reasons()[-2:] == ["Prepared", "Healthy"]
+
+
+def test_storage_that_stays_away_ends_the_job_after_15_minutes_with_its_reason():
+    world = World().step()
+    for attempt in range(1, 40):
+        world.run(f"prepare-{attempt}")
+        world.end(f"prepare-{attempt}", fault=Fault.ACCESS_DENIED, args={"action": "read", "uri": "s3://d/x"}).step()
+        if world.phase == Phase.FAILED:
+            break
+        world.step(after_s=world.requeue_after_s or 0)
+    assert world.verdict == ("False", "AccessDenied")
+    assert "may not read s3://d/x" in world.message(ConditionType.SUCCEEDED)
+    assert timedelta(minutes=15) <= world.now - START < timedelta(minutes=17)
+    assert len(world.status["attempts"]) <= 10
+
+
+@pytest.mark.parametrize(
+    ("waiting", "reason", "words"),
+    [
+        ("ImagePullBackOff", "ImagePull", "cannot be pulled"),
+        ("ErrImagePull", "ImagePull", "cannot be pulled"),
+        ("CreateContainerConfigError", "MissingRef", "cannot start"),
+    ],
+)
+def test_a_container_that_cannot_start_is_degraded_and_final_after_15_minutes(waiting: str, reason: str, words: str):
+    world = World().step().pod("prepare-1", scheduled=True, waiting_reason=waiting, waiting_message="no").step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", reason)
+    assert words in world.message(ConditionType.DEGRADED)
+    assert world.phase == Phase.PENDING
+    world.step(after_s=899)
+    assert world.verdict[0] == "Unknown"
+    world.step(after_s=1)
+    assert world.verdict == ("False", reason)
+    assert world.jobs["prepare-1"].deleting
+
+
+def test_a_missing_secret_is_named_and_the_job_goes_on_when_it_is_there():
+    world = World().step().pod("prepare-1", scheduled=True, waiting_reason="ContainerCreating")
+    world.blocked = Blocked(Reason.MISSING_REF, "Secret team-a/s3 does not exist")
+    world.step(after_s=20)
+    assert world.message(ConditionType.DEGRADED) == "Secret team-a/s3 does not exist"
+    world.blocked = None
+    world.run("prepare-1")
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert world.condition(ConditionType.RUNNING) == ("True", "Preparing")
+    assert "storageWaitSince" not in world.status["record"]
+
+
+def test_an_unschedulable_pod_waits_without_end_and_keeps_the_first_words_of_the_scheduler():
+    world = World().prepared().pod("train-1", unschedulable="0/3 nodes have nvidia.com/gpu").step()
+    assert world.condition(ConditionType.ADMITTED) == ("False", "Unschedulable")
+    assert world.phase == Phase.PENDING
+    before = dict(world.status)
+    world.pod("train-1", unschedulable="0/4 nodes have nvidia.com/gpu").step(after_s=100_000)
+    assert world.status == before
+
+
+@pytest.mark.parametrize("reason", [Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION])
+def test_a_refused_creation_is_degraded_until_it_succeeds(reason: Reason):
+    world = World()
+    world.blocked = Blocked(reason, "refused")
+    world.step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", reason.value)
+    assert plan(world.view, replace(world.seen, blocked=None), world.now).status == world.view.status
+    world.blocked = None
+    world.step().run("prepare-1")
+    assert world.created == ["prepare-1"]
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+
+
+def test_a_manifest_that_the_server_finds_invalid_ends_the_job():
+    world = World().step()
+    world.jobs.clear()
+    world.blocked = Blocked(Reason.INVALID_MANIFEST, "Job bot-1a2b3-prepare-1 is refused: spec.x")
+    world.step()
+    assert world.verdict == ("False", "InvalidManifest")
+
+
+def test_an_unknown_runtime_waits_and_is_picked_up_when_it_is_there():
+    world = World(runtime="gpu")
+    world.runtime_known = False
+    world.step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", "RuntimeNotFound")
+    assert world.created == []
+    world.runtime_known = True
+    world.step()
+    assert world.created == ["prepare-1"]
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+
+
+def test_a_runtime_removed_while_a_job_runs_does_not_touch_the_job():
+    world = World().training()
+    before = dict(world.status)
+    world.runtime_known = False
+    assert world.step().status == before
+
+
+def test_a_spec_of_a_newer_version_stalls_the_job_without_touching_what_runs():
+    world = World().training()
+    world.spec["method"] = {"type": "Quantum"}
+    world.meta["generation"] = 2
+    world.step()
+    assert world.condition(ConditionType.STALLED) == ("True", "SpecInvalid")
+    assert "spec.method.type" in world.message(ConditionType.STALLED)
+    assert not world.jobs["train-1"].deleting
+    assert world.reasons()[-1] == "SpecInvalid"
+    world.spec["method"] = {"type": "SFT"}
+    assert world.step().condition(ConditionType.STALLED) == ("False", "Healthy")
+
+
+def test_a_name_that_is_too_long_for_its_children_is_refused():
+    world = World()
+    world.meta["name"] = "x" * 41
+    assert world.step().condition(ConditionType.STALLED) == ("True", "SpecInvalid")
+    assert world.created == []
+
+
+def test_a_pod_evicted_inside_the_job_is_counted_as_a_disruption_once_and_replaced_by_kubernetes():
+    world = World().training().pod("train-1", disrupted=True, phase="Failed", exit_code=30).step()
+    assert world.condition(ConditionType.RUNNING) == ("False", "Disrupted")
+    assert world.status["record"]["disruptions"] == 1
+    world.step(after_s=60).run("train-1", number=1)
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+    assert world.status["record"]["disruptions"] == 1
+    assert world.status["failures"] == 0
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_an_attempt_ended_by_a_disruption_is_not_counted():
+    world = World(recovery={"maxRetries": 0}).training().end("train-1", code=143, disrupted=True).step()
+    assert world.created[-1] == "train-2"
+    assert world.status["failures"] == 0
+    assert world.status["attempts"][-2]["class"] == "Disruption"
+
+
+def test_too_many_disruptions_end_the_job():
+    world = World(recovery={"maxDisruptions": 2}).training()
+    for number in range(3):
+        world.pod("train-1", number, disrupted=True, phase="Failed", exit_code=30, started_at=START).step()
+    assert world.verdict == ("False", "DisruptionBudget")
+    assert world.jobs["train-1"].deleting
+
+
+def test_a_job_deleted_by_somebody_is_a_counted_attempt_that_resumes():
+    world = World().training().gone("train-1").step()
+    assert world.created[-1] == "train-2"
+    assert world.status["attempts"][-2]["reason"] == "JobLost"
+    assert world.status["failures"] == 1
+
+
+def test_a_job_deleted_before_its_pod_ran_is_simply_created_again():
+    world = World().step()
+    world.jobs.clear()
+    world.created.clear()
+    world.step()
+    assert world.created == ["prepare-1"]
+    assert world.status["failures"] == 0
+
+
+def test_the_next_attempt_waits_until_the_last_pod_has_really_ended():
+    world = World().training()
+    del world.jobs["train-1"]
+    world.step(after_s=100)
+    assert world.created == ["prepare-1", "train-1"]
+    world.gone("train-1").step()
+    assert world.created[-1] == "train-2"
+
+
+def test_a_job_deleted_after_its_pod_committed_is_a_success():
+    world = World().training().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).gone("train-1").step()
+    assert world.verdict == ("True", "Succeeded")
+
+
+def test_a_pod_deleted_by_somebody_is_counted_and_resumes():
+    world = World().training()
+    world.jobs["train-1"] = replace(world.jobs["train-1"], outcome="Failed", finished_at=world.now)
+    world.pods.clear()
+    world.step()
+    assert world.status["attempts"][-2]["reason"] == "PodLost"
+    assert world.created[-1] == "train-2"
+
+
+@pytest.mark.parametrize("bad_report", [True, False])
+def test_a_job_that_completed_without_a_message_gets_one_more_attempt_that_finds_the_commit(bad_report: bool):
+    world = World(recovery={"maxRetries": 0}).training().end("train-1", code=0, bad_report=bad_report).step()
+    assert world.created[-1] == "train-2"
+    assert world.status["attempts"][-2]["reason"] == ("BadReport" if bad_report else "PodLost")
+    assert world.status["failures"] == 0
+    world.run("train-2").end("train-2", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
+    assert world.verdict == ("True", "Succeeded")
+
+
+def test_a_second_completion_without_a_message_is_counted():
+    world = World(recovery={"maxRetries": 0}).training().end("train-1", code=0).step()
+    world.run("train-2").end("train-2", code=0).step()
+    assert world.verdict == ("False", "RetriesExhausted")
+
+
+def test_a_report_that_claims_success_of_another_attempt_or_without_an_artifact_is_not_believed():
+    world = World().training()
+    forged = report(TRAIN, 7, Fault.COMMITTED, artifact=ARTIFACT)
+    world.end("train-1", code=0).pod("train-1", report=forged).step()
+    assert world.verdict[0] == "Unknown"
+    world.run("train-2").end("train-2", fault=Fault.COMMITTED).step()
+    assert world.phase != Phase.SUCCEEDED
+
+
+def test_a_report_that_contradicts_the_exit_code_is_not_believed():
+    world = World().training().end("train-1", fault=Fault.NOT_FINITE, code=31).step()
+    assert world.status["attempts"][-2]["reason"] == "StorageTransient"
+    assert world.created[-1] == "train-2"
+
+
+@pytest.mark.parametrize("moment", ["accepted", "pending", "preparing", "between", "training"])
+def test_a_job_can_be_suspended_and_resumed_at_any_phase(moment: str):
+    reach: dict[str, Callable[[World], World]] = {
+        "accepted": lambda w: w,
+        "pending": lambda w: w.step(),
+        "preparing": lambda w: w.step().run("prepare-1"),
+        "between": lambda w: w.prepared(),
+        "training": lambda w: w.training(),
+    }
+    world = reach[moment](World())
+    live = [name for name, job in world.jobs.items() if job.live]
+    world.spec["suspend"] = True
+    world.step()
+    for name in live:
+        assert world.jobs[name].deleting
+        assert world.condition(ConditionType.SUSPENDED) == ("False", "Suspending")
+        world.end(name, fault=Fault.INTERRUPTED).gone(name).step(after_s=5)
+    assert world.phase == Phase.SUSPENDED
+    assert world.condition(ConditionType.SUSPENDED) == ("True", "Suspended")
+    assert not any(job.live for job in world.jobs.values())
+    world.spec["suspend"] = False
+    world.step(after_s=1000)
+    assert world.condition(ConditionType.SUSPENDED) == ("False", "Resumed")
+    assert world.phase != Phase.SUSPENDED
+    assert sum(job.live for job in world.jobs.values()) == 1
+    assert world.status["failures"] == 0
+    if live:
+        stage, number = live[0].split("-")
+        assert world.created[-1] == f"{stage}-{int(number) + 1}"
+        assert world.status["attempts"][-2]["class"] == "Suspended"
+
+
+def test_suspending_is_written_down_before_the_job_is_deleted():
+    world = World().training()
+    world.spec["suspend"] = True
+    made = plan(world.view, world.seen, world.now)
+    assert made.status.attempts[-1].reason == "Suspended"
+    assert made.actions == (DeleteJob("train-1", "uid-train-1"),)
+
+
+def test_a_job_resumed_while_it_is_still_stopping_gets_its_next_attempt_when_it_has_stopped():
+    world = World().training()
+    world.spec["suspend"] = True
+    world.step()
+    world.spec["suspend"] = False
+    world.step()
+    assert world.created[-1] == "train-1"
+    world.end("train-1", fault=Fault.INTERRUPTED).gone("train-1").step()
+    assert world.created[-1] == "train-2"
+    assert world.status["attempts"][-2]["class"] == "Suspended"
+
+
+def test_a_commit_while_suspending_is_a_success():
+    world = World().training()
+    world.spec["suspend"] = True
+    world.step().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).gone("train-1").step()
+    assert world.verdict == ("True", "Succeeded")
+
+
+def said(attempt: int = 1, **fields: Any) -> Progress:
+    return Progress.model_validate(
+        {"stage": "train", "attempt": attempt, "activity": "Training", "total_steps": 100, **fields}
+    )
+
+
+def test_progress_shows_step_eta_and_loss():
+    world = World().training()
+    fields: dict[str, Any] = {"step": 40, "eta_seconds": 3900.0, "train_loss": 1.23456, "checkpoint": CHECKPOINT}
+    world.progress = SeenProgress(said(**fields), world.now)
+    world.step()
+    shown = world.status["progress"]
+    assert (shown["text"], shown["percentage"], shown["eta"]) == ("40/100", 40, "1h05m")
+    assert world.status["metrics"]["loss"] == "1.235"
+    assert world.status["checkpoints"][0]["step"] == 40
+    assert world.last["lastStep"] == 40
+
+
+def test_progress_is_written_at_most_every_30_seconds():
+    world = World().training()
+    world.progress = SeenProgress(said(step=1), world.now)
+    world.step()
+    before = dict(world.status)
+    world.now += timedelta(seconds=29)
+    world.progress = SeenProgress(said(step=2), world.now)
+    assert world.step().status == before
+    world.now += timedelta(seconds=1)
+    world.progress = SeenProgress(said(step=3), world.now)
+    assert world.step().status["progress"]["step"] == 3
+
+
+def test_progress_of_another_attempt_is_ignored():
+    world = World().training()
+    world.progress = SeenProgress(said(attempt=2, step=9), world.now)
+    assert "progress" not in world.step().status
+
+
+def test_a_silent_pod_makes_the_progress_stale_and_nothing_else():
+    world = World().training()
+    world.progress = SeenProgress(said(step=1), world.now)
+    world.step().step(after_s=121)
+    assert world.status["progress"]["stale"] is True
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+
+
+def test_figures_that_are_not_finite_never_reach_the_status():
+    world = World().training()
+    world.progress = SeenProgress(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
+    assert world.step().status["metrics"] == {}
+
+
+def test_a_training_without_steps_is_stopped_counted_and_tried_again():
+    world = World(recovery={"progressDeadlineSeconds": 600}).training()
+    world.progress = SeenProgress(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
+    world.step()
+    assert world.jobs["train-1"].deleting
+    assert world.last["reason"] == "NoProgress"
+    world.gone("train-1").step()
+    assert world.status["attempts"][-2] | {"reason": "NoProgress", "class": "Failure"} == world.status["attempts"][-2]
+    assert world.status["attempts"][-2]["lostSeconds"] == 700
+    assert world.created[-1] == "train-2"
+
+
+def test_an_interrupted_attempt_that_saved_lost_nothing():
+    world = World().training()
+    world.progress = SeenProgress(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.step().end("train-1", fault=Fault.INTERRUPTED, step=41, checkpoint=CHECKPOINT).step()
+    assert world.status["attempts"][-2]["lostSeconds"] == 0
+
+
+def test_a_killed_attempt_lost_the_time_since_its_last_checkpoint():
+    world = World().training()
+    world.progress = SeenProgress(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.step()
+    world.now += timedelta(seconds=10)
+    world.end("train-1", code=137).step()
+    assert world.status["attempts"][-2]["lostSeconds"] == 60
+
+
+def test_the_deadline_counts_from_acceptance_over_all_attempts_and_stops_what_runs():
+    world = World(activeDeadlineSeconds=3600).training()
+    world.step(after_s=3599)
+    assert world.verdict[0] == "Unknown"
+    world.step(after_s=1)
+    assert world.verdict == ("False", "DeadlineExceeded")
+    assert world.jobs["train-1"].deleting
+    assert world.last["class"] == "Failure"
+
+
+def test_a_success_at_the_deadline_is_a_success():
+    world = World(activeDeadlineSeconds=3600).training()
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT)
+    world.step(after_s=4000)
+    assert world.verdict == ("True", "Succeeded")
+
+
+def test_a_node_that_does_not_answer_is_degraded_and_no_second_pod_is_started():
+    world = World().training().pod("train-1", deletion_due=START)
+    world.step(after_s=61)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "NodeUnreachable")
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_a_job_being_deleted_is_left_alone():
+    world = World()
+    world.meta["deletionTimestamp"] = format_time(START)
+    assert world.step().created == []
+    assert world.events == []
+
+
+def test_the_status_stays_below_8_kib_in_the_worst_case():
+    resolved = [{"field": "f" * 64, "value": "v" * 64, "reason": "r" * 160}] * 20
+    world = World().step().run("prepare-1")
+    world.end("prepare-1", fault=Fault.PREPARED, plan={**PLAN, "resolved": resolved}, data=DATA).step()
+    world.run("train-1").end(
+        "train-1", fault=Fault.STORAGE_UNAVAILABLE, args={"uri": "ü" * 256, "action": "x" * 256}
+    ).step()
+    size = len(
+        plan(world.view, world.seen, world.now).status.model_dump_json(by_alias=True, exclude_none=True).encode()
+    )
+    assert size <= 8192
+    assert world.status["plan"]["digest"] == DIGEST
+
+
+def test_the_same_failure_twice_in_a_row_is_two_events():
+    world = World().training().end("train-1", code=1).step()
+    world.end("train-2", code=1).step()
+    assert world.reasons().count("Unknown") == 2
