@@ -1,7 +1,7 @@
 """The testbed keeps its word: a node that runs pods, a `down` that leaves nothing, and an `up` that survives SIGKILL.
 
-The node is a thing of the whole machine, so these tests run on the default instance; they are refused while another
-checkout uses it.
+The node is a thing of the whole machine: while another instance has it (yours, say), these tests fail and leave it alone.
+`down` it first.
 """
 
 import json
@@ -24,6 +24,7 @@ from testbed.processes import marked_pids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
+INSTANCE = Instance("selftest")
 NAMESPACE = {
     "apiVersion": "v1",
     "kind": "Namespace",
@@ -43,14 +44,14 @@ RESTRICTED = {
 def _clean_machine() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     if os.geteuid() != 0:
         pytest.skip("a node needs root")
-    testbed.down()
+    testbed.down(INSTANCE.name)
     yield
-    testbed.down()
+    testbed.down(INSTANCE.name)
 
 
 @pytest.fixture
 def cluster() -> testbed.Cluster:
-    running = testbed.up()
+    running = testbed.up(INSTANCE.name)
     testbed.ensure_base_image()
     testbed.load_image("localhost/finetune-base:bookworm")
     return running
@@ -93,10 +94,9 @@ def until(check: Callable[[], bool], *, timeout_s: float, what: str) -> None:
 
 
 def assert_nothing_is_left() -> None:
-    instance = Instance("default")
-    assert marked_pids(instance.dir) == []
-    assert host.leftovers([instance.dir, containerd_root()]) == []
-    assert not instance.dir.exists()
+    assert marked_pids(INSTANCE.dir) == []
+    assert host.leftovers([INSTANCE.dir, containerd_root()]) == []
+    assert not INSTANCE.dir.exists()
     for path in ("/run/containerd", "/var/log/containers", "/var/lib/kubelet"):
         assert not Path(path).exists(), f"{path} was left behind"
 
@@ -123,7 +123,7 @@ open("/dev/termination-log", "w").write("done")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(cluster.s3_endpoint_host, timeout=10)
 
-    testbed.down()
+    testbed.down(INSTANCE.name)
     assert_nothing_is_left()
 
 
@@ -211,7 +211,7 @@ def test_up_renews_a_cluster_of_which_a_component_was_killed(cluster: testbed.Cl
     cluster.kubectl("-n", "probe", "wait", "--for=condition=Ready", "pod/left", "--timeout=60s", timeout_s=70)
     cluster.stop_component(component)
 
-    renewed = testbed.up()
+    renewed = testbed.up(INSTANCE.name)
 
     assert renewed.pid(component) is not None
     assert "probe" not in renewed.kubectl("get", "namespaces", "-o", "name")
@@ -221,21 +221,21 @@ def test_up_renews_a_cluster_of_which_a_component_was_killed(cluster: testbed.Cl
 
 @pytest.mark.parametrize("moment", ["state.json", "pids/etcd", "pids/kube-apiserver", "pids/kubelet"])
 def test_down_and_up_work_after_the_tool_was_killed_in_mid_start(moment: str):
-    testbed.down()
+    testbed.down(INSTANCE.name)
     tool = subprocess.Popen(
-        [sys.executable, "-m", "testbed", "up"],
+        [sys.executable, "-m", "testbed", "--instance", INSTANCE.name, "up"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         stdout=subprocess.DEVNULL,
     )
-    until((Instance("default").dir / moment).exists, timeout_s=60, what=moment)
+    until((INSTANCE.dir / moment).exists, timeout_s=60, what=moment)
     assert tool.poll() is None
     tool.send_signal(signal.SIGKILL)
     tool.wait(timeout=10)
 
-    testbed.down()
+    testbed.down(INSTANCE.name)
 
     assert_nothing_is_left()
-    assert testbed.up().kubectl("get", "nodes", "-o", "name") == "node/testbed-node\n"
+    assert testbed.up(INSTANCE.name).kubectl("get", "nodes", "-o", "name") == "node/testbed-node\n"
 
 
 def test_an_instance_of_another_checkout_is_not_touched(monkeypatch: pytest.MonkeyPatch):

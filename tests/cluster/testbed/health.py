@@ -45,6 +45,10 @@ def wait_for(instance: Instance, state: State, component: str) -> None:
         return get(instance, state, "/api/v1/namespaces/default/serviceaccounts/default") is not None
 
     def node_ready() -> bool:
+        if not _connects(
+            host.NODE_IP, 10250
+        ):  # the condition outlives a killed kubelet by the controller's grace period
+            return False
         node = get(instance, state, f"/api/v1/nodes/{pki.NODE_NAME}") or {}
         conditions = node.get("status", {}).get("conditions", [])
         return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
