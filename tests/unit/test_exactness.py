@@ -118,7 +118,7 @@ def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Ran
     metrics = Path(run.config.work_dir, "metrics.jsonl")
     metrics.unlink(missing_ok=True)
     starting = chance.random() < 0.2
-    wanted, delay_s = (0 if starting else chance.randint(2, 14)), chance.uniform(0.0, 0.6 if starting else 0.05)
+    wanted, delay_s = (0 if starting else chance.randint(1, 7)), chance.uniform(0.0, 0.6 if starting else 0.05)
     seen = None
     deadline_s = time.monotonic() + 60
     while process.is_alive() and time.monotonic() < deadline_s:
@@ -137,7 +137,7 @@ def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Ran
 
 
 def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
-    steps = 240
+    steps = 160
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["finetune_trainer.train", "tiny_run"])
     runs = [make_run(tmp_path / name, steps=steps, keep_last=2) for name in ("undisturbed", "killed")]

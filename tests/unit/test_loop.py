@@ -1,0 +1,177 @@
+"""The step: what it computes does not depend on how it is computed, and it never spoils the weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune_api.errors import StageError
+from finetune_api.job import Schedule
+from finetune_api.reasons import Fault
+from finetune_trainer import guard, recipes
+from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
+from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from tiny_run import TinyRun, make_run
+
+
+class Faulty:
+    """The SFT recipe, with a fault in the passes that are told."""
+
+    def __init__(self, **faults: Any) -> None:
+        self.faults = faults
+        self.calls = 0
+
+    def loss_sum(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        self.calls += 1
+        fault = self.faults.get(f"call_{self.calls}")
+        if isinstance(fault, Exception):
+            raise fault
+        return recipes.sft.loss_sum(lm, batch) * (1.0 if fault is None else fault)
+
+    stop_token_ids = staticmethod(recipes.sft.stop_token_ids)
+
+
+def _stepper(run: TinyRun, folder: Path, recipe: Any = recipes.sft) -> Stepper:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = fetch_rows(run.store, run.plan.train, folder / "train")
+    steps = fetch_steps(run.store, run.plan, folder)
+    lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
+    parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
+    hyper = run.plan.hyperparameters
+    optimizer = make_optimizer(parameters, hyper)
+    return Stepper(lm, recipe, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+
+
+def _weights(stepper: Stepper) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in stepper.parameters])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"), steps=8, batch=6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        (Schedule.LINEAR, 0, 1 / 3),
+        (Schedule.LINEAR, 1, 2 / 3),
+        (Schedule.LINEAR, 2, 1.0),
+        (Schedule.LINEAR, 7, 0.5),
+        (Schedule.LINEAR, 11, 0.1),
+        (Schedule.COSINE, 2, 1.0),
+        (Schedule.COSINE, 7, 0.55),
+        (Schedule.COSINE, 12, 0.1),
+        (Schedule.CONSTANT, 0, 1 / 3),
+        (Schedule.CONSTANT, 11, 1.0),
+    ],
+)
+def test_the_learning_rate_is_a_function_of_the_step(run: TinyRun, schedule: Schedule, step: int, share: float) -> None:
+    hyper = run.plan.hyperparameters.model_copy(
+        update={"schedule": schedule, "warmup_steps": 2, "total_steps": 12, "learning_rate": 0.01}
+    )
+    assert learning_rate(step, hyper) == pytest.approx(0.01 * share)
+
+
+def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
+    rows, lengths = [7, 3, 9, 4], [30, 50, 20, 120]
+    packed = list(passes(rows, lengths, 60, packing=True))
+    assert sorted(row for group in packed for row in group) == sorted(rows)
+    # A row longer than the budget has to fit somewhere.
+    assert all(sum(lengths[rows.index(row)] for row in group) <= 120 for group in packed)
+    assert list(passes(rows, lengths, 60, packing=False)) == [[7], [3], [9], [4]]
+
+
+def test_weights_do_not_depend_on_how_rows_are_divided_into_passes(run: TinyRun, tmp_path: Path) -> None:
+    found: list[Tensor] = []
+    for budget_tokens, packing in ((1000, True), (60, True), (1, True), (1000, False)):
+        stepper = _stepper(run, tmp_path)
+        stepper.budget_tokens = budget_tokens
+        stepper.hyper = stepper.hyper.model_copy(update={"packing": packing})
+        for step in range(4):
+            stepper.run(step)
+        found.append(_weights(stepper))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-6, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(run: TinyRun, tmp_path: Path) -> None:
+    stepper = _stepper(run, tmp_path / "a", Faulty(call_2=float("nan")))
+    stepper.budget_tokens = 1000
+    stepper.run(0)
+    before = _weights(stepper)
+    moments = [stepper.optimizer.state[p]["exp_avg"].clone() for p in stepper.parameters]
+    assert stepper.run(1)[2] == 0
+    assert torch.equal(_weights(stepper), before)
+    for parameter, moment in zip(stepper.parameters, moments, strict=True):
+        assert torch.equal(stepper.optimizer.state[parameter]["exp_avg"], moment)
+        assert stepper.optimizer.state[parameter]["step"] == 1
+    assert stepper.run(2)[2] == 1
+    assert torch.isfinite(_weights(stepper)).all()
+    assert not torch.equal(_weights(stepper), before)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run_as_diverged() -> None:
+    count = guard.nonfinite_in_a_row(0, finite=False, step=5)
+    count = guard.nonfinite_in_a_row(count, finite=False, step=6)
+    assert guard.nonfinite_in_a_row(count, finite=True, step=7) == 0
+    with pytest.raises(StageError, match="3 steps in a row") as caught:
+        guard.nonfinite_in_a_row(count, finite=False, step=7)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.NOT_FINITE, 15)
+
+
+def test_when_gpu_memory_runs_out_the_same_step_is_repeated_in_smaller_passes(run: TinyRun, tmp_path: Path) -> None:
+    full = torch.cuda.OutOfMemoryError("injected")
+    retried: list[int] = []
+    # The first step's second and fourth pass fail: once after a backward, once again at once.
+    stepper = _stepper(run, tmp_path / "a", Faulty(call_2=full, call_3=full))
+    oom = guard.OomRetry(lambda: retried.append(1))
+    for step in range(3):
+        oom.run(step, stepper)
+    assert (len(retried), stepper.budget_tokens) == (2, run.plan.hyperparameters.micro_batch_tokens // 4)
+    undisturbed = _stepper(run, tmp_path / "b")
+    for step in range(3):
+        undisturbed.run(step)
+    torch.testing.assert_close(_weights(stepper), _weights(undisturbed), atol=2e-6, rtol=1e-4)
+
+
+def test_when_smaller_passes_do_not_help_the_run_ends_as_gpu_oom(run: TinyRun, tmp_path: Path) -> None:
+    full = torch.cuda.OutOfMemoryError("injected")
+    stepper = _stepper(run, tmp_path, Faulty(**{f"call_{i}": full for i in range(1, 9)}))
+    with pytest.raises(StageError) as caught:
+        guard.OomRetry(lambda: None).run(0, stepper)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.GPU_OOM, 16)
+
+
+def test_a_first_step_without_any_gradient_for_the_adapter_is_an_error(run: TinyRun, tmp_path: Path) -> None:
+    stepper = _stepper(run, tmp_path, Faulty(**{f"call_{i}": 0.0 for i in range(1, 99)}))
+    stepper.run(0)
+    named = {f"lora_B.{i}": parameter for i, parameter in enumerate(stepper.parameters)}
+    with pytest.raises(StageError) as caught:
+        guard.check_gradients(named)
+    assert caught.value.fault is Fault.ADAPTER_NO_EFFECT
+
+
+@pytest.mark.parametrize(
+    ("durations", "limit_s"), [([], 300.0), ([1.0, 2.0, 3.0], 300.0), ([40.0, 50.0, 1000.0], 500.0)]
+)
+def test_a_step_may_take_ten_times_the_median_and_at_least_five_minutes(durations: list[float], limit_s: float) -> None:
+    assert guard.stall_limit_s(durations) == limit_s
+
+
+def test_the_watchdog_notices_a_step_that_takes_too_long_and_nothing_else() -> None:
+    now = [0.0]
+    watchdog = guard.Watchdog(lambda _step, _seconds: None, clock=lambda: now[0])
+    now[0] = 1000.0
+    assert watchdog.overdue() is None  # no step yet: loading may take long
+    watchdog.begin(7)
+    now[0] += 299.0
+    assert watchdog.overdue() is None
+    now[0] += 2.0
+    assert watchdog.overdue() == (7, 301.0)
+    watchdog.end()
+    now[0] += 1000.0  # an evaluation
+    assert watchdog.overdue() is None
