@@ -1,7 +1,7 @@
 """The testbed keeps its word: a node that runs pods, a `down` that leaves nothing, and an `up` that survives SIGKILL.
 
-The node is a thing of the whole machine: while another instance has it (yours, say), these tests fail and leave it alone.
-`down` it first.
+The node is a thing of the whole machine: while another instance has it (yours, say), these tests fail and leave it
+alone. `down` it first.
 """
 
 import json

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from testbed import binaries, cluster, debian, host, images
-from testbed.instance import CHECKOUT, Instance, TestbedError, containerd_root
+from testbed import binaries, cluster, debian, images
+from testbed.instance import CHECKOUT, Instance, TestbedError
 from testbed.processes import recorded_pid
 
 
@@ -69,12 +69,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 return _status(found)
             state = instance.load()
             dead = [name for name in state.commands if recorded_pid(instance.pid_file(name)) is None] if state else []
-            traces = [] if state and state.node else host.leftovers([instance.dir, containerd_root()])
-            print(
-                f"instance {instance.name!r} is "
-                + (f"broken; dead: {', '.join(dead) or 'none'}; `up` renews it" if state else "down")
-            )
-            print("\n".join(f"left over: {trace}" for trace in traces), end="\n" if traces else "")
+            broken = f"broken; dead: {', '.join(dead) or 'none'}; `up` renews it"
+            print(f"instance {instance.name!r} is {broken if state else 'down'}")
+            for trace in cluster.left_over(instance) if state is None else []:
+                print(f"left over: {trace}")
             return 1
         case "kubeconfig":
             print(instance.kubeconfig)

@@ -144,6 +144,14 @@ def find(name: str = "default") -> Cluster | None:
     return _cluster(instance, state) if state is not None and _healthy(instance, state) else None
 
 
+def left_over(instance: Instance) -> list[str]:
+    """Traces of a dead node, in words; nothing while a living one (of another instance) accounts for them."""
+    owner = _node_owner()
+    if owner is not None and marked_pids(owner):
+        return []
+    return host.leftovers([instance.dir, containerd_root()])
+
+
 def _start(instance: Instance, *, node: bool) -> Cluster:
     instance.dir.mkdir(parents=True, mode=0o700)
     host_ip = host.NODE_IP if node else "127.0.0.1"

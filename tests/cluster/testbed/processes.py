@@ -143,14 +143,13 @@ def wait_until(
     *,
     timeout_s: float,
     what: str,
-    must_live: bool = True,
 ) -> None:
     """Poll `check` until true. Fails early when the component died; the error names its log and shows the end of it."""
     deadline = time.monotonic() + timeout_s
     log_file = instance.log_file(component)
     dead_polls = 0
     while not check():
-        dead_polls = dead_polls + 1 if must_live and recorded_pid(instance.pid_file(component)) is None else 0
+        dead_polls = dead_polls + 1 if recorded_pid(instance.pid_file(component)) is None else 0
         problem = ""
         if dead_polls > 20:  # one second: the shell that records itself needs a moment after fork
             problem = f"{component} died while waiting for: {what}"
