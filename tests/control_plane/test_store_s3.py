@@ -157,10 +157,10 @@ def test_of_two_processes_writing_at_once_exactly_one_wins_every_time(endpoint: 
         assert [_line(racer.stdout) for racer in racers.values()] == ["ready", "ready"]
         for number in range(ROUNDS):
             uri = f"{base}/{number}"
-            store.put(f"{uri}/pointer", b"before")
+            etag = store.put(f"{uri}/pointer", b"before")
             for racer in racers.values():
                 assert racer.stdin is not None
-                racer.stdin.write(uri + "\n")
+                racer.stdin.write(f"{uri} {etag}\n")
                 racer.stdin.flush()
             outcomes = {name: json.loads(_line(racer.stdout)) for name, racer in racers.items()}
             _check_round(store, uri, outcomes)
@@ -198,7 +198,7 @@ def test_of_eight_threads_creating_at_once_exactly_one_wins(store: Store, base: 
 
     with ThreadPoolExecutor(8) as pool:
         for number in range(ROUNDS):
-            outcomes = list(pool.map(lambda writer, number=number: won(writer, number), range(8)))
+            outcomes = list(pool.map(won, range(8), [number] * 8))
             assert outcomes.count(True) == 1
             assert store.read(f"{base}/{number}")[0] == b"%d" % outcomes.index(True)
 

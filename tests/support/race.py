@@ -1,6 +1,6 @@
 """A writer in a process of its own: for each line on stdin it tries to win that round, and says how it went.
 
-`python race.py ENDPOINT NAME`; the line is the URI of the round. Storage credentials come from the environment.
+`python race.py ENDPOINT NAME`; the line is the URI of the round and the ETag of its pointer. Storage credentials come from the environment.
 """
 
 import json
@@ -19,13 +19,13 @@ def main(endpoint: str, name: str) -> None:
     store.head("s3://bucket/warm-up")
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(play(store, line.strip(), name)), flush=True)
+        uri, etag = line.split()
+        print(json.dumps(play(store, uri, etag, name)), flush=True)
 
 
-def play(store: Store, uri: str, name: str) -> dict[str, object]:
+def play(store: Store, uri: str, etag: str, name: str) -> dict[str, object]:
     """Which of the round's prizes this writer won."""
     outcome: dict[str, object] = {}
-    _found, etag = store.read(f"{uri}/pointer")
     outcome["created"] = _won(store, f"{uri}/object", name, if_none_match=True)
     outcome["moved"] = _won(store, f"{uri}/pointer", name, if_match=etag)
     try:

@@ -3,6 +3,7 @@
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,11 @@ def test_of_many_writers_one_wins(store: Store, tmp_path: Path) -> None:
         return True
 
     with ThreadPoolExecutor(8) as pool:
-        created = list(pool.map(lambda i: won(b"%d" % i, if_none_match=True), range(8)))
+        created = [race.result() for race in [pool.submit(won, b"%d" % i, if_none_match=True) for i in range(8)]]
         assert created.count(True) == 1
         content, etag = store.read(uri)
         assert content == b"%d" % created.index(True)
-        replaced = list(pool.map(lambda i: won(b"new %d" % i, if_match=etag), range(8)))
+        replaced = [race.result() for race in [pool.submit(won, b"new %d" % i, if_match=etag) for i in range(8)]]
         assert replaced.count(True) == 1
         assert store.read(uri)[0] == b"new %d" % replaced.index(True)
 
@@ -156,7 +157,7 @@ def test_what_is_not_there_is_named(store: Store, tmp_path: Path) -> None:
     store.delete(uri)
     assert store.head(uri) is None
     assert store.head(f"{uri}/below") is None
-    for action in (store.read, store.open, lambda uri: store.download(uri, tmp_path / "copy")):
+    for action in (store.read, store.open, store.digest, partial(store.download, path=tmp_path / "copy")):
         with pytest.raises(StageError) as caught:
             action(uri)
         assert caught.value.fault is Fault.OBJECT_NOT_FOUND

@@ -20,7 +20,11 @@ NAME = "bucket/folder/object"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as in production, without the waits between them."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+
+    def no_delay(_self: object, _context: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
     monkeypatch.setattr(s3, "_CONFLICT_PAUSE_S", 0.0)
     monkeypatch.setattr(client, "_ROTATION_POLL_S", 0.05)
@@ -210,7 +214,11 @@ def test_an_expired_token_waits_for_the_rotated_secret_to_arrive(
     server.accepted_keys = {"first"}
     store.read(URI)
     server.accepted_keys = {"second"}
-    monkeypatch.setattr(client.time, "sleep", lambda _: write_key(credentials, "second"))
+
+    def rotate(_seconds: float) -> None:
+        write_key(credentials, "second")
+
+    monkeypatch.setattr(client.time, "sleep", rotate)
     assert store.read(URI)[0] == b"content"
 
 
