@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any, cast
 
 import kopf
 from prometheus_client import REGISTRY
@@ -27,6 +28,7 @@ def main() -> int:
     try:
         kopf.run(
             registry=registry(engine),
+            identity=cast(Any, settings.identity),  # else Kopf asks for its user's name, and 10001 has none
             standalone=True,
             clusterwide=not settings.watch_namespaces,
             namespaces=settings.watch_namespaces,
