@@ -30,6 +30,7 @@ from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
+from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.reading import BadRows, checked_rows, find_files
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.spool import (
@@ -54,13 +55,27 @@ _MAX_SAMPLE_CHARACTERS = 4000
 
 
 @dataclass
-class _Read:
-    """What reading the datasets left behind."""
+class _Stage:
+    """What the steps of one prepare stage share."""
 
-    template: str | None = None
+    ctx: StageContext
+    model: Model
+    limit: int  # tokens of one sequence
+    choices: Choices
+    ledger: Ledger
+    loss_on: LossOn = LossOn.ALL
+    template: str | None = None  # the chat template, if any conversation was rendered
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
     ignored: list[str] = field(default_factory=list[str])
     timings: Timings = field(default_factory=Timings)
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.ctx.work_dir / "spool"
+
+    @property
+    def preprocessing(self) -> PreprocessingSpec:
+        return self.ctx.config.spec.preprocessing or PreprocessingSpec()
 
 
 def run(ctx: StageContext) -> RunResult:
@@ -79,123 +94,113 @@ def _prepare(ctx: StageContext) -> RunResult:
     for index, dataset in enumerate(spec.datasets):
         check_given(dataset.format, spec.method.type, index)
     model = read_model(ctx.store, spec.model.uri)
-    choices = Choices()
     limit = sizing.sequence_limit(spec, model.facts)
-    loss_on = _loss_on(ctx, choices)
-    spool_dir = ctx.work_dir / "spool"
-    done = _Read()
     with Ledger(ctx.work_dir / "decisions.jsonl") as ledger:
+        stage = _Stage(ctx, model, limit, Choices(), ledger)
         try:
-            bad = _bad_rows(ctx, choices, ledger)
-            _read_datasets(ctx, model, limit, loss_on, ledger, bad, spool_dir, done)
-            division = _divide(ctx, choices, ledger, spool_dir)
+            _read_datasets(stage)
+            division = _divide(stage)
         except StageError as error:
             if error.reason is Reason.DATA_INVALID:
-                _upload_failure(ctx, ledger, done)
+                _upload_failure(stage)
             raise
-    formats = ", ".join(dict.fromkeys(done.formats))
-    if any(dataset.format is None for dataset in spec.datasets):
-        choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
-    return _write(ctx, model, limit, loss_on, choices, ledger, division, spool_dir, done)
+    return _write(stage, division)
 
 
-def _loss_on(ctx: StageContext, choices: Choices) -> LossOn:
-    method = ctx.config.spec.method
+def _loss_on(stage: _Stage) -> LossOn:
+    method = stage.ctx.config.spec.method
     if method.type is MethodType.CPT:
         return LossOn.ALL
     given = method.sft.loss_on if method.sft else None
-    return choices.pick("method.sft.lossOn", given, LossOn.ASSISTANT, "the answers and the token that ends them")
+    reason = "the answers and the token that ends them"
+    return stage.choices.pick("method.sft.lossOn", given, LossOn.ASSISTANT, reason)
 
 
-def _bad_rows(ctx: StageContext, choices: Choices, ledger: Ledger) -> BadRows:
-    preprocessing = ctx.config.spec.preprocessing or PreprocessingSpec()
-    policy = choices.pick(
-        "preprocessing.onBadRow", preprocessing.on_bad_row, OnBadRow.FAIL, "broken rows are never lost silently"
-    )
-    fraction = preprocessing.max_broken_fraction
-    if policy is OnBadRow.QUARANTINE:
-        fraction = choices.pick(
-            "preprocessing.maxBrokenFraction", fraction, _DEFAULT_MAX_BROKEN, "more is another problem"
-        )
-    return BadRows(ledger, policy is OnBadRow.QUARANTINE, fraction or 0.0)
+def _bad_rows(stage: _Stage) -> BadRows:
+    given, fraction = stage.preprocessing.on_bad_row, stage.preprocessing.max_broken_fraction
+    policy = stage.choices.pick("preprocessing.onBadRow", given, OnBadRow.FAIL, "no row is left out unasked")
+    if policy is OnBadRow.FAIL:
+        return BadRows(stage.ledger, quarantine=False, max_broken_fraction=0.0)
+    reason = "if more are broken, something else is wrong"
+    fraction = stage.choices.pick("preprocessing.maxBrokenFraction", fraction, _DEFAULT_MAX_BROKEN, reason)
+    return BadRows(stage.ledger, quarantine=True, max_broken_fraction=fraction)
 
 
-def _renderer(ctx: StageContext, model: Model, learn_all: bool) -> tuple[str, Renderer] | None:
-    """The template and its process; None when the model has no template and none was asked for."""
-    preprocessing = ctx.config.spec.preprocessing or PreprocessingSpec()
-    tokens = dict(model.special_tokens)
-    source = model.chat_template
-    if preprocessing.chat_template == "plain":
+def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
+    """The chat template and the process that runs it; None when there is no template."""
+    model = stage.model
+    tokens, source = dict(model.special_tokens), model.chat_template
+    if stage.preprocessing.chat_template == "plain":
         require_end_token(model)
         assert model.tokenizer.eos_id is not None
         tokens.setdefault("eos_token", model.tokenizer.decode([model.tokenizer.eos_id]))
         source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
-    return None if source is None else (source, Renderer(source, tokens, datetime.now(UTC), learn_all))
+    if source is None:
+        return None
+    return source, Renderer(source, tokens, datetime.now(UTC), stage.loss_on is LossOn.ALL)
 
 
-def _read_datasets(
-    ctx: StageContext,
-    model: Model,
-    limit: int,
-    loss_on: LossOn,
-    ledger: Ledger,
-    bad: BadRows,
-    spool_dir: Path,
-    done: _Read,
-) -> None:
-    """Read, check, render and tokenise all datasets into the spool; `done` is filled as it goes."""
-    spec = ctx.config.spec
+def _read_datasets(stage: _Stage) -> None:
+    """Read, check, render and tokenise all datasets into the spool."""
+    ctx, spec, ledger = stage.ctx, stage.ctx.config.spec, stage.ledger
     method = spec.method.type
+    stage.loss_on = _loss_on(stage)
+    bad = _bad_rows(stage)
     if method is MethodType.CPT:
-        require_end_token(model)
+        require_end_token(stage.model)
     inputs = [find_files(ctx.store, dataset, index, ledger) for index, dataset in enumerate(spec.datasets)]
-    done.ignored = [uri for each in inputs for uri in each.ignored]
+    stage.ignored = [uri for each in inputs for uri in each.ignored]
     with ExitStack() as stack:
-        spool = stack.enter_context(Spool(spool_dir))
-        found = _renderer(ctx, model, loss_on is LossOn.ALL) if method is MethodType.SFT else None
-        if found is not None:
-            stack.callback(found[1].close)
-        renderer = found[1] if found else None
-        pipeline = Pipeline(model, method, loss_on, limit, renderer, ledger, bad, spool, done.timings)
+        spool = stack.enter_context(Spool(stage.spool_dir))
+        found = _renderer(stage) if method is MethodType.SFT else None
+        source, renderer = found or (None, None)
+        if renderer is not None:
+            stack.callback(renderer.close)
+        pipeline = Pipeline(stage.model, stage.loss_on, stage.limit, renderer, ledger, bad, spool, stage.timings)
         for dataset, files in zip(spec.datasets, inputs, strict=True):
-            rows = checked_rows(ctx.store, ledger, bad, files, dataset.format, method, ctx.work_dir, done.formats)
+            rows = checked_rows(ctx.store, ledger, bad, files, dataset.format, method, ctx.work_dir, stage.formats)
             for _ in pipeline.run(rows):
                 ctx.reporter.update(activity="Reading", rows_read=ledger.rows_read)
-        if found is not None and found[1].used:
-            done.template = found[0]
+        if renderer is not None and renderer.used:
+            stage.template = source
     bad.check()
+    if any(dataset.format is None for dataset in spec.datasets):
+        formats = ", ".join(dict.fromkeys(stage.formats))
+        stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
 
 
-def _divide(ctx: StageContext, choices: Choices, ledger: Ledger, spool_dir: Path) -> Division:
-    """Choose held-out rows and close the accounts of every file."""
-    evaluation = ctx.config.spec.evaluation or EvaluationSpec()
-    division = divide(spool_dir, evaluation.holdout_fraction)
+def _divide(stage: _Stage) -> Division:
+    """Choose held-out rows and close the accounts of every file. Raises NO_TRAINING_DATA."""
+    ledger = stage.ledger
+    evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
+    division = divide(stage.spool_dir, evaluation.holdout_fraction)
     held_out = int(division.held_out.sum())
-    if evaluation.holdout_fraction is None:
-        reason = f"{held_out:,} of {division.distinct:,} distinct rows"
-        if not held_out:
-            reason = f"fewer than {MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
-        choices.pick("evaluation.holdoutFraction", None, DEFAULT_HOLDOUT if held_out else 0.0, reason)
-    for row in np.flatnonzero(division.dropped):
-        record = division.rows[row]
-        ledger.drop(int(record["file"]), int(record["number"]), "split", "duplicate_of_held_out")
-    for mask, name in ((division.train, "used"), (division.held_out, "held_out")):
-        counts = np.bincount(division.rows["file"][mask], minlength=len(ledger.files))
-        for account, rows in zip(ledger.files, counts.tolist(), strict=True):
-            setattr(account, name, rows)
-    for account in ledger.files:
+    reason = f"{held_out:,} of {division.distinct:,} distinct rows"
+    if not held_out:
+        reason = f"fewer than {MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
+    default = DEFAULT_HOLDOUT if held_out else 0.0
+    stage.choices.pick("evaluation.holdoutFraction", evaluation.holdout_fraction, default, reason)
+    for record in division.rows[division.dropped]:
+        ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT)
+    used, held = (
+        np.bincount(division.rows["file"][mask], minlength=len(ledger.files)).tolist()
+        for mask in (division.train, division.held_out)
+    )
+    for account, used_rows, held_out_rows in zip(ledger.files, used, held, strict=True):
+        account.used, account.held_out = used_rows, held_out_rows
         account.check()
     if not division.train.any():
         dropped = ledger.dropped
-        reason = dropped.most_common(1)[0][0] if dropped else "nothing: the files are empty"
+        reason = dropped.most_common(1)[0][0] if dropped else "none: the files are empty"
         raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
     return division
 
 
-def _upload_failure(ctx: StageContext, ledger: Ledger, done: _Read) -> None:
+def _upload_failure(stage: _Stage) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
-    content = {"state": "failed", **report.funnel(ledger, done.ignored, done.timings.seconds)}
-    ledger.flush()
+    ctx = stage.ctx
+    content = {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
+    stage.ledger.flush()
     with suppress(StageError):  # what ended the stage matters more than storage that fails now
         ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
         ctx.store.upload(ctx.work_dir / "decisions.jsonl", join(ctx.config.run_uri, DECISIONS))
@@ -205,62 +210,49 @@ def _json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def _write(
-    ctx: StageContext,
-    model: Model,
-    limit: int,
-    loss_on: LossOn,
-    choices: Choices,
-    ledger: Ledger,
-    division: Division,
-    spool_dir: Path,
-    done: _Read,
-) -> RunResult:
+def _write(stage: _Stage, division: Division) -> RunResult:
     """Write the splits, size the run, plan its batches, upload; plan.json is last."""
-    ctx.reporter.update(activity="Saving", rows_read=ledger.rows_read)
+    ctx, model, ledger = stage.ctx, stage.model, stage.ledger
     spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
+    ctx.reporter.update(activity="Saving", rows_read=ledger.rows_read)
+    masks = {"train": division.sequences_of(division.train), "held_out": division.sequences_of(division.held_out)}
     lengths = division.sequences["tokens"]
-    train_mask, held_mask = division.sequences_of(division.train), division.sequences_of(division.held_out)
-    with done.timings.of("split"):
-        written = {"train": write_split(spool_dir, ctx.work_dir / "train", train_mask, lengths)}
-        if held_mask.any():
-            written["held_out"] = write_split(spool_dir, ctx.work_dir / "held_out", held_mask, lengths)
-    train = division.sequences[train_mask]
-    data = DataFacts(
-        rows=len(train),
-        tokens=int(train["tokens"].sum(dtype=np.int64)),
-        label_tokens=int(train["labels"].sum(dtype=np.int64)),
-        longest_row=int(train["tokens"].max()),
-        prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
-        too_long_rows=ledger.dropped["too_long"],
-        sequence_limit=limit,
-    )
-    sized = sizing.size(spec, model.facts, model.family, data, ctx.config.resources)
+    with stage.timings.of("split"):
+        written = {
+            name: write_split(stage.spool_dir, ctx.work_dir / name, mask, lengths)
+            for name, mask in masks.items()
+            if mask.any()
+        }
+    train = division.sequences[masks["train"]]
+    sized = sizing.size(spec, model.facts, model.family, _data_facts(stage, train, lengths), ctx.config.resources)
     hyper = sized.hyperparameters
     plan = batches.plan_batches(train["tokens"], train["labels"], sized.total_rows, hyper.global_batch_size, hyper.seed)
     batches.write(plan, ctx.work_dir / "batches.safetensors")
     digest = _content_digest(written)
     folder = join(run_uri, PREPARED, digest.removeprefix("sha256:")[:32])
-    with done.timings.of("upload"):
-        splits = {name: _upload_split(ctx, each, join(folder, name), division, name) for name, each in written.items()}
+    with stage.timings.of("upload"):
+        splits = {
+            name: _upload_split(ctx, each, join(folder, name), division.sequences[masks[name]])
+            for name, each in written.items()
+        }
         batches_record = _upload_batches(ctx, folder)
     run_plan = RunPlan(
         method=spec.method.type,
-        loss_on=loss_on,
-        formats=done.formats,
-        chat_template=done.template,
+        loss_on=stage.loss_on,
+        formats=stage.formats,
+        chat_template=stage.template,
         stop_token_ids=sorted(model.tokenizer.stop_ids)[:16],
         model=model.facts,
         hyperparameters=hyper,
         train=splits["train"],
         held_out=splits.get("held_out"),
         batches=batches_record,
-        sample_prompts=_sample_prompts(model, division, spool_dir),
+        sample_prompts=_sample_prompts(model, division, stage.spool_dir),
         inputs=[
             FileRecord(uri=each.uri, size_bytes=each.size_bytes, etag=each.etag, sha256=each.sha256)
             for each in ledger.files
         ],
-        resolved=[*sized.resolved, *choices.resolved],
+        resolved=[*sized.resolved, *stage.choices.resolved],
         train_tokens=int(plan.tokens.sum()),
         label_tokens=int(plan.label_tokens.sum()),
         memory_bytes=sized.memory_bytes,
@@ -268,7 +260,7 @@ def _write(
     )
     content = {
         "state": "prepared",
-        **report.funnel(ledger, done.ignored, done.timings.seconds),
+        **report.funnel(ledger, stage.ignored, stage.timings.seconds),
         "lengths": report.lengths(division, ledger),
         "packing": report.packing(plan, train["tokens"], hyper),
         "resolved": [value.model_dump() for value in run_plan.resolved],
@@ -278,6 +270,18 @@ def _write(
     store.put(join(run_uri, PLAN), run_plan.model_dump_json().encode())
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
     return _result(ctx, run_plan, ledger, digest)
+
+
+def _data_facts(stage: _Stage, train: Any, lengths: Any) -> DataFacts:
+    return DataFacts(
+        rows=len(train),
+        tokens=int(train["tokens"].sum(dtype=np.int64)),
+        label_tokens=int(train["labels"].sum(dtype=np.int64)),
+        longest_row=int(train["tokens"].max()),
+        prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
+        too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
+        sequence_limit=stage.limit,
+    )
 
 
 def _content_digest(written: dict[str, Written]) -> str:
@@ -290,16 +294,15 @@ def _record(ctx: StageContext, path: Path, uri: str, sha256: str) -> FileRecord:
     return FileRecord(uri=uri, size_bytes=info.size_bytes, etag=info.etag, sha256=sha256)
 
 
-def _upload_split(ctx: StageContext, written: Written, uri: str, division: Division, name: str) -> SplitFiles:
-    kept = division.sequences[division.sequences_of(division.train if name == "train" else division.held_out)]
+def _upload_split(ctx: StageContext, written: Written, uri: str, sequences: Any) -> SplitFiles:
     records = {
         file: _record(ctx, written.folder / file, join(uri, file), sha256) for file, sha256 in written.sha256.items()
     }
     return SplitFiles(
-        rows=len(kept),
-        total_tokens=int(kept["tokens"].sum(dtype=np.int64)),
-        label_tokens=int(kept["labels"].sum(dtype=np.int64)),
-        longest_row=int(kept["tokens"].max()),
+        rows=len(sequences),
+        total_tokens=int(sequences["tokens"].sum(dtype=np.int64)),
+        label_tokens=int(sequences["labels"].sum(dtype=np.int64)),
+        longest_row=int(sequences["tokens"].max()),
         **records,
     )
 

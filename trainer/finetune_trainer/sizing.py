@@ -24,6 +24,7 @@ _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
 _LOW_STEPS = 100
 _WANTED_STEPS = 200
+_MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
 _MAX_BATCH_TOKENS = 65536
 _LR_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 _LR_FITTED_WIDTH = 2000  # the rule was fitted on models at least so wide
@@ -67,7 +68,8 @@ class Choices:
         """`given`, or else `value`, which is then recorded with its reason."""
         if given is not None:
             return given
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value).removesuffix(".0")
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
         self.resolved.append(ResolvedValue(field=field, value=shown, reason=reason[:160]))
         return value
 
@@ -103,6 +105,10 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     else:
         total_rows = rows_to_read(data.rows, epochs)
         steps = -(-total_rows // batch)
+    if total_rows > _MAX_PLANNED_ROWS:
+        field = "spec.hyperparameters.maxSteps" if hyper.max_steps else "spec.hyperparameters.epochs"
+        problem = f"{total_rows:,} rows would be read in all; at most {_MAX_PLANNED_ROWS:,} are planned, so write less"
+        raise StageError(Fault.CONFIG_UNREADABLE, field=field, problem=problem)
     learning_rate = _learning_rate(choices, hyper, model, family, steps)
     warmup_ratio = choices.pick("hyperparameters.warmupRatio", hyper.warmup_ratio, 0.03, "usual for LoRA")
     schedule = choices.pick(
@@ -121,7 +127,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         if model.packing_safe
         else f"{family} is not known to keep packed rows apart",
     )
-    micro, memory = _micro_batch(choices, model, data, rank, resources)
+    micro, memory = _micro_batch(choices, model, data, rank, batch, resources)
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
         needed_gib = round((disk - resources.disk_bytes) / GIB, 1)
@@ -233,12 +239,14 @@ def memory_estimate(model: ModelFacts, rank: int, micro_batch_tokens: int, gpus:
 
 
 def _micro_batch(
-    choices: Choices, model: ModelFacts, data: DataFacts, rank: int, resources: RunResources
+    choices: Choices, model: ModelFacts, data: DataFacts, rank: int, batch: int, resources: RunResources
 ) -> tuple[int, int]:
     """(tokens of one forward pass, bytes of memory): the most that fits, never less than the longest row."""
     wanted = _GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS
-    tokens = max(wanted, data.longest_row)
+    tokens = max(data.longest_row, min(wanted, batch * data.longest_row))
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
+    if tokens < wanted:
+        reason = "a whole step"
     while tokens > data.longest_row and memory_estimate(model, rank, tokens, resources.gpus) > resources.memory_bytes:
         tokens = max(data.longest_row, tokens // 2)
         reason = "what the memory allows"

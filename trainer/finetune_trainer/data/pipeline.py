@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune_api.errors import StageError
-from finetune_api.job import LossOn, MethodType
+from finetune_api.job import LossOn
 from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.model_facts import Model
@@ -63,7 +64,6 @@ class Pipeline:
     """Where rows go on their way to the spool. renderer: None when no row is a conversation's."""
 
     model: Model
-    method: MethodType
     loss_on: LossOn
     limit: int  # tokens of one sequence
     renderer: Renderer | None
@@ -188,7 +188,7 @@ class Pipeline:
         )
 
 
-def _text_tokens(ids: np.ndarray) -> Tokens:
+def _text_tokens(ids: npt.NDArray[np.uint32]) -> Tokens:
     """A piece of a document: every token but the first is learned."""
     labels = np.ones(len(ids), dtype=np.uint8)
     labels[:1] = 0

@@ -15,7 +15,6 @@ import orjson
 
 from finetune_trainer.data.template import ChatTemplate, NotPrefixStableError, answers
 
-ROW_CPU_S = 5
 MEMORY_BYTES = 512 * 2**20
 _MAX_WORDS = 120
 _MAX_TEXT = 32 * 2**20  # characters; more than any line can hold
@@ -47,7 +46,9 @@ def safe_words(error: Exception, source: str) -> str:
 
 def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
     """[text, spans], or [None, index of the message that is not prefix-stable], or [None, words of the failure]."""
-    signal.setitimer(signal.ITIMER_PROF, ROW_CPU_S)  # SIGPROF ends the process: a loop in C heeds no Python handler
+    signal.setitimer(
+        signal.ITIMER_PROF, setup["row_cpu_s"]
+    )  # SIGPROF ends the process: a loop in C heeds no Python handler
     try:
         text, spans = answers(template, messages, learn_from, setup["learn_all"])
         text.encode()  # refuse surrogates that a template can make
@@ -73,7 +74,7 @@ def main() -> int:
     if setup is None:
         return 0
     source = setup["source"]
-    signal.setitimer(signal.ITIMER_PROF, ROW_CPU_S)
+    signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
     try:
         template = ChatTemplate(source, setup["special_tokens"], datetime.fromisoformat(setup["now"]))
     except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:

@@ -1,5 +1,6 @@
 """Conversations to text through the child process of `render_worker`, which is replaced when a row kills it."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,13 +9,13 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.render_worker import MEMORY_BYTES, ROW_CPU_S, read_message, write_message
+from finetune_trainer.data.render_worker import MEMORY_BYTES, read_message, write_message
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.template import Span
 
 _REPLY_TIMEOUT_S = 600  # wall clock for one batch; CPU per row is limited inside
-_MAX_RESTARTS = 20
-_TOO_MUCH = f"it took more than {ROW_CPU_S} s of CPU or {MEMORY_BYTES // 2**20} MiB"
+_MAX_RESTARTS = 5
+_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
 
 
 class Rendered(NamedTuple):
@@ -31,13 +32,17 @@ class TemplateInvalidError(Exception):
 class Renderer:
     """One template and its child process, started with the first batch. Not thread-safe."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str], now: datetime, learn_all: bool) -> None:
+    def __init__(
+        self, source: str, special_tokens: dict[str, str], now: datetime, learn_all: bool, row_cpu_s: float = 5
+    ) -> None:
         self._setup = {
             "source": source,
             "special_tokens": special_tokens,
             "now": now.isoformat(),
             "learn_all": learn_all,
+            "row_cpu_s": row_cpu_s,
         }
+        self._too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
         self._restarts = 0
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -48,13 +53,14 @@ class Renderer:
 
     def _start(self) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(
-            [sys.executable, "-m", "finetune_trainer.data.render_worker"],
+            [sys.executable, "-P", "-m", "finetune_trainer.data.render_worker"],
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         reply = _exchange(child, self._setup)
-        problem = _TOO_MUCH if reply is None else reply["problem"]
+        problem = self._too_much if reply is None else reply["problem"]
         if problem is not None:
             _end(child)
             raise TemplateInvalidError(problem)
@@ -71,7 +77,7 @@ class Renderer:
 
     def _render_one(self, row: Conversation) -> Rendered | Broken:
         results = self._try([row])
-        return Broken(Problem.TEMPLATE_FAILED, detail=_TOO_MUCH) if results is None else _result(results[0])
+        return Broken(Problem.TEMPLATE_FAILED, detail=self._too_much) if results is None else _result(results[0])
 
     def _try(self, rows: list[Conversation]) -> list[Any] | None:
         """The child's reply, or None when it died; then there is a new one."""
@@ -82,7 +88,7 @@ class Renderer:
             _end(self._child)
             self._restarts += 1
             if self._restarts > _MAX_RESTARTS:
-                raise TemplateInvalidError(f"{_TOO_MUCH}, {_MAX_RESTARTS} times")
+                raise TemplateInvalidError(f"{self._too_much}, {_MAX_RESTARTS} times")
             self._child = self._start()
         return reply
 

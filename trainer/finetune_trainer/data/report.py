@@ -84,9 +84,17 @@ def packing(plan: BatchPlan, row_lengths: npt.NDArray[Any], hyper: Hyperparamete
     if not hyper.packing:
         return {"packing": False}
     budget = max(hyper.micro_batch_tokens, int(row_lengths.max()))
-    passes = tokens = 0
-    for step in range(min(plan.steps, _STEPS_SAMPLED)):
+    passes = tokens = padded = 0
+    steps = min(plan.steps, _STEPS_SAMPLED)
+    for step in range(steps):
         rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
         passes += len(pack(row_lengths[rows].tolist(), budget))
         tokens += int(plan.tokens[step])
-    return {"packing": True, "budget_tokens": budget, "efficiency": round(tokens / (passes * budget), 4)}
+        padded += len(rows) * int(row_lengths[rows].max())
+    return {
+        "packing": True,
+        "budget_tokens": budget,
+        "passes_per_step": round(passes / steps, 2),
+        "budget_used": round(tokens / (passes * budget), 4),
+        "padding_saved": round(1 - tokens / padded, 4),  # share of a padded batch of the whole step
+    }

@@ -1,8 +1,9 @@
 """Text to token ids and labels, by `tokenizers` alone: transformers would import torch.
 
 What is tokenised is always the whole text of a row, in one piece, so the ids equal `apply_chat_template`. Labels are
-laid over it by character positions. A token that reaches over an answer's begin belongs to the context: at inference
-the prompt is tokenised without the answer.
+laid over it by character positions. A token that reaches over an answer's begin, such as " Paris" where the prompt
+ends in the space, is learned, as in transformers' `return_assistant_tokens_mask`: else the answer's first word would
+never be.
 """
 
 from collections.abc import Sequence
@@ -146,21 +147,21 @@ def _row(ids: npt.NDArray[np.uint32], labels: npt.NDArray[np.uint8], prompt_toke
 
 
 def _token_range(encoding: Encoding, characters: int, begin: int, end: int) -> tuple[int, int]:
-    """Tokens that begin at characters begin … end - 1, as a half-open range."""
-    return _first_from(encoding, characters, begin), _first_from(encoding, characters, end)
+    """Tokens that hold any of the characters begin … end - 1, as a half-open range."""
+    first = _token_at(encoding, characters, begin)
+    last = _token_at(encoding, characters, end)
+    span = encoding.token_to_chars(last) if last < len(encoding) else None
+    if span is not None and span[0] < end:
+        last += 1
+    return first, last
 
 
-def _first_from(encoding: Encoding, characters: int, position: int) -> int:
-    """Index of the first token that begins at character `position` or later."""
-    while position < characters:
-        index = encoding.char_to_token(position)
+def _token_at(encoding: Encoding, characters: int, position: int) -> int:
+    """Index of the first token that holds character `position`, or else the next one that any token holds."""
+    for character in range(position, characters):
+        index = encoding.char_to_token(character)
         if index is not None:
-            span = encoding.token_to_chars(index)
-            if span is None or span[0] >= position:
-                return index
-            position = max(span[1], position + 1)  # a token that reaches over `position` belongs before it
-        else:
-            position += 1  # a character that the tokenizer drops
+            return index
     return len(encoding)
 
 

@@ -1,0 +1,183 @@
+"""A base model without torch, data files in a folder, and one prepare stage over them."""
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from prometheus_client import CollectorRegistry
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.names import Stage
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
+from finetune_trainer import prepare
+from finetune_trainer.context import StageContext
+from finetune_trainer.runplan import RunPlan, SplitFiles
+from finetune_trainer.serve import Reporter
+from finetune_trainer.store import open_store
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+HIDDEN, LAYERS = 32, 2
+GIB = 2**30
+
+
+def byte_bpe(vocabulary_size: int = 600) -> Tokenizer:
+    """A small byte-level BPE with merges over words and newlines."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL],
+        show_progress=False,
+    )
+    words = ["the quick brown fox jumps over the lazy dog", "user assistant system question answer", "\n\n\n a\nb"]
+    tokenizer.train_from_iterator(words * 20, trainer)
+    return tokenizer
+
+
+def write_model(
+    folder: Path,
+    template: str | None = CHATML,
+    tokenizer: Tokenizer | None = None,
+    config: dict[str, Any] | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+) -> str:
+    """A tiny Llama in Hugging Face layout; returns its URI."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer or byte_bpe()
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
+    settings: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 512,
+        **(config or {}),
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    if template is not None:
+        named["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | (tokenizer_config or {})))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    square = np.zeros((HIDDEN, HIDDEN), dtype=np.float32)
+    weights: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((vocabulary, HIDDEN), dtype=np.float32)}
+    for layer in range(LAYERS):
+        weights |= {f"model.layers.{layer}.self_attn.{name}.weight": square.copy() for name in ("q_proj", "v_proj")}
+        weights[f"model.layers.{layer}.input_layernorm.weight"] = np.zeros(HIDDEN, dtype=np.float32)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    return folder.as_uri()
+
+
+def chat(question: str, answer: str, *more: str) -> dict[str, Any]:
+    """A conversation that alternates between user and assistant."""
+    roles = ("user", "assistant")
+    texts = (question, answer, *more)
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [chat(f"what is {i} and one?", f"the answer is {i + 1}.") for i in range(start, start + count)]
+
+
+def jsonl(rows: Iterable[object]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def gz(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a prepare stage returned and left in the run's folder."""
+
+    result: RunResult
+    plan: RunPlan
+    report: dict[str, Any]
+    decisions: list[dict[str, Any]]
+
+    def rows(self, split: SplitFiles) -> list[tuple[list[int], list[int]]]:
+        """(token ids, labels) of each row."""
+        tokens = np.frombuffer(_read(split.tokens.uri), dtype="<u4")
+        labels = np.frombuffer(_read(split.labels.uri), dtype="<u1")
+        offsets = np.frombuffer(_read(split.offsets.uri), dtype="<i8")
+        return [(tokens[a:b].tolist(), labels[a:b].tolist()) for a, b in pairwise(offsets)]
+
+    @property
+    def train(self) -> list[tuple[list[int], list[int]]]:
+        return self.rows(self.plan.train)
+
+
+def _read(uri: str) -> bytes:
+    return Path(uri.removeprefix("file://")).read_bytes()
+
+
+def context(tmp: Path, spec: dict[str, Any], attempt: int = 1, memory_bytes: int = 16 * GIB) -> StageContext:
+    """A prepare stage in `tmp`: data in data/, the model in model/ unless the spec says otherwise."""
+    if not (tmp / "model").exists():
+        write_model(tmp / "model")
+    values: dict[str, Any] = {
+        "model": {"uri": (tmp / "model").as_uri()},
+        "method": {"type": "SFT"},
+        "datasets": [{"uri": (tmp / "data").as_uri() + "/"}],
+        "output": {"uri": (tmp / "out").as_uri()},
+        **spec,
+    }
+    config = RunConfig(
+        contract_version=CONTRACT_VERSION,
+        job=JobRef(name="bot", namespace="default", uid="1a2b3c4d"),
+        spec=FineTuneJobSpec.model_validate(values),
+        run_uri=(tmp / "out" / "bot-1a2b3").as_uri(),
+        storage=StorageConfig(),
+        resources=RunResources(cpu_count=2, memory_bytes=memory_bytes, disk_bytes=10 * GIB, gpus=0),
+        work_dir=str(tmp / "work"),
+    )
+    work_dir = tmp / "work" / str(attempt)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        config=config,
+        stage=Stage.PREPARE,
+        attempt=attempt,
+        pod_uid=f"pod-{attempt}",
+        plan_digest=None,
+        work_dir=work_dir,
+        store=open_store(config.storage),
+        reporter=Reporter(Stage.PREPARE, attempt, CollectorRegistry()),
+    )
+
+
+def put(tmp: Path, **files: bytes) -> None:
+    """Write data files; `a_jsonl` becomes data/a.jsonl and `a_jsonl_gz` data/a.jsonl.gz."""
+    folder = tmp / "data"
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("_", ".")).write_bytes(content)
+
+
+def prepare_run(tmp: Path, spec: dict[str, Any] | None = None, attempt: int = 1) -> Prepared:
+    """Run the stage and read back what it wrote."""
+    ctx = context(tmp, spec or {}, attempt)
+    result = prepare.run(ctx)
+    folder = tmp / "out" / "bot-1a2b3" / ".job"
+    return Prepared(
+        result=result,
+        plan=RunPlan.model_validate_json((folder / "plan.json").read_bytes()),
+        report=json.loads((folder / "report.json").read_bytes()),
+        decisions=[json.loads(line) for line in (folder / "decisions.jsonl").read_bytes().splitlines()],
+    )

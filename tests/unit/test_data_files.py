@@ -1,0 +1,168 @@
+"""Files become rows a bounded piece at a time; damage has a name and a row."""
+
+import gzip
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data.files import decode, gunzip, jsonl_rows, parquet_rows
+from finetune_trainer.data.problems import MAX_LINE_BYTES, Broken, Problem
+
+
+def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
+    return (content[i : i + size] for i in range(0, len(content), size))
+
+
+def rows(content: bytes, size: int = 2**20) -> list[tuple[int, object]]:
+    return [(item.number, item.value) for item in jsonl_rows(chunks(content, size), "f.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"a":1}\n{"a":2}', [(1, {"a": 1}), (2, {"a": 2})]),
+        (b'{"a":1}\r\n{"a":2}\r\n', [(1, {"a": 1}), (2, {"a": 2})]),
+        (b'\n  \n{"a":1}\n\n', [(3, {"a": 1})]),
+        (b'\xef\xbb\xbf{"a":1}\n', [(1, {"a": 1})]),
+        (b"", []),
+    ],
+)
+@pytest.mark.parametrize("size", [4, 2**20])
+def test_lines_are_numbered_and_blank_lines_are_no_rows(
+    content: bytes, expected: list[tuple[int, object]], size: int
+) -> None:
+    assert rows(content, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{", Problem.NOT_JSON),
+        (b'{"a": NaN}', Problem.NOT_JSON),
+        (b'{"a": "\x00"}', Problem.NOT_JSON),
+        (b'{"a": "\xff"}', Problem.INVALID_UTF8),
+        (b'{"a": "\\ud800"}', Problem.LONE_SURROGATE),
+        (b"[" * 100 + b"]" * 100, Problem.TOO_DEEP),
+        (b"[" * 5000 + b"]" * 5000, Problem.TOO_DEEP),
+    ],
+)
+def test_a_line_that_cannot_be_decoded_is_told_by_name(line: bytes, problem: Problem) -> None:
+    found = decode(line)
+    assert isinstance(found, Broken)
+    assert found.problem is problem
+
+
+def test_many_brackets_are_not_deep() -> None:
+    assert decode(b"[" + b"[]," * 200 + b"[]]") == [[]] * 201
+
+
+def test_a_line_above_the_limit_is_one_broken_row_and_the_next_line_is_read() -> None:
+    content = b'{"a":1}\n"' + b"x" * (2 * MAX_LINE_BYTES) + b'"\n{"a":2}\n'
+    first, second, third = rows(content)
+    assert (first, third) == ((1, {"a": 1}), (3, {"a": 2}))
+    assert second == (2, Broken(Problem.LINE_TOO_LONG))
+
+
+def unpacked(content: bytes, size: int = 5) -> bytes:
+    return b"".join(gunzip(chunks(content, size), "f.jsonl.gz"))
+
+
+def test_gzip_members_one_after_another_are_one_file() -> None:
+    assert unpacked(gzip.compress(b"one\n") + gzip.compress(b"two\n")) == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b'{"a":1}\n' * 1000)[:-9], "cut off"),
+        (b"no gzip at all", "damaged"),
+        (gzip.compress(b"\0" * 2**23), "unpacks to more than 100 times"),
+        (b"\xff\xfe{\0", "UTF-16"),
+    ],
+)
+def test_a_damaged_file_ends_the_job_with_the_row_it_can_be_read_to(content: bytes, words: str) -> None:
+    data = chunks(content, 2**20) if b"\xff\xfe" in content[:2] else gunzip(chunks(content, 2**20), "f.jsonl.gz")
+    with pytest.raises(StageError, match=words) as caught:
+        list(jsonl_rows(data, "f.jsonl.gz"))
+    assert caught.value.fault is Fault.BROKEN_FILE
+    assert int(caught.value.args_by_name["row"]) >= 1
+
+
+@contextmanager
+def named_end() -> Generator[None]:
+    """Nothing but BROKEN_FILE may be raised."""
+    try:
+        yield
+    except StageError as error:
+        if error.fault is not Fault.BROKEN_FILE:
+            raise
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(1, 50))
+def test_any_bytes_give_rows_or_a_named_end(content: bytes, size: int) -> None:
+    with named_end():
+        numbers = [number for number, _ in rows(b'{"a":1}\n' + content, size)]
+        assert numbers == sorted(set(numbers))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject) -> None:
+    content = bytearray(gzip.compress(b'{"a":1}\n' * 20))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with named_end():
+        list(jsonl_rows(gunzip(chunks(bytes(content)), "f"), "f"))
+
+
+def parquet(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path)
+    return path
+
+
+def test_parquet_rows_have_only_the_fields_a_row_can_have(tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 300
+    table = pa.table({"messages": messages, "embedding": [[0.5] * 8] * 300})
+    found = list(parquet_rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+    assert [item.number for item in found] == list(range(1, 301))
+    assert found[-1].value == {"messages": messages[0]}
+
+
+def test_a_parquet_file_without_a_known_field_tells_the_fields_it_has(tmp_path: Path) -> None:
+    (found,) = parquet_rows(parquet(tmp_path / "a.parquet", pa.table({"question": ["q"]})), "a.parquet")
+    assert found.value == {"question": None}
+
+
+def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(tmp_path: Path) -> None:
+    texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).cast(pa.string(), safe=False)
+    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")]
+    assert found == [{"text": "good"}, Broken(Problem.INVALID_UTF8), {"text": "fine"}]
+
+
+def test_a_parquet_string_above_the_limit_is_one_broken_row(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "x" * (MAX_LINE_BYTES + 1)]})
+    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", table), "a")]
+    assert found == [{"text": "a"}, Broken(Problem.LINE_TOO_LONG)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_a_parquet_file_gives_rows_or_a_named_end(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = parquet(tmp_path_factory.mktemp("p") / "a.parquet", pa.table({"text": ["some words"] * 50}))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    with named_end():
+        list(parquet_rows(path, "a.parquet"))

@@ -1,0 +1,149 @@
+"""Answers are found by the template's structure, and the template can do no harm."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import jinja2
+import pytest
+
+from data_run import CHATML
+from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.render_worker import safe_words
+from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
+from finetune_trainer.data.rows import Conversation
+from finetune_trainer.data.template import ChatTemplate, NotPrefixStableError, answers, find_template, plain_template
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+# Shows reasoning only in the last answer, as Qwen3's template does.
+FORGETFUL = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def messages(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def spans_of(source: str, texts: tuple[str, ...], learn_from: int = 0, learn_all: bool = False) -> list[str]:
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, NOW)
+    whole, spans = answers(template, messages(*texts), learn_from, learn_all)
+    assert whole == template.render(messages(*texts))
+    return [whole[begin:end] for begin, end in spans]
+
+
+def test_an_answer_is_what_the_template_adds_to_the_generation_prompt() -> None:
+    assert spans_of(CHATML, ("q", "a", "r", "b")) == ["a<|im_end|>\n", "b<|im_end|>\n"]
+
+
+def test_only_answers_of_the_completion_are_learned() -> None:
+    assert spans_of(CHATML, ("q", "a", "r", "b"), learn_from=2) == ["b<|im_end|>\n"]
+
+
+def test_with_all_tokens_to_learn_there_is_one_span_from_the_first_answer() -> None:
+    assert spans_of(CHATML, ("q", "a", "r", "b"), learn_all=True) == [
+        "a<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    ]
+
+
+def test_an_answer_that_repeats_the_question_is_still_found_by_its_place() -> None:
+    assert spans_of(CHATML, ("same", "same")) == ["same<|im_end|>\n"]
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_by_the_message() -> None:
+    assert spans_of(FORGETFUL, ("q", "a")) == ["<think></think>a;"]
+    with pytest.raises(NotPrefixStableError) as caught:
+        spans_of(FORGETFUL, ("q", "a", "r", "b"))
+    assert caught.value.message == 1
+
+
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_the_plain_template_is_readable_and_ends_answers_with_the_end_token(with_bos: bool) -> None:
+    template = ChatTemplate(plain_template(with_bos), {"bos_token": "<s>", "eos_token": "</s>"}, NOW)
+    text = template.render(messages("hello", "hi", "bye", "bye"))
+    begin = "<s>" if with_bos else ""
+    assert text == begin + "### User:\nhello\n\n### Assistant:\nhi</s>\n\n### User:\nbye\n\n### Assistant:\nbye</s>\n\n"
+    assert spans_of(plain_template(with_bos), ("hello", "hi", "bye", "bye")) == ["hi</s>\n\n", "bye</s>\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "expected"),
+    [
+        ({}, None, None),
+        ({"chat_template": "a"}, None, "a"),
+        ({"chat_template": "a"}, "b", "b"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, None, "d"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None, None),
+        ({"chat_template": 7}, None, None),
+    ],
+)
+def test_the_template_is_found_where_transformers_finds_it(
+    config: dict[str, Any], file: str | None, expected: str | None
+) -> None:
+    assert find_template(config, file) == expected
+
+
+def test_a_template_may_say_its_own_words_but_never_the_rows() -> None:
+    source = "{{ raise_exception('Only user and assistant') }}"
+    assert safe_words(jinja2.TemplateError("Only user and assistant"), source) == "Only user and assistant"
+    assert safe_words(jinja2.TemplateError("secret of the row"), source) == "TemplateError"
+
+
+def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5) -> list[Rendered | Broken]:
+    renderer = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False, row_cpu_s=row_cpu_s)
+    try:
+        return renderer.render([Conversation(messages(*texts), 0) for texts in conversations])
+    finally:
+        renderer.close()
+
+
+def test_the_child_process_renders_as_the_template_does() -> None:
+    (found,) = rendered(CHATML, ("ü", "日本"))
+    whole = "<|im_start|>user\nü<|im_end|>\n<|im_start|>assistant\n日本<|im_end|>\n"
+    assert found == Rendered(whole, [(len(whole) - 13, len(whole))])
+
+
+@pytest.mark.parametrize(
+    ("source", "detail"),
+    [
+        ("{{ raise_exception('no such thing') }}", "no such thing"),
+        ("{{ raise_exception(messages[0].content) }}", "TemplateError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{{ messages.__class__.x }}", "SecurityError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[9].role.x }}", "UndefinedError"),
+        ("{{ 'x' * 40000000 }}", "it made more than 33554432 characters"),
+        ("{{ 'x' * 4000000000 }}", "MemoryError"),
+        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
+    ],
+)
+def test_a_template_that_fails_on_a_row_says_why_without_the_row(source: str, detail: str) -> None:
+    assert rendered(source, ("secret", "a")) == [Broken(Problem.TEMPLATE_FAILED, detail=detail)]
+
+
+def test_a_template_that_loops_is_stopped_and_the_row_is_found() -> None:
+    source = (
+        "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+        "{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+    good, bad, last = rendered(source, ("a", "b"), ("loop", "b"), ("c", "d"), row_cpu_s=0.3)
+    assert isinstance(good, Rendered)
+    assert isinstance(last, Rendered)
+    assert bad == Broken(Problem.TEMPLATE_FAILED, detail="it took more than 0.3 s of CPU or 512 MiB")
+
+
+def test_a_template_that_loops_inside_a_c_function_is_stopped_too() -> None:
+    (found,) = rendered("{{ 7 ** (9 ** (messages | length + 7)) }}", ("a", "b"), row_cpu_s=0.3)
+    assert isinstance(found, Broken)
+
+
+def test_a_template_that_kills_the_child_again_and_again_ends_the_job() -> None:
+    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TemplateInvalidError, match="5 times"):
+        rendered(source, *[("a", "b")] * 7, row_cpu_s=0.01)
+
+
+def test_a_template_that_does_not_compile_is_refused() -> None:
+    with pytest.raises(TemplateInvalidError, match="TemplateSyntaxError"):
+        rendered("{% for %}", ("a", "b"))

@@ -1,0 +1,153 @@
+"""Labels lie on the answers and the token that ends them; texts are split without losing a token."""
+
+from datetime import UTC, datetime
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from data_run import CHATML, byte_bpe
+from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.template import ChatTemplate, answers
+from finetune_trainer.data.tokens import RowTokenizer, Tokens, special_tokens, split
+
+BPE = byte_bpe()
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
+
+
+def tokenizer(eos: str | None = "<|im_end|>") -> RowTokenizer:
+    return RowTokenizer(Tokenizer.from_str(BPE.to_str()), eos)
+
+
+def learned(tokens: Tokens, rows: RowTokenizer) -> list[str]:
+    """Texts of the runs of label tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens.labels, [0]])))
+    return [rows.decode(tokens.ids[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def conversation(template: str, texts: list[str], learn_all: bool = False) -> tuple[str, Tokens, RowTokenizer]:
+    rows = tokenizer()
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    compiled = ChatTemplate(template, {"eos_token": "<|im_end|>"}, NOW)
+    whole, spans = answers(compiled, messages, 0, learn_all)
+    return whole, rows.conversations([whole], [spans], learn_all)[0], rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_exactly_the_answers_with_their_stop_token_are_learned(turns: list[tuple[str, str]]) -> None:
+    texts = [text for turn in turns for text in turn]
+    whole, tokens, rows = conversation(CHATML, texts)
+    assert tokens.ids.tolist() == BPE.encode(whole, add_special_tokens=False).ids
+    assert tokens.labels.sum() > 0
+    merges = any(text[:1].isspace() for text in texts)  # with the newline before it
+    if not merges and not any("<|" in text for text in texts):
+        assert learned(tokens, rows) == [answer + "<|im_end|>" for _, answer in turns]
+        assert rows.stop_ids == {BPE.token_to_id("<|im_end|>")}
+
+
+def test_a_token_that_reaches_over_the_begin_of_an_answer_is_learned() -> None:
+    rows = tokenizer()
+    (tokens,) = rows.completions([Completion("the ", "quick")], learn_all=False)
+    assert learned(tokens, rows) == [" quick<|im_end|>"]
+
+
+def test_an_answer_without_a_stop_token_keeps_its_newline() -> None:
+    _, tokens, rows = conversation("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                   "{% if add_generation_prompt %}assistant: {% endif %}", ["q", "a"])  # fmt: skip
+    assert learned(tokens, rows) == [" a\n"]
+    assert rows.stop_ids == set()
+
+
+def test_the_first_answer_is_where_a_sample_prompt_ends() -> None:
+    for learn_all in (False, True):
+        _, tokens, rows = conversation(CHATML, ["question", "answer"], learn_all)
+        prompt = rows.decode(tokens.ids[: tokens.prompt_tokens].tolist())
+        assert prompt == "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_all_tokens_but_the_first_are_learned_when_asked() -> None:
+    _, tokens, _ = conversation(CHATML, ["question", "answer"], learn_all=True)
+    assert tokens.labels.tolist() == [0] + [1] * (len(tokens.ids) - 1)
+
+
+def test_a_completion_ends_with_the_end_token_and_only_it_is_learned() -> None:
+    rows = tokenizer()
+    (tokens,) = rows.completions([Completion("the quick", " brown fox")], learn_all=False)
+    assert rows.decode(tokens.ids.tolist()) == "the quick brown fox<|im_end|>"
+    assert learned(tokens, rows) == [" brown fox<|im_end|>"]
+    assert rows.stop_ids == {rows.eos_id}
+
+
+def with_begin_token() -> Tokenizer:
+    wrapped = Tokenizer.from_str(BPE.to_str())
+    begin = ("<|im_start|>", BPE.token_to_id("<|im_start|>"))
+    wrapped.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="<|im_start|> $A", special_tokens=[begin]
+    )
+    return wrapped
+
+
+def test_texts_begin_as_the_tokenizer_begins_them() -> None:
+    rows = RowTokenizer(with_begin_token(), "<|im_end|>")
+    (ids,) = rows.texts(["the fox"])
+    assert rows.decode(ids.tolist()) == "<|im_start|>the fox<|im_end|>"
+    (tokens,) = rows.completions([Completion("the", " fox")], learn_all=False)
+    assert rows.decode(tokens.ids.tolist()) == "<|im_start|>the fox<|im_end|>"
+    assert learned(tokens, rows) == [" fox<|im_end|>"]
+
+
+def test_metaspace_tokenizers_are_labelled_by_their_own_offsets() -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "▁a": 3, "b": 4, "▁b": 5, "a": 6, ":": 7}
+    plain = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    plain.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    plain.add_special_tokens(["<unk>", "</s>"])
+    rows = RowTokenizer(plain, "</s>")
+    (tokens,) = rows.completions([Completion("a:", " b")], learn_all=False)
+    assert [plain.id_to_token(i) for i in tokens.ids.tolist()] == ["▁a", ":", "▁b", "</s>"]
+    assert tokens.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_off() -> None:
+    cut = Tokenizer.from_str(BPE.to_str())
+    cut.enable_truncation(2)
+    cut.enable_padding(length=64)
+    (ids,) = RowTokenizer(cut, "<|im_end|>").texts(["the quick brown fox"])
+    assert ids.tolist() == [*BPE.encode("the quick brown fox").ids, BPE.token_to_id("<|im_end|>")]
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="eos_token"):
+        tokenizer("<|nothing|>")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=200), st.integers(2, 40))
+def test_a_split_text_predicts_every_token_once(ids: list[int], limit: int) -> None:
+    breaks = np.array([number < 3 for number in range(10)])
+    pieces = split(np.array(ids, dtype=np.uint32), limit, breaks)
+    assert all(1 <= len(piece) <= limit for piece in pieces)
+    predicted = [token for piece in pieces for token in piece[1:].tolist()]
+    assert [ids[0], *predicted] == ids
+    for piece, following in pairwise(pieces):
+        assert piece[-1] == following[0]
+
+
+def test_a_text_is_split_after_a_newline_in_the_second_half_of_a_piece() -> None:
+    breaks = np.array([False, True])
+    first, _ = split(np.array([0, 0, 0, 0, 0, 1, 0, 0, 0, 0], dtype=np.uint32), 8, breaks)
+    assert first.tolist() == [0, 0, 0, 0, 0, 1]
+
+
+def test_special_tokens_are_read_in_all_the_ways_they_are_written() -> None:
+    config = {"eos_token": {"content": "</s>"}, "pad_token": None, "extra_special_tokens": {"image_token": "<i>"}}
+    assert special_tokens(config, {"bos_token": "<s>", "eos_token": "old"}) == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "image_token": "<i>",
+    }
