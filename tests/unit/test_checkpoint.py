@@ -1,0 +1,211 @@
+"""Checkpoints count only when whole, belong to one plan, and can only be written by the newest attempt."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from finetune_api.errors import StageError
+from finetune_api.layout import CHECKPOINTS, join
+from finetune_api.reasons import Fault
+from finetune_api.run import StorageConfig
+from finetune_api.status import CheckpointStatus
+from finetune_trainer import checkpoint
+from finetune_trainer.checkpoint import Checkpointer, Position, newest, restore, snapshot
+from finetune_trainer.commit import raise_epoch
+from finetune_trainer.evaluate import HeldOut
+from finetune_trainer.loop import ADAM_BETAS
+from finetune_trainer.store import Store, open_store
+
+PLAN, OTHER_PLAN = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+
+
+class Saved:
+    """A run's folder with a small trained state to save."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store: Store = open_store(StorageConfig())
+        self.run_uri = f"file://{folder}/run"
+        torch.manual_seed(0)
+        self.parameters = {name: nn.Parameter(torch.randn(3, 2)) for name in ("a", "b")}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=ADAM_BETAS, fused=True)
+        self.train()
+
+    def train(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = torch.randn(3, 2)
+        self.optimizer.step()
+
+    def checkpointer(
+        self, attempt: int = 1, keep_last: int = 3, resumed_from: CheckpointStatus | None = None, plan: str = PLAN
+    ) -> Checkpointer:
+        fence = raise_epoch(self.store, self.run_uri, attempt, f"pod-{attempt}")
+        return Checkpointer(
+            self.store, fence, self.run_uri, plan, self.folder / "out", keep_last, resumed_from, lambda *_: None
+        )
+
+    def save(self, checkpointer: Checkpointer, step: int) -> None:
+        position = Position(
+            step=step,
+            tokens=step * 10,
+            label_tokens=step,
+            evaluations=[HeldOut(step=0, loss=2.5, rows=1, label_tokens=3)],
+            first_started_at=1.0,
+        )
+        checkpointer.start(snapshot(self.parameters, self.optimizer, position))
+        checkpointer.wait()
+
+    def newest(self, plan: str = PLAN) -> checkpoint.Restored | None:
+        return newest(self.store, self.run_uri, plan, self.folder / "in")
+
+    def steps(self) -> list[int]:
+        return [step for step, _, _ in checkpoint.manifests(self.store, self.run_uri)]
+
+    def path(self, step: int, epoch: int, name: str) -> Path:
+        return Path(join(checkpoint.folder_uri(self.run_uri, step, epoch), name).removeprefix("file://"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    return Saved(tmp_path)
+
+
+def test_a_restored_checkpoint_goes_on_with_the_same_bits(saved: Saved, tmp_path: Path) -> None:
+    saved.save(saved.checkpointer(), 7)
+    found = saved.newest()
+    assert found is not None
+    assert (found.status.step, found.snapshot.position.tokens) == (7, 70)
+    other = Saved(tmp_path / "other")
+    for parameter in other.parameters.values():
+        parameter.data.zero_()
+    restore(found.snapshot, other.parameters, other.optimizer)
+    for state in (saved, other):
+        torch.manual_seed(5)
+        state.train()
+    for name, parameter in saved.parameters.items():
+        assert torch.equal(parameter, other.parameters[name])
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(saved: Saved) -> None:
+    position = Position(step=1, tokens=0, label_tokens=0, first_started_at=0.0)
+    copied = snapshot(saved.parameters, saved.optimizer, position)
+    before = {name: tensor.clone() for name, tensor in copied.tensors.items()}
+    saved.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.tensors.items())
+    assert not torch.equal(saved.parameters["a"], before["adapter.a"])
+
+
+def test_nothing_saved_means_a_start_at_step_0(saved: Saved) -> None:
+    assert saved.newest() is None
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "missing part", "no manifest", "cut manifest", "cut state"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(saved: Saved, damage: str) -> None:
+    checkpointer = saved.checkpointer()
+    saved.save(checkpointer, 5)
+    saved.save(checkpointer, 9)
+    tensors, manifest = saved.path(9, 1, checkpoint.TENSORS), saved.path(9, 1, checkpoint.MANIFEST)
+    match damage:
+        case "flipped bit":
+            content = bytearray(tensors.read_bytes())
+            content[-1] ^= 1
+            tensors.write_bytes(content)
+        case "missing part":
+            tensors.unlink()
+        case "no manifest":  # killed while it was saved
+            manifest.unlink()
+        case "cut manifest":
+            manifest.write_bytes(manifest.read_bytes()[:40])
+        case _:
+            saved.path(9, 1, checkpoint.STATE).write_text("{")
+    found = saved.newest()
+    assert found is not None
+    assert found.status.step == 5
+
+
+def test_checkpoints_of_which_none_is_whole_are_an_error_and_no_fresh_start(saved: Saved) -> None:
+    checkpointer = saved.checkpointer()
+    for step in (5, 9):
+        saved.save(checkpointer, step)
+        saved.path(step, 1, checkpoint.TENSORS).write_bytes(b"")
+    with pytest.raises(StageError, match="none of the 2 checkpoints") as caught:
+        saved.newest()
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.NO_VALID_CHECKPOINT, 18)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(saved: Saved) -> None:
+    saved.save(saved.checkpointer(), 5)
+    with pytest.raises(StageError, match="the plan differs from what step 5") as caught:
+        saved.newest(OTHER_PLAN)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.CONFIG_CHANGED, 10)
+
+
+@pytest.mark.parametrize("change", ["name", "shape"])
+def test_a_checkpoint_of_other_weights_is_refused(saved: Saved, change: str) -> None:
+    saved.save(saved.checkpointer(), 5)
+    found = saved.newest()
+    assert found is not None
+    parameters = dict(saved.parameters)
+    if change == "name":
+        parameters["c"] = parameters.pop("b")
+    else:
+        parameters["b"] = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(StageError) as caught:
+        restore(found.snapshot, parameters, saved.optimizer)
+    assert caught.value.fault is Fault.CONFIG_CHANGED
+
+
+def test_the_newest_are_kept_and_the_one_resumed_from_always(saved: Saved) -> None:
+    first = saved.checkpointer(attempt=1)
+    for step in (2, 4):
+        saved.save(first, step)
+    found = saved.newest()
+    assert found is not None
+    second = saved.checkpointer(attempt=2, keep_last=2, resumed_from=found.status)
+    for step in (6, 8, 10):
+        saved.save(second, step)
+    assert saved.steps() == [10, 8, 4]
+    second.finish()
+    assert saved.steps() == [10]
+    left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
+    assert left == {"00000010-2"}
+
+
+def test_a_superseded_attempt_publishes_nothing(saved: Saved) -> None:
+    old = saved.checkpointer(attempt=1)
+    saved.save(old, 3)
+    new = saved.checkpointer(attempt=2)
+    saved.save(new, 4)
+    with pytest.raises(StageError) as caught:
+        saved.save(old, 5)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.SUPERSEDED, 34)
+    assert saved.steps() == [4, 3]
+
+
+def test_what_a_save_in_the_background_failed_with_is_raised_at_the_next_check(saved: Saved) -> None:
+    checkpointer = saved.checkpointer()
+    (saved.folder / "out").write_text("a file where a folder is needed")
+    position = Position(step=1, tokens=0, label_tokens=0, first_started_at=0.0)
+    checkpointer.start(snapshot(saved.parameters, saved.optimizer, position))
+    checkpointer.close()
+    with pytest.raises(OSError, match="out"):
+        checkpointer.check()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), checkpoint.SafetensorError("I/O error: … (os error 28)")]
+)
+def test_a_full_disk_is_told_as_such(error: OSError | checkpoint.SafetensorError) -> None:
+    told = checkpoint.disk_error(error, "a checkpoint", {"a": torch.zeros(2**20)})
+    assert isinstance(told, StageError)
+    assert (told.fault, told.exit_code) == (Fault.DISK_FULL, 19)
+
+
+def test_the_manifest_names_plan_step_epoch_and_every_part(saved: Saved) -> None:
+    saved.save(saved.checkpointer(), 5)
+    manifest = json.loads(saved.path(5, 1, checkpoint.MANIFEST).read_text())
+    assert (manifest["step"], manifest["epoch"], manifest["plan_digest"]) == (5, 1, PLAN)
+    assert {file["path"] for file in manifest["files"]} == {checkpoint.TENSORS, checkpoint.STATE}
