@@ -25,6 +25,12 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def plain(text: str) -> str:
+    """Words of a model on one line, without what could command the terminal."""
+    visible = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(visible.split()) or "(nothing)"
+
+
 def describe(progress: Progress) -> str:
     """One line of where a stage is."""
     parts = [progress.activity.lower()]
@@ -62,12 +68,12 @@ class StageView:
             disable=not console.is_terminal,
         )
         self._task = self._bars.add_task(self._title, total=None, line="starting")
-        self._said = ("", 0.0)
+        self._said = ("starting", time.monotonic())
 
     def __enter__(self) -> Self:
         self._bars.start()
         if not self._console.is_terminal:
-            self._console.print(f"{self._title}: starting")
+            self._console.print(f"{self._title}: starting", markup=False)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -77,12 +83,13 @@ class StageView:
         line = describe(progress)
         total = progress.total_steps or None
         self._bars.update(self._task, total=total, completed=progress.step, line=escape(line))
-        activity, said_s = self._said
+        said, said_s = self._said
         now_s = time.monotonic()
-        if self._console.is_terminal or (activity == progress.activity and now_s - said_s < _PLAIN_INTERVAL_S):
+        same = said.partition(",")[0] == line.partition(",")[0]
+        if self._console.is_terminal or said == line or (same and now_s - said_s < _PLAIN_INTERVAL_S):
             return
-        self._said = (progress.activity, now_s)
-        self._console.print(f"{self._title}: {line}", markup=False)
+        self._said = (line, now_s)
+        self._console.print(f"{self._title}: {line}", markup=False, soft_wrap=True)
 
 
 def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
@@ -119,7 +126,7 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
     for sample in samples:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, text in (("prompt", sample["prompt"]), ("base", sample["base"]), ("tuned", sample["tuned"])):
-            table.add_row(f"[dim]{name}[/]", escape(text))
+            table.add_row(f"[dim]{name}[/]", escape(plain(text)))
         console.print(table)
     artifact = result.artifact
     if artifact is not None:

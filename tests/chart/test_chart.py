@@ -197,6 +197,7 @@ def test_the_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: str)
         ({"watchNamespaces": ["*"]}, "/watchNamespaces/0"),
         ({"runtimes": {"default": {"gpus": 1}}}, "gpus"),
         ({"runtimes": {"default": {"image": "trainer:latest"}}}, "/runtimes/default/image"),
+        ({"runtimes": {"default": {"image": "registry:5000/trainer"}}}, "/runtimes/default/image"),
         ({"runtimes": {"default": {"defaults": {"memory": "16GB"}}}}, "/runtimes/default/defaults/memory"),
         ({"runtimes": {"default": {"env": {"A": 1}}}}, "/runtimes/default/env/A"),
         ({"runtimes": {"GPU": {}}}, "GPU"),

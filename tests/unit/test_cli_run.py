@@ -112,7 +112,7 @@ class Play:
 
     def committed(self) -> dict[str, Any]:
         self.artifact.mkdir(exist_ok=True)
-        sample = {"prompt": "[Hi]?", "base": {"text": "Um."}, "tuned": {"text": "Hello!"}}
+        sample = {"prompt": "[Hi]?", "base": {"text": "Um.\n\n\x1b[2J"}, "tuned": {"text": "Hello!"}}
         (self.artifact / "eval.json").write_text(json.dumps({"samples": [sample]}))
         artifact = {
             "type": "Adapter",
@@ -150,7 +150,7 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
         "it is absent [so]",
         "1.500 on held-out rows (base model 2.250)",
         "[Hi]?",
-        "Um.",
+        "Um. [2J",
         "Hello!",
         f"file://{play.artifact}",
         DIGEST,
