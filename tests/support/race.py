@@ -1,6 +1,7 @@
 """A writer in a process of its own: for each line on stdin it tries to win that round, and says how it went.
 
-`python race.py ENDPOINT NAME`; the line is the URI of the round and the ETag of its pointer. Storage credentials come from the environment.
+`python race.py ENDPOINT NAME`; the line is the URI of the round and the ETag of its pointer. Storage credentials come
+from the environment.
 """
 
 import json

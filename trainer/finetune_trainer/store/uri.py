@@ -52,9 +52,9 @@ def fixed_prefix(pattern: str) -> str:
 def compiled(pattern: str) -> re.Pattern[str]:
     """`*` and `?` stay within one path segment, `**` crosses segments; everything else is literal.
 
-    `**/` also stands for no folder at all, as in shells. Between two wildcards the first place where the text
-    fits is always right, so groups are atomic: time stays quadratic, however many stars there are."""
-    first, *rest = re.split(r"(\*\*+/|\*\*+)", pattern)
+    `**/` as a segment also stands for no folder at all, as in shells. Between two wildcards the first place where
+    the text fits is always right, so groups are atomic: time stays quadratic, however many stars there are."""
+    first, *rest = re.split(r"((?<![^/])\*\*+/|\*\*+)", pattern)
     deep = list(zip(rest[::2], rest[1::2], strict=True))
     parts = [_within_segments(first, last=not deep)]
     for number, (wildcard, text) in enumerate(deep, start=1):
