@@ -138,6 +138,7 @@ class Uploader:
         self._targets = [(path, layout.join(uri_prefix, path.name)) for path in files]
         self._interval_s = interval_s
         self._sent: dict[Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()
         self._failed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upload-logs", daemon=True)
@@ -148,10 +149,15 @@ class Uploader:
         self._closing.set()
         self._thread.join(timeout_s)
 
+    def flush(self) -> None:
+        """Upload what is new, now and in this thread."""
+        with self._lock:
+            self._upload()
+
     def _run(self) -> None:
         while not self._closing.wait(self._interval_s):
-            self._upload()
-        self._upload()
+            self.flush()
+        self.flush()
 
     def _upload(self) -> None:
         for path, uri in self._targets:

@@ -74,8 +74,9 @@ class Child:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGALRM, self._on_alarm)
-        # Not waited for by subprocess: as PID 1 we reap every process, its included.
-        self._pid = subprocess.Popen(command, start_new_session=True).pid
+        # As PID 1 we reap every process, so subprocess must not: it would when this object is thrown away.
+        self._process = subprocess.Popen(command, start_new_session=True)
+        self._pid = self._process.pid
         if self._stopping is not None:  # it came before there was a child
             self._forward(self._stopping)
 
