@@ -1,6 +1,7 @@
 """Checkpoints count only when whole, belong to one plan, and can only be written by the newest attempt."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,25 @@ class Saved:
         self.optimizer.step()
 
     def checkpointer(
-        self, attempt: int = 1, keep_last: int = 3, resumed_from: CheckpointStatus | None = None, plan: str = PLAN
+        self,
+        attempt: int = 1,
+        keep_last: int = 3,
+        resumed_from: CheckpointStatus | None = None,
+        plan: str = PLAN,
+        before_publishing: Callable[[], None] = lambda: None,
     ) -> Checkpointer:
         fence = raise_epoch(self.store, self.run_uri, attempt, f"pod-{attempt}")
+        scratch = self.folder / "out"
         return Checkpointer(
-            self.store, fence, self.run_uri, plan, self.folder / "out", keep_last, resumed_from, lambda *_: None
+            self.store,
+            fence,
+            self.run_uri,
+            plan,
+            scratch,
+            keep_last,
+            resumed_from,
+            before_publishing,
+            lambda _status, _seconds: None,
         )
 
     def save(self, checkpointer: Checkpointer, step: int) -> None:
@@ -209,3 +224,9 @@ def test_the_manifest_names_plan_step_epoch_and_every_part(saved: Saved) -> None
     manifest = json.loads(saved.path(5, 1, checkpoint.MANIFEST).read_text())
     assert (manifest["step"], manifest["epoch"], manifest["plan_digest"]) == (5, 1, PLAN)
     assert {file["path"] for file in manifest["files"]} == {checkpoint.TENSORS, checkpoint.STATE}
+
+
+def test_what_a_checkpoint_needs_beside_it_is_done_before_it_counts(saved: Saved):
+    counted: list[list[int]] = []
+    saved.save(saved.checkpointer(before_publishing=lambda: counted.append(saved.steps())), step=3)
+    assert (counted, saved.steps()) == ([[]], [3])

@@ -200,6 +200,7 @@ class Checkpointer:
         scratch: Path,
         keep_last: int,
         resumed_from: CheckpointStatus | None,
+        before_publishing: Callable[[], None],
         on_saved: Callable[[CheckpointStatus, float], None],
     ) -> None:
         self._store = store
@@ -209,6 +210,7 @@ class Checkpointer:
         self._scratch = scratch
         self._keep_last = keep_last
         self._resumed_from = resumed_from
+        self._before_publishing = before_publishing
         self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
@@ -251,6 +253,7 @@ class Checkpointer:
                 files.append(ManifestFile(path=name, size_bytes=info.size_bytes, sha256=file_digest(local / name)))
             manifest = CheckpointManifest(step=step, epoch=epoch, plan_digest=self._plan_digest, files=files)
             uri = join(folder, MANIFEST)
+            self._before_publishing()
             digest = publish_manifest(self._store, self._fence, uri, manifest.model_dump(mode="json"))
         finally:
             shutil.rmtree(local, ignore_errors=True)

@@ -57,9 +57,8 @@ def run(ctx: StageContext, stop: StopFlag) -> RunResult:
     fetched = _fetch(ctx, stop)
     lm = _load(ctx, fetched)
     adapted = add_adapter(lm, fetched.plan)
-    session, resumed_from = _begin(ctx, fence, fetched, lm, adapted, stop)
+    session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, stop)
     resumed_step = resumed_from.step if resumed_from else None
-    uploader = Uploader(store, join(run_uri, JOB), [session.metrics_file.path])
     try:
         with watching(session.watchdog):
             done = session.run()
@@ -130,8 +129,8 @@ def _begin(
     lm: LanguageModel,
     adapted: PeftModel,
     stop: StopFlag,
-) -> tuple[Session, CheckpointStatus | None]:
-    """The session at the newest whole checkpoint, or at step 0."""
+) -> tuple[Session, Uploader, CheckpointStatus | None]:
+    """The session at the newest whole checkpoint, or at step 0, and the uploader of its metrics.jsonl."""
     plan, hyper = fetched.plan, fetched.plan.hyperparameters
     run_uri = ctx.config.run_uri
     parameters = adapter_parameters(adapted)
@@ -157,6 +156,10 @@ def _begin(
         metrics.checkpoint_write.set(seconds)
         metrics.checkpoint_success.set_to_current_time()
 
+    metrics_file = MetricsFile(
+        ctx.work_dir / Path(METRICS).name, hyper.total_steps, _earlier_metrics(ctx), position.step
+    )
+    uploader = Uploader(ctx.store, join(run_uri, JOB), [metrics_file.path])
     spec = ctx.config.spec.checkpoint
     checkpointer = checkpoint.Checkpointer(
         ctx.store,
@@ -166,6 +169,7 @@ def _begin(
         scratch,
         (spec and spec.keep_last) or _DEFAULT_KEEP_LAST,
         resumed_from,
+        uploader.flush,  # so that no step of a checkpoint is missing in the metrics, whatever kills this attempt
         saved,
     )
     stepper = Stepper(
@@ -177,9 +181,6 @@ def _begin(
         fetched.steps,
         hyper,
         hyper.micro_batch_tokens,
-    )
-    metrics_file = MetricsFile(
-        ctx.work_dir / Path(METRICS).name, hyper.total_steps, _earlier_metrics(ctx), position.step
     )
     session = Session(
         stepper,
@@ -195,7 +196,7 @@ def _begin(
         metrics_file,
         Watchdog(lambda step, seconds: _end_stalled(ctx, step, seconds)),
     )
-    return session, resumed_from
+    return session, uploader, resumed_from
 
 
 def _earlier_metrics(ctx: StageContext) -> bytes:
