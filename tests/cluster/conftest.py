@@ -12,7 +12,7 @@ from e2e_site import LONG_RUN, set_up, take_away
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """The node with the operator installed by Helm from the images of this checkout."""
+    """The node with the operator installed by Helm."""
     if os.geteuid() != 0:
         pytest.skip("a node needs root")
     was_up = testbed.find() is not None

@@ -10,7 +10,7 @@ from e2e_faults import send
 from e2e_lab import Lab, Submitted, fetch, until
 from e2e_prometheus import Prometheus, lint, running
 from e2e_site import LONG_RUN
-from finetune_api.names import HTTP_PORT, Stage
+from finetune_api.names import HTTP_PORT, LABEL_STAGE, Stage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -39,14 +39,14 @@ def _container(pod: dict[str, Any]) -> dict[str, Any]:
 
 def _complete(job: Submitted, stage: Stage) -> bool:
     """Whether its Kubernetes Job of that stage is complete."""
-    jobs = [j for j in job.jobs() if j["metadata"]["labels"]["finetune.dev/stage"] == stage]
+    jobs = [j for j in job.jobs() if j["metadata"]["labels"][LABEL_STAGE] == stage]
     return any(
         c["type"] == "Complete" and c["status"] == "True" for j in jobs for c in j["status"].get("conditions", [])
     )
 
 
 def _stages(job: Submitted) -> list[str]:
-    return [j["metadata"]["labels"]["finetune.dev/stage"] for j in job.jobs()]
+    return [j["metadata"]["labels"][LABEL_STAGE] for j in job.jobs()]
 
 
 def test_an_operator_killed_in_five_phases_reaches_the_same_end_with_one_job_per_stage(

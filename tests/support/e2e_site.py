@@ -15,10 +15,8 @@ from testbed.processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE, OPERATOR_NAMESPACE = "finetune-e2e", "finetune-e2e-system"
-IMAGES = {
-    "operator": os.environ.get("FINETUNE_OPERATOR_IMAGE", "localhost/finetune-operator:dev"),
-    "trainer": os.environ.get("FINETUNE_TRAINER_IMAGE", "localhost/finetune-trainer:dev"),
-}
+OPERATOR_IMAGE = os.environ.get("FINETUNE_OPERATOR_IMAGE", "localhost/finetune-operator:dev")
+TRAINER_IMAGE = os.environ.get("FINETUNE_TRAINER_IMAGE", "localhost/finetune-trainer:dev")
 GRACE_S = 20
 GUEST = ("guest", "guest-secret-key")  # an account with rights in no bucket
 SCRAPED = {"e2e.finetune.dev/scrape": "true"}
@@ -30,10 +28,9 @@ LONG_RUN: dict[str, object] = {
 
 
 def set_up(cluster: testbed.Cluster, folder: Path) -> Lab:
-    """Images, buckets, namespaces and the chart; `folder` is for Helm's values."""
-    for target, tag in IMAGES.items():
-        testbed.build_image(target, tag, ROOT)
-        testbed.load_image(tag)
+    """Images (built before, by `make images`), buckets, namespaces and the chart; `folder` is for Helm's values."""
+    for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
+        testbed.load_image(image)
     lab = Lab(cluster, _s3(cluster), NAMESPACE, OPERATOR_NAMESPACE)
     _fill_buckets(lab)
     _prepare_namespaces(lab)
@@ -144,8 +141,8 @@ def _values() -> dict[str, object]:
         "podLabels": SCRAPED,
     }
     return {
-        "image": {**split(IMAGES["operator"]), "pullPolicy": "Never"},
-        "trainerImage": split(IMAGES["trainer"]),
+        "image": {**split(OPERATOR_IMAGE), "pullPolicy": "Never"},
+        "trainerImage": split(TRAINER_IMAGE),
         "watchNamespaces": [NAMESPACE],
         "runtimes": {"default": runtime},
         "podLabels": SCRAPED,
