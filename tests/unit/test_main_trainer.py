@@ -65,7 +65,7 @@ def run(tmp_path: Path, config: dict[str, object], monkeypatch: pytest.MonkeyPat
             "--config": tmp_path / "run.json",
             "--attempt": 2,
             "--plan-digest": digest,
-            "--result": result_file,
+            "--result": file,
         }
         code = trainer.main(["train", *(str(part) for pair in arguments.items() for part in pair)])
         result = RunResult.model_validate_json(file.read_bytes())
