@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,7 +125,7 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
         list(jsonl_rows(gunzip(chunks(bytes(content)), "f"), "f"))
 
 
-def parquet(path: Path, table: pa.Table) -> Path:
+def parquet(path: Path, table: Any) -> Path:
     pq.write_table(table, path)
     return path
 

@@ -1,0 +1,72 @@
+"""The rows of every step are fixed by the seed, and packing wastes little and loses nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.batches import epoch_order, pack, plan_batches, rows_to_read, write
+
+
+def test_an_epochs_order_depends_on_the_seed_and_the_epoch_only() -> None:
+    assert epoch_order(1000, 1, 3).tolist() == epoch_order(1000, 1, 3).tolist()
+    assert sorted(epoch_order(1000, 1, 3).tolist()) == list(range(1000))
+    assert epoch_order(1000, 1, 3).tolist() != epoch_order(1000, 1, 4).tolist()
+    assert epoch_order(1000, 1, 3).tolist() != epoch_order(1000, 2, 3).tolist()
+
+
+@pytest.mark.parametrize(("rows", "epochs", "expected"), [(10, 3.0, 30), (10, 0.5, 5), (3, 0.1, 1), (7, 1.5, 10)])
+def test_a_part_of_an_epoch_reads_a_part_of_the_rows(rows: int, epochs: float, expected: int) -> None:
+    assert rows_to_read(rows, epochs) == expected
+
+
+def test_steps_cut_the_epochs_and_count_their_tokens() -> None:
+    lengths, labels = np.array([5, 7, 9], dtype=np.uint32), np.array([1, 2, 3], dtype=np.uint32)
+    plan = plan_batches(lengths, labels, total_rows=7, global_batch_size=2, seed=0)
+    assert plan.steps == 4
+    assert plan.step_offsets.tolist() == [0, 2, 4, 6, 7]
+    assert plan.rows[:3].tolist() == epoch_order(3, 0, 0).tolist()
+    assert plan.rows[3:6].tolist() == epoch_order(3, 0, 1).tolist()
+    for step in range(plan.steps):
+        rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
+        assert plan.tokens[step] == lengths[rows].sum()
+        assert plan.label_tokens[step] == labels[rows].sum()
+
+
+@given(st.integers(1, 40), st.integers(1, 120), st.integers(1, 16), st.integers(0, 3))
+def test_every_epoch_reads_every_row_once(rows: int, total: int, batch: int, seed: int) -> None:
+    plan = plan_batches(np.ones(rows), np.ones(rows), total, batch, seed)
+    for begin in range(0, total - rows + 1, rows):
+        assert sorted(plan.rows[begin : begin + rows].tolist()) == list(range(rows))
+    assert len(plan.rows) == total == plan.tokens.sum()
+    assert set(np.diff(plan.step_offsets)[:-1].tolist()) <= {batch}
+
+
+def test_the_written_plan_is_read_back_and_equal_plans_are_equal_bytes(tmp_path: Path) -> None:
+    plan = plan_batches(np.array([3, 4]), np.array([1, 1]), 4, 2, 0)
+    for name in ("a", "b"):
+        write(plan, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = safetensors.numpy.load_file(tmp_path / "a")
+    assert {name: array.dtype.name for name, array in found.items()} == dict.fromkeys(
+        ("rows", "step_offsets", "label_tokens", "tokens"), "int64"
+    )
+
+
+@given(st.lists(st.integers(1, 60), max_size=80), st.integers(1, 50))
+def test_packing_keeps_every_row_once_and_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = pack(lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= budget
+    assert groups == pack(lengths, budget)
+
+
+def test_packing_leaves_at_most_one_group_half_empty() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 2000).tolist()
+    groups = pack(lengths, 1000)
+    assert sum(sum(lengths[row] for row in group) <= 500 for group in groups) <= 1
+    assert sum(lengths) / (1000 * len(groups)) > 0.99

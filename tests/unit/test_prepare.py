@@ -1,0 +1,391 @@
+"""The prepare stage from files in a folder to plan.json: every row is accounted for, every end has a name."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_run import (
+    CHATML,
+    Prepared,
+    byte_bpe,
+    chat,
+    chats,
+    context,
+    gz,
+    jsonl,
+    prepare_run,
+    put,
+    write_model,
+)
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_api.run import MAX_RESULT_BYTES
+from finetune_trainer import prepare
+
+CPT: dict[str, Any] = {"method": {"type": "CPT"}}
+QUARANTINE: dict[str, Any] = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+BPE = byte_bpe()
+
+
+def text_of(ids: list[int]) -> str:
+    return BPE.decode(ids, skip_special_tokens=False)
+
+
+def learned(row: tuple[list[int], list[int]]) -> str:
+    return text_of([token for token, label in zip(*row, strict=True) if label])
+
+
+def fails(tmp: Path, spec: dict[str, Any] | None = None) -> StageError:
+    with pytest.raises(StageError) as caught:
+        prepare_run(tmp, spec)
+    assert "secret" not in str(caught.value)
+    return caught.value
+
+
+def accounted(prepared: Prepared) -> None:
+    """rows in = used + held out + dropped, per file and in all; one decision per dropped row."""
+    data = prepared.result.data
+    assert data is not None
+    for file in prepared.report["files"]:
+        assert file["rows_in"] == file["rows_used"] + file["rows_held_out"] + sum(file["dropped"].values())
+    assert data.rows_in == data.rows_used + data.rows_held_out + sum(each.rows for each in data.dropped)
+    assert data.rows_in == sum(file["rows_in"] for file in prepared.report["files"])
+    assert len(prepared.decisions) == sum(each.rows for each in data.dropped)
+
+
+def test_conversations_become_rows_whose_answers_are_learned(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(30)), b_jsonl_gz=gz(jsonl(chats(15, 30))))
+    pq.write_table(pa.table({"messages": [row["messages"] for row in chats(5, 45)]}), tmp_path / "data" / "c.parquet")
+    (tmp_path / "data" / "notes.txt").write_text("not a data file")
+    prepared = prepare_run(tmp_path)
+    accounted(prepared)
+    assert prepared.plan.held_out is not None
+    both = prepared.train + prepared.rows(prepared.plan.held_out)
+    assert sorted(learned(row) for row in both) == sorted(f"the answer is {i + 1}.<|im_end|>" for i in range(50))
+    assert all(text_of(ids).startswith("<|im_start|>user\nwhat is") for ids, _ in both)
+    assert prepared.plan.stop_token_ids == [BPE.token_to_id("<|im_end|>")]
+    assert prepared.plan.chat_template == CHATML
+    assert [name.rpartition("/")[2] for name in prepared.report["ignored_files"]] == ["notes.txt"]
+    assert all(record.sha256 for record in prepared.plan.inputs)
+
+
+def test_the_plan_is_whole_and_its_essence_fits_the_termination_message(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(60)))
+    prepared = prepare_run(tmp_path)
+    plan, status = prepared.plan, prepared.result.plan
+    assert status is not None
+    assert status.digest == plan.digest()
+    assert len(plan.resolved) == len(status.resolved) <= 20
+    assert len(prepared.result.to_message()) <= MAX_RESULT_BYTES
+    batches = safetensors.numpy.load_file(plan.batches.uri.removeprefix("file://"))
+    assert len(batches["tokens"]) == plan.hyperparameters.total_steps == status.steps
+    assert batches["label_tokens"].min() >= 1
+    assert batches["label_tokens"].sum() == plan.label_tokens == status.label_tokens
+    lengths = np.array([len(ids) for ids, _ in prepared.train])
+    assert lengths[batches["rows"]].sum() == batches["tokens"].sum() == plan.train_tokens
+    assert plan.train.longest_row == lengths.max() == plan.hyperparameters.max_sequence_length
+    assert plan.sample_prompts[0].text.endswith("<|im_start|>assistant\n")
+
+
+def test_running_again_gives_the_same_plan(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(60)))
+    first = prepare_run(tmp_path)
+    again = prepare_run(tmp_path, attempt=2)
+    same = {"train", "held_out", "batches", "inputs", "model"}  # their ETags are those of a new upload
+    assert first.plan.model_dump(exclude=same) == again.plan.model_dump(exclude=same)
+    assert first.result.data == again.result.data
+    assert first.plan.train.tokens.uri == again.plan.train.tokens.uri
+
+
+def test_a_folder_of_another_job_is_left_alone(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    prepare_run(tmp_path)
+    ctx = context(tmp_path, {}, attempt=1)
+    job = ctx.config.job.model_copy(update={"uid": "1a2b3fff"})
+    other = ctx.config.model_copy(update={"job": job})
+    with pytest.raises(StageError) as caught:
+        prepare.run(replace(ctx, config=other))
+    assert caught.value.fault is Fault.OUTPUT_CONFLICT
+
+
+def test_prompts_and_completions_may_be_strings_or_messages(tmp_path: Path) -> None:
+    as_messages = {
+        "prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+                   {"role": "user", "content": "r"}],
+        "completion": [{"role": "assistant", "content": "last"}],
+    }  # fmt: skip
+    put(tmp_path, a_jsonl=jsonl([{"prompt": "the quick", "completion": " fox"}, as_messages]))
+    plain, chatted = prepare_run(tmp_path).train
+    assert (text_of(plain[0]), learned(plain)) == ("the quick fox<|im_end|>", " fox<|im_end|>")
+    assert learned(chatted) == "last<|im_end|>"
+
+
+def test_strings_need_no_chat_template(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=None)
+    put(tmp_path, a_jsonl=jsonl([{"prompt": "q", "completion": "a"}]))
+    assert prepare_run(tmp_path).plan.chat_template is None
+
+
+def test_all_tokens_are_learned_when_asked(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    prepared = prepare_run(tmp_path, {"method": {"type": "SFT", "sft": {"lossOn": "All"}}})
+    assert all(labels == [0] + [1] * (len(ids) - 1) for ids, labels in prepared.train)
+    assert prepared.plan.sample_prompts[0].text.endswith("<|im_start|>assistant\n")
+
+
+def test_a_base_model_without_a_template_may_use_the_plain_one(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=None)
+    put(tmp_path, a_jsonl=jsonl([chat("hello", "hi")]))
+    assert fails(tmp_path).fault is Fault.NO_CHAT_TEMPLATE
+    (row,) = prepare_run(tmp_path, {"preprocessing": {"chatTemplate": "plain"}}).train
+    assert text_of(row[0]) == "### User:\nhello\n\n### Assistant:\nhi<|im_end|>\n\n"
+    assert learned(row) == "hi<|im_end|>"
+
+
+def test_texts_are_split_and_no_token_is_lost(tmp_path: Path) -> None:
+    texts = ["the quick brown fox\n" * 40, "a", "jumps over the lazy dog " * 50]
+    put(tmp_path, a_jsonl=jsonl({"text": text} for text in texts))
+    prepared = prepare_run(tmp_path, {**CPT, "preprocessing": {"maxSequenceLength": 64}})
+    accounted(prepared)
+    assert prepared.plan.train.longest_row <= 64
+    documents: list[list[int]] = []
+    for ids, labels in prepared.train:
+        assert labels == [0] + [1] * (len(ids) - 1)
+        if documents and documents[-1][-1] != BPE.token_to_id("<|im_end|>"):
+            assert ids[0] == documents[-1][-1]
+            documents[-1] += ids[1:]
+        else:
+            documents.append(list(ids))
+    assert [text_of(ids) for ids in documents] == [text + "<|im_end|>" for text in texts]
+    assert prepared.plan.sample_prompts[0].text == text_of(documents[0][:32])
+
+
+def test_long_conversations_are_dropped_and_reported_never_cut(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([*chats(5), chat("q", "long " * 200), *chats(5, 5)]))
+    prepared = prepare_run(tmp_path, {"preprocessing": {"maxSequenceLength": 64}})
+    accounted(prepared)
+    (decision,) = prepared.decisions
+    assert (decision["row"], decision["stage"], decision["reason"]) == (6, "tokenise", "too_long")
+    assert decision["file"].endswith("data/a.jsonl")
+
+
+def test_an_answer_that_the_template_leaves_out_has_nothing_to_learn(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    error = fails(tmp_path)
+    assert error.fault is Fault.NO_TRAINING_DATA
+    assert error.args_by_name == {"rows_in": 3, "rows_dropped": 3, "reason": "no_label"}
+
+
+def test_equal_rows_stay_on_one_side_and_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(60)), b_jsonl=jsonl(chats(60)))
+    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.1}})
+    accounted(prepared)
+    assert prepared.plan.held_out is not None
+    held = [text_of(ids) for ids, _ in prepared.rows(prepared.plan.held_out)]
+    assert len(held) == len(set(held)) == 6
+    assert not set(held) & {text_of(ids) for ids, _ in prepared.train}
+    assert prepared.report["lengths"]["duplicates"] == {
+        "distinct_rows": 60,
+        "repeated_rows": 60,
+        "dropped_as_copies_of_held_out": 6,
+    }
+
+
+def test_a_broken_row_fails_the_job_naming_it_and_how_many_there_are(tmp_path: Path) -> None:
+    rows = b'{"messages": "secret"}\n' * 3
+    put(tmp_path, a_jsonl=jsonl(chats(20)) + b"\n" + rows + jsonl(chats(10)))
+    error = fails(tmp_path)
+    assert error.fault is Fault.BROKEN_ROW
+    assert "a.jsonl row 22, field messages: has the wrong type: must be a list of messages. 3 of 33 rows" in str(error)
+    folder = tmp_path / "out" / "bot-1a2b3" / ".job"
+    assert json.loads((folder / "report.json").read_bytes())["state"] == "failed"
+    assert len((folder / "decisions.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_counting_broken_rows_ends_after_a_thousand(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(1)) + b"{\n" * 5000)
+    assert fails(tmp_path).args_by_name["broken"] == 1000
+
+
+def test_broken_rows_are_put_aside_when_asked(tmp_path: Path) -> None:
+    bad = b'not json\n{"messages": [{"role": "user", "content": "secret"}]}\n[1]\n'
+    put(tmp_path, a_jsonl=jsonl(chats(3)) + bad + jsonl(chats(4, 3)))
+    prepared = prepare_run(tmp_path, QUARANTINE)
+    accounted(prepared)
+    assert [(each["row"], each["reason"], each.get("field")) for each in prepared.decisions] == [
+        (4, "not_json", None),
+        (5, "no_assistant_message", "messages"),
+        (6, "not_an_object", None),
+    ]
+    assert "secret" not in json.dumps(prepared.decisions) + json.dumps(prepared.report)
+
+
+def test_too_many_broken_rows_fail_the_job_even_when_put_aside(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(90)) + b"{\n" * 10)
+    error = fails(tmp_path, {"preprocessing": {"onBadRow": "Quarantine"}})
+    assert (error.fault, error.args_by_name["broken"], error.args_by_name["rows"]) == (Fault.BROKEN_ROW, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "words"),
+    [
+        ([{"text": "a"}], {}, "method SFT needs rows with `messages`, or with .*; found the fields text"),
+        (chats(3), CPT, "method CPT needs rows with `text`; found the fields messages"),
+        ([{"instruction": "a", "output": "b"}], {}, "found the fields instruction, output"),
+        ([{**chat("q", "a"), "prompt": "q", "completion": "a"}], {}, "needs one format; set datasets"),
+        ([{"not an identifier, but secret": 1, "id": 2}], {}, "found the fields id and 1 more"),
+    ],
+)
+def test_data_of_another_format_is_told_before_anything_else(
+    tmp_path: Path, rows: list[dict[str, Any]], spec: dict[str, Any], words: str
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(rows))
+    error = fails(tmp_path, spec)
+    assert error.fault is Fault.WRONG_FORMAT
+    with pytest.raises(StageError, match=words):
+        raise error
+
+
+def test_a_parquet_file_without_a_fitting_column_is_of_another_format(tmp_path: Path) -> None:
+    put(tmp_path)
+    pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), tmp_path / "data" / "a.parquet")
+    assert "found the fields answer, question" in str(fails(tmp_path))
+
+
+def test_a_format_that_does_not_fit_the_method_is_refused_by_the_field(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(1)))
+    spec = {"datasets": [{"uri": (tmp_path / "data").as_uri() + "/", "format": "Text"}]}
+    assert "spec.datasets[0].format: Text does not fit method SFT" in str(fails(tmp_path, spec))
+
+
+def test_a_row_of_another_format_in_the_middle_is_a_broken_row(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([*chats(3), {"prompt": "a", "completion": "b"}]))
+    error = fails(tmp_path)
+    assert (error.fault, error.args_by_name["row"]) == (Fault.BROKEN_ROW, 4)
+
+
+def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(3)), b_jsonl=jsonl([{"prompt": "q", "completion": "a"}]))
+    uris = [(tmp_path / "data" / name).as_uri() for name in ("a.jsonl", "b.jsonl")]
+    prepared = prepare_run(tmp_path, {"datasets": [{"uri": uri} for uri in uris]})
+    assert prepared.plan.formats == ["Messages", "PromptCompletion"]
+    assert prepared.plan.train.rows == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "fault", "words"),
+    [
+        ({"a_txt": b"x"}, Fault.NO_FILES_MATCH, "data/"),
+        ({"a_jsonl": b""}, Fault.NO_TRAINING_DATA, "0 rows read"),
+        ({"a_jsonl": b"{\n"}, Fault.BROKEN_ROW, "row 1: is not valid JSON"),
+        ({"a_jsonl": b"[1]\n2\n"}, Fault.BROKEN_ROW, "row 1: is not a JSON object. 2 of 2"),
+        ({"a_jsonl_gz": gz(jsonl(chats(50)))[:-10]}, Fault.BROKEN_FILE, "gzip stream is cut off"),
+        ({"a_parquet": b"PAR1 no"}, Fault.BROKEN_FILE, "Parquet cannot be decoded"),
+    ],
+)
+def test_files_that_hold_no_rows_are_told_by_name(
+    tmp_path: Path, files: dict[str, bytes], fault: Fault, words: str
+) -> None:
+    put(tmp_path, **files)
+    error = fails(tmp_path)
+    assert error.fault is fault
+    assert words in str(error)
+
+
+def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl_gz=gz(jsonl(chats(50)))[:-10])
+    assert fails(tmp_path, QUARANTINE).fault is Fault.BROKEN_FILE
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_or_the_row_put_aside(tmp_path: Path) -> None:
+    template = CHATML.replace(
+        "message['content']", "('!' if loop.last and message.role == 'assistant' else '') + message['content']"
+    )
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "secret", "r", "b")]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.TEMPLATE_NOT_PREFIX_STABLE
+    assert (error.args_by_name["row"], error.args_by_name["message"]) == (2, 2)
+    prepared = prepare_run(tmp_path, QUARANTINE)
+    accounted(prepared)
+    assert [each["reason"] for each in prepared.decisions] == ["template_not_prefix_stable"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('only short questions') }}", "a.jsonl row 1: only short questions"),
+        ("{{ raise_exception(messages[0].content) }}", "a.jsonl row 1: TemplateError"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_template_that_fails_is_told_with_the_row(tmp_path: Path, template: str, words: str) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([chat("secret", "a")]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.TEMPLATE_FAILED
+    assert words in str(error)
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", config={"vocab_size": 10})
+    put(tmp_path, a_jsonl=jsonl(chats(1)))
+    assert "ids above the model's vocabulary of 10" in str(fails(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_token_cannot_end_texts(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", tokenizer_config={"eos_token": None})
+    put(tmp_path, a_jsonl=jsonl([{"text": "a"}]))
+    assert "names no eos_token" in str(fails(tmp_path, CPT))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_data_is_accounted_for_or_named(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    tmp = tmp_path_factory.mktemp("fuzz")
+    content = bytearray(jsonl([*chats(6), {"prompt": "a", "completion": "b"}, {"text": "c"}]))
+    for _ in range(data.draw(st.integers(0, 6))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=8))
+    put(tmp, a_jsonl=bytes(content))
+    spec = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 1}}
+    try:
+        prepared = prepare_run(tmp, spec)
+    except StageError:
+        return
+    accounted(prepared)
+    lines = [line for line in bytes(content).split(b"\n") if line.strip(b" \t\r\n\v\f")]
+    assert prepared.report["rows_in"] == len(lines)
+
+
+def test_memory_stays_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None:
+    row = json.dumps(chat("the quick brown fox " * 20, "jumps over the lazy dog. " * 20)).encode() + b"\n"
+    peaks_mib: list[float] = []
+    for times in (1, 8):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        put(folder, a_jsonl=row * (1500 * times))
+        code = "import sys; from pathlib import Path; from data_run import prepare_run; prepare_run(Path(sys.argv[1]))"
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), "RAYON_NUM_THREADS": "1"}
+        with subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks_mib.append(usage.ru_maxrss / 1024)
+    assert peaks_mib[1] < peaks_mib[0] + 24, f"peak MiB of 1x and 8x: {peaks_mib}, {resource.getpagesize()} byte pages"

@@ -1,0 +1,224 @@
+"""What the spec leaves open is chosen by fixed rules, each with its reason."""
+
+from typing import Any
+
+import pytest
+
+from finetune_api.errors import StageError
+from finetune_api.job import FineTuneJobSpec, Schedule
+from finetune_api.reasons import Fault
+from finetune_api.run import RunResources
+from finetune_trainer.runplan import ModelFacts
+from finetune_trainer.sizing import DataFacts, Sizing, memory_estimate, sequence_limit, size
+
+GIB = 2**30
+DIGEST = "sha256:" + "0" * 64
+
+
+def spec(method: str = "SFT", **fields: Any) -> FineTuneJobSpec:
+    values = {
+        "model": {"uri": "s3://m/x"},
+        "method": {"type": method},
+        "datasets": [{"uri": "s3://d/a.jsonl"}],
+        "output": {"uri": "s3://o/x"},
+        **fields,
+    }
+    return FineTuneJobSpec.model_validate(values)
+
+
+def model(**fields: Any) -> ModelFacts:
+    values: dict[str, Any] = {
+        "uri": "s3://m/x",
+        "digest": DIGEST,
+        "files": [],
+        "architecture": "LlamaForCausalLM",
+        "hidden_size": 4096,
+        "layers": 32,
+        "vocabulary_size": 128_256,
+        "parameters": 8_030_000_000,
+        "context_length": 8192,
+        "lora_parameters_per_rank": 2_621_440,
+        "target_modules": ["q_proj"],
+        "packing_safe": True,
+    }
+    return ModelFacts.model_validate(values | fields)
+
+
+SMALL = model(
+    hidden_size=576, layers=30, parameters=135_000_000, vocabulary_size=49_152, lora_parameters_per_rank=305_280
+)
+
+
+def data(rows: int = 1000, **fields: Any) -> DataFacts:
+    values: dict[str, Any] = {
+        "rows": rows,
+        "tokens": rows * 100,
+        "label_tokens": rows * 40,
+        "longest_row": 300,
+        "prepared_bytes": rows * 500,
+        "too_long_rows": 0,
+        "sequence_limit": 2048,
+    }
+    return DataFacts(**(values | fields))
+
+
+def sized(
+    job: FineTuneJobSpec, facts: DataFacts, base: ModelFacts = SMALL, family: str = "llama", **resources: Any
+) -> Sizing:
+    granted = {"cpu_count": 2, "memory_bytes": 64 * GIB, "disk_bytes": 100 * GIB, "gpus": 0, **resources}
+    return size(job, base, family, facts, RunResources(**granted))
+
+
+def reason(found: Sizing, field: str) -> str:
+    return next(value.reason for value in found.resolved if value.field == field)
+
+
+@pytest.mark.parametrize(
+    ("method", "label_tokens", "rank"),
+    [
+        ("SFT", 100, 16),
+        ("SFT", 16 * 305_280, 16),
+        ("SFT", 16 * 305_280 + 1, 32),
+        ("SFT", 10**9, 128),
+        ("CPT", 100, 64),
+        ("CPT", 65 * 305_280, 128),
+    ],
+)
+def test_the_rank_is_the_smallest_with_a_weight_per_token_to_learn(method: str, label_tokens: int, rank: int) -> None:
+    found = sized(spec(method), data(label_tokens=label_tokens))
+    assert found.hyperparameters.lora_rank == rank
+    assert f"{label_tokens:,} tokens to learn" in reason(found, "peft.rank")
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "rows_read"),
+    [
+        ("SFT", 5, 50),
+        ("SFT", 20, 100),
+        ("SFT", 1000, 3000),
+        ("SFT", 12_500, 25_000),
+        ("SFT", 10**6, 10**6),
+        ("CPT", 9, 9),
+    ],
+)
+def test_few_rows_are_read_more_often(method: str, rows: int, rows_read: int) -> None:
+    assert sized(spec(method), data(rows)).total_rows == rows_read
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "batch"),
+    [
+        (100, {}, 4),
+        (600, {}, 8),
+        (1100, {}, 16),
+        (5000, {}, 32),
+        (5000, {"tokens": 5000 * 3000}, 16),
+        (2, {}, 2),
+    ],
+)
+def test_the_batch_leaves_at_least_200_steps_where_it_can(rows: int, fields: dict[str, int], batch: int) -> None:
+    assert sized(spec(), data(rows, **fields)).hyperparameters.global_batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden_size", "learning_rate"),
+    [("llama", 4096, 2.86e-4), ("qwen2", 4096, 4.73e-4), ("llama", 576, 5e-4), ("gpt_neox", 4096, 2e-4)],
+)
+def test_the_learning_rate_follows_family_and_width(family: str, hidden_size: int, learning_rate: float) -> None:
+    base = SMALL.model_copy(update={"hidden_size": hidden_size})
+    assert sized(spec(), data(), base, family).hyperparameters.learning_rate == pytest.approx(learning_rate)
+
+
+def test_the_learning_rate_is_higher_for_few_steps() -> None:
+    found = sized(spec(hyperparameters={"maxSteps": 50}), data())
+    assert found.hyperparameters.learning_rate == pytest.approx(7.5e-4)
+    assert "50 steps" in reason(found, "hyperparameters.learningRate")
+
+
+def test_max_steps_are_kept_and_their_batches_are_full() -> None:
+    found = sized(spec(hyperparameters={"maxSteps": 7, "globalBatchSize": 4}), data(10))
+    assert (found.hyperparameters.total_steps, found.total_rows) == (7, 28)
+    assert not any(value.field == "hyperparameters.epochs" for value in found.resolved)
+
+
+def test_given_values_are_kept_and_not_explained() -> None:
+    given = {"epochs": 2, "learningRate": 1e-5, "globalBatchSize": 3, "warmupRatio": 0, "schedule": "Constant",
+             "weightDecay": 0.1, "seed": 7}  # fmt: skip
+    job = spec(peft={"type": "LoRA", "rank": 8, "alpha": 16}, hyperparameters=given,
+               preprocessing={"packing": False, "maxSequenceLength": 1024})  # fmt: skip
+    found = sized(job, data(30))
+    hyper = found.hyperparameters
+    assert (hyper.lora_rank, hyper.lora_alpha, hyper.learning_rate, hyper.global_batch_size) == (8, 16, 1e-5, 3)
+    assert (hyper.warmup_steps, hyper.schedule, hyper.weight_decay, hyper.seed) == (0, Schedule.CONSTANT, 0.1, 7)
+    assert (hyper.packing, hyper.max_sequence_length, hyper.total_steps) == (False, 1024, 20)
+    assert [value.field for value in found.resolved] == ["microBatchTokens"]
+
+
+def test_every_open_value_has_a_reason_and_they_fit_the_status() -> None:
+    found = sized(spec(), data())
+    assert len(found.resolved) <= 14
+    assert all(value.reason and value.value for value in found.resolved)
+
+
+def test_warmup_and_evaluation_are_shares_of_the_steps() -> None:
+    hyper = sized(spec(hyperparameters={"maxSteps": 1000}), data()).hyperparameters
+    assert (hyper.warmup_steps, hyper.eval_interval_steps) == (30, 100)
+    assert sized(spec(hyperparameters={"maxSteps": 1}), data()).hyperparameters.eval_interval_steps == 1
+
+
+def test_packing_is_off_for_a_family_that_was_not_shown_to_keep_rows_apart() -> None:
+    found = sized(spec(), data(), SMALL.model_copy(update={"packing_safe": False}), "mamba")
+    assert not found.hyperparameters.packing
+    assert reason(found, "preprocessing.packing") == "mamba is not known to keep packed rows apart"
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(None, 2048), (16, 16), (8192, 8192)])
+def test_sequences_are_limited_by_the_spec_or_by_2048(asked: int | None, limit: int) -> None:
+    job = spec(preprocessing={"maxSequenceLength": asked}) if asked else spec()
+    assert sequence_limit(job, model()) == limit
+
+
+def test_sequences_are_limited_by_what_the_model_was_made_for() -> None:
+    assert sequence_limit(spec(), model(context_length=512)) == 512
+    with pytest.raises(StageError) as caught:
+        sequence_limit(spec(preprocessing={"maxSequenceLength": 9000}), model())
+    assert caught.value.fault is Fault.SEQUENCE_LENGTH_TOO_LONG
+
+
+def test_rows_that_were_too_long_are_told_beside_the_chosen_length() -> None:
+    found = sized(spec(), data(too_long_rows=3, longest_row=2000))
+    assert found.hyperparameters.max_sequence_length == 2000
+    assert "3 rows above 2048 were dropped" in reason(found, "preprocessing.maxSequenceLength")
+
+
+def test_a_forward_pass_shrinks_to_the_memory_but_never_below_the_longest_row() -> None:
+    roomy = sized(spec(), data())
+    assert roomy.hyperparameters.micro_batch_tokens == 2048
+    tight = sized(spec(), data(), memory_bytes=memory_estimate(SMALL, 16, 512, 0))
+    assert tight.hyperparameters.micro_batch_tokens == 512
+    assert tight.memory_bytes <= memory_estimate(SMALL, 16, 512, 0)
+    assert reason(tight, "microBatchTokens") == "what the memory allows"
+
+
+def test_too_little_memory_is_told_with_what_is_needed() -> None:
+    with pytest.raises(StageError) as caught:
+        sized(spec(), data(), model(), memory_bytes=16 * GIB)
+    assert caught.value.fault is Fault.MEMORY_TOO_SMALL
+    assert caught.value.args_by_name["limit_gib"] == 16.0
+    assert float(caught.value.args_by_name["needed_gib"]) > 32
+
+
+def test_a_gpu_is_filled_with_more_tokens() -> None:
+    assert sized(spec(), data(longest_row=2000), gpus=1).hyperparameters.micro_batch_tokens == 8192
+
+
+def test_too_little_disk_is_told_before_training() -> None:
+    with pytest.raises(StageError) as caught:
+        sized(spec(), data(prepared_bytes=200 * GIB))
+    assert caught.value.fault is Fault.DISK_FULL
+
+
+def test_more_rows_than_can_be_planned_are_refused_by_the_field() -> None:
+    with pytest.raises(StageError) as caught:
+        sized(spec(hyperparameters={"maxSteps": 10_000_000, "globalBatchSize": 65536}), data())
+    assert caught.value.args_by_name["field"] == "spec.hyperparameters.maxSteps"
