@@ -81,5 +81,6 @@ def test_one_call_per_row_equals_the_dense_mask(window: int | None) -> None:
 @pytest.mark.parametrize("variant", ["softcap", "s_aux", "position_bias"])
 def test_attention_that_would_be_left_out_silently_is_refused_by_name(variant: str) -> None:
     q = torch.randn(1, 2, 6, 8)
+    other: Any = {variant: torch.ones(1)}
     with pytest.raises(NotImplementedError, match=variant):
-        packed_attention(torch.nn.Identity(), q, q, q, None, segments=_segments((6,)), **{variant: torch.ones(1)})
+        packed_attention(torch.nn.Identity(), q, q, q, None, segments=_segments((6,)), **other)

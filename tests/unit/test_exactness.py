@@ -128,7 +128,7 @@ def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Ran
             break
         time.sleep(0.002)
     process.join(delay_s)
-    if process.exitcode is not None:
+    if not process.is_alive():
         return False
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

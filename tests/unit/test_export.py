@@ -1,0 +1,195 @@
+"""The exported folder is what it says, or it is not committed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.layout import ADAPTER, join
+from finetune_api.reasons import Fault
+from finetune_api.status import ResolvedValue
+from finetune_trainer import commit, export
+from finetune_trainer.card import Evaluations, Lineage, model_card, vllm_rank
+from finetune_trainer.evaluate import Answer, HeldOut
+from finetune_trainer.inputs import Batch, fetch_rows
+from finetune_trainer.model import LanguageModel, add_adapter, load_base
+from finetune_trainer.recipes import recipe_of
+from tiny_run import STOP_ID, TinyRun, make_run
+
+LINEAGE = Lineage("tiny", "sha256:" + "3" * 64, "sha256:" + "4" * 64, {"model.safetensors": "sha256:5"}, {"peft": "1"})
+FOUND = Evaluations(
+    [HeldOut(step=0, loss=3.0, rows=2, label_tokens=9), HeldOut(step=4, loss=1.0, rows=2, label_tokens=9)],
+    [Answer("secret words", [1, 2, 3], stopped=False)] * 3,
+    [Answer("other words", [1, 2], stopped=True)] * 3,
+)
+
+
+class Trained:
+    """A tiny model with an adapter that has an effect, written to a folder."""
+
+    def __init__(self, run: TinyRun, folder: Path, effect: float = 0.05) -> None:
+        self.run = run
+        self.lm: LanguageModel = load_base(run.folder / "model", run.plan, torch.device("cpu"))
+        self.adapted: PeftModel = add_adapter(self.lm, run.plan)
+        torch.manual_seed(0)
+        for name, parameter in self.adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, effect)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = fetch_rows(run.store, run.plan.train, folder / "rows")
+        self.batches: list[Batch] = [rows.batch([row], self.lm.device) for row in range(4)]
+        self.folder = folder / "adapter"
+
+    def write(self) -> Path:
+        model = self.run.folder / "model"
+        export.write_adapter(self.adapted, self.folder, model, self.run.plan, [STOP_ID], LINEAGE, FOUND)
+        return self.folder
+
+    def check(self) -> dict[str, float]:
+        return export.check_reload(self.lm, self.adapted, self.folder, self.batches)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def _scale_weights(folder: Path, factor: float) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: factor * tensor for name, tensor in load_file(path).items()}, path)
+
+
+def test_the_folder_works_with_plain_peft_and_transformers(run: TinyRun, tmp_path: Path) -> None:
+    trained = Trained(run, tmp_path)
+    folder = trained.write()
+    live = torch.cat([trained.lm.token_logprobs(batch) for batch in trained.batches])
+    base = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, str(folder))
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        for batch in trained.batches:
+            logprobs = model(input_ids=batch.input_ids).logits[0].log_softmax(-1)
+            found.append(logprobs[batch.sources, batch.targets])
+    torch.testing.assert_close(torch.cat(found), live, atol=1e-5, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("Grüße")) == "Grüße"
+    assert tokenizer.chat_template == run.plan.chat_template
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [STOP_ID]
+    assert model.peft_config["default"].base_model_name_or_path == run.plan.model.uri
+
+
+def test_a_good_adapter_equals_the_live_model_and_differs_from_the_base(run: TinyRun, tmp_path: Path) -> None:
+    trained = Trained(run, tmp_path)
+    trained.write()
+    checks = trained.check()
+    assert checks["reload_difference"] <= 1e-5
+    assert checks["effect"] > 1e-3
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_files_that_do_not_hold_what_was_trained_are_found(run: TinyRun, tmp_path: Path, factor: float) -> None:
+    trained = Trained(run, tmp_path)
+    _scale_weights(trained.write(), factor)
+    with pytest.raises(StageError) as caught:
+        trained.check()
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.RELOAD_MISMATCH, 21)
+
+
+def test_an_adapter_without_effect_is_not_committed(run: TinyRun, tmp_path: Path) -> None:
+    trained = Trained(run, tmp_path, effect=0.0)
+    trained.write()
+    with pytest.raises(StageError) as caught:
+        trained.check()
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.ADAPTER_NO_EFFECT, 21)
+
+
+def test_weights_that_are_not_numbers_are_never_exported(run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        Trained(run, tmp_path, effect=float("inf")).write()
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.NOT_FINITE, 15)
+
+
+def test_the_manifest_vouches_for_every_file_and_names_the_lineage(run: TinyRun, tmp_path: Path) -> None:
+    folder = Trained(run, tmp_path).write()
+    run_uri = f"file://{tmp_path}/out/run"
+    fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
+    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {"effect": 1.0})
+    manifest = commit.read_manifest(run.store, artifact.manifest_uri, artifact.digest)
+    files: Any = manifest["files"]
+    assert {file["path"] for file in files} == {path.name for path in folder.iterdir()}
+    assert manifest["plan_digest"] == LINEAGE.plan_digest
+    assert manifest["base"] == {"uri": run.plan.model.uri, "digest": LINEAGE.base_digest, "files": LINEAGE.base_files}
+    assert artifact.uri == join(run_uri, ADAPTER, "")
+
+
+def test_what_an_attempt_that_died_has_left_is_not_overwritten_but_removed_after_the_commit(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    folder = Trained(run, tmp_path).write()
+    run_uri = f"file://{tmp_path}/out/run"
+    run.store.put(join(run_uri, ADAPTER, "eval.json"), b"half")
+    fence = commit.raise_epoch(run.store, run_uri, 2, "pod")
+    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+    assert run.store.read(join(run_uri, ADAPTER, "eval.json"))[0] == b"half"
+    commit.commit(run.store, fence, run_uri, artifact)
+    export.remove_orphans(run.store, run_uri, artifact)
+    assert commit.read_commit(run.store, run_uri) == artifact
+    assert run.store.head(join(run_uri, ADAPTER, "eval.json")) is None
+
+
+def test_a_superseded_attempt_uploads_nothing(run: TinyRun, tmp_path: Path) -> None:
+    folder = Trained(run, tmp_path).write()
+    run_uri = f"file://{tmp_path}/out/run"
+    fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
+    commit.raise_epoch(run.store, run_uri, 2, "other")
+    with pytest.raises(StageError) as caught:
+        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+    assert caught.value.fault is Fault.SUPERSEDED
+    assert run.store.list(join(run_uri, ADAPTER)) == []
+
+
+def test_answers_are_in_eval_json_and_their_words_nowhere_else(run: TinyRun, tmp_path: Path) -> None:
+    folder = Trained(run, tmp_path).write()
+    found = json.loads((folder / "eval.json").read_text())
+    assert [sample["base"]["text"] for sample in found["samples"]] == ["secret words"] * 3
+    assert found["stop_ratio"] == {"base": 0.0, "tuned": 1.0}
+    assert found["held_out"][1]["perplexity"] == pytest.approx(2.71828, rel=1e-4)
+    assert "words" not in (folder / "README.md").read_text()
+
+
+def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
+    value = ResolvedValue(field="peft.rank", value="16", reason="enough | for 5 tokens")
+    card = model_card(run.plan.model_copy(update={"resolved": [value]}), LINEAGE, FOUND)
+    assert "| loss on held-out rows (nats per token) | 3.0000 | 1.0000 |" in card
+    assert "--max-lora-rank 8 " in card
+    assert "| peft.rank | 16 | enough \\| for 5 tokens |" in card
+    assert LINEAGE.plan_digest in card
+    assert "Results" not in model_card(run.plan, LINEAGE, Evaluations([], [], []))
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (100, 128), (256, 256)])
+def test_the_card_names_a_rank_that_vllm_accepts(rank: int, served: int) -> None:
+    assert vllm_rank(rank) == served
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "model", "stops"),
+    [
+        (MethodType.SFT, [7], [9], [7]),
+        (MethodType.SFT, [], [9], [9]),
+        (MethodType.CPT, [7], [9, 7], [7, 9]),
+        (MethodType.CPT, [], [9], [9]),
+    ],
+)
+def test_answers_stop_where_the_method_taught_them_to(
+    run: TinyRun, method: MethodType, trained: list[int], model: list[int], stops: list[int]
+) -> None:
+    plan = run.plan.model_copy(update={"stop_token_ids": trained})
+    assert recipe_of(method).stop_token_ids(plan, model) == stops

@@ -1,0 +1,250 @@
+"""The train stage from plan to commit, and every way it stops in between."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
+from finetune_api.reasons import Fault
+from finetune_trainer import commit, session, train
+from finetune_trainer.loop import Stepper
+from finetune_trainer.stop import StopFlag
+from tiny_run import STOP_ID, TinyRun, context, make_run
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _stop_before(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> None:
+    """Ask to stop while step `step - 1` runs."""
+    original = Stepper.run
+
+    def run_and_stop(self: Stepper, number: int) -> torch.Tensor:
+        if number == step - 1:
+            stop.set()
+        return original(self, number)
+
+    monkeypatch.setattr(Stepper, "run", run_and_stop)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "method"),
+    [
+        ("llama", {}, MethodType.SFT),
+        ("qwen3", {"tie_word_embeddings": True}, MethodType.CPT),
+        ("gemma2", {"query_pre_attn_scalar": 8, "final_logit_softcapping": None}, MethodType.SFT),
+    ],
+)
+def test_a_run_ends_with_a_committed_adapter_and_its_figures(
+    tmp_path: Path, family: str, changes: dict[str, Any], method: MethodType
+) -> None:
+    run = make_run(tmp_path, family=family, model_changes=changes, method=method)
+    ctx = context(run)
+    result = train.run(ctx, StopFlag(60))
+    assert (result.fault, result.exit_code, result.step) == (Fault.COMMITTED, 0, 12)
+    assert result.artifact is not None
+    assert result.artifact == commit.read_commit(run.store, run.run_uri)
+    assert result.metrics is not None
+    assert result.metrics.train_loss is not None
+    assert result.metrics.base_eval_loss is not None
+    assert result.metrics.eval_loss != result.metrics.base_eval_loss
+    assert len(result.to_message()) < 4000
+    found = json.loads(run.local("adapter", "eval.json").read_text())
+    assert [evaluation["step"] for evaluation in found["held_out"]] == [0, 4, 8, 12]
+    assert len(found["samples"]) == 3
+    rows = _rows(run.local(METRICS))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    progress = ctx.reporter.progress()
+    assert (progress.activity, progress.step, progress.total_steps) == ("Done", 12, 12)
+    latest = json.loads((run.local().parent / LATEST).read_text())
+    assert latest["artifact"]["digest"] == result.artifact.digest
+
+
+def test_training_learns_its_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=60, rows=8, batch=8, learning_rate=2e-2)
+    train.run(context(run), StopFlag(60))
+    losses = [row["loss"] for row in _rows(run.local(METRICS)) if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_stop_is_a_checkpoint_and_the_next_attempt_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, stopped = (make_run(tmp_path / name) for name in ("undisturbed", "stopped"))
+    train.run(context(undisturbed), StopFlag(60))
+    stop = StopFlag(60)
+    with monkeypatch.context() as patch:
+        _stop_before(patch, stop, 5)
+        ctx = context(stopped)
+        with pytest.raises(StageError) as caught:
+            train.run(ctx, stop)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.INTERRUPTED, 30)
+    assert caught.value.args_by_name == {"step": 5}
+    saved = ctx.reporter.progress().checkpoint
+    assert saved is not None
+    assert saved.step == 5
+    # The pod is gone, and with it its disk.
+    for path in Path(stopped.config.work_dir).glob("metrics.jsonl"):
+        path.unlink()
+    result = train.run(context(stopped, attempt=2), StopFlag(60))
+    assert (result.resumed_from_step, result.step) == (5, 12)
+    assert stopped.adapter_bytes() == undisturbed.adapter_bytes()
+    assert [row["step"] for row in _rows(stopped.local(METRICS)) if "loss" in row] == list(range(1, 13))
+    both = [json.loads(run.local("adapter", "eval.json").read_text()) for run in (undisturbed, stopped)]
+    assert both[0] == both[1]
+
+
+def test_a_stop_while_loading_ends_at_once(tmp_path: Path) -> None:
+    stop = StopFlag(60)
+    stop.set()
+    with pytest.raises(StageError) as caught:
+        train.run(context(make_run(tmp_path)), stop)
+    assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 0})
+
+
+def test_checkpoints_are_written_as_time_goes_by_and_only_the_last_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, checkpoint_interval_s=1, keep_last=2)
+    published: list[str] = []
+    original = commit.publish_manifest
+
+    def publish(store: Any, fence: Any, uri: str, manifest: Any) -> str:
+        published.append(uri)
+        return original(store, fence, uri, manifest)
+
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.1  # ten readings a second: several per step
+        return now[0]
+
+    monkeypatch.setattr("finetune_trainer.checkpoint.publish_manifest", publish)
+    monkeypatch.setattr(session.time, "monotonic", clock)
+    train.run(context(run), StopFlag(60))
+    assert len(published) >= 2
+    left = {Path(info.uri).parent.name for info in run.store.list(join(run.run_uri, CHECKPOINTS, ""))}
+    assert left == {"00000012-1"}
+
+
+def test_an_attempt_after_the_commit_verifies_it_and_ends_well(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first = train.run(context(run), StopFlag(60))
+    (run.local().parent / LATEST).unlink()
+    second = train.run(context(run, attempt=2), StopFlag(60))
+    assert (second.exit_code, second.artifact) == (0, first.artifact)
+    assert (run.local().parent / LATEST).exists()
+
+
+def test_an_attempt_that_died_before_the_commit_is_finished_from_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+
+    def die(*_: Any) -> None:
+        raise StageError(Fault.STORAGE_UNAVAILABLE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "commit", die)
+        with pytest.raises(StageError):
+            train.run(context(run), StopFlag(60))
+    result = train.run(context(run, attempt=2), StopFlag(60))
+    assert (result.exit_code, result.resumed_from_step) == (0, 12)
+    assert result.artifact is not None
+    assert result.artifact.uri.endswith("/adapter-2/")
+    assert not run.local("adapter").exists() or not list(run.local("adapter").iterdir())
+
+
+def _change_model(run: TinyRun) -> None:
+    with (run.folder / "model" / "config.json").open("a") as file:
+        file.write(" ")
+
+
+def _change_tokens(run: TinyRun) -> None:
+    path = Path(run.plan.train.tokens.uri.removeprefix("file://"))
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def _change_plan(run: TinyRun) -> None:
+    told = run.plan
+    run.write_plan(told.model_copy(update={"train_tokens": 1}))
+    run.plan = told
+
+
+def _take_folder(run: TinyRun) -> None:
+    commit.claim(run.store, run.run_uri, "another job's uid")
+
+
+def _pickle(run: TinyRun) -> None:
+    plan = run.plan
+    files = [record for record in plan.model.files if not record.uri.endswith(".safetensors")]
+    run.write_plan(plan.model_copy(update={"model": plan.model.model_copy(update={"files": files})}))
+
+
+def _unsafe_packing(run: TinyRun) -> None:
+    """A plan that says a family packs safely whose attention has a variant that packing leaves out."""
+    plan = run.plan
+    run.write_plan(plan.model_copy(update={"model": plan.model.model_copy(update={"packing_safe": True})}))
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "fault", "exit_code"),
+    [
+        (_change_model, "llama", Fault.MODEL_CHANGED, 22),
+        (_change_tokens, "llama", Fault.INPUT_CHANGED, 11),
+        (_change_plan, "llama", Fault.CONFIG_CHANGED, 10),
+        (_take_folder, "llama", Fault.OUTPUT_CONFLICT, 17),
+        (_pickle, "llama", Fault.UNSUPPORTED_MODEL, 10),
+        (_unsafe_packing, "gemma2", Fault.UNSUPPORTED_MODEL, 10),
+    ],
+)
+def test_what_is_not_what_was_planned_ends_the_run_before_step_1(
+    tmp_path: Path, change: Any, family: str, fault: Fault, exit_code: int
+) -> None:
+    run = make_run(tmp_path, family=family)
+    change(run)
+    with pytest.raises(StageError) as caught:
+        train.run(context(run), StopFlag(60))
+    assert (caught.value.fault, caught.value.exit_code) == (fault, exit_code)
+    assert run.store.list(join(run.run_uri, CHECKPOINTS)) == []
+
+
+def test_a_run_that_diverges_is_not_committed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, learning_rate=1e30)
+    with pytest.raises(StageError) as caught:
+        train.run(context(run), StopFlag(60))
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.NOT_FINITE, 15)
+    assert commit.read_commit(run.store, run.run_uri) is None
+
+
+def test_a_run_without_held_out_rows_and_prompts_ends_well(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.write_plan(run.plan.model_copy(update={"held_out": None, "sample_prompts": []}))
+    result = train.run(context(run), StopFlag(60))
+    assert result.exit_code == 0
+    assert result.metrics is not None
+    assert result.metrics.eval_loss is None
+
+
+def test_answers_of_the_tuned_model_end_where_the_plan_says(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    train.run(context(run), StopFlag(60))
+    assert json.loads(run.local("adapter", "generation_config.json").read_text())["eos_token_id"] == [STOP_ID]
+
+
+def test_a_step_that_hangs_is_reported_and_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    ctx = context(run)
+    file = tmp_path / "result.json"
+    ended: list[int] = []
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    train._end_stalled(replace(ctx, result_file=file), 7, 301.0)  # pyright: ignore[reportPrivateUsage]
+    assert ended == [32]
+    assert json.loads(file.read_text())["args"] == {"seconds": 301, "step": 7}
