@@ -138,6 +138,8 @@ def test_the_pod_is_restricted_and_single(helm: str):
         "capabilities": {"drop": ["ALL"]},
     }
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # a slow start is no reason to be killed
     assert container["resources"]["limits"]["memory"]
 
 
