@@ -136,6 +136,7 @@ class Cluster:
         path, query = _path(kind, namespace), {"labelSelector": _OURS}
         pages = self._list(path, query)
         for body in pages.items():
+            self._metrics.watched.labels(kind).inc()
             yield "ITEM", body
         yield "LISTED", {}
         follow = {
@@ -152,6 +153,7 @@ class Cluster:
                 body = cast(Body, event.get("object") or {})
                 if event.get("type") == "ERROR":
                     raise ApiError(int(body.get("code") or 500), str(body.get("reason")), str(body.get("message")))
+                self._metrics.watched.labels(kind).inc()
                 yield str(event.get("type")), body
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise UnreachableError(f"watch of {kind}: {type(error).__name__}") from error

@@ -68,9 +68,6 @@ def _look(folded: Folded, seen: Seen, now: datetime) -> Look:
     if planned and blocked is None and stored is not None and stored.status == "True":
         reason = reason_of(stored.reason)
         blocked = Blocked(reason, stored.message) if reason in REFUSED else None
-    if planned and not seen.runtime_known:
-        text = "spec.runtime names no runtime of this cluster: ask the platform team, or name another in a new job"
-        blocked = Blocked(Reason.RUNTIME_NOT_FOUND, text)
     return look(last, folded.job, folded.pods, blocked, now)
 
 
@@ -119,8 +116,10 @@ def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> t
         return folded, None
     wait_s = retry_delay_s(status.attempts)
     ended_at = parse_time(last.finished_at) if last is not None else None
-    if ended_at is not None and (remaining := wait_s - (now - ended_at).total_seconds()) > 0:
-        return folded, min(remaining, wait_s)
+    if ended_at is not None:
+        passed_s = max(0.0, (now - ended_at).total_seconds())  # another clock may be ahead of ours
+        if passed_s < wait_s:
+            return folded, wait_s - passed_s
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     numbers = [e.number for e in status.attempts if e.stage == stage]
     numbers += [j.attempt for j in seen.jobs if j.stage == stage]
@@ -151,7 +150,7 @@ def _own_action(folded: Folded, seen: Seen) -> tuple[Action, ...]:
         return ()
     if is_stopping(last):
         return (DeleteJob(job.name, job.uid),) if job is not None and job.live and not job.deleting else ()
-    if is_planned(last, job, folded.pods) and seen.runtime_known and _is_quiet(folded, seen):
+    if is_planned(last, job, folded.pods) and _is_quiet(folded, seen):
         stage = Stage(last.stage)
         digest = folded.status.plan.digest if folded.status.plan is not None and stage == Stage.TRAIN else None
         return (CreateJob(stage, last.number, digest),)

@@ -15,7 +15,7 @@ from finetune_operator.seen import Blocked
 PATIENCE = timedelta(minutes=15)
 IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
 # Refused creations show only when they are tried, so the last answer stands until the Job exists.
-REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION)
+REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND)
 SLOW_START_S = 15  # a pod that has not started by then is looked into
 
 _IMAGE_WAITS = (

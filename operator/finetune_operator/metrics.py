@@ -32,6 +32,7 @@ class Metrics:
         self.api_writes = counter("finetune_api_writes", "Writes to the API server.", ("verb", "resource"))
         self.api_errors = counter("finetune_api_errors", "Failed requests to the API server.", ("code",))
         self.api_throttled = counter("finetune_api_throttled", "Requests that the API server asked to repeat later.")
+        self.watched = counter("finetune_watched_objects", "Objects that lists and watches brought.", ("kind",))
         self.progress_pulls = counter("finetune_progress_pulls", "Pulls of pods' progress.", ("result",))
         self.job_figures = {
             "step": gauge("finetune_job_step", "Last known finished optimizer step.", _JOB),

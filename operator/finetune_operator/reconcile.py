@@ -115,12 +115,10 @@ class Reconciler:
 
     def _observe(self, job: JobView) -> Seen:
         jobs, pods = self._children.of(job.uid)
-        runtime = (job.spec.runtime if job.spec else None) or DEFAULT_RUNTIME
         seen = Seen(
             jobs=jobs,
             pods=pods,
             progress=self._progress.last(job.uid),
-            runtime_known=self._runtimes.get(runtime) is not None,
             progress_write_interval_s=self._progress.interval_s(),
         )
         entries = job.status.attempts
@@ -181,7 +179,8 @@ class Reconciler:
             name = job.spec.runtime or DEFAULT_RUNTIME
             runtime = self._runtimes.get(name)
             if runtime is None:
-                raise LaterError(f"runtime {name} is gone")
+                text = f"this cluster has no runtime {name}: ask the platform team, or name another in a new job"
+                raise RefusedError(Blocked(Reason.RUNTIME_NOT_FOUND, text))
             config = run_config(job, job.spec, runtime)
             stored = self._create_ours("configmaps", job, config_map(job, config, runtime))
         if not _is_ours(stored, job):

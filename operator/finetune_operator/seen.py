@@ -35,7 +35,6 @@ class Seen:
     pods: tuple[ObservedPod, ...] = ()
     progress: SeenProgress | None = None
     blocked: Blocked | None = None
-    runtime_known: bool = True
     progress_write_interval_s: float = 30
 
 

@@ -14,8 +14,7 @@ from finetune_operator.verdict import ended_words, planned
 from finetune_operator.view import JobView, reason_of
 
 _WAITS = (
-    *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.RUNTIME_NOT_FOUND,
-    Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
+    *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
 )  # fmt: skip
 _NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED)
 
@@ -67,11 +66,11 @@ def _running(old: FineTuneJobStatus, folded: Folded, look: Look, suspended: bool
         reason = _stop_reason(last.reason) if stopping else doing
         message = f"attempt {last.number} of {last.stage} {'is being stopped' if stopping else 'runs'}"
         return Claim(ConditionType.RUNNING, "True", reason, message)
+    if look.wait is not None:
+        return Claim(ConditionType.RUNNING, "False", look.wait.reason, look.wait.message)
     if folded.ended is not None and folded.ended.attempt_class != "Succeeded":
         ended = folded.ended
         return Claim(ConditionType.RUNNING, "False", ended.reason, ended_words(folded) + _retries(folded))
-    if look.wait is not None:
-        return Claim(ConditionType.RUNNING, "False", look.wait.reason, look.wait.message)
     if before is not None and before.status == "False" and reason_of(before.reason) not in _WAITS:
         again = folded.ended is None and (before.reason != Reason.PREPARING or doing == Reason.PREPARING)
         if again:

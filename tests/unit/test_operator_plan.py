@@ -58,7 +58,6 @@ class World:
         self.pods: dict[str, ObservedPod] = {}
         self.progress: SeenProgress | None = None
         self.blocked: Blocked | None = None
-        self.runtime_known = True
         self.events: list[JobEvent] = []
         self.created: list[str] = []
         self.requeue_after_s: float | None = None
@@ -69,9 +68,7 @@ class World:
 
     @property
     def seen(self) -> Seen:
-        return Seen(
-            tuple(self.jobs.values()), tuple(self.pods.values()), self.progress, self.blocked, self.runtime_known
-        )
+        return Seen(tuple(self.jobs.values()), tuple(self.pods.values()), self.progress, self.blocked)
 
     def step(self, after_s: float = 0) -> "World":
         """Plan and apply until nothing changes any more."""
@@ -439,7 +436,9 @@ def test_an_unschedulable_pod_waits_without_end_and_keeps_the_first_words_of_the
     assert world.status == before
 
 
-@pytest.mark.parametrize("reason", [Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION])
+@pytest.mark.parametrize(
+    "reason", [Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND]
+)
 def test_a_refused_creation_is_degraded_until_it_succeeds(reason: Reason):
     world = World()
     world.blocked = Blocked(reason, "refused")
@@ -458,25 +457,6 @@ def test_a_manifest_that_the_server_finds_invalid_ends_the_job():
     world.blocked = Blocked(Reason.INVALID_MANIFEST, "Job bot-1a2b3-prepare-1 is refused: spec.x")
     world.step()
     assert world.verdict == ("False", "InvalidManifest")
-
-
-def test_an_unknown_runtime_waits_and_is_picked_up_when_it_is_there():
-    world = World(runtime="gpu")
-    world.runtime_known = False
-    world.step()
-    assert world.condition(ConditionType.DEGRADED) == ("True", "RuntimeNotFound")
-    assert world.created == []
-    world.runtime_known = True
-    world.step()
-    assert world.created == ["prepare-1"]
-    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
-
-
-def test_a_runtime_removed_while_a_job_runs_does_not_touch_the_job():
-    world = World().training()
-    before = dict(world.status)
-    world.runtime_known = False
-    assert world.step().status == before
 
 
 def test_a_spec_of_a_newer_version_stalls_the_job_without_touching_what_runs():

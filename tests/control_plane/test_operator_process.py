@@ -1,0 +1,451 @@
+"""The operator as it is shipped, `python -m finetune_operator`, against a real API server and its controllers.
+
+There is no kubelet: the tests play it, by writing what a kubelet would write into the status of the pods.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+from kubernetes import client, config
+
+import testbed
+from finetune_api import names
+from finetune_api.names import GROUP, PLURAL, VERSION
+from finetune_api.reasons import EXIT_CODES, FAULTS, Fault
+
+pytestmark = pytest.mark.control_plane
+
+DIGEST = "sha256:" + "a" * 64
+PLAN = {
+    "uri": "s3://o/plan", "digest": DIGEST, "steps": 100, "trainTokens": 1, "labelTokens": 1, "memoryBytes": 1,
+    "diskBytes": 1, "resolved": [],
+}  # fmt: skip
+DATA = {
+    "files": 1, "rowsIn": 10, "rowsUsed": 9, "rowsHeldOut": 1, "dropped": [], "digest": DIGEST, "reportUri": "s3://o/r",
+}  # fmt: skip
+ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri": "s3://o/m", "rank": 8}
+T = TypeVar("T")
+
+
+def eventually(found: Callable[[], T | None], what: str, timeout_s: float = 30) -> T:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = found()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+class Operator:
+    """One operator process that watches one namespace."""
+
+    def __init__(self, kubeconfig: Path, namespace: str, folder: Path, identity: str = "operator-0") -> None:
+        runtimes = folder / "runtimes.yaml"
+        small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
+        runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
+        runtimes.write_text(yaml.safe_dump({"runtimes": {"default": runtime}}))
+        self.log = folder / "operator.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._env = {
+            **os.environ,
+            "KUBECONFIG": str(kubeconfig),
+            "FINETUNE_NAMESPACE": namespace,
+            "FINETUNE_WATCH_NAMESPACES": namespace,
+            "FINETUNE_IDENTITY": identity,
+            "FINETUNE_RUNTIMES_FILE": str(runtimes),
+            "FINETUNE_HTTP_PORT": str(self.port),
+            "FINETUNE_RESYNC_INTERVAL_S": "2",
+            "FINETUNE_LEASE_DURATION_S": "6",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Operator":
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "finetune_operator"]
+            self.process = subprocess.Popen(command, env=self._env, stdout=log, stderr=log, cwd="/")
+        return self
+
+    def kill(self) -> None:
+        """As a node failure would: nothing is said, the lease is not given back."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self.process = None
+
+    def end(self) -> int:
+        """As Kubernetes stops it; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(20)
+        self.process = None
+        return code
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            return answer.read().decode()
+
+    def metric(self, line_start: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(line_start)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def rss_bytes(self) -> int:
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+class Team:
+    """A user's namespace, and the kubelet that is not there."""
+
+    def __init__(self, kubeconfig: Path, namespace: str) -> None:
+        api = config.new_client_from_config(str(kubeconfig))
+        self.namespace = namespace
+        self.core, self.batch = client.CoreV1Api(api), client.BatchV1Api(api)
+        self.custom = client.CustomObjectsApi(api)
+        self.coordination = client.CoordinationV1Api(api)
+
+    def submit(self, name: str = "bot", **spec: Any) -> str:
+        """The UID of the new FineTuneJob."""
+        body = {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": self.namespace},
+            "spec": {
+                "model": {"uri": "s3://models/model"},
+                "method": {"type": "SFT"},
+                "datasets": [{"uri": "s3://data/chat/*.jsonl"}],
+                "output": {"uri": "s3://out/bot"},
+                **spec,
+            },
+        }
+        made: Any = self.custom.create_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, body)
+        return made["metadata"]["uid"]
+
+    def get(self, name: str = "bot") -> dict[str, Any]:
+        found: Any = self.custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+        return found
+
+    def change(self, patch: dict[str, Any], name: str = "bot") -> None:
+        self.custom.patch_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name, patch)
+
+    def jobs(self) -> list[Any]:
+        return self.batch.list_namespaced_job(self.namespace).items
+
+    def job(self, stage: str, attempt: int, name: str = "bot") -> Any:
+        """Waits for the Kubernetes Job of one attempt."""
+        uid = self.get(name)["metadata"]["uid"]
+        wanted = names.child_name(name, uid, names.Stage(stage), attempt)
+        return eventually(lambda: next((j for j in self.jobs() if j.metadata.name == wanted), None), wanted)
+
+    def pod(self, stage: str, attempt: int, name: str = "bot") -> Any:
+        """Waits for the pod of one attempt."""
+        selector = f"batch.kubernetes.io/job-name={self.job(stage, attempt, name).metadata.name}"
+
+        def newest() -> Any:
+            pods = self.core.list_namespaced_pod(self.namespace, label_selector=selector).items
+            return max(pods, key=lambda p: p.metadata.creation_timestamp, default=None)
+
+        return eventually(newest, f"pod of {stage} {attempt}")
+
+    def runs(self, stage: str, attempt: int, name: str = "bot") -> None:
+        """The kubelet reports that the container runs."""
+        pod = self.pod(stage, attempt, name)
+        state = {"running": {"startedAt": _now()}}
+        self._report(pod, "Running", state)
+
+    def ends(self, stage: str, attempt: int, fault: Fault | None = None, name: str = "bot", **more: Any) -> None:
+        """The kubelet reports the end of the container, with its termination message."""
+        pod = more.pop("pod", None) or self.pod(stage, attempt, name)
+        ended: dict[str, Any] = {"startedAt": _now(), "finishedAt": _now(), "exitCode": more.pop("code", 0)}
+        if fault is not None:
+            code = EXIT_CODES[FAULTS[fault].reason]
+            ended["exitCode"] = code
+            result = {"stage": stage, "attempt": attempt, "fault": fault, "exit_code": code, **more}
+            ended["message"] = json.dumps(result)
+        self._report(pod, "Failed" if ended["exitCode"] else "Succeeded", {"terminated": ended})
+
+    def prepared(self, attempt: int = 1, name: str = "bot") -> None:
+        self.ends("prepare", attempt, Fault.PREPARED, name, plan=PLAN, data=DATA)
+
+    def committed(self, attempt: int = 1, name: str = "bot") -> None:
+        self.ends("train", attempt, Fault.COMMITTED, name, artifact=ARTIFACT, step=100)
+
+    def condition(self, kind: str, name: str = "bot") -> tuple[str, str] | None:
+        conditions = (self.get(name).get("status") or {}).get("conditions", [])
+        return next(((c["status"], c["reason"]) for c in conditions if c["type"] == kind), None)
+
+    def until(
+        self, kind: str, status: str, reason: str | None = None, name: str = "bot", timeout_s: float = 30
+    ) -> None:
+        def holds() -> bool:
+            found = self.condition(kind, name)
+            return found is not None and found[0] == status and reason in (None, found[1])
+
+        eventually(holds, f"{kind}={status} ({reason}); now {self.condition(kind, name)}", timeout_s)
+
+    def gone(self, pod: Any) -> None:
+        """The kubelet lets a pod go that is being deleted."""
+        self.core.delete_namespaced_pod(pod.metadata.name, self.namespace, grace_period_seconds=0)
+
+    def is_told_to_stop(self, pod: Any) -> None:
+        def deleted() -> Any:
+            return self.core.read_namespaced_pod(pod.metadata.name, self.namespace).metadata.deletion_timestamp
+
+        eventually(deleted, "the pod is being deleted")
+
+    def _report(self, pod: Any, phase: str, state: dict[str, Any]) -> None:
+        container = {
+            "name": names.CONTAINER, "image": "x", "imageID": "x", "ready": False, "restartCount": 0, "state": state,
+        }  # fmt: skip
+        conditions = [{"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "False"}]
+        status = {"phase": phase, "containerStatuses": [container], "conditions": conditions, "podIP": "127.0.0.1"}
+        self.core.patch_namespaced_pod_status(pod.metadata.name, self.namespace, {"status": status})
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@pytest.fixture
+def team(control_plane: testbed.Cluster, namespace: str) -> Team:
+    control_plane.kubectl(
+        "label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted", "--overwrite"
+    )
+    return Team(control_plane.kubeconfig, namespace)
+
+
+@pytest.fixture
+def operator(control_plane: testbed.Cluster, namespace: str, tmp_path: Path) -> Iterator[Operator]:
+    running = Operator(control_plane.kubeconfig, namespace, tmp_path).start()
+    yield running
+    if running.process is not None:
+        running.end()
+
+
+def test_a_job_goes_from_apply_to_success_in_a_restricted_namespace_with_few_writes(team: Team, operator: Operator):
+    team.submit()
+    team.until("Ready", "True", "Accepted")
+    assert "restricted" in str(team.core.read_namespace(team.namespace).metadata.labels)
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    team.prepared()
+    team.runs("train", 1)
+    team.until("Running", "True", "Training")
+    assert team.job("train", 1).spec.template.spec.containers[0].args[-1] == f"--plan-digest={DIGEST}"
+    team.committed()
+    team.until("Succeeded", "True", "Succeeded")
+    status = team.get()["status"]
+    assert status["phase"] == "Succeeded"
+    assert status["artifacts"][0]["digest"] == DIGEST
+    assert [(a["stage"], a["number"], a["class"]) for a in status["attempts"]] == [
+        ("prepare", 1, "Succeeded"),
+        ("train", 1, "Succeeded"),
+    ]
+    eventually(lambda: all(j.spec.ttl_seconds_after_finished == 86400 for j in team.jobs()), "TTL on both Jobs")
+    meta = team.get()["metadata"]
+    assert "annotations" not in meta
+    assert "finalizers" not in meta
+    told = team.core.list_namespaced_event(team.namespace, field_selector="involvedObject.name=bot").items
+    no_nodes = {"Unschedulable", "Healthy"}  # there is a scheduler, but nothing to schedule to
+    assert {e.reason for e in told} - no_nodes == {"Accepted", "Preparing", "Prepared", "Training", "Succeeded"}
+    writes = operator.metric("finetune_api_writes_total") - operator.metric(
+        'finetune_api_writes_total{resource="leases"'
+    )
+    assert writes <= 20, operator.get("/metrics")
+    assert operator.rss_bytes() < 200 * 2**20
+    assert operator.end() == 0
+
+
+def test_nothing_but_the_lease_is_written_at_rest(team: Team, operator: Operator):
+    team.submit("running")
+    team.runs("prepare", 1, "running")
+    team.until("Running", "True", "Preparing", "running")
+    team.submit("done")
+    team.ends("prepare", 1, Fault.BROKEN_ROW, "done", args={"file": "a.jsonl", "row": 3})
+    team.until("Finished", "True", name="done")
+    eventually(lambda: operator.metric('finetune_api_writes_total{resource="jobs",verb="patch"') >= 1, "TTL")
+    before = (team.get("running"), team.get("done"), operator.metric("finetune_api_writes_total"))
+    leases = operator.metric('finetune_api_writes_total{resource="leases"')
+    resync = operator.metric("finetune_last_resync_timestamp_seconds")
+    eventually(lambda: operator.metric("finetune_last_resync_timestamp_seconds") > resync + 5, "three resyncs")
+    written = operator.metric('finetune_api_writes_total{resource="leases"') - leases
+    after = (team.get("running"), team.get("done"), operator.metric("finetune_api_writes_total") - written)
+    assert after == before
+    assert written >= 1
+
+
+@pytest.mark.parametrize("phase", ["submitted", "preparing", "prepared", "training", "committed"])
+def test_an_operator_killed_in_any_phase_comes_to_the_same_end(team: Team, operator: Operator, phase: str):
+    """The world goes on while nobody watches; the next operator finds what happened."""
+
+    def killed_at(moment: str, meanwhile: Callable[[], object]) -> None:
+        if moment == phase:
+            operator.kill()
+            meanwhile()
+            operator.start()
+        else:
+            meanwhile()
+
+    killed_at("submitted", team.submit)
+    team.job("prepare", 1)
+    killed_at("preparing", lambda: team.runs("prepare", 1))
+    team.until("Running", "True", "Preparing")
+    killed_at("prepared", team.prepared)
+    team.job("train", 1)
+    killed_at("training", lambda: team.runs("train", 1))
+    team.until("Running", "True", "Training")
+    killed_at("committed", team.committed)
+    team.until("Succeeded", "True", "Succeeded")
+    status = team.get()["status"]
+    assert [(a["stage"], a["number"], a["class"]) for a in status["attempts"]] == [
+        ("prepare", 1, "Succeeded"),
+        ("train", 1, "Succeeded"),
+    ]
+    assert len(team.jobs()) == 2
+
+
+def test_suspending_checkpoints_and_resuming_is_the_next_attempt(team: Team, operator: Operator):
+    team.submit()
+    team.prepared()
+    team.runs("train", 1)
+    team.until("Running", "True", "Training")
+    pod = team.pod("train", 1)
+    team.change({"spec": {"suspend": True}})
+    team.is_told_to_stop(pod)
+    team.until("Suspended", "False", "Suspending")
+    checkpoint = {"step": 40, "uri": "s3://out/40", "digest": DIGEST}
+    team.ends("train", 1, Fault.INTERRUPTED, pod=pod, step=40, checkpoint=checkpoint)
+    team.gone(pod)
+    team.until("Suspended", "True", "Suspended")
+    status = team.get()["status"]
+    assert status["phase"] == "Suspended"
+    stopped = status["attempts"][-1]
+    assert (stopped["class"], stopped["exitCode"], stopped["lastStep"], stopped["lostSeconds"]) == (
+        "Suspended",
+        30,
+        40,
+        0,
+    )
+    assert status["checkpoints"][-1]["step"] == 40
+    assert len(team.jobs()) == 1
+    team.change({"spec": {"suspend": False}})
+    team.runs("train", 2)
+    team.until("Running", "True", "Training")
+    team.committed(2)
+    team.until("Succeeded", "True")
+    assert team.get()["status"]["failures"] == 0
+
+
+def test_deleting_a_job_lets_the_garbage_collector_end_its_pods_and_forgets_its_figures(team: Team, operator: Operator):
+    team.submit()
+    team.runs("prepare", 1)
+    team.until("Running", "True")
+    assert 'finetune_job_phase{name="bot"' in operator.get("/metrics")
+    pod = team.pod("prepare", 1)
+    team.custom.delete_namespaced_custom_object(GROUP, VERSION, team.namespace, PLURAL, "bot")
+    team.is_told_to_stop(pod)
+    team.gone(pod)
+    eventually(lambda: not team.jobs(), "no Job is left")
+    eventually(
+        lambda: (
+            not team.core.list_namespaced_config_map(team.namespace, label_selector=f"{names.LABEL_MANAGED_BY}").items
+        ),
+        "no ConfigMap",
+    )
+    eventually(lambda: "finetune_job_phase{" not in operator.get("/metrics"), "figures gone")
+    first = team.submit()
+    assert team.job("prepare", 1).metadata.labels[names.LABEL_JOB_UID] == first
+
+
+def test_a_retryable_failure_leads_to_the_next_attempt_and_a_final_one_to_the_verdict(team: Team, operator: Operator):
+    team.submit()
+    team.prepared()
+    args = {"action": "read", "uri": "s3://d/x", "tries": 5, "seconds": 60, "problem": "503"}
+    team.ends("train", 1, Fault.STORAGE_UNAVAILABLE, args=args)
+    team.ends("train", 2, Fault.NOT_FINITE, args={"count": 3, "step": 7})
+    team.until("Succeeded", "False", "Diverged")
+    attempts = team.get()["status"]["attempts"]
+    assert [(a["class"], a["reason"], a["exitCode"]) for a in attempts[1:]] == [
+        ("Failure", "StorageTransient", 31),
+        ("Failure", "Diverged", 15),
+    ]
+
+
+def test_a_foreign_job_under_our_name_is_named_and_left_alone(team: Team, operator: Operator):
+    operator.kill()
+    uid = team.submit()
+    name = names.child_name("bot", uid, names.Stage.PREPARE, 1)
+    pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}
+    foreign = {"metadata": {"name": name}, "spec": {"suspend": True, "template": {"spec": pod}}}
+    team.batch.create_namespaced_job(team.namespace, foreign)
+    operator.start()
+    team.until("Degraded", "True", "NameCollision")
+    team.batch.delete_namespaced_job(name, team.namespace, propagation_policy="Background")
+    team.runs("prepare", 1)
+    team.until("Degraded", "False", "Healthy", timeout_s=90)
+
+
+def test_a_quota_that_is_used_up_is_a_wait_with_words_and_not_a_failure(team: Team, operator: Operator):
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
+    team.core.create_namespaced_resource_quota(team.namespace, quota)
+    team.submit()
+    team.until("Admitted", "False", "QuotaExceeded", timeout_s=60)
+    team.core.delete_namespaced_resource_quota("none", team.namespace)
+
+
+def test_pods_that_are_not_ours_are_never_sent_to_the_operator(team: Team, operator: Operator):
+    """The server filters: the operator's memory and time do not depend on the rest of the cluster."""
+    for number in range(100):
+        container = {
+            "name": "x",
+            "image": "x",
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        }
+        security = {"runAsNonRoot": True, "runAsUser": 1, "seccompProfile": {"type": "RuntimeDefault"}}
+        spec = {"containers": [container], "securityContext": security}
+        team.core.create_namespaced_pod(team.namespace, {"metadata": {"name": f"foreign-{number}"}, "spec": spec})
+    team.submit()
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    assert operator.metric('finetune_watched_objects_total{kind="pods"') < 20
+
+
+def test_healthz_is_well_and_metrics_are_there(team: Team, operator: Operator):
+    team.submit()
+    team.until("Ready", "True")
+    assert operator.get("/healthz") == "ok"
+    metrics = operator.get("/metrics")
+    for name in ("finetune_jobs{", "finetune_transitions_total{", "finetune_reconcile_duration_seconds_bucket{"):
+        assert name in metrics
+
+
+def test_a_second_operator_waits_until_the_first_is_gone(
+    team: Team, operator: Operator, control_plane: testbed.Cluster, tmp_path_factory: pytest.TempPathFactory
+):
+    eventually(lambda: team.coordination.list_namespaced_lease(team.namespace).items, "the lease")
+    second = Operator(control_plane.kubeconfig, team.namespace, tmp_path_factory.mktemp("second"), "operator-1")
+    second.start()
+    try:
+        eventually(lambda: "waiting for the lease" in second.log.read_text(), "the second waits")
+        assert second.get("/healthz") == "ok"
+        assert operator.end() == 0
+        team.submit()
+        team.until("Ready", "True")
+        assert "holding the lease as operator-1" in second.log.read_text()
+    finally:
+        second.end()

@@ -1,0 +1,360 @@
+"""Whatever is observed, `plan` is total and idempotent, keeps its verdict, and never wants two writers."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from finetune_api.names import Stage
+from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
+from finetune_api.run import Progress, RunResult
+from finetune_operator.clock import format_time
+from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
+from finetune_operator.plan import plan
+from finetune_operator.seen import Blocked, CreateJob, DeleteJob, Plan, Seen, SeenProgress, SetTtl
+from finetune_operator.view import JobView, is_finished, view
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+DIGEST = "sha256:" + "a" * 64
+PLAN = {
+    "uri": "s3://o/plan", "digest": DIGEST, "steps": 100, "trainTokens": 1, "labelTokens": 1, "memoryBytes": 1,
+    "diskBytes": 1, "resolved": [],
+}  # fmt: skip
+DATA = {
+    "files": 1, "rowsIn": 1, "rowsUsed": 1, "rowsHeldOut": 0, "dropped": [], "digest": DIGEST, "reportUri": "s3://o/r",
+}  # fmt: skip
+ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri": "s3://o/m", "rank": 8}
+
+times = st.integers(0, 5000).map(lambda s: START + timedelta(seconds=s))
+maybe_times = st.none() | times
+stages = st.sampled_from(list(Stage))
+attempts = st.integers(1, 4)
+texts = st.text(max_size=40)
+reason_words = st.sampled_from([r.value for r in Reason]) | st.just("OfTheFuture")
+
+
+def result(stage: Stage, attempt: int, fault: Fault, full: bool, code: int | None = None) -> RunResult:
+    more: dict[str, Any] = {}
+    if full:
+        more = {"plan": PLAN, "data": DATA} if stage == Stage.PREPARE else {"artifact": ARTIFACT, "step": 100}
+    exit_code = EXIT_CODES[FAULTS[fault].reason] if code is None else code
+    return RunResult.model_validate(
+        {"stage": stage, "attempt": attempt, "fault": fault, "exit_code": exit_code, **more}
+    )
+
+
+results = st.builds(
+    result, stages, attempts, st.sampled_from(list(Fault)), st.booleans(), st.none() | st.integers(0, 255)
+)
+jobs = st.builds(
+    ObservedJob,
+    name=st.uuids().map(str),
+    uid=st.uuids().map(str),
+    stage=stages,
+    attempt=attempts,
+    created_at=times,
+    deleting=st.booleans(),
+    outcome=st.sampled_from([None, "Complete", "Failed"]),
+    message=texts,
+    finished_at=maybe_times,
+    gpus=st.integers(0, 8),
+    ttl_seconds=st.none() | st.integers(0, 100),
+)
+pods = st.builds(
+    ObservedPod,
+    name=texts,
+    uid=st.uuids().map(str),
+    stage=stages,
+    attempt=attempts,
+    created_at=times,
+    phase=st.sampled_from(["Pending", "Running", "Succeeded", "Failed", "Odd"]),
+    gone=st.booleans(),
+    deletion_due=maybe_times,
+    scheduled=st.booleans(),
+    unschedulable=st.none() | texts,
+    disrupted=st.booleans(),
+    evicted=st.booleans(),
+    waiting_reason=st.sampled_from([None, "ImagePullBackOff", "CreateContainerConfigError", "Odd"]),
+    waiting_message=texts,
+    started_at=maybe_times,
+    finished_at=maybe_times,
+    exit_code=st.none() | st.integers(0, 255),
+    oom_killed=st.booleans(),
+    report=st.none() | results,
+    bad_report=st.booleans(),
+)
+progresses = st.builds(
+    lambda attempt, step, silent, loss, at: SeenProgress(
+        Progress(
+            stage=Stage.TRAIN, attempt=attempt, activity="Training", step=step, total_steps=100,
+            seconds_since_step=silent, train_loss=loss,
+        ),
+        at,
+    ),
+    attempts, st.integers(0, 200), st.floats(0, 1e6), st.none() | st.floats(), times,
+)  # fmt: skip
+seens = st.builds(
+    Seen,
+    st.lists(jobs, max_size=4).map(tuple),
+    st.lists(pods, max_size=5).map(tuple),
+    st.none() | progresses,
+    st.none() | st.builds(Blocked, st.sampled_from(list(Reason)), texts),
+)
+entries = st.fixed_dictionaries(
+    {
+        "number": attempts,
+        "stage": st.sampled_from(["prepare", "train"]),
+        "class": st.sampled_from(
+            ["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"]
+        ),
+    },
+    optional={
+        "reason": reason_words,
+        "exitCode": st.integers(0, 255),
+        "startedAt": times.map(format_time) | st.just("yesterday"),
+        "finishedAt": times.map(format_time) | st.just("never"),
+    },
+)
+conditions = st.lists(
+    st.fixed_dictionaries({
+        "type": st.sampled_from(["Running", "Suspended", "Degraded", "Ready", "Stalled", "Succeeded", "Planned"]),
+        "status": st.sampled_from(["True", "False", "Unknown"]),
+        "reason": reason_words,
+        "message": texts,
+        "lastTransitionTime": times.map(format_time),
+        "observedGeneration": st.integers(0, 3),
+    }),
+    max_size=6,
+    unique_by=lambda c: c["type"],
+)  # fmt: skip
+records = st.fixed_dictionaries(
+    {"disruptions": st.integers(0, 30)},
+    optional={"acceptedAt": times.map(format_time), "storageWaitSince": times.map(format_time)},
+)
+statuses = st.fixed_dictionaries(
+    {},
+    optional={
+        "attempts": st.lists(entries, max_size=10),
+        "conditions": conditions,
+        "record": records,
+        "failures": st.integers(0, 5),
+        "plan": st.just(PLAN),
+        "data": st.just(DATA),
+        "artifacts": st.just([ARTIFACT]),
+        "phase": st.sampled_from(["Pending", "Training", "OfTheFuture"]),
+        "ofTheFuture": st.just({"x": 1}),
+    },
+)
+specs = st.fixed_dictionaries(
+    {
+        "model": st.just({"uri": "s3://m/model"}),
+        "method": st.sampled_from([{"type": "SFT"}, {"type": "SFT"}, {"type": "SFT"}, {"type": "Odd"}]),
+        "datasets": st.just([{"uri": "s3://d/x"}]),
+        "output": st.just({"uri": "s3://o/bot"}),
+    },
+    optional={
+        "suspend": st.booleans(),
+        "activeDeadlineSeconds": st.integers(60, 6000),
+        "recovery": st.fixed_dictionaries({"maxRetries": st.integers(0, 3), "maxDisruptions": st.integers(0, 3)}),
+        "ttlSecondsAfterFinished": st.integers(0, 100),
+    },
+)
+
+
+def job_view(spec: dict[str, Any], status: dict[str, Any]) -> JobView:
+    meta = {"name": "bot", "namespace": "a", "uid": "1a2b3c4d-0000", "generation": 2}
+    return view({"metadata": meta, "spec": spec, "status": status})
+
+
+def dumped(made: Plan) -> dict[str, Any]:
+    return made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+@settings(max_examples=600, deadline=None)
+@given(specs, statuses, seens, times)
+def test_plan_never_raises_and_its_status_and_events_are_bounded(
+    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+):
+    made = plan(job_view(spec, status), seen, now)
+    assert len(made.status.model_dump_json(by_alias=True, exclude_none=True).encode()) <= 8192
+    assert len(made.status.attempts) <= 10
+    assert all(len(event.message) <= 1024 for event in made.events)
+    assert made.requeue_after_s is None or made.requeue_after_s > 0
+
+
+@settings(max_examples=600, deadline=None)
+@given(specs, statuses, seens, times)
+def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
+    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+):
+    first = plan(job_view(spec, status), seen, now)
+    second = plan(job_view(spec, dumped(first)), seen, now)
+    assert dumped(second) == dumped(first)
+    assert second.events == ()
+    if not is_finished(first.status):
+        assert second.actions == first.actions
+
+
+@settings(max_examples=600, deadline=None)
+@given(specs, statuses, seens, times)
+def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
+    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+):
+    made = plan(job_view(spec, status), seen, now)
+    creations = [action for action in made.actions if isinstance(action, CreateJob)]
+    assert len(creations) <= 1
+    if creations:
+        assert not any(job.live for job in seen.jobs)
+        assert not any(pod.active for pod in seen.pods)
+        assert spec.get("suspend") is not True
+
+
+@settings(max_examples=600, deadline=None)
+@given(specs, statuses, seens, seens, times, st.integers(0, 10**6))
+def test_a_verdict_is_never_left_and_creates_nothing(
+    spec: dict[str, Any], status: dict[str, Any], seen: Seen, later: Seen, now: datetime, wait_s: int
+):
+    first = plan(job_view(spec, status), seen, now)
+    if not is_finished(first.status):
+        return
+    after = plan(job_view(spec, dumped(first)), later, now + timedelta(seconds=wait_s))
+    assert dumped(after) == dumped(first)
+    assert not any(isinstance(action, CreateJob) for action in after.actions)
+    assert after.events == ()
+
+
+class OneJobInACluster(RuleBasedStateMachine):
+    """Kubernetes, users and faults do what they like; the operator is run, and killed between its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = START
+        self.spec: dict[str, Any] = {
+            "model": {"uri": "s3://m/model"}, "method": {"type": "SFT"}, "datasets": [{"uri": "s3://d/x"}],
+            "output": {"uri": "s3://o/bot"}, "recovery": {"maxRetries": 2, "maxDisruptions": 2},
+        }  # fmt: skip
+        self.status: dict[str, Any] = {}
+        self.jobs: dict[str, ObservedJob] = {}
+        self.pods: dict[str, ObservedPod] = {}
+        self.verdict: dict[str, Any] | None = None
+        self.created = 0
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(tuple(self.jobs.values()), tuple(self.pods.values()))
+
+    @rule(killed=st.booleans(), wait_s=st.sampled_from([0, 1, 20, 100]))
+    def operator(self, killed: bool, wait_s: int) -> None:
+        """One round; killed, it writes the status and does nothing of what it wanted."""
+        self.now += timedelta(seconds=wait_s)
+        made = plan(job_view(self.spec, self.status), self.seen, self.now)
+        self.status = dumped(made)
+        if killed:
+            return
+        for action in made.actions:
+            match action:
+                case CreateJob(stage, attempt, _):
+                    self._create(stage, attempt)
+                case DeleteJob(name, _):
+                    self.jobs[name] = replace(self.jobs[name], deleting=True)
+                case SetTtl(name, seconds):
+                    self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
+
+    def _create(self, stage: Stage, attempt: int) -> None:
+        name = f"{stage.value}-{attempt}"
+        if name not in self.jobs:
+            self.created += 1
+            self.jobs[name] = ObservedJob(name, f"{name}-{self.created}", stage, attempt, self.now)
+
+    @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
+    @rule()
+    def pod_starts(self) -> None:
+        job = next(job for job in self.jobs.values() if job.live and not job.deleting)
+        mine = [p for p in self.pods.values() if (p.stage, p.attempt) == (job.stage, job.attempt)]
+        if not any(p.active for p in mine):
+            uid = f"{job.uid}-{len(mine)}"
+            self.pods[uid] = ObservedPod(
+                uid, uid, job.stage, job.attempt, self.now, "Running", scheduled=True, started_at=self.now
+            )
+
+    @precondition(lambda self: any(pod.active for pod in self.pods.values()))
+    @rule(fault=st.sampled_from(list(Fault)), full=st.booleans(), told=st.booleans(), disrupted=st.booleans())
+    def pod_ends(self, fault: Fault, full: bool, told: bool, disrupted: bool) -> None:
+        pod = next(p for p in self.pods.values() if p.active)
+        said = result(pod.stage, pod.attempt, fault, full)
+        phase = "Succeeded" if said.exit_code == 0 else "Failed"
+        self.pods[pod.uid] = replace(
+            pod, phase=phase, exit_code=said.exit_code, report=said if told else None, finished_at=self.now,
+            disrupted=disrupted and said.exit_code != 0,
+        )  # fmt: skip
+        job = self.jobs.get(f"{pod.stage.value}-{pod.attempt}")
+        ignored = disrupted and not 10 <= said.exit_code < 30
+        if job is not None and job.live and (said.exit_code == 0 or not ignored):
+            outcome = "Complete" if said.exit_code == 0 else "Failed"
+            self.jobs[job.name] = replace(job, outcome=outcome, finished_at=self.now)
+
+    @precondition(lambda self: any(job.deleting for job in self.jobs.values()))
+    @rule()
+    def deletion_ends(self) -> None:
+        job = next(job for job in self.jobs.values() if job.deleting)
+        self._vanish(job)
+
+    @precondition(lambda self: bool(self.jobs))
+    @rule(pick=st.integers(0, 9))
+    def somebody_deletes_a_job(self, pick: int) -> None:
+        self._vanish(sorted(self.jobs.values(), key=lambda j: j.name)[pick % len(self.jobs)])
+
+    def _vanish(self, job: ObservedJob) -> None:
+        del self.jobs[job.name]
+        for uid, pod in self.pods.items():
+            if (pod.stage, pod.attempt) == (job.stage, job.attempt):
+                self.pods[uid] = as_gone(pod)
+
+    @rule()
+    def the_operator_restarts_and_has_forgotten_deleted_pods(self) -> None:
+        self.pods = {uid: pod for uid, pod in self.pods.items() if not pod.gone}
+
+    @rule(suspend=st.booleans())
+    def user_suspends_or_resumes(self, suspend: bool) -> None:
+        self.spec["suspend"] = suspend
+
+    @invariant()
+    def at_most_one_job_is_alive(self) -> None:
+        assert sum(job.live for job in self.jobs.values()) <= 1
+        assert sum(pod.active for pod in self.pods.values()) <= 1
+
+    @invariant()
+    def the_verdict_stays(self) -> None:
+        if self.verdict is not None:
+            assert self.status == self.verdict
+        elif is_finished(job_view(self.spec, self.status).status):
+            self.verdict = dict(self.status)
+
+    @invariant()
+    def success_means_an_artifact(self) -> None:
+        if self.status.get("phase") == "Succeeded":
+            assert self.status["artifacts"]
+
+    def teardown(self) -> None:
+        """With a cluster that works and a user who lets it, every job comes to an end."""
+        self.spec["suspend"] = False
+        for _ in range(40):
+            self.operator(killed=False, wait_s=100)
+            if self.status.get("phase") in ("Succeeded", "Failed"):
+                return
+            for job in [job for job in self.jobs.values() if job.deleting]:
+                self._vanish(job)
+            if any(pod.active for pod in self.pods.values()):
+                stage = next(p.stage for p in self.pods.values() if p.active)
+                fault = Fault.PREPARED if stage == Stage.PREPARE else Fault.COMMITTED
+                self.pod_ends(fault, True, True, False)
+            elif any(job.live for job in self.jobs.values()):
+                self.pod_starts()
+        raise AssertionError(f"never ends: {self.status}")
+
+
+TestOneJobInACluster = OneJobInACluster.TestCase
+TestOneJobInACluster.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
