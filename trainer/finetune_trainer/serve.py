@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
+from finetune_trainer.logs import bind_step
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Reporter:
         registry.register(_ProgressCollector(self))
 
     def update(self, **fields: object) -> None:
-        """Set fields of Progress; the times since step and checkpoint follow by themselves.
+        """Set fields of Progress; the times since step and checkpoint, and the step of log lines, follow by themselves.
 
         A figure that is not finite is unknown (None): JSON has no NaN. Raises TypeError for a name that Progress
         does not have."""
@@ -68,6 +69,7 @@ class Reporter:
         with self._lock:
             if "step" in finite and finite["step"] != self._fields.get("step"):
                 self._step_at_s = now_s
+                bind_step(cast("int", finite["step"]))
             if "checkpoint" in finite and finite["checkpoint"] != self._fields.get("checkpoint"):
                 self._checkpoint_at_s = now_s
             self._fields.update(finite)
