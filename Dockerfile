@@ -44,8 +44,9 @@ COPY trainer/finetune_trainer finetune_trainer
 COPY pyproject.toml requirements/metadata.py /tmp/build/
 RUN python /tmp/build/metadata.py /tmp/build/pyproject.toml . && python -m compileall -q . \
     && python -c "import finetune_trainer.supervisor"
-# Training is offline: the model comes from object storage. What libraries cache goes to the scratch volume.
-ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HOME=/scratch
+# Training is offline: the model comes from object storage. What libraries cache goes to the scratch volume; torch asks for a
+# user's name, which a number without an entry in /etc/passwd has not.
+ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HOME=/scratch USER=finetune
 USER 10001:10001
 LABEL org.opencontainers.image.title=finetune-trainer
 ENTRYPOINT ["python", "-m", "finetune_trainer.supervisor"]

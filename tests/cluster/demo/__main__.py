@@ -20,9 +20,13 @@ def main() -> int:
     def chapter(text: str) -> None:
         print(f"\n== {text}  [{time.monotonic() - started:.0f} s]")
 
+    chapter("The cluster: one real node, with an S3 server beside it")
     try:
-        chapter("The cluster: one real node, with an S3 server beside it")
         cluster = testbed.up()
+    except testbed.TestbedError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    try:
         for image in (setup.OPERATOR_IMAGE, setup.TRAINER_IMAGE):
             print(f"{image}: {'loaded' if testbed.load_image(image) else 'is there'}")
         chapter("The operator, by Helm")
@@ -33,13 +37,13 @@ def main() -> int:
         setup.make_secret(cluster)
         setup.apply_quickstart(cluster)
         chapter("The job")
-        succeeded = watch.follow(cluster, setup.NAMESPACE, setup.JOB, DEADLINE_S)
+        problem = None if watch.follow(cluster, setup.NAMESPACE, setup.JOB, DEADLINE_S) else "the job failed"
     except testbed.TestbedError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    if not succeeded:
+        problem = str(error)
+    if problem:
         chapter("It failed; what is known of it")
         report.failure(cluster, setup.NAMESPACE, setup.JOB)
+        print(f"\ndemo: {problem}", file=sys.stderr)
         return 1
     chapter("What came out")
     report.success(cluster, setup.NAMESPACE, setup.JOB)

@@ -28,7 +28,7 @@ def _namespace(name: str) -> dict[str, object]:
 
 
 def install_operator(cluster: testbed.Cluster) -> None:
-    """`helm upgrade --install` with our images, for the demo's namespace, and data pods that fit a node of two cores."""
+    """`helm upgrade --install` with our images, watching the demo, and data pods that fit a node of two cores."""
     cluster.apply(_namespace(SYSTEM_NAMESPACE), _namespace(NAMESPACE))
     values = {
         "image": _image(OPERATOR_IMAGE),
