@@ -59,6 +59,7 @@ def configure(job: str, stage: Stage, attempt: int, json_lines: bool, file: Path
     root.addHandler(local)
     for name in ("finetune_trainer", "finetune_api", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
+    bind_step(None)
     logging.captureWarnings(True)
     # A full disk must not turn every log line into a trace on stderr.
     logging.raiseExceptions = False
