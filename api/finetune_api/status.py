@@ -125,7 +125,8 @@ class AttemptStatus(ApiModel):
     attempt_class: Literal["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"] = (
         Field(
             alias="class",
-            description="How it counts: only Failure uses up recovery.maxRetries. Waiting: storage was missing or denied.",
+            description="How it counts: only Failure uses up recovery.maxRetries. Waiting: storage was missing or "
+            "denied.",
         )
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")
