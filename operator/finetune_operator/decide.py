@@ -122,7 +122,7 @@ def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> t
             return folded, wait_s - passed_s
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     numbers = [e.number for e in status.attempts if e.stage == stage]
-    numbers += [j.attempt for j in seen.jobs if j.stage == stage]
+    numbers += [child.attempt for child in (*seen.jobs, *seen.pods) if child.stage == stage]
     entry = running_entry(stage, max(numbers, default=0) + 1)
     attempts = [*status.attempts, entry][-MAX_ENTRIES:]
     return Folded(status.model_copy(update={"attempts": attempts}), folded.ended, None, ()), None

@@ -34,9 +34,11 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Look:
-    """`wait` is what a person or the cluster has to end before the attempt can run."""
+    """`wait` is what a person or the cluster has to end before the attempt can run. `ending`: its pod has ended, its
+    Job not yet."""
 
     running: bool = False
+    ending: bool = False
     scheduled: bool = False
     wait: Blocked | None = None
 
@@ -46,7 +48,8 @@ def look(
 ) -> Look:
     active = [pod for pod in pods if pod.active]
     if not active:
-        return Look(wait=blocked or _disruption(entry, job, pods))
+        wait = blocked or _disruption(entry, job, pods)
+        return Look(ending=bool(pods) and wait is None, wait=wait)
     pod = max(active, key=lambda p: (p.created_at, p.uid))
     if pod.running:
         lost = pod.deletion_due is not None and now > pod.deletion_due + timedelta(seconds=60)

@@ -52,7 +52,7 @@ def _admitted(folded: Folded, look: Look, suspended: bool, doing: Reason) -> Cla
         return Claim(ConditionType.ADMITTED, "False", look.wait.reason, look.wait.message)
     if suspended:
         return Claim(ConditionType.ADMITTED, "False", Reason.SUSPENDED)
-    if folded.last is not None and is_open(folded.last):
+    if folded.last is not None and is_open(folded.last) and not look.ending:
         return Claim(ConditionType.ADMITTED, "Unknown", doing)
     return None
 
@@ -61,6 +61,8 @@ def _running(old: FineTuneJobStatus, folded: Folded, look: Look, suspended: bool
     last, before = folded.last, find(old, ConditionType.RUNNING)
     if suspended:
         return Claim(ConditionType.RUNNING, "False", Reason.SUSPENDED, "spec.suspend is true")
+    if look.ending and before is not None:
+        return None
     if look.running and last is not None:
         stopping = is_stopping(last)
         reason = _stop_reason(last.reason) if stopping else doing

@@ -115,9 +115,10 @@ class Team:
     def __init__(self, kubeconfig: Path, namespace: str) -> None:
         api = config.new_client_from_config(str(kubeconfig))
         self.namespace = namespace
-        self.core, self.batch = client.CoreV1Api(api), client.BatchV1Api(api)
-        self.custom = client.CustomObjectsApi(api)
-        self.coordination = client.CoordinationV1Api(api)
+        self.core: Any = client.CoreV1Api(api)
+        self.batch: Any = client.BatchV1Api(api)
+        self.custom: Any = client.CustomObjectsApi(api)
+        self.coordination: Any = client.CoordinationV1Api(api)
 
     def submit(self, name: str = "bot", **spec: Any) -> str:
         """The UID of the new FineTuneJob."""
@@ -198,9 +199,16 @@ class Team:
 
         eventually(holds, f"{kind}={status} ({reason}); now {self.condition(kind, name)}", timeout_s)
 
+    def holds(self, pod: Any) -> None:
+        """A pod on a node stays until the kubelet lets it go; one without a node needs a finalizer for that."""
+        self.core.patch_namespaced_pod(
+            pod.metadata.name, self.namespace, {"metadata": {"finalizers": ["test.finetune.dev/kubelet"]}}
+        )
+
     def gone(self, pod: Any) -> None:
         """The kubelet lets a pod go that is being deleted."""
-        self.core.delete_namespaced_pod(pod.metadata.name, self.namespace, grace_period_seconds=0)
+        patch = [{"op": "remove", "path": "/metadata/finalizers"}]
+        self.core.patch_namespaced_pod(pod.metadata.name, self.namespace, patch)
 
     def is_told_to_stop(self, pod: Any) -> None:
         def deleted() -> Any:
@@ -263,10 +271,9 @@ def test_a_job_goes_from_apply_to_success_in_a_restricted_namespace_with_few_wri
     told = team.core.list_namespaced_event(team.namespace, field_selector="involvedObject.name=bot").items
     no_nodes = {"Unschedulable", "Healthy"}  # there is a scheduler, but nothing to schedule to
     assert {e.reason for e in told} - no_nodes == {"Accepted", "Preparing", "Prepared", "Training", "Succeeded"}
-    writes = operator.metric("finetune_api_writes_total") - operator.metric(
-        'finetune_api_writes_total{resource="leases"'
-    )
-    assert writes <= 20, operator.get("/metrics")
+    noise = sum(1 if e.reason == "Healthy" else 2 for e in told if e.reason in no_nodes)  # events and their status
+    leases = operator.metric('finetune_api_writes_total{resource="leases"')
+    assert operator.metric("finetune_api_writes_total") - leases - noise <= 20
     assert operator.rss_bytes() < 200 * 2**20
     assert operator.end() == 0
 
@@ -325,6 +332,7 @@ def test_suspending_checkpoints_and_resuming_is_the_next_attempt(team: Team, ope
     team.runs("train", 1)
     team.until("Running", "True", "Training")
     pod = team.pod("train", 1)
+    team.holds(pod)
     team.change({"spec": {"suspend": True}})
     team.is_told_to_stop(pod)
     team.until("Suspended", "False", "Suspending")
@@ -357,6 +365,7 @@ def test_deleting_a_job_lets_the_garbage_collector_end_its_pods_and_forgets_its_
     team.until("Running", "True")
     assert 'finetune_job_phase{name="bot"' in operator.get("/metrics")
     pod = team.pod("prepare", 1)
+    team.holds(pod)
     team.custom.delete_namespaced_custom_object(GROUP, VERSION, team.namespace, PLURAL, "bot")
     team.is_told_to_stop(pod)
     team.gone(pod)
@@ -418,7 +427,8 @@ def test_pods_that_are_not_ours_are_never_sent_to_the_operator(team: Team, opera
         }
         security = {"runAsNonRoot": True, "runAsUser": 1, "seccompProfile": {"type": "RuntimeDefault"}}
         spec = {"containers": [container], "securityContext": security}
-        team.core.create_namespaced_pod(team.namespace, {"metadata": {"name": f"foreign-{number}"}, "spec": spec})
+        pod = {"metadata": {"name": f"foreign-{number}"}, "spec": spec}
+        team.core.create_namespaced_pod(team.namespace, pod)
     team.submit()
     team.runs("prepare", 1)
     team.until("Running", "True", "Preparing")
@@ -429,9 +439,8 @@ def test_healthz_is_well_and_metrics_are_there(team: Team, operator: Operator):
     team.submit()
     team.until("Ready", "True")
     assert operator.get("/healthz") == "ok"
-    metrics = operator.get("/metrics")
     for name in ("finetune_jobs{", "finetune_transitions_total{", "finetune_reconcile_duration_seconds_bucket{"):
-        assert name in metrics
+        eventually(lambda wanted=name: wanted in operator.get("/metrics"), name)
 
 
 def test_a_second_operator_waits_until_the_first_is_gone(

@@ -217,6 +217,13 @@ def test_a_prepared_job_shows_plan_and_data_and_trains_what_was_prepared():
     assert "9 of 10 rows" in world.message(ConditionType.PLANNED)
 
 
+def test_a_pod_that_has_ended_changes_nothing_until_its_job_has():
+    world = World().training()
+    before = dict(world.status)
+    world.pod("train-1", phase="Succeeded", finished_at=START, exit_code=0).step(after_s=1)
+    assert world.status == before
+
+
 def test_a_committed_adapter_is_success():
     world = World().training().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, step=100).step()
     assert world.phase == Phase.SUCCEEDED

@@ -86,16 +86,14 @@ pods = st.builds(
     report=st.none() | results,
     bad_report=st.booleans(),
 )
-progresses = st.builds(
-    lambda attempt, step, silent, loss, at: SeenProgress(
-        Progress(
-            stage=Stage.TRAIN, attempt=attempt, activity="Training", step=step, total_steps=100,
-            seconds_since_step=silent, train_loss=loss,
-        ),
-        at,
-    ),
-    attempts, st.integers(0, 200), st.floats(0, 1e6), st.none() | st.floats(), times,
-)  # fmt: skip
+
+
+def answer(attempt: int, step: int, silent_s: float, loss: float | None, at: datetime) -> SeenProgress:
+    fields = {"stage": "train", "attempt": attempt, "activity": "Training", "step": step, "total_steps": 100}
+    return SeenProgress(Progress.model_validate({**fields, "seconds_since_step": silent_s, "train_loss": loss}), at)
+
+
+progresses = st.builds(answer, attempts, st.integers(0, 200), st.floats(0, 1e6), st.none() | st.floats(), times)
 seens = st.builds(
     Seen,
     st.lists(jobs, max_size=4).map(tuple),

@@ -1,0 +1,207 @@
+"""What is created for a job: restricted, deterministic, and with nothing of the user in a place it does not belong."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_api.run import CONTRACT_VERSION, RunConfig
+from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
+from finetune_operator.observed import observe_job
+from finetune_operator.settings import Runtime
+from finetune_operator.view import JobView, view
+
+DIGEST = "sha256:" + "b" * 64
+GPU_RUNTIME = Runtime.model_validate(
+    {
+        "image": "trainer@sha256:1",
+        "imagePullSecrets": ["pull"],
+        "nodeSelector": {"pool": "train"},
+        "priorityClassName": "low",
+        "podLabels": {"team": "ml", names.LABEL_JOB_UID: "forged"},
+        "env": {"HTTPS_PROXY": "http://proxy:3128"},
+        "gpu": {"nodeSelector": {"gpu": "h100"}, "tolerations": [{"key": "spot", "operator": "Exists"}]},
+        "defaults": {"cpu": "8", "memory": "64Gi", "gpusPerNode": 1, "sharedMemory": "8Gi", "ephemeralStorage": "50Gi"},
+        "prepare": {"cpu": "500m", "memory": "2Gi", "ephemeralStorage": "5Gi"},
+    }
+)
+
+
+def job(**spec: Any) -> JobView:
+    return view(
+        {
+            "metadata": {"name": "bot", "namespace": "team-a", "uid": "1a2b3c4d-5e6f", "generation": 1},
+            "spec": {
+                "model": {"uri": "s3://models/m"},
+                "method": {"type": "SFT"},
+                "datasets": [{"uri": "s3://data/x"}],
+                "output": {"uri": "s3://out/bot/"},
+                **spec,
+            },
+        }
+    )
+
+
+def rendered(stage: Stage, attempt: int = 1, runtime: Runtime = GPU_RUNTIME, **spec: Any) -> dict[str, Any]:
+    of = job(**spec)
+    assert of.spec is not None
+    config = run_config(of, of.spec, runtime)
+    return job_manifest(of, config, runtime, stage, attempt, DIGEST if stage == Stage.TRAIN else None)
+
+
+def container(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_attempts():
+    of = job(storage={"endpoint": "https://minio:9000", "secretRef": {"name": "s3"}})
+    assert of.spec is not None
+    config = run_config(of, of.spec, GPU_RUNTIME)
+    assert config.run_uri == "s3://out/bot/bot-1a2b3"
+    assert config.storage.path_style is True
+    assert config.storage.region == "us-east-1"
+    assert config.storage.credentials_dir == names.CREDENTIALS_DIR
+    assert config.resources.gpus == 1
+    assert config.resources.memory_bytes == 64 * 2**30
+    assert config.contract_version == CONTRACT_VERSION
+    made = config_map(of, config, GPU_RUNTIME)
+    assert made["immutable"] is True
+    assert RunConfig.model_validate_json(made["data"][names.CONFIG_FILE]) == config
+    assert Runtime.model_validate_json(made["data"][RUNTIME_FILE]) == GPU_RUNTIME
+
+
+def test_without_an_endpoint_the_host_style_of_aws_is_used():
+    of = job()
+    assert of.spec is not None
+    assert run_config(of, of.spec, GPU_RUNTIME).storage.path_style is False
+
+
+def test_the_job_is_a_single_indexed_pod_that_kubernetes_replaces_only_after_disruptions():
+    spec = rendered(Stage.TRAIN, 2)["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["backoffLimit"]) == ("Indexed", 1, 0)
+    assert spec["podReplacementPolicy"] == "Failed"
+    assert "ttlSecondsAfterFinished" not in spec
+    assert "activeDeadlineSeconds" not in spec
+    fail, ignore = spec["podFailurePolicy"]["rules"]
+    assert fail["action"] == "FailJob"
+    assert fail["onExitCodes"]["values"] == list(range(10, 30))
+    assert ignore == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+def test_the_train_pod_is_told_what_was_prepared_and_which_attempt_it_is():
+    assert container(rendered(Stage.TRAIN, 2))["args"] == [
+        "train",
+        "--config=/etc/finetune/config/run.json",
+        "--attempt=2",
+        f"--plan-digest={DIGEST}",
+    ]
+    assert container(rendered(Stage.PREPARE))["args"][-1] == "--attempt=1"
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_the_pod_meets_the_restricted_profile_and_holds_no_token(stage: Stage):
+    spec = rendered(stage)["spec"]["template"]["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    context = spec["containers"][0]["securityContext"]
+    assert context == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {next(iter(set(v) - {"name"})) for v in spec["volumes"]} <= {"configMap", "emptyDir", "secret"}
+    resources = spec["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+
+
+def test_prepare_never_claims_a_gpu():
+    spec = rendered(Stage.PREPARE)["spec"]["template"]["spec"]
+    assert spec["containers"][0]["resources"]["limits"] == {
+        "cpu": "500m",
+        "memory": "2Gi",
+        "ephemeral-storage": "5Gi",
+    }
+    assert spec["nodeSelector"] == {"pool": "train"}
+    assert "nvidia.com/gpu" not in json.dumps(spec)
+
+
+def test_train_on_a_gpu_gets_the_device_the_nodes_and_the_shared_memory():
+    spec = rendered(Stage.TRAIN)["spec"]["template"]["spec"]
+    assert spec["containers"][0]["resources"]["limits"] == {
+        "cpu": "8000m",
+        "memory": "65536Mi",
+        "ephemeral-storage": "51200Mi",
+        "nvidia.com/gpu": "1",
+    }
+    assert spec["nodeSelector"] == {"pool": "train", "gpu": "h100"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
+    assert {"key": "spot", "operator": "Exists"} in spec["tolerations"]
+    shm = next(v for v in spec["volumes"] if v["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+
+
+def test_the_job_may_ask_for_the_cpu_instead_and_for_its_own_size():
+    spec = rendered(Stage.TRAIN, resources={"gpusPerNode": 0, "cpu": 2, "memory": "3Gi"})["spec"]["template"]["spec"]
+    limits = spec["containers"][0]["resources"]["limits"]
+    assert (limits["cpu"], limits["memory"]) == ("2000m", "3072Mi")
+    assert "nvidia.com/gpu" not in limits
+    assert spec["nodeSelector"] == {"pool": "train"}
+
+
+def test_credentials_and_certificates_are_files_and_never_environment():
+    storage = {
+        "secretRef": {"name": "s3"},
+        "caBundle": {"configMapRef": {"name": "ca"}},
+        "serviceAccountName": "trainer",
+    }
+    spec = rendered(Stage.PREPARE, storage=storage)["spec"]["template"]["spec"]
+    mounts = {m["name"]: m["mountPath"] for m in spec["containers"][0]["volumeMounts"]}
+    assert mounts["credentials"] == names.CREDENTIALS_DIR
+    assert mounts["ca"] == names.CA_BUNDLE_DIR
+    assert spec["serviceAccountName"] == "trainer"
+    assert "AWS" not in json.dumps(spec["containers"][0]["env"])
+
+
+def test_caches_go_to_scratch_and_the_hub_stays_offline():
+    env = {e["name"]: e.get("value") for e in container(rendered(Stage.TRAIN))["env"]}
+    assert env["HOME"] == names.SCRATCH_DIR
+    assert env["HF_HOME"].startswith(names.SCRATCH_DIR)
+    assert env["HF_HUB_OFFLINE"] == "1"
+    assert env["HTTPS_PROXY"] == "http://proxy:3128"
+    assert "POD_UID" in env
+
+
+def test_autoscalers_leave_the_pod_alone_and_no_sidecar_is_injected():
+    meta = rendered(Stage.TRAIN)["spec"]["template"]["metadata"]
+    assert meta["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert meta["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
+    assert meta["annotations"]["linkerd.io/inject"] == "disabled"
+    assert meta["labels"]["sidecar.istio.io/inject"] == "false"
+
+
+def test_a_runtime_cannot_change_the_labels_that_the_operator_selects_by():
+    labels = rendered(Stage.TRAIN)["spec"]["template"]["metadata"]["labels"]
+    assert labels["team"] == "ml"
+    assert labels[names.LABEL_JOB_UID] == "1a2b3c4d-5e6f"
+
+
+def test_what_is_rendered_is_recognised_again():
+    manifest = rendered(Stage.TRAIN, 3)
+    seen = observe_job({**manifest, "metadata": {**manifest["metadata"], "uid": "u"}})
+    assert seen is not None
+    assert (seen.stage, seen.attempt, seen.gpus, seen.live) == (Stage.TRAIN, 3, 1, True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.from_regex(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", fullmatch=True), st.uuids(), st.integers(1, 999),
+    st.sampled_from(list(Stage)),
+)  # fmt: skip
+def test_names_of_children_and_their_pods_always_fit(name: str, uid: Any, attempt: int, stage: Stage):
+    child = names.child_name(name, str(uid), stage, attempt)
+    assert len(f"{child}-0-abcde") <= 63

@@ -1,0 +1,135 @@
+"""Kubernetes objects, as they are and as they should never be, become plain values."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_api.reasons import Fault
+from finetune_operator.observed import observe_job, observe_pod, parse_report
+from finetune_operator.view import view
+
+LABELS = names.child_labels("bot", "uid-1", Stage.TRAIN, 2)
+REPORT = '{"stage":"train","attempt":2,"fault":"Interrupted","exit_code":30,"step":7}'
+
+
+def job_body(**status: Any) -> dict[str, Any]:
+    owner = {"kind": "FineTuneJob", "uid": "uid-1", "controller": True}
+    meta = {"name": "n", "uid": "u", "labels": LABELS, "ownerReferences": [owner]}
+    return {"metadata": {**meta, "creationTimestamp": "2026-01-01T00:00:00Z"}, "spec": {}, "status": status}
+
+
+def pod_body(**status: Any) -> dict[str, Any]:
+    owner = {"kind": "Job", "uid": "u", "controller": True}
+    meta = {"name": "p", "uid": "pu", "labels": LABELS, "ownerReferences": [owner]}
+    limits = {"resources": {"limits": {"memory": "1536Mi"}}}
+    return {"metadata": meta, "spec": {"containers": [{"name": "trainer", **limits}]}, "status": status}
+
+
+def container(**state: Any) -> dict[str, Any]:
+    return {"containerStatuses": [{"name": "trainer", "state": state}]}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "outcome"),
+    [
+        ([], None),
+        ([{"type": "FailureTarget", "status": "True"}], None),
+        ([{"type": "SuccessCriteriaMet", "status": "True"}], None),
+        ([{"type": "Failed", "status": "False"}], None),
+        ([{"type": "Complete", "status": "True"}], "Complete"),
+        ([{"type": "FailureTarget", "status": "True"}, {"type": "Failed", "status": "True"}], "Failed"),
+    ],
+)
+def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outcome: str | None):
+    seen = observe_job(job_body(conditions=conditions))
+    assert seen is not None
+    assert seen.outcome == outcome
+
+
+def test_a_job_that_another_object_owns_is_not_ours_whatever_its_labels_say():
+    body = job_body()
+    body["metadata"]["ownerReferences"][0]["uid"] = "uid-2"
+    assert observe_job(body) is None
+    body["metadata"]["ownerReferences"] = []
+    assert observe_job(body) is None
+
+
+def test_a_pod_tells_its_report_exit_code_and_times():
+    ended = {
+        "exitCode": 30,
+        "message": REPORT,
+        "startedAt": "2026-01-01T00:00:00Z",
+        "finishedAt": "2026-01-01T01:00:00Z",
+    }
+    seen = observe_pod(pod_body(phase="Failed", **container(terminated=ended)))
+    assert seen is not None
+    assert (seen.exit_code, seen.active, seen.memory_limit) == (30, False, "1.5")
+    assert seen.report is not None
+    assert seen.report.fault == Fault.INTERRUPTED
+    assert seen.report.step == 7
+
+
+def test_a_pod_tells_why_it_does_not_run():
+    waiting = observe_pod(pod_body(**container(waiting={"reason": "ImagePullBackOff", "message": "x" * 999})))
+    assert waiting is not None
+    assert waiting.waiting_reason == "ImagePullBackOff"
+    assert len(waiting.waiting_message) == 256
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+    unschedulable = observe_pod(pod_body(conditions=[condition]))
+    assert unschedulable is not None
+    assert unschedulable.unschedulable == "0/3 nodes"
+
+
+def test_a_pod_tells_what_ended_it():
+    disrupted = observe_pod(pod_body(conditions=[{"type": "DisruptionTarget", "status": "True"}]))
+    assert disrupted is not None
+    assert disrupted.disrupted
+    killed = observe_pod(pod_body(**container(terminated={"exitCode": 137, "reason": "OOMKilled"})))
+    assert killed is not None
+    assert killed.oom_killed
+    evicted = observe_pod(pod_body(phase="Failed", reason="Evicted"))
+    assert evicted is not None
+    assert evicted.evicted
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Traceback", "{}", '{"stage":"train"}', REPORT.replace("}", ',"new_field":1}'), "[" * 4000, "x" * 100_000,
+        REPORT.replace("Interrupted", "OfTheFuture"),
+    ],
+)  # fmt: skip
+def test_a_message_that_is_no_report_is_a_bad_report(message: str):
+    assert parse_report(message) == (None, True)
+
+
+def test_no_message_is_no_report():
+    assert parse_report("") == (None, False)
+    assert parse_report(None) == (None, False)
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["metadata", "status", "spec", "labels", "conditions", "containerStatuses", "name", "state"])
+        | st.sampled_from(["terminated", "message", "ownerReferences", "type", names.LABEL_STAGE, names.LABEL_ATTEMPT]),
+        inner, max_size=5,
+    ),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(["metadata", "status", "spec"]), junk), junk)
+def test_no_object_makes_parsing_raise(body: dict[str, Any], status: Any):
+    observe_job(body)
+    observe_pod(body)
+    labelled = pod_body()
+    labelled["status"] = status
+    observe_pod(labelled)
+    meta = {"name": "bot", "namespace": "a", "uid": "u", "generation": 1}
+    view({"metadata": meta, "spec": body.get("spec"), "status": status})
