@@ -1,0 +1,161 @@
+"""Pulling progress from pods that may be hostile."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_api.names import Stage
+from finetune_api.run import MAX_PROGRESS_BYTES, Progress
+from finetune_operator.children import Children
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import ObservedPod
+from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+GOOD = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=7, total_steps=9).model_dump_json()
+OK = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def asked(serve: Serve, timeout_s: float = 2.0) -> Progress:
+    """What `fetch` makes of a server that behaves like this."""
+
+    async def both() -> Progress:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            return await fetch("127.0.0.1", port, timeout_s)
+        finally:
+            server.close()
+
+    return asyncio.run(both())
+
+
+def saying(*parts: bytes) -> Serve:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for part in parts:
+            writer.write(part)
+        writer.close()
+
+    return serve
+
+
+def test_a_good_answer_is_read():
+    assert asked(saying(OK, GOOD.encode())).step == 7
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\n\r\n", "status"),
+        (b"HTTP/1.0 500 no\r\n\r\n", "status"),
+        (b"SSH-2.0-OpenSSH\r\n", "status"),
+        (b"", "status"),
+        (OK + b"{}", "schema"),
+        (OK + b"[" * 5000, "schema"),
+        (OK + GOOD[:-1].encode() + b',"extra":1}', "schema"),
+        (OK + b"\xff\xfe", "schema"),
+        (OK + b" " * (MAX_PROGRESS_BYTES + 1), "size"),
+    ],
+)
+def test_anything_else_is_refused_with_a_word(answer: bytes, word: str):
+    with pytest.raises(ProgressError, match=word):
+        parse(answer)
+
+
+def test_an_endless_answer_is_cut_after_20_kib():
+    sent = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(OK)
+        while not writer.transport.is_closing() and sent < 10**8:
+            writer.write(b" " * 65536)
+            sent += 65536
+            try:
+                await writer.drain()
+            except ConnectionError:
+                return
+
+    with pytest.raises(ProgressError, match="size"):
+        asked(serve)
+    assert sent < 10**7
+
+
+def test_an_answer_that_drips_byte_by_byte_ends_at_the_deadline():
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for byte in OK * 100:
+            if writer.transport.is_closing():
+                return
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.02)
+
+    started_s = time.monotonic()
+    with pytest.raises(ProgressError, match="timeout"):
+        asked(serve, timeout_s=0.3)
+    assert time.monotonic() - started_s < 2
+
+
+def test_a_closed_port_is_unreachable():
+    with pytest.raises(ProgressError, match="unreachable"):
+        asyncio.run(fetch("127.0.0.1", 1))
+
+
+@pytest.mark.parametrize(("running", "interval_s"), [(0, 30), (1, 30), (300, 30), (600, 60), (5000, 500)])
+def test_all_jobs_together_write_at_most_ten_times_a_second(running: int, interval_s: float):
+    assert write_interval_s(running) == interval_s
+
+
+def pod(attempt: int = 1) -> ObservedPod:
+    return ObservedPod("p", "u", Stage.TRAIN, attempt, NOW, "Running", ip="127.0.0.1", started_at=NOW)
+
+
+def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[str], Metrics]:
+    due: list[str] = []
+    metrics = Metrics(CollectorRegistry())
+
+    async def both() -> ProgressPuller:
+        server = await asyncio.start_server(saying(OK, body.encode()), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        children = Children(lambda _key: None)
+        puller = ProgressPuller(children, metrics, lambda uid, _pod: due.append(uid), lambda: NOW, port)
+        await puller.pull([("job-1", target)])
+        await puller.pull([("job-1", target)])
+        server.close()
+        return puller
+
+    return asyncio.run(both()), due, metrics
+
+
+def test_answers_are_kept_and_looked_at_no_more_often_than_they_are_written():
+    puller, due, _ = pull(GOOD, pod())
+    kept = puller.last("job-1")
+    assert kept is not None
+    assert kept.progress.step == 7
+    assert due == ["job-1"]
+    puller.retain(set())
+    assert puller.last("job-1") is None
+
+
+def test_the_answer_of_another_attempt_is_not_kept():
+    puller, due, metrics = pull(GOOD, pod(attempt=2))
+    assert puller.last("job-1") is None
+    assert due == []
+    assert metrics.registry.get_sample_value("finetune_progress_pulls_total", {"result": "stranger"}) == 2
+
+
+def test_the_puller_stops_at_once():
+    puller = ProgressPuller(
+        Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _uid, _pod: None, lambda: NOW
+    )
+    thread = threading.Thread(target=puller.run, args=(60,))
+    thread.start()
+    puller.stop()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -1,0 +1,254 @@
+"""Settings, lease, health, metrics and the small pure parts of a round."""
+
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_api.reasons import Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.cluster import ApiError, UnreachableError
+from finetune_operator.health import HttpServer, problems
+from finetune_operator.lease import Lease
+from finetune_operator.live import explain
+from finetune_operator.metrics import Metrics
+from finetune_operator.reconcile import event_manifest, status_patch
+from finetune_operator.runtimes import Runtimes
+from finetune_operator.seen import JobEvent
+from finetune_operator.settings import Settings, SettingsError, parse_runtimes
+from finetune_operator.view import view
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_the_environment_decides_and_everything_has_a_default():
+    settings = Settings.from_env({"FINETUNE_WATCH_NAMESPACES": " b, a,,a", "FINETUNE_WORKERS": "3"})
+    assert settings.watch_namespaces == ("a", "b")
+    assert settings.workers == 3
+    assert Settings.from_env({}).watch_namespaces == ()
+
+
+@pytest.mark.parametrize("text", ["many", "0", "1e9"])
+def test_a_number_that_is_none_or_out_of_bounds_is_named(text: str):
+    with pytest.raises(SettingsError, match="FINETUNE_WORKERS"):
+        Settings.from_env({"FINETUNE_WORKERS": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("runtimes: {default: {}}", "runtimes.default.image"),
+        ("runtimes: {default: {image: x, imagePulPolicy: Always}}", "runtimes.default.imagePulPolicy"),
+        ("runtimes: {default: {image: x, env: {HOME: /}}}", "runtimes.default.env"),
+        ("runtimes: {default: {image: x, defaults: {memory: 16GB}}}", "runtimes.default.defaults.memory"),
+        ("[", "not YAML"),
+    ],
+)
+def test_a_mistake_in_the_runtimes_file_is_named(text: str, place: str):
+    with pytest.raises(SettingsError, match=place):
+        parse_runtimes(text)
+
+
+def test_a_changed_runtimes_file_is_taken_and_a_broken_one_is_not(tmp_path: Path):
+    path = tmp_path / "runtimes.yaml"
+    path.write_text("runtimes: {default: {image: one}}")
+    runtimes = Runtimes(path)
+    path.write_text("runtimes: {default: {image: one}, gpu: {image: second}}")
+    assert runtimes.get("gpu") is not None
+    path.write_text("runtimes: [")
+    assert runtimes.get("gpu") is not None
+    path.unlink()
+    assert runtimes.get("gpu") is not None
+    assert runtimes.get("tpu") is None
+
+
+class FakeApi:
+    """A lease as the API server keeps it."""
+
+    def __init__(self) -> None:
+        self.lease: dict[str, Any] | None = None
+        self.version = 0
+        self.down = False
+
+    def get(self, kind: Any, namespace: str, name: str) -> dict[str, Any] | None:
+        if self.down:
+            raise UnreachableError("down")
+        return None if self.lease is None else {**self.lease, "spec": dict(self.lease["spec"])}
+
+    def create(self, kind: Any, body: dict[str, Any]) -> dict[str, Any]:
+        if self.lease is not None:
+            raise ApiError(409, "AlreadyExists", "")
+        return self._store(body)
+
+    def replace_lease(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["metadata"]["resourceVersion"] != str(self.version):
+            raise ApiError(409, "Conflict", "")
+        return self._store(body)
+
+    def _store(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.version += 1
+        self.lease = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version)}}
+        return self.lease
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_one_operator_holds_the_lease_and_another_takes_it_only_when_it_is_not_renewed():
+    api, clock = FakeApi(), Clock()
+    first, second = Lease(api, "ns", "one", 30, clock), Lease(api, "ns", "two", 30, clock)
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    clock.now_s = 29
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    clock.now_s = 58
+    assert not second.try_acquire()
+    clock.now_s = 60
+    assert second.try_acquire()
+    assert not first.try_acquire()
+
+
+def test_a_restarted_operator_takes_its_own_lease_at_once_and_a_released_one_is_free():
+    api, clock = FakeApi(), Clock()
+    assert Lease(api, "ns", "one", 30, clock).try_acquire()
+    again = Lease(api, "ns", "one", 30, clock)
+    assert again.try_acquire()
+    again.release()
+    assert Lease(api, "ns", "two", 30, clock).try_acquire()
+
+
+def test_a_lost_race_for_the_lease_is_not_won():
+    api, clock = FakeApi(), Clock()
+    first = Lease(api, "ns", "one", 30, clock)
+    assert first.try_acquire()
+    stale = api.lease
+    assert first.try_acquire()
+    api.get = lambda kind, namespace, name: stale  # type: ignore[method-assign]
+    assert not first.try_acquire()
+
+
+def test_an_operator_that_cannot_renew_gives_up_before_another_may_start():
+    api, clock = FakeApi(), Clock()
+    lease = Lease(api, "ns", "one", 0.03, clock)
+    assert lease.try_acquire()
+    api.down = True
+    clock.now_s = 0.025
+    lost: list[bool] = []
+    lease.hold(lambda: lost.append(True))
+    assert lost == [True]
+
+
+@pytest.mark.parametrize(
+    ("ages_s", "stuck_s", "wrong"),
+    [
+        ({"resync": 10.0, "watch of pods": 100.0}, 5.0, []),
+        ({"resync": 200.0}, 0.0, ["resync: nothing for 200 s"]),
+        ({"watch of pods": 181.0}, 0.0, ["watch of pods: nothing for 181 s"]),
+        ({}, 121.0, ["queue: stuck for 121 s"]),
+    ],
+)
+def test_health_names_what_stalled(ages_s: dict[str, float], stuck_s: float, wrong: list[str]):
+    assert problems(ages_s, stuck_s) == wrong
+
+
+def test_healthz_fails_with_words_and_metrics_are_served():
+    wrong: list[str] = []
+    metrics = Metrics(CollectorRegistry())
+    server = HttpServer(0, metrics.registry, lambda: wrong)
+    try:
+        base = f"http://127.0.0.1:{server.port}"
+        assert urllib.request.urlopen(f"{base}/healthz", timeout=5).read() == b"ok"
+        assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=5).read()
+        wrong.append("resync: nothing for 200 s")
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(f"{base}/healthz", timeout=5)
+        assert refusal.value.code == 503
+        assert refusal.value.read() == b"resync: nothing for 200 s"
+    finally:
+        server.close()
+
+
+def test_last_known_figures_are_exported_until_the_job_is_deleted():
+    metrics = Metrics(CollectorRegistry())
+    status = FineTuneJobStatus.model_validate(
+        {
+            "phase": "Training",
+            "metrics": {"trainLoss": 1.5},
+            "progress": {"step": 7, "totalSteps": 9, "percentage": 77, "text": "7/9", "lastUpdatedTime": "x"},
+        }
+    )
+    metrics.export("a", "bot", status, 5.0)
+    job = {"namespace": "a", "name": "bot"}
+    value = metrics.registry.get_sample_value
+    assert value("finetune_job_step", job) == 7
+    assert value("finetune_job_train_loss", job) == 1.5
+    assert value("finetune_job_phase", {**job, "phase": "Training"}) == 1
+    metrics.forget("a", "bot")
+    assert value("finetune_job_step", job) is None
+    assert value("finetune_job_phase", {**job, "phase": "Training"}) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "patch"),
+    [
+        ({"a": 1}, {"a": 1}, {}),
+        ({"a": 1, "b": 2}, {"a": 1}, {"b": None}),
+        ({"p": {"x": 1, "y": 2}}, {"p": {"x": 1}}, {"p": {"y": None}}),
+        ({}, {"l": [1]}, {"l": [1]}),
+        ({"l": [1, 2]}, {"l": [2]}, {"l": [2]}),
+    ],
+)
+def test_a_status_patch_holds_what_differs(old: dict[str, Any], new: dict[str, Any], patch: dict[str, Any]):
+    assert status_patch(old, new) == patch
+
+
+def test_an_event_has_a_name_of_its_own_that_a_repetition_has_too():
+    job = view({"metadata": {"name": "bot", "namespace": "a", "uid": "u"}, "spec": None})
+    event = JobEvent("Warning", Reason.DATA_INVALID, "a.jsonl row 3")
+    first, again = event_manifest(job, event, NOW), event_manifest(job, event, NOW)
+    assert first == again
+    later = event_manifest(job, event, NOW + timedelta(seconds=1))
+    assert later["metadata"]["name"] != first["metadata"]["name"]
+    assert first["involvedObject"]["uid"] == "u"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "meant"),
+    [
+        (
+            "FailedMount",
+            'MountVolume.SetUp failed for volume "credentials" : secret "s3" not found',
+            "Secret a/s3 does",
+        ),
+        ("FailedMount", 'MountVolume.SetUp failed for volume "ca" : configmap "ca" not found', "ConfigMap a/ca does"),
+        ("FailedMount", "references non-existent secret key: x", "cannot be mounted"),
+        ("FailedCreate", 'error looking up service account a/x: serviceaccount "x" not found', "ServiceAccount a/x"),
+        ("FailedCreate", "pods is forbidden: exceeded quota: q, requested: pods=1", "waiting for quota"),
+        ("FailedCreate", "pods is forbidden: violates PodSecurity", "refuses the pod"),
+    ],
+)
+def test_events_of_the_cluster_become_words_that_name_the_object(reason: str, message: str, meant: str):
+    blocked = explain(reason, message, "a")
+    assert blocked is not None
+    assert meant in blocked.message
+
+
+def test_events_that_say_nothing_to_mend_are_passed_over():
+    assert explain("Pulled", "image pulled", "a") is None
+
+
+def test_times_are_read_with_their_zone_or_not_at_all():
+    assert format_time(parse_time("2026-01-01T01:00:00+01:00") or NOW) == "2026-01-01T00:00:00Z"
+    assert parse_time("2026-01-01T00:00:00") is None
+    assert parse_time(7) is None
