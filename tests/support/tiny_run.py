@@ -277,6 +277,21 @@ def make_run(
     return run
 
 
+def use_model(run: TinyRun, folder: Path) -> None:
+    """Plan with the real Llama-like model in `folder` instead of the tiny one; the rows' token ids are in range."""
+    config = AutoConfig.from_pretrained(folder)
+    facts = run.plan.model.model_copy(
+        update={
+            "uri": f"file://{folder}",
+            "files": [_record(run.store, path) for path in sorted(folder.iterdir())],
+            "vocabulary_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "layers": config.num_hidden_layers,
+        }
+    )
+    run.write_plan(run.plan.model_copy(update={"model": facts}))
+
+
 def context(run: TinyRun, attempt: int = 1, stage: Stage = Stage.TRAIN) -> StageContext:
     """What `__main__` gives to the stage, without its server and signals."""
     work_dir = Path(run.config.work_dir)

@@ -14,14 +14,25 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from finetune_trainer import train
 from finetune_trainer.inputs import Rows, fetch_rows, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.recipes import recipe_of
-from tiny_run import TinyRun, byte_tokenizer, linear_modules, make_run, tiny_config, tiny_model, train_in_child
+from finetune_trainer.stop import StopFlag
+from tiny_run import (
+    TinyRun,
+    byte_tokenizer,
+    context,
+    linear_modules,
+    make_run,
+    tiny_config,
+    tiny_model,
+    train_in_child,
+    use_model,
+)
 
 CPU = torch.device("cpu")
-KILLS = 20
 
 
 def _trl(
@@ -113,14 +124,17 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Random) -> bool:
-    """SIGKILL after a few more steps or, one time in five, while it still starts; False if it was done before."""
+def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Random, start_s: float) -> bool:
+    """SIGKILL after a few more steps or, one time in five, while it still starts; False if it was done before.
+
+    start_s: about how long a start takes.
+    """
     metrics = Path(run.config.work_dir, "metrics.jsonl")
     metrics.unlink(missing_ok=True)
     starting = chance.random() < 0.2
-    wanted, delay_s = (0 if starting else chance.randint(1, 7)), chance.uniform(0.0, 0.6 if starting else 0.05)
+    wanted, delay_s = (0 if starting else chance.randint(1, 7)), chance.uniform(0.0, start_s if starting else 0.05)
     seen = None
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 300
     while process.is_alive() and time.monotonic() < deadline_s:
         lines = _lines(metrics)
         seen = lines if seen is None and lines else seen
@@ -136,32 +150,49 @@ def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Ran
     return process.exitcode == -signal.SIGKILL
 
 
-def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
-    steps = 160
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["finetune_trainer.train", "tiny_run"])
-    runs = [make_run(tmp_path / name, steps=steps, keep_last=2) for name in ("undisturbed", "killed")]
-    undisturbed, killed = runs
-    # Below the spec's minimum of a second, as these steps take milliseconds.
+def _checkpoint_often(run: TinyRun) -> None:
+    """Below the spec's minimum of a second, as these steps take milliseconds."""
     often = {"interval_seconds": 0.02, "keep_last": 2}
-    spec = killed.config.spec
+    spec = run.config.spec
     assert spec.checkpoint is not None
     quick = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update=often)})
-    killed.config = killed.config.model_copy(update={"spec": quick})
+    run.config = run.config.model_copy(update={"spec": quick})
 
-    process = _start(processes, undisturbed, 1)
-    process.join(120)
-    assert process.exitcode == 0
 
+def _train_with_kills(run: TinyRun, wanted: int, start_s: float) -> None:
+    """As many attempts that are killed, and a last one that is not."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["finetune_trainer.train"])
     chance = random.Random(20)
-    kills = 0
-    attempt = 0
-    while kills < KILLS:
+    kills = attempt = 0
+    while kills < wanted:
         attempt += 1
-        assert attempt <= 2 * KILLS
-        kills += _kill_at_random(_start(processes, killed, attempt), killed, chance)
-    process = _start(processes, killed, attempt + 1)
-    process.join(120)
+        assert attempt <= 2 * wanted
+        kills += _kill_at_random(_start(processes, run, attempt), run, chance, start_s)
+    process = _start(processes, run, attempt + 1)
+    process.join(300)
     assert process.exitcode == 0
 
+
+def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
+    undisturbed, killed = (make_run(tmp_path / name, steps=160) for name in ("undisturbed", "killed"))
+    train.run(context(undisturbed), StopFlag(60))
+    _checkpoint_often(killed)
+    _train_with_kills(killed, 20, start_s=0.6)
+    assert undisturbed.adapter_bytes() == killed.adapter_bytes()
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(3600)
+def test_the_real_model_too_is_bit_equal_after_random_kills(tmp_path: Path) -> None:
+    from demo import assets
+
+    model = assets.ensure_model()
+    runs = [make_run(tmp_path / name, steps=50, rows=32, batch=2, longest=12) for name in ("undisturbed", "killed")]
+    for run in runs:
+        use_model(run, model)
+    undisturbed, killed = runs
+    train.run(context(undisturbed), StopFlag(60))
+    _checkpoint_often(killed)
+    _train_with_kills(killed, 5, start_s=5.0)
     assert undisturbed.adapter_bytes() == killed.adapter_bytes()
