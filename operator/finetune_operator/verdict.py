@@ -62,8 +62,12 @@ def failure(folded: Folded, look: Look, limits: Limits, now: datetime) -> Blocke
         return Blocked(Reason.DEADLINE_EXCEEDED, text)
     if look.wait is not None and look.wait.reason == Reason.INVALID_MANIFEST:
         return look.wait
+    spent = None
+    if record is not None and record.disruptions > limits.max_disruptions:
+        text = f"pods were evicted or preempted {record.disruptions} times, {limits.max_disruptions} are allowed"
+        spent = Blocked(Reason.DISRUPTION_BUDGET, f"{text} (recovery.maxDisruptions)")
     if last is None:
-        return None
+        return spent
     since = parse_time(record.storage_wait_since) if record else None
     impatient = since is not None and now >= since + PATIENCE
     if impatient and is_open(last) and look.wait is not None and look.wait.reason in IMPATIENT_REASONS:
@@ -72,11 +76,8 @@ def failure(folded: Folded, look: Look, limits: Limits, now: datetime) -> Blocke
         return Blocked(reason_of(last.reason), f"{ended_words(folded)} (tried for 15 minutes)")
     if is_final(last, status.attempts[:-1]):
         return Blocked(reason_of(last.reason), ended_words(folded))
-    if record is not None and record.disruptions > limits.max_disruptions:
-        text = f"pods were evicted or preempted {record.disruptions} times, {limits.max_disruptions} are allowed"
-        return Blocked(Reason.DISRUPTION_BUDGET, f"{text} (recovery.maxDisruptions)")
-    if is_open(last):
-        return None
+    if spent is not None or is_open(last):
+        return spent
     if status.failures > limits.max_retries or last.number >= MAX_ATTEMPTS:
         text = f"{status.failures} attempts failed and recovery.maxRetries is {limits.max_retries}"
         return Blocked(Reason.RETRIES_EXHAUSTED, f"{text}; the last one ({last.reason}): {ended_words(folded)}")

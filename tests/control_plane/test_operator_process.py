@@ -356,7 +356,7 @@ def test_suspending_checkpoints_and_resuming_is_the_next_attempt(team: Team, ope
     team.until("Running", "True", "Training")
     team.committed(2)
     team.until("Succeeded", "True")
-    assert team.get()["status"]["failures"] == 0
+    assert team.get()["status"].get("failures", 0) == 0
 
 
 def test_deleting_a_job_lets_the_garbage_collector_end_its_pods_and_forgets_its_figures(team: Team, operator: Operator):

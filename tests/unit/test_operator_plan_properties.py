@@ -32,7 +32,8 @@ times = st.integers(0, 5000).map(lambda s: START + timedelta(seconds=s))
 maybe_times = st.none() | times
 stages = st.sampled_from(list(Stage))
 attempts = st.integers(1, 4)
-texts = st.text(max_size=40)
+texts = st.sampled_from(["", "words", "ünï\n\x00code", "x" * 2000])
+uids = st.sampled_from(["u-1", "u-2", "u-3", "u-4"])
 reason_words = st.sampled_from([r.value for r in Reason]) | st.just("OfTheFuture")
 
 
@@ -51,8 +52,8 @@ results = st.builds(
 )
 jobs = st.builds(
     ObservedJob,
-    name=st.uuids().map(str),
-    uid=st.uuids().map(str),
+    name=uids,
+    uid=uids,
     stage=stages,
     attempt=attempts,
     created_at=times,
@@ -66,7 +67,7 @@ jobs = st.builds(
 pods = st.builds(
     ObservedPod,
     name=texts,
-    uid=st.uuids().map(str),
+    uid=uids,
     stage=stages,
     attempt=attempts,
     created_at=times,
@@ -96,8 +97,8 @@ def answer(attempt: int, step: int, silent_s: float, loss: float | None, at: dat
 progresses = st.builds(answer, attempts, st.integers(0, 200), st.floats(0, 1e6), st.none() | st.floats(), times)
 seens = st.builds(
     Seen,
-    st.lists(jobs, max_size=4).map(tuple),
-    st.lists(pods, max_size=5).map(tuple),
+    st.lists(jobs, max_size=3).map(tuple),
+    st.lists(pods, max_size=3).map(tuple),
     st.none() | progresses,
     st.none() | st.builds(Blocked, st.sampled_from(list(Reason)), texts),
 )
@@ -135,7 +136,7 @@ records = st.fixed_dictionaries(
 statuses = st.fixed_dictionaries(
     {},
     optional={
-        "attempts": st.lists(entries, max_size=10),
+        "attempts": st.lists(entries, max_size=4),
         "conditions": conditions,
         "record": records,
         "failures": st.integers(0, 5),
@@ -171,7 +172,7 @@ def dumped(made: Plan) -> dict[str, Any]:
     return made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_plan_never_raises_and_its_status_and_events_are_bounded(
     spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
@@ -183,11 +184,20 @@ def test_plan_never_raises_and_its_status_and_events_are_bounded(
     assert made.requeue_after_s is None or made.requeue_after_s > 0
 
 
-@settings(max_examples=600, deadline=None)
+def about_the_open_attempt(job: JobView, seen: Seen, now: datetime) -> Seen:
+    """A refusal is about the newest attempt, which is then open: without one, nobody was refused anything."""
+    without = replace(seen, blocked=None)
+    before, after = job.status.attempts, plan(job, without, now).status.attempts
+    same = bool(before and after) and before[-1].attempt_class == after[-1].attempt_class == "Running"
+    return seen if same and (before[-1].stage, before[-1].number) == (after[-1].stage, after[-1].number) else without
+
+
+@settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
     spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
 ):
+    seen = about_the_open_attempt(job_view(spec, status), seen, now)
     first = plan(job_view(spec, status), seen, now)
     second = plan(job_view(spec, dumped(first)), seen, now)
     assert dumped(second) == dumped(first)
@@ -196,7 +206,7 @@ def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
         assert second.actions == first.actions
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
     spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
@@ -210,7 +220,7 @@ def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
         assert spec.get("suspend") is not True
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, seens, times, st.integers(0, 10**6))
 def test_a_verdict_is_never_left_and_creates_nothing(
     spec: dict[str, Any], status: dict[str, Any], seen: Seen, later: Seen, now: datetime, wait_s: int
@@ -355,4 +365,4 @@ class OneJobInACluster(RuleBasedStateMachine):
 
 
 TestOneJobInACluster = OneJobInACluster.TestCase
-TestOneJobInACluster.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestOneJobInACluster.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
