@@ -43,6 +43,10 @@ def create_cgroup() -> None:
     """The kubelet's root group; it insists that it exists in every hierarchy."""
     for root in _hierarchies():
         (root / CGROUP).mkdir(exist_ok=True)
+        # By default a group weighs as much as one process: beside a few busy ones the whole node would starve.
+        for name, one_core in (("cpu.shares", 1024), ("cpu.weight", 100)):
+            if (root / CGROUP / name).exists():
+                (root / CGROUP / name).write_text(str(one_core * 2 * (os.cpu_count() or 1)))
         for name in ("cpuset.cpus", "cpuset.mems"):  # v1: empty sets refuse every process
             if (root / CGROUP / name).exists() and not (root / CGROUP / name).read_text().strip():
                 (root / CGROUP / name).write_text((root / name).read_text())
