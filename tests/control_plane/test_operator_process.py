@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import yaml
 from kubernetes import client, config
 
 import testbed
@@ -38,7 +37,7 @@ ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri
 T = TypeVar("T")
 
 
-def eventually(found: Callable[[], T | None], what: str, timeout_s: float = 30) -> T:
+def eventually(found: Callable[[], T | None], what: str, timeout_s: float = 90) -> T:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         value = found()
@@ -52,10 +51,8 @@ class Operator:
     """One operator process that watches one namespace."""
 
     def __init__(self, kubeconfig: Path, namespace: str, folder: Path, identity: str = "operator-0") -> None:
-        runtimes = folder / "runtimes.yaml"
-        small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
-        runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
-        runtimes.write_text(yaml.safe_dump({"runtimes": {"default": runtime}}))
+        self._runtimes = folder / "runtimes.yaml"
+        self.offer("default")
         self.log = folder / "operator.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -66,13 +63,19 @@ class Operator:
             "FINETUNE_NAMESPACE": namespace,
             "FINETUNE_WATCH_NAMESPACES": namespace,
             "FINETUNE_IDENTITY": identity,
-            "FINETUNE_RUNTIMES_FILE": str(runtimes),
+            "FINETUNE_RUNTIMES_FILE": str(self._runtimes),
             "FINETUNE_HTTP_PORT": str(self.port),
             "FINETUNE_RESYNC_INTERVAL_S": "2",
             "FINETUNE_LEASE_DURATION_S": "6",
             "PYTHONUNBUFFERED": "1",
         }
         self.process: subprocess.Popen[bytes] | None = None
+
+    def offer(self, *runtimes: str) -> None:
+        """What Helm does when the platform team changes its values."""
+        small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
+        runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
+        self._runtimes.write_text(json.dumps({"runtimes": dict.fromkeys(runtimes, runtime)}))
 
     def start(self) -> "Operator":
         with self.log.open("ab") as log:
@@ -191,7 +194,7 @@ class Team:
         return next(((c["status"], c["reason"]) for c in conditions if c["type"] == kind), None)
 
     def until(
-        self, kind: str, status: str, reason: str | None = None, name: str = "bot", timeout_s: float = 30
+        self, kind: str, status: str, reason: str | None = None, name: str = "bot", timeout_s: float = 90
     ) -> None:
         def holds() -> bool:
             found = self.condition(kind, name)
@@ -274,7 +277,7 @@ def test_a_job_goes_from_apply_to_success_in_a_restricted_namespace_with_few_wri
     noise = sum(1 if e.reason == "Healthy" else 2 for e in told if e.reason in no_nodes)  # events and their status
     leases = operator.metric('finetune_api_writes_total{resource="leases"')
     assert operator.metric("finetune_api_writes_total") - leases - noise <= 20
-    assert operator.rss_bytes() < 200 * 2**20
+    assert operator.rss_bytes() < 200 * 2**20, operator.rss_bytes()
     assert operator.end() == 0
 
 
@@ -415,6 +418,16 @@ def test_a_quota_that_is_used_up_is_a_wait_with_words_and_not_a_failure(team: Te
     team.submit()
     team.until("Admitted", "False", "QuotaExceeded", timeout_s=60)
     team.core.delete_namespaced_resource_quota("none", team.namespace)
+
+
+def test_a_job_waits_for_a_runtime_that_is_not_there_yet(team: Team, operator: Operator):
+    team.submit(runtime="gpu")
+    team.until("Degraded", "True", "RuntimeNotFound")
+    assert team.jobs() == []
+    operator.offer("default", "gpu")
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    assert team.condition("Degraded") == ("False", "Healthy")
 
 
 def test_pods_that_are_not_ours_are_never_sent_to_the_operator(team: Team, operator: Operator):
