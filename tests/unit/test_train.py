@@ -248,3 +248,37 @@ def test_a_step_that_hangs_is_reported_and_ends_the_process(tmp_path: Path, monk
     train._end_stalled(replace(ctx, result_file=file), 7, 301.0)  # pyright: ignore[reportPrivateUsage]
     assert ended == [32]
     assert json.loads(file.read_text())["args"] == {"seconds": 301, "step": 7}
+
+
+def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    stop = StopFlag(60)
+    with monkeypatch.context() as patch:
+        _stop_before(patch, stop, 12)
+        with pytest.raises(StageError) as caught:
+            train.run(context(run), stop)
+    assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 12})
+    assert train.run(context(run, attempt=2), StopFlag(60)).exit_code == 0
+    found = json.loads(run.local("adapter", "eval.json").read_text())
+    assert [evaluation["step"] for evaluation in found["held_out"]] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "exit_code"),
+    [
+        (torch.cuda.OutOfMemoryError("injected"), Fault.GPU_OOM, 16),
+        (torch.AcceleratorError("injected", 700), Fault.GPU_FAULT, 33),
+    ],
+)
+def test_a_gpu_that_fails_outside_a_step_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, fault: Fault, exit_code: int
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "load_base", fail)
+    with pytest.raises(StageError) as caught:
+        train.run(context(make_run(tmp_path)), StopFlag(60))
+    assert (caught.value.fault, caught.value.exit_code) == (fault, exit_code)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -93,9 +94,9 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.step_offsets) - 1
 
-    def tokens_after(self, step: int) -> int:
-        """Tokens of all steps after `step`."""
-        return int(self.tokens.sum() - self.tokens[: step + 1].sum())
+    @cached_property
+    def total_tokens(self) -> int:
+        return int(self.tokens.sum())
 
     def rows_of(self, step: int) -> list[int]:
         return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()

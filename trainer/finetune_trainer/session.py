@@ -14,6 +14,7 @@ from finetune_trainer import guard
 from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, snapshot
 from finetune_trainer.evaluate import held_out_loss
 from finetune_trainer.inputs import Rows
+from finetune_trainer.logs import bind_step
 from finetune_trainer.loop import Stepper, learning_rate
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.serve import Reporter
@@ -85,12 +86,17 @@ class Session:
         self.reporter.update(activity="Training")
         self._train(total)
         done = self.position.step == total
-        if done and self.position.evaluations and self.position.evaluations[-1].step != total:
+        if done and self.held_out is not None and self._evaluated_step() != total:
             self._evaluate()
+            done = self._evaluated_step() == total
         self.reporter.update(activity="Saving")
         self._save()
         self.checkpointer.wait()
         return done
+
+    def _evaluated_step(self) -> int | None:
+        evaluations = self.position.evaluations
+        return evaluations[-1].step if evaluations else None
 
     def _train(self, total: int) -> None:
         first = self.position.step
@@ -136,6 +142,7 @@ class Session:
                 }
             )
             self._recent.append((tokens, seconds))
+            bind_step(self.position.step)
             self._report(reading.step, loss, norm, finite, tokens, labels, seconds)
 
     def _report(
@@ -150,7 +157,7 @@ class Session:
             learning_rate=rate,
             tokens_per_second=speed,
             tokens_total=position.tokens,
-            eta_seconds=steps.tokens_after(step) / max(1e-9, speed),
+            eta_seconds=(steps.total_tokens - position.tokens) / max(1e-9, speed),
         )
         self.metrics.step_seconds.observe(seconds)
         self.metrics.grad_norm.set(norm)

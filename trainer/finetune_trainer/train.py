@@ -46,6 +46,15 @@ _MAX_METRICS_BYTES = 16 * 2**20
 
 def run(ctx: StageContext, stop: StopFlag) -> RunResult:
     """One attempt. Raises StageError for every known end but success, INTERRUPTED once all is safe among them."""
+    try:
+        return _attempt(ctx, stop)
+    except torch.cuda.OutOfMemoryError as error:
+        raise StageError(Fault.GPU_OOM, step=ctx.reporter.progress().step) from error
+    except torch.AcceleratorError as error:
+        raise StageError(Fault.GPU_FAULT, step=ctx.reporter.progress().step) from error
+
+
+def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     store, run_uri = ctx.store, ctx.config.run_uri
     committed = commit.read_commit(store, run_uri)
     commit.claim(store, run_uri, ctx.config.job.uid)
@@ -65,8 +74,6 @@ def run(ctx: StageContext, stop: StopFlag) -> RunResult:
         if not done:
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
         artifact = _finish(ctx, fence, fetched, session, lm, adapted)
-    except torch.AcceleratorError as error:
-        raise StageError(Fault.GPU_FAULT, step=session.position.step) from error
     finally:
         session.checkpointer.close()
         session.metrics_file.close()
@@ -95,7 +102,9 @@ def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
     prepared = ctx.work_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     rows = inputs.fetch_rows(store, plan.train, prepared / "train")
-    held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out") if plan.held_out else None
+    held_out = None
+    if plan.held_out is not None and plan.held_out.rows:
+        held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out")
     steps = inputs.fetch_steps(store, plan, prepared)
     _go_on(stop)
     model_folder = ctx.work_dir / "model"
@@ -114,9 +123,10 @@ def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
     # The sum of a product depends on how many threads share it: without a fixed number resumes are not bit-equal.
     torch.set_num_threads(max(1, round(ctx.config.resources.cpu_count)))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if ctx.config.resources.gpus and not torch.cuda.is_available():
+    if not ctx.config.resources.gpus:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    elif not torch.cuda.is_available():
         raise StageError(Fault.GPU_FAULT, step=0)
     device = torch.device("cuda" if ctx.config.resources.gpus else "cpu")
     return load_base(fetched.model_folder, fetched.plan, device)
@@ -240,7 +250,7 @@ def _finish(
     folder = ctx.work_dir / ADAPTER
     found = Evaluations(session.position.evaluations, base_answers, tuned_answers)
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, found)
-    rows = fetched.held_out if fetched.held_out is not None and len(fetched.held_out) else fetched.rows
+    rows = fetched.held_out or fetched.rows
     batches = [rows.batch([row], lm.device) for row in range(min(_RELOAD_ROWS, len(rows)))]
     checks = export.check_reload(lm, adapted, folder, batches)
     log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
