@@ -3,7 +3,6 @@
 import hashlib
 import random
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +99,8 @@ class TinyRun:
     config: RunConfig
     plan: RunPlan
 
-    @cached_property
-    def store(self) -> Store:
+    @property
+    def store(self) -> Store:  # not kept: a run is sent to child processes, a store cannot be
         return open_store(self.config.storage)
 
     def local(self, *parts: str) -> Path:
