@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from e2e_faults import send
+from e2e_faults import held, send
 from e2e_lab import Lab, Submitted, fetch, until
 from e2e_prometheus import Prometheus, lint, running
 from e2e_site import LONG_RUN
@@ -57,19 +57,17 @@ def test_an_operator_killed_in_five_phases_reaches_the_same_end_with_one_job_per
     assert _stages(job) == []
     kill_operator(lab)  # 1: after apply, before the prepare Job
 
-    job.until_running(Stage.PREPARE)
-    kill_operator(lab)  # 2: while preparing
-    assert _stages(job)[0] == "prepare"
-
-    stop_operator(lab)
+    with held(job.until_running(Stage.PREPARE)):
+        kill_operator(lab)  # 2: while preparing
+        stop_operator(lab)
     job.until(lambda: _complete(job, Stage.PREPARE), "the prepare Job is complete")
     assert _stages(job) == ["prepare"]
     kill_operator(lab)  # 3: between the stages
 
     job.until_training_beyond(1)
-    kill_operator(lab)  # 4: while training
-
-    stop_operator(lab)
+    with held(job.until_running(Stage.TRAIN)):
+        kill_operator(lab)  # 4: while training
+        stop_operator(lab)
     job.until(lambda: _complete(job, Stage.TRAIN), "the train Job is complete")
     assert job.condition("Finished")["status"] == "False"
     kill_operator(lab)  # 5: after training, before the verdict

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,17 @@ def send(pod: dict[str, Any], number: signal.Signals) -> None:
 def kill_trainer(pod: dict[str, Any]) -> None:
     """SIGKILL the stage's process; its supervisor lives and can tell."""
     os.kill(child_pid(container_pid(pod)), signal.SIGKILL)
+
+
+@contextmanager
+def held(pod: dict[str, Any]) -> Generator[None]:
+    """The stage's process stands still, so that it cannot end before something else has happened."""
+    pid = child_pid(container_pid(pod))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 class Memory:
