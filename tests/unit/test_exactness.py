@@ -174,6 +174,7 @@ def _train_with_kills(run: TinyRun, wanted: int, start_s: float) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.timeout(900)  # on a machine shared with much else
 def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
     undisturbed, killed = (make_run(tmp_path / name, steps=160) for name in ("undisturbed", "killed"))
     train.run(context(undisturbed), StopFlag(60))
