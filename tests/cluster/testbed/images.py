@@ -56,7 +56,17 @@ def load_image(name: str, source: str | None = None) -> bool:
         raise TestbedError(f"{source} was imported, but holds no image called {name}: give the name it was built with")
     # Last, so that an import killed half-way is done again.
     ctr("images", "label", name, f"{_ID_LABEL}={identity}")
+    _forget_replaced()
     return True
+
+
+def _forget_replaced() -> None:
+    """Give back the disk of images that a newer one of the same name replaced: the kubelet's plugin keeps their ids."""
+    lines = [line.split() for line in ctr("images", "ls").stdout.splitlines()[1:]]
+    named = {digest for name, _type, digest, *_ in lines if not name.startswith("sha256:")}
+    replaced = [name for name, _type, digest, *_ in lines if name.startswith("sha256:") and digest not in named]
+    if replaced:
+        ctr("images", "rm", *replaced)
 
 
 def _loaded_identity(name: str) -> str | None:
