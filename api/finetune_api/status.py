@@ -78,7 +78,9 @@ class DataStatus(ApiModel):
 
     files: int = Field(ge=0, description="Files read.")
     rows_in: int = Field(ge=0, description="Rows read.")
-    rows_used: int = Field(ge=0, description="Rows trained on.")
+    rows_used: int = Field(
+        ge=0, description="Rows in the training set; the plan's steps read each of them some times, see the plan."
+    )
     rows_held_out: int = Field(ge=0, description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
     digest: Digest = Field(description="SHA-256 over the prepared data.")
