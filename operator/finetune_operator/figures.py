@@ -28,7 +28,11 @@ def with_progress(status: FineTuneJobStatus, seen: SeenProgress, keep_last: int)
 
 
 def is_write_due(status: FineTuneJobStatus, seen: SeenProgress, interval_s: float) -> bool:
-    """Whether a newer answer is worth a status write: live figures are rationed, transitions are not."""
+    """Whether a newer answer is worth a status write: live figures are rationed, transitions are not.
+
+    A pod that does not know its place yet must not wipe out how far the attempt before it has come."""
+    if seen.progress.total_steps == 0:
+        return False
     last = parse_time(status.progress.last_updated_time) if status.progress else None
     return last is None or (seen.at - last).total_seconds() >= interval_s
 

@@ -102,13 +102,16 @@ def _close(
     finished = ended.finished_at or now
     report = ended.report
     step = report.step if report is not None else None
+    resumed_from = report.resumed_from_step if report is not None else None
+    if resumed_from is None:  # a supervisor that reports a killed trainer does not know
+        resumed_from = progress.progress.resumed_from_step if progress is not None else entry.resumed_from_step
     closed = entry.model_copy(
         update={
             "attempt_class": ended.attempt_class,
             "reason": ended.reason.value,
             "exit_code": ended.exit_code,
             "finished_at": format_time(finished),
-            "resumed_from_step": report.resumed_from_step if report is not None else entry.resumed_from_step,
+            "resumed_from_step": resumed_from,
             "last_step": step if step is not None else (progress.progress.step if progress else entry.last_step),
             "lost_seconds": _lost_seconds(status, entry, ended, progress, finished),
         }

@@ -678,6 +678,22 @@ def test_progress_of_another_attempt_is_ignored():
     assert "progress" not in world.step().status
 
 
+def test_a_pod_that_does_not_know_its_place_yet_does_not_wipe_out_the_progress():
+    world = World().training()
+    world.progress = SeenProgress(said(step=40), world.now)
+    world.step().end("train-1", fault=Fault.KILLED).step(after_s=60).run("train-2")
+    world.progress = SeenProgress(said(attempt=2, activity="Loading", total_steps=0), world.now)
+    assert world.step(after_s=60).status["progress"]["text"] == "40/100"
+
+
+def test_where_a_killed_attempt_had_resumed_is_kept_from_its_last_answer():
+    world = World().training()
+    world.progress = SeenProgress(said(step=40, resumed_from_step=30), world.now)
+    world.end("train-1", fault=Fault.KILLED).step()
+    killed = world.status["attempts"][-2]
+    assert (killed["resumedFromStep"], killed["lastStep"]) == (30, 40)
+
+
 def test_a_silent_pod_makes_the_progress_stale_and_nothing_else():
     world = World().training()
     world.progress = SeenProgress(said(step=1), world.now)

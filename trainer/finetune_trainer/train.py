@@ -98,7 +98,6 @@ def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
     ctx.reporter.update(activity="Reading")
     store = ctx.store
     plan = inputs.read_plan(store, ctx.config.run_uri, ctx.plan_digest)
-    ctx.reporter.update(total_steps=plan.hyperparameters.total_steps)
     prepared = ctx.work_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     rows = inputs.fetch_rows(store, plan.train, prepared / "train")
@@ -159,7 +158,8 @@ def _begin(
         ctx.reporter.update(resumed_from_step=position.step, checkpoint=resumed_from)
         if position.evaluations:
             ctx.reporter.update(base_eval_loss=position.evaluations[0].loss, eval_loss=position.evaluations[-1].loss)
-    ctx.reporter.update(step=position.step, tokens_total=position.tokens)
+    # Together: a total beside step 0 would look as if the work of earlier attempts were lost.
+    ctx.reporter.update(step=position.step, total_steps=hyper.total_steps, tokens_total=position.tokens)
 
     def saved(status: CheckpointStatus, seconds: float) -> None:
         ctx.reporter.update(checkpoint=status)
