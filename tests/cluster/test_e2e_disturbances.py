@@ -52,18 +52,6 @@ def test_a_trainer_killed_by_sigkill_is_reported_by_its_supervisor_and_the_job_r
     assert any("killed by signal SIGKILL" in event["message"] for event in disturbed.events())
 
 
-def test_a_container_killed_whole_without_any_message_counts_once_and_the_job_resumes(disturbed: Submitted):
-    _, closed, _ = disturb(disturbed, lambda pod: send(pod, signal.SIGKILL))
-    assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 137)
-
-
-def test_memory_that_runs_out_is_named_and_counted_and_the_job_resumes(disturbed: Submitted):
-    _, closed, _ = disturb(disturbed, lambda pod: Memory(pod).run_out())
-    assert (closed["class"], closed["reason"]) == ("Failure", "HostOOM")
-    assert closed["exitCode"] in (35, 137)  # 137 where the kubelet kills whole containers (cgroup v2)
-    assert any("memory limit" in event["message"] for event in disturbed.events())
-
-
 def test_suspend_frees_the_pod_and_resume_goes_on_at_the_step_it_stopped_at(disturbed: Submitted):
     before = disturbed.until_training_beyond(1)
     failures = disturbed.status().get("failures", 0)
@@ -80,6 +68,18 @@ def test_suspend_frees_the_pod_and_resume_goes_on_at_the_step_it_stopped_at(dist
     assert disturbed.status().get("failures", 0) == failures
 
 
+def test_a_container_killed_whole_without_any_message_counts_once_and_the_job_resumes(disturbed: Submitted):
+    _, closed, _ = disturb(disturbed, lambda pod: send(pod, signal.SIGKILL))
+    assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 137)
+
+
+def test_memory_that_runs_out_is_named_and_counted_and_the_job_resumes(disturbed: Submitted):
+    _, closed, _ = disturb(disturbed, lambda pod: Memory(pod).run_out())
+    assert (closed["class"], closed["reason"]) == ("Failure", "HostOOM")
+    assert closed["exitCode"] in (35, 137)  # 137 where the kubelet kills whole containers (cgroup v2)
+    assert any("memory limit" in event["message"] for event in disturbed.events())
+
+
 def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed: Submitted, disturbed: Submitted):
     undisturbed.until_succeeded(400)
     status = disturbed.until_succeeded(400)
@@ -88,7 +88,6 @@ def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed
     resumed = [entry["resumedFromStep"] for entry in attempts[1:]]
     assert resumed == sorted(resumed)
     assert all(step > 0 for step in resumed)
-    assert len(disturbed.pods(Stage.TRAIN)) == len(disturbed.jobs()) - 1 == len(attempts)
 
     figures = [_figures(job) for job in (undisturbed, disturbed)]
     steps = [row["step"] for row in figures[0] if "loss" in row]
