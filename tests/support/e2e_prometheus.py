@@ -1,4 +1,4 @@
-"""A real Prometheus on the host that finds the pods by itself and scrapes them at their own addresses."""
+"""A real Prometheus on the host that scrapes the pods at their own addresses."""
 
 import json
 import subprocess
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from e2e_lab import Lab, fetch, until, write_json
+from finetune_api.names import LABEL_JOB_NAME, LABEL_STAGE
 from testbed.instance import free_ports
 
-PORT_NAME = "__meta_kubernetes_pod_container_port_name"
-SCRAPE_LABEL = "__meta_kubernetes_pod_label_e2e_finetune_dev_scrape"
+PORT_NAMES = ("metrics", "http")
+SCRAPE_LABEL = "e2e.finetune.dev/scrape=true"
 
 
 @dataclass(frozen=True)
@@ -34,38 +35,27 @@ class Prometheus:
         return float(found[0]["value"][1]) if found else None
 
 
-def configuration(lab: Lab) -> dict[str, Any]:
-    """Scrapes every second each container port called metrics or http of the pods that the tests have labelled."""
-    return {
-        "global": {"scrape_interval": "1s"},
-        "scrape_configs": [
-            {
-                "job_name": "finetune",
-                "kubernetes_sd_configs": [
-                    {
-                        "role": "pod",
-                        "api_server": lab.cluster.api_server,
-                        "authorization": {"credentials": lab.api.token},
-                        "tls_config": {"ca_file": str(lab.api.ca_file)},
-                        "namespaces": {"names": [lab.namespace, lab.operator_namespace]},
-                    }
-                ],
-                "relabel_configs": [
-                    {"source_labels": [SCRAPE_LABEL], "regex": "true", "action": "keep"},
-                    {"source_labels": [PORT_NAME], "regex": "metrics|http", "action": "keep"},
-                    {"source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Running", "action": "keep"},
-                    {"source_labels": ["__meta_kubernetes_pod_label_finetune_dev_job_name"], "target_label": "ftj"},
-                    {"source_labels": ["__meta_kubernetes_pod_label_finetune_dev_stage"], "target_label": "stage"},
-                ],
-            }
-        ],
-    }  # fmt: skip
+def targets(lab: Lab) -> list[dict[str, Any]]:
+    """Each container port called metrics or http of the running pods that the tests have labelled, as `file_sd` wants
+    it. Debian's Prometheus is built without discovery by Kubernetes; these are the same labels and ports."""
+    found: list[dict[str, Any]] = []
+    for namespace in (lab.namespace, lab.operator_namespace):
+        for pod in lab.api.items(f"/api/v1/namespaces/{namespace}/pods", labelSelector=SCRAPE_LABEL):
+            labels = {"ftj": pod["metadata"]["labels"].get(LABEL_JOB_NAME, "")}
+            labels["stage"] = pod["metadata"]["labels"].get(LABEL_STAGE, "")
+            ports = [p for c in pod["spec"]["containers"] for p in c.get("ports", []) if p["name"] in PORT_NAMES]
+            if pod["status"]["phase"] == "Running":
+                addresses = [f"{pod['status']['podIP']}:{port['containerPort']}" for port in ports]
+                found.append({"targets": addresses, "labels": labels})
+    return found
 
 
 @contextmanager
 def running(lab: Lab, folder: Path) -> Generator[Prometheus]:
     """Prometheus with its data in `folder`, ended with the block."""
-    config = write_json(folder / "prometheus.json", configuration(lab))  # JSON is YAML
+    discovery = [{"files": [str(write_json(folder / "targets.json", targets(lab)))]}]
+    scrape = {"job_name": "finetune", "scrape_interval": "1s", "file_sd_configs": discovery}
+    config = write_json(folder / "prometheus.json", {"scrape_configs": [scrape]})  # JSON is YAML
     port = free_ports("127.0.0.1", ["prometheus"])["prometheus"]
     command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "prometheus.log").open("wb") as log:
