@@ -25,6 +25,7 @@ NODE = {
     "gcc": "/usr/bin/gcc",
     "libc6-dev": "/usr/include/stdlib.h",
     "buildah": "/usr/bin/buildah",
+    "skopeo": "/usr/bin/skopeo",
     "mmdebstrap": "/usr/bin/mmdebstrap",
     "prometheus": "/usr/bin/promtool",
 }

@@ -5,6 +5,7 @@ VMs without systemd) and imported. containerd's store lies in the cache, and an 
 id as a label, so loading the same image again is one lookup, also after `down` and `up`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,12 +13,13 @@ import os
 import subprocess
 import tarfile
 import tempfile
+import threading
 from pathlib import Path
 
 from testbed.binaries import binary
 from testbed.components import CONTAINERD_SOCKET
 from testbed.instance import TestbedError, cache_dir, containerd_root
-from testbed.processes import run
+from testbed.processes import last_lines, run
 
 BASE_IMAGE = "localhost/finetune-base:bookworm"
 PAUSE_IMAGE = "localhost/pause:1"
@@ -81,8 +83,9 @@ def _loaded_identity(name: str) -> str | None:
 def _import_difference(source: str, name: str, timeout_s: float = 900) -> None:
     """Bring only the layers that containerd lacks: a change of code costs seconds, not the trainer's 6 GB again.
 
-    buildah writes an OCI layout and leaves out blobs that lie there already, so containerd's blobs are linked into it
-    first (both are in the cache, on one file system). Uncompressed, so that a layer has one digest in both stores.
+    skopeo writes an OCI layout and leaves out blobs that lie there already, so containerd's blobs are linked into it
+    first (both are in the cache, on one file system). Uncompressed, so that a layer has one digest in both stores;
+    that is what `buildah push` cannot do.
     """
     store = containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="layout-") as directory:
@@ -93,16 +96,30 @@ def _import_difference(source: str, name: str, timeout_s: float = 900) -> None:
         for digest in present:
             os.link(store / digest, blobs / digest)
         (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-        push = ["buildah", "push", "--quiet", "--disable-compression", "--format", "oci", source]
-        run([*push, f"oci:{layout}:{name}"], timeout_s=timeout_s)
+        copy = ["skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers"]
+        run([*copy, f"containers-storage:{source}", f"oci:{layout}:{name}"], timeout_s=timeout_s)
         new = [f"blobs/sha256/{blob.name}" for blob in blobs.iterdir() if blob.name not in present]
-        archive = layout / "difference.tar"
-        with tarfile.open(archive, "w") as tar:
-            for member in ["oci-layout", "index.json", *new]:
-                tar.add(layout / member, member)
-                if member in new:
-                    (layout / member).unlink()  # never twice on disk
-        ctr("images", "import", "--local", "--index-name", name, str(archive), timeout_s=timeout_s)
+        command = [binary("ctr"), "--address", str(CONTAINERD_SOCKET), "--namespace", "k8s.io", "images", "import"]
+        with tempfile.TemporaryFile() as said:
+            # Through a pipe: an archive of the trainer's first load would be 6 GB more on disk.
+            importer = subprocess.Popen(
+                [*command, "--local", "--index-name", name, "-"], stdin=subprocess.PIPE, stdout=said, stderr=said
+            )
+            deadline = threading.Timer(timeout_s, importer.kill)
+            deadline.start()
+            try:
+                with contextlib.suppress(BrokenPipeError), tarfile.open(fileobj=importer.stdin, mode="w|") as tar:
+                    for member in ["oci-layout", "index.json", *new]:
+                        tar.add(layout / member, member)
+            finally:
+                if importer.stdin:
+                    with contextlib.suppress(BrokenPipeError):
+                        importer.stdin.close()
+                status = importer.wait(timeout=timeout_s)
+                deadline.cancel()
+            if status != 0:
+                said.seek(0)
+                raise TestbedError(f"loading {name} failed:\n{last_lines(said.read().decode(errors='replace'))}")
 
 
 def ensure_base_image() -> str:
