@@ -85,9 +85,10 @@ def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed
     status = disturbed.until_succeeded(400)
     attempts = disturbed.attempts()
     assert [entry["number"] for entry in attempts] == list(range(1, len(attempts) + 1))
-    resumed = [entry["resumedFromStep"] for entry in attempts[1:]]
+    # An attempt that is killed before the operator has asked it takes the knowledge with it.
+    resumed = [entry["resumedFromStep"] for entry in attempts if "resumedFromStep" in entry]
     assert resumed == sorted(resumed)
-    assert all(step > 0 for step in resumed)
+    assert len(attempts) == 1 or attempts[-1]["resumedFromStep"] > 0
 
     figures = [_figures(job) for job in (undisturbed, disturbed)]
     steps = [row["step"] for row in figures[0] if "loss" in row]

@@ -124,7 +124,7 @@ def test_a_missing_secret_reads_clearly_in_describe_and_the_job_recovers_when_it
 def test_a_gpu_job_waits_for_a_gpu_and_is_placed_on_the_tainted_node_that_offers_one(lab: Lab):
     node = str(lab.cluster.node_name)
     lab.cluster.advertise_gpus(0)
-    job = lab.submit("gpu", resources={"gpusPerNode": 1})
+    job = lab.submit("gpu", resources={"gpusPerNode": 1, "memory": "4Gi"})
     try:
         job.until(lambda: job.condition("Admitted").get("reason") == "Unschedulable", "the job waits for a GPU")
         assert "nvidia.com/gpu" in job.condition("Admitted")["message"]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from e2e_lab import until
 from testbed.images import ctr
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,10 +26,14 @@ def container_pid(pod: dict[str, Any]) -> int:
 
 
 def child_pid(pid: int) -> int:
-    """The only child of a process: the trainer below its supervisor."""
-    children = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _parent(entry) == pid]
-    assert len(children) == 1, f"process {pid} has the children {children}"
-    return children[0]
+    """The only child of a process: the trainer below its supervisor, which takes a moment to start it."""
+
+    def children() -> list[int]:
+        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [int(entry.name) for entry in entries if _parent(entry) == pid]
+
+    (child,) = until(children, f"process {pid} has a child", 20)
+    return child
 
 
 def _parent(entry: Path) -> int | None:
