@@ -121,7 +121,8 @@ def _go_on(stop: StopFlag) -> None:
 def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
     # The sum of a product depends on how many threads share it: without a fixed number resumes are not bit-equal.
-    torch.set_num_threads(max(1, round(ctx.config.resources.cpu_count)))
+    # Rounded down: a thread beyond the CPU quota makes all others wait for it at every barrier.
+    torch.set_num_threads(max(1, int(ctx.config.resources.cpu_count)))
     if not ctx.config.resources.gpus:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
