@@ -3,7 +3,6 @@
 One job suffers it all, attempt after attempt; the tests may run in any order or alone.
 """
 
-import json
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -100,4 +99,4 @@ def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed
 def _figures(job: Submitted) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without the times."""
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in job.metrics_rows()]
-    return sorted(rows, key=json.dumps)
+    return sorted(rows, key=lambda row: (row["step"], "eval_loss" in row))

@@ -22,7 +22,7 @@ GUEST = ("guest", "guest-secret-key")  # an account with rights in no bucket
 SCRAPED = {"e2e.finetune.dev/scrape": "true"}
 # About half a minute of steps, so that it can be hit in the middle again and again.
 LONG_RUN: dict[str, object] = {
-    "hyperparameters": {"maxSteps": 1000, "globalBatchSize": 4, "learningRate": 1e-3},
+    "hyperparameters": {"maxSteps": 1500, "globalBatchSize": 4, "learningRate": 1e-3},
     "recovery": {"maxRetries": 6},
 }
 
