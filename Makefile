@@ -66,7 +66,8 @@ images: testbed  ## Build both images; unchanged layers are reused
 test: check testbed assets images  ## Check, then all tests: pure, control plane, node with real containers
 	# A machine has one node: the demo's is ended, and the testbed's own tests come before those that keep theirs up.
 	$(PYTHON) -m testbed down
-	$(BIN)/pytest tests/unit tests/chart tests/control_plane tests/cluster/test_testbed.py tests/cluster
+	$(BIN)/pytest tests/unit tests/chart tests/control_plane tests/cluster/test_testbed.py \
+		$(filter-out %/test_testbed.py,$(wildcard tests/cluster/test_*.py))
 
 .PHONY: test-fast
 test-fast: $(READY)  ## The tests that need no cluster and no real model
