@@ -46,8 +46,9 @@ fix: $(READY)  ## Format and repair what can be repaired
 	$(BIN)/ruff format .
 
 .PHONY: crds
-crds: $(READY)  ## Write the CRD and the chart's copy of it from the models
+crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy of it, docs/reasons.md
 	$(BIN)/python crds/generate.py
+	$(BIN)/python -m finetune_api.reference > docs/reasons.md
 
 .PHONY: testbed
 testbed:  ## Build the test cluster's programs, once

@@ -140,6 +140,7 @@ class Fault(StrEnum):
     ACCESS_DENIED = "AccessDenied"
     TOKEN_EXPIRED = "TokenExpired"
     NO_CREDENTIALS = "NoCredentials"
+    CERTIFICATE_UNTRUSTED = "CertificateUntrusted"
     PICKLE_ONLY = "PickleOnly"
     REMOTE_CODE = "RemoteCode"
     NOT_FINITE = "NotFinite"
@@ -242,6 +243,10 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.NO_CREDENTIALS: FaultText(
         Reason.ACCESS_DENIED,
         "no storage credentials: set storage.secretRef, or storage.serviceAccountName with a cloud identity",
+    ),
+    Fault.CERTIFICATE_UNTRUSTED: FaultText(
+        Reason.ACCESS_DENIED,
+        "the TLS certificate of {endpoint} is not trusted ({problem}); put its authority into storage.caBundle",
     ),
     Fault.PICKLE_ONLY: FaultText(
         Reason.UNTRUSTED_MODEL,

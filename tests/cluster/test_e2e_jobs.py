@@ -4,14 +4,18 @@ import hashlib
 import json
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+import boto3
 import pytest
 
-from e2e_assets import BAD_FILE, BAD_ROW
+from e2e_assets import BAD_FILE, BAD_ROW, chat_rows, jsonl, model_files
 from e2e_lab import Lab, Submitted, until
 from e2e_site import allow
-from finetune_api.names import Stage
+from finetune_api.names import CA_BUNDLE_KEY, Stage
+from versitygw import ACCESS_KEY, SECRET_KEY, Certificate, certificate, versitygw
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -102,6 +106,55 @@ def test_a_denied_bucket_reads_clearly_in_describe_and_the_job_recovers_when_it_
     classes = [(e["class"], e["exitCode"]) for e in job.attempts(Stage.PREPARE)]
     assert classes == [("Waiting", 13)] * (len(classes) - 1) + [("Succeeded", 0)]
     assert status.get("failures", 0) == 0
+
+
+def test_a_store_with_a_private_certificate_is_trusted_by_its_authority_and_named_without_it(lab: Lab, tmp_path: Path):
+    """Model, rows and adapter through real TLS. The ConfigMap holds another authority first, and is then mended."""
+    host = str(urlparse(lab.cluster.api_server).hostname)  # pods can reach it
+    (tmp_path / "other").mkdir()
+    tls, other = certificate(tmp_path, host), certificate(tmp_path / "other", host)
+    with versitygw(tmp_path, host, tls) as endpoint:
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            verify=str(tls.file),
+        )
+        for name, content in model_files().items():
+            s3.put_object(Bucket="bucket", Key=f"tiny/{name}", Body=content)
+        s3.put_object(Bucket="bucket", Key="chat/rows.jsonl", Body=jsonl(chat_rows(120)))
+        lab.cluster.apply(lab.secret("tls-credentials", ACCESS_KEY, SECRET_KEY), _authority(lab, other))
+        job = lab.submit(
+            "private-tls",
+            model={"uri": "s3://bucket/tiny"},
+            datasets=[{"uri": "s3://bucket/chat/"}],
+            output={"uri": "s3://bucket/adapters"},
+            storage={
+                "endpoint": endpoint,
+                "secretRef": {"name": "tls-credentials"},
+                "caBundle": {"configMapRef": {"name": "tls-authority"}},
+            },
+        )
+        job.until(lambda: job.condition("Degraded").get("status") == "True", "the job is degraded")
+        message = job.condition("Degraded")["message"]
+        assert f"the TLS certificate of {endpoint} is not trusted" in message
+        assert "storage.caBundle" in message
+
+        lab.cluster.apply(_authority(lab, tls))
+        status = job.until_succeeded()
+        assert status.get("failures", 0) == 0
+        assert s3.head_object(Bucket="bucket", Key="adapters/latest.json")["ContentLength"] > 0
+
+
+def _authority(lab: Lab, certificate: Certificate) -> dict[str, Any]:
+    metadata = {"name": "tls-authority", "namespace": lab.namespace}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        "data": {CA_BUNDLE_KEY: certificate.file.read_text()},
+    }
 
 
 def test_a_missing_secret_reads_clearly_in_describe_and_the_job_recovers_when_it_is_made(lab: Lab):

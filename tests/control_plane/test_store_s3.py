@@ -17,7 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.commit import Committed
 from finetune_trainer.store import PreconditionFailed, Store, open_store, s3
-from versitygw import ACCESS_KEY, SECRET_KEY, Network, environment, versitygw
+from versitygw import ACCESS_KEY, SECRET_KEY, Network, certificate, environment, versitygw
 
 pytestmark = pytest.mark.control_plane
 
@@ -31,10 +31,12 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
         yield endpoint
 
 
-def connect(endpoint: str, folder: Path) -> Store:
+def connect(endpoint: str, folder: Path, ca_bundle_path: str | None = None) -> Store:
     (folder / "AWS_ACCESS_KEY_ID").write_text(ACCESS_KEY)
     (folder / "AWS_SECRET_ACCESS_KEY").write_text(SECRET_KEY)
-    return open_store(StorageConfig(endpoint=endpoint, path_style=True, credentials_dir=str(folder)))
+    return open_store(
+        StorageConfig(endpoint=endpoint, path_style=True, credentials_dir=str(folder), ca_bundle_path=ca_bundle_path)
+    )
 
 
 @pytest.fixture
@@ -100,6 +102,24 @@ def test_wrong_credentials_are_named(endpoint: str, tmp_path: Path, access: str,
         with pytest.raises(StageError) as caught:
             action("s3://bucket/object")
         assert caught.value.fault is Fault.ACCESS_DENIED
+
+
+def test_a_private_endpoint_needs_its_authority_and_says_so_at_once(tmp_path: Path) -> None:
+    """Over real TLS. Without `storage.caBundle` the field to set is named and nothing is retried; with it all works."""
+    tls = certificate(tmp_path, "127.0.0.1")
+    with versitygw(tmp_path, tls=tls) as endpoint:
+        network = Network(endpoint, lambda _connection, _answered: False)
+        try:
+            with pytest.raises(StageError) as caught:
+                connect(network.endpoint, tmp_path).read("s3://bucket/object")
+            assert caught.value.fault is Fault.CERTIFICATE_UNTRUSTED
+            assert "self-signed certificate" in str(caught.value)
+            assert network.connections == 1
+            trusting = connect(network.endpoint, tmp_path, ca_bundle_path=str(tls.file))
+            trusting.put("s3://bucket/object", b"content", if_none_match=True)
+            assert trusting.read("s3://bucket/object")[0] == b"content"
+        finally:
+            network.close()
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 20_000_001, s3.MULTIPART_THRESHOLD_BYTES + 1])

@@ -8,28 +8,49 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 from testbed import binaries
+from testbed.processes import run
 
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate of a private authority: no machine trusts it unless told to."""
+
+    file: Path
+    key: Path
+
+
+def certificate(folder: Path, host: str) -> Certificate:
+    """A new one for an IP address; it is its own authority."""
+    made = Certificate(folder / "ca.crt", folder / "tls.key")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(made.key))
+    name = ("-subj", "/CN=private-store", "-addext", f"subjectAltName=IP:{host}", "-days", "30")
+    run(["openssl", "req", "-x509", *key, *name, "-out", str(made.file)], timeout_s=30)
+    return made
+
+
 @contextlib.contextmanager
-def versitygw(folder: Path) -> Generator[str]:
+def versitygw(folder: Path, host: str = "127.0.0.1", tls: Certificate | None = None) -> Generator[str]:
     """Its endpoint; `bucket` exists. The program is built once into the cache."""
     program = Path(binaries.binary("versitygw"))
     if not program.exists():
         binaries.build(node=False)
     (folder / "data" / "bucket").mkdir(parents=True)
-    port = _free_port()
-    command = [str(program), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"127.0.0.1:{port}", "--quiet"]
+    port = _free_port(host)
+    command = [str(program), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{host}:{port}", "--quiet"]
+    if tls:
+        command += ["--cert", str(tls.file), "--key", str(tls.key)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, "posix", str(folder / "data")], stdout=log, stderr=log)
         try:
-            _wait_for(port, process, time.monotonic() + 30)
-            yield f"http://127.0.0.1:{port}"
+            _wait_for(host, port, process, time.monotonic() + 30)
+            yield f"{'https' if tls else 'http'}://{host}:{port}"
         finally:
             process.terminate()
             try:
@@ -45,14 +66,15 @@ def environment() -> dict[str, str]:
 
 
 class Network:
-    """A TCP proxy in front of a server. `cut(connection, bytes_answered)` decides when a connection dies."""
+    """A TCP proxy in front of an HTTP or HTTPS server. `cut(connection, bytes_answered)` decides when one dies."""
 
     def __init__(self, endpoint: str, cut: Callable[[int, int], bool]) -> None:
-        host, _, port = endpoint.removeprefix("http://").partition(":")
+        scheme, _, address = endpoint.partition("://")
+        host, _, port = address.partition(":")
         self._target = (host, int(port))
         self._cut = cut
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -90,16 +112,16 @@ class Network:
                         target.sendall(data)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], deadline_s: float) -> None:
+def _wait_for(host: str, port: int, process: subprocess.Popen[bytes], deadline_s: float) -> None:
     while time.monotonic() < deadline_s:
         assert process.poll() is None, "versitygw has ended"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
             return
         time.sleep(0.05)
     raise TimeoutError("versitygw does not listen")
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]

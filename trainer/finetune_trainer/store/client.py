@@ -12,6 +12,7 @@ from finetune_api.errors import StageError
 from finetune_api.names import SECRET_KEYS
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
+from finetune_trainer.store import faults
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -69,7 +70,7 @@ class Clients:
         storage = self._storage
         secrets = self._read_secrets()
         # A session of its own: boto3's default session caches credentials.
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             endpoint_url=storage.endpoint,
             region_name=storage.region,
@@ -89,6 +90,8 @@ class Clients:
                 response_checksum_validation="when_required",
             ),
         )
+        client.meta.events.register_first("needs-retry.s3", _give_up_untrusted)
+        return client
 
     def _read_secrets(self) -> dict[str, str]:
         folder = self._storage.credentials_dir
@@ -104,6 +107,12 @@ class Clients:
         if self._storage.credentials_dir is None:
             return ()
         return tuple(_stamp(Path(self._storage.credentials_dir, name)) for name in SECRET_KEYS)
+
+
+def _give_up_untrusted(caught_exception: BaseException | None = None, **_: object) -> None:
+    """botocore retries every failed connection; a certificate is as wrong the twelfth time as the first."""
+    if caught_exception and faults.untrusted(caught_exception):
+        raise caught_exception
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -77,6 +77,14 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
     return unavailable(tried, tries(error), f"the store answered {known} (HTTP {http_status(error)})")
 
 
+def untrusted(error: BaseException | None) -> str | None:
+    """Why the server's certificate was refused; None where something else was wrong, such as a cut connection."""
+    if not isinstance(error, SSLError):
+        return None
+    found = re.search(r"certificate verify failed: ([A-Za-z -]{1,100})", str(error))
+    return found[1].strip() if found else None
+
+
 def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageError:
     """The fault of a request that got no answer, or that could not be made."""
     match error:
@@ -86,8 +94,8 @@ def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageE
             return StageError(Fault.NO_CREDENTIALS)
         case CredentialRetrievalError() | TokenRetrievalError() | UnauthorizedSSOTokenError():
             return StageError(Fault.NO_CREDENTIALS)
-        case SSLError():
-            problem = f"the TLS certificate of {tried.endpoint} is not trusted; set storage.caBundle"
+        case SSLError() if problem := untrusted(error):
+            return StageError(Fault.CERTIFICATE_UNTRUSTED, endpoint=tried.endpoint, problem=problem)
         case ProxyConnectionError():
             problem = "the HTTP proxy does not answer"
         case EndpointConnectionError() | ConnectTimeoutError():
