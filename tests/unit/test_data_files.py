@@ -1,6 +1,7 @@
 """Files become rows a bounded piece at a time; damage has a name and a row."""
 
 import gzip
+import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,12 +54,22 @@ def test_lines_are_numbered_and_blank_lines_are_no_rows(
         (b'{"a": "\\ud800"}', Problem.LONE_SURROGATE),
         (b"[" * 100 + b"]" * 100, Problem.TOO_DEEP),
         (b"[" * 5000 + b"]" * 5000, Problem.TOO_DEEP),
+        (b'{"a": 1, "a": 1}', Problem.REPEATED_FIELD),
+        (b'{"messages": [{"role": "user", "content": "kept", "content" : "lost"}]}', Problem.REPEATED_FIELD),
+        (b'{"a": ' + b"9" * 300 + b', "\\u0061": 1}', Problem.REPEATED_FIELD),
     ],
 )
 def test_a_line_that_cannot_be_decoded_is_told_by_name(line: bytes, problem: Problem) -> None:
     found = decode(line)
     assert isinstance(found, Broken)
     assert found.problem is problem
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"text": "say \\"a\\": and \\"a\\":"}', b'{"a": {"b": 1}, "c": {"b": 1}}', b'[{"a": 1}, {"a": 1}]']
+)
+def test_a_key_in_a_text_or_in_another_object_is_not_repeated(line: bytes) -> None:
+    assert decode(line) == json.loads(line)
 
 
 def test_many_brackets_are_not_deep() -> None:
@@ -138,9 +149,48 @@ def test_parquet_rows_have_only_the_fields_a_row_can_have(tmp_path: Path) -> Non
     assert found[-1].value == {"messages": messages[0]}
 
 
-def test_a_parquet_file_without_a_known_field_tells_the_fields_it_has(tmp_path: Path) -> None:
-    (found,) = parquet_rows(parquet(tmp_path / "a.parquet", pa.table({"question": ["q"]})), "a.parquet")
-    assert found.value == {"question": None}
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_a_parquet_file_without_a_known_field_has_all_its_rows_with_the_fields_it_has(
+    tmp_path: Path, rows: int
+) -> None:
+    path = parquet(tmp_path / "a.parquet", pa.table({"question": pa.array(["q"] * rows, pa.string())}))
+    found = list(parquet_rows(path, "a.parquet"))
+    assert [item.number for item in found] == list(range(1, rows + 1))
+    assert all(item.value == {"question": None} for item in found)
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["kept"]), pa.array(["lost"])], names=["text", "text"])
+    with pytest.raises(StageError, match="two columns have the same name"):
+        list(parquet_rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
+def test_parquet_texts_of_every_arrow_type_are_texts(tmp_path: Path, kind: Any) -> None:
+    table = pa.table({"text": pa.array(["a", None, "b"], pa.string()).cast(kind)})
+    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", table), "a")]
+    assert found == [{"text": "a"}, {"text": None}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(("characters", "most"), [(10, 256), (2**20, 32), (2**25, 1)])
+def test_long_parquet_rows_are_decoded_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int, most: int
+) -> None:
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": [str(i) + "x" * characters for i in range(3)]}))
+    asked: list[int] = []
+    whole = pq.ParquetFile.iter_batches
+
+    def iter_batches(self: Any, batch_size: int, **others: Any) -> Any:
+        asked.append(batch_size)
+        return whole(self, batch_size=batch_size, **others)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    assert len(list(parquet_rows(path, "a.parquet"))) == 3
+    assert asked[0] <= most
 
 
 def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(tmp_path: Path) -> None:

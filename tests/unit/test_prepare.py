@@ -266,6 +266,17 @@ def test_a_parquet_file_without_a_fitting_column_is_of_another_format(tmp_path: 
     assert "found the fields answer, question" in str(fails(tmp_path))
 
 
+def test_every_row_of_a_parquet_file_without_a_fitting_column_is_counted_as_dropped(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(300)))
+    pq.write_table(pa.table({"question": ["q"] * 200}), tmp_path / "data" / "b.parquet")
+    prepared = prepare_run(tmp_path, QUARANTINE)
+    accounted(prepared)
+    assert prepared.report["files"][1]["rows_in"] == 200
+    assert prepared.report["files"][1]["dropped"] == {"missing_field": 200}
+    spec = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.05}}
+    assert fails(tmp_path, spec).fault is Fault.BROKEN_ROW
+
+
 def test_a_format_that_does_not_fit_the_method_is_refused_by_the_field(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(1)))
     spec = {"datasets": [{"uri": (tmp_path / "data").as_uri() + "/", "format": "Text"}]}

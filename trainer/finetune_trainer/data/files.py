@@ -5,6 +5,7 @@ Parquet footer, decompression bomb) raises BROKEN_FILE: how many rows are lost i
 """
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Generator, Iterator
@@ -24,9 +25,11 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _CHUNK_BYTES = 2**20
 _MAX_GZIP_RATIO = 100
 _PARQUET_ROWS = 256
+_PARQUET_BYTES = 32 * 2**20  # of one batch, going by the mean row
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_KEY = re.compile(rb'"\s*:')
 
 
 class Decoded(NamedTuple):
@@ -144,7 +147,30 @@ def decode(line: bytes) -> object:
         return Broken(Problem.NOT_JSON, detail=f"column {error.colno}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_too_deep(value):
         return Broken(Problem.TOO_DEEP)
+    # orjson keeps the last of two equal keys. Texts may hold `":` too, so only a second reading is sure.
+    if len(_KEY.findall(line)) > _keys(value) and _repeats_a_key(line):
+        return Broken(Problem.REPEATED_FIELD)
     return value
+
+
+def _keys(value: object) -> int:
+    """Keys of all objects in the value; nesting is bounded."""
+    if isinstance(value, dict):
+        return len(value) + sum(_keys(item) for item in cast(dict[str, Any], value).values())
+    if isinstance(value, list):
+        return sum(_keys(item) for item in cast(list[Any], value))
+    return 0
+
+
+def _repeats_a_key(line: bytes) -> bool:
+    repeated = False
+
+    def pairs(found: list[tuple[str, Any]]) -> None:
+        nonlocal repeated
+        repeated = repeated or len({name for name, _ in found}) < len(found)
+
+    json.loads(line, object_pairs_hook=pairs)
+    return repeated
 
 
 def jsonl_rows(chunks: Iterator[bytes], file: str) -> Iterator[Decoded]:
@@ -169,10 +195,14 @@ def parquet_rows(path: Path, file: str) -> Generator[Decoded, None, None]:
         with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES, pre_buffer=False) as parquet:
             names = parquet.schema_arrow.names
             columns = [name for name in names if name in FIELDS]
-            if not columns:  # so that the error can say which fields are there
-                yield Decoded(1, dict.fromkeys(names[:64]), 0)
+            if len(set(columns)) < len(columns):
+                raise _damaged(file, 1, "two columns have the same name")
+            if not columns:  # every row is there and counts; the error can say which fields they have
+                for number in range(1, parquet.metadata.num_rows + 1):
+                    yield Decoded(number, dict.fromkeys(names[:64]), 0)
                 return
-            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False):
+            batch_rows = _batch_rows(parquet.metadata)
+            for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False):
                 size = max(1, batch.nbytes // max(1, batch.num_rows))
                 for value in _values(batch):
                     number += 1
@@ -182,6 +212,12 @@ def parquet_rows(path: Path, file: str) -> Generator[Decoded, None, None]:
         # Arrow's own words can quote the file, so only the kind of error is told.
         problem = f"Parquet cannot be decoded ({type(error).__name__})"
         raise _damaged(file, number + 1, problem) from error
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Rows to decode at once, so that a batch of long texts needs no more memory than one of short ones."""
+    size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES * metadata.num_rows // max(1, size_bytes)))
 
 
 def _values(batch: Any) -> Iterator[object]:

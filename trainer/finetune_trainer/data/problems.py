@@ -13,6 +13,7 @@ class Problem(StrEnum):
     NUL = "nul_character"
     TOO_DEEP = "too_deep"
     LINE_TOO_LONG = "line_too_long"
+    REPEATED_FIELD = "repeated_field"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"
@@ -46,6 +47,7 @@ WORDS: dict[Problem, str] = {
     Problem.NUL: "contains a NUL character",
     Problem.TOO_DEEP: f"is nested deeper than {MAX_DEPTH} levels",
     Problem.LINE_TOO_LONG: f"is longer than {MAX_LINE_BYTES // 2**20} MiB",
+    Problem.REPEATED_FIELD: "names a field twice, so that one of the two values would be lost",
     Problem.NOT_AN_OBJECT: "is not a JSON object",
     Problem.MISSING_FIELD: "is missing",
     Problem.WRONG_TYPE: "has the wrong type",
