@@ -1,10 +1,14 @@
 """The `file://` store: the promises of object storage on a local file system; and URIs and patterns."""
 
+import errno
+import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -91,6 +95,97 @@ def test_objects_appear_whole_and_are_listed_by_prefix(store: Store, tmp_path: P
     assert store.match(f"{base}/nothing") == []
     assert store.head(f"{base}/data") is None, "a folder is no object"
     assert store.read(f"{base}/data/a #1?.jsonl")[0] == b"data/a #1?.jsonl"
+
+
+AWKWARD = [
+    b"a%20b",
+    b"100%",
+    b"tab\tx",
+    b"line\nx",
+    b"semi;x",
+    b"q?",
+    b"h#x",
+    b"sp ace",
+    "\u00fc".encode(),
+    b"no\xffutf8",
+    b"+",
+]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("folder", ["data", "my data", "100%25 mine"])
+def test_no_name_of_a_file_or_folder_makes_it_missing(store: Store, tmp_path: Path, folder: str, name: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path / folder) + b"/" + name + b".jsonl"))
+    path.parent.mkdir()
+    path.write_bytes(b"{}")
+    for base in (path.parent.as_uri(), f"file://{path.parent}".replace("%", "%25")):
+        (listed,) = store.list(f"{base}/")
+        assert listed.uri.startswith(f"{base}/"), "listed as asked for"
+        assert store.match(f"{base}/*.jsonl") == [listed]
+        assert store.read(listed.uri, if_match=listed.etag)[0] == b"{}"
+        json.dumps(listed.uri).encode()
+    (by_own_uri,) = store.match(path.as_uri())
+    assert by_own_uri.etag == listed.etag
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_only_where_it_could_hold_a_match(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "closed").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").write_bytes(b"")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may read everything
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(store.match(f"file://{tmp_path}/data/*.jsonl")) == 1
+    for uri in ("data/", "data/**.jsonl", "data/*/*.jsonl"):
+        with pytest.raises(StageError) as caught:
+            store.match(f"file://{tmp_path}/{uri}")
+        assert caught.value.fault is Fault.ACCESS_DENIED
+        assert f"file://{tmp_path}/data/closed" in str(caught.value)
+
+
+def _append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def _overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"y")
+    os.utime(path, ns=(1, 1))  # as a clock that has moved on
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def _in_one(stream: BinaryIO) -> None:
+    stream.read()
+
+
+def _in_pieces(stream: BinaryIO) -> None:
+    while stream.read(1000):
+        pass
+
+
+@pytest.mark.parametrize("change", [_append, _overwrite, _cut])
+@pytest.mark.parametrize("rest", [_in_one, _in_pieces])
+def test_a_file_that_is_written_to_while_it_is_read_is_noticed(
+    store: Store, tmp_path: Path, change: Callable[[Path], None], rest: Callable[[BinaryIO], None]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 3_000_000)
+    with store.open(path.as_uri()) as stream:
+        stream.read(1)
+        change(path)
+        with pytest.raises(StageError) as caught:
+            rest(stream)
+    assert caught.value.fault is Fault.INPUT_CHANGED
 
 
 def test_more_objects_than_allowed_are_an_error(store: Store, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from finetune_api.run import StorageConfig
 from finetune_trainer.store.local import LocalFiles, fail_local, sync_folder
 from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
 from finetune_trainer.store.s3 import S3Files
-from finetune_trainer.store.uri import compiled, fixed_prefix, is_pattern, is_s3
+from finetune_trainer.store.uri import compiled, fixed_prefix, is_pattern, is_s3, plain, reaches_below
 
 __all__ = ["ObjectInfo", "PreconditionFailed", "Store", "open_store", "spec_field"]
 
@@ -65,9 +65,9 @@ class Store:
 
         `*` and `?` stay within a path segment, `**` crosses segments. `limit` is that of the matches."""
         if is_pattern(uri):
-            pattern = compiled(uri)
-            found = self._files(uri).list(fixed_prefix(uri))
-            return _bounded((info for info in found if pattern.fullmatch(info.uri)), uri, limit)
+            pattern = compiled(plain(uri))
+            found = self._files(uri).list(fixed_prefix(uri), deep=reaches_below(uri))
+            return _bounded((info for info in found if pattern.fullmatch(plain(info.uri))), uri, limit)
         if uri.endswith("/"):
             return self.list(uri, limit)
         info = self.head(uri)

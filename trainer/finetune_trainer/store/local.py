@@ -12,12 +12,12 @@ import os
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
-from finetune_trainer.store.uri import local_path
+from finetune_trainer.store.uri import local_name, local_path
 
 _HIDDEN = ".finetune-"  # temporary files, which are not objects
 _COPY_BYTES = 1 << 20
@@ -47,17 +47,24 @@ def sync_folder(folder: Path) -> None:
 class LocalFiles:
     """Objects are files; a prefix is a folder or the beginning of a name."""
 
-    def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
-        """All files whose path begins with the prefix, in no particular order."""
-        path = local_path(prefix_uri)
-        folder = path if prefix_uri.endswith("/") else path.parent
-        stem = "" if prefix_uri.endswith("/") else str(path)
-        for parent, _folders, names in os.walk(folder):
+    def list(self, prefix_uri: str, *, deep: bool = True) -> Iterator[ObjectInfo]:
+        """All files whose path begins with the prefix, in no particular order; not deep: in its folder alone.
+
+        Raises StageError(ACCESS_DENIED) for a folder that may not be read: its files would be missing unseen."""
+        folder_uri = prefix_uri[: prefix_uri.rindex("/") + 1]
+        folder, stem = local_path(folder_uri), local_path(prefix_uri).name if prefix_uri != folder_uri else ""
+
+        def refuse(error: OSError) -> None:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                fail_local(error, "read", f"file://{local_name(os.fspath(error.filename))}")
+
+        for parent, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = folders if deep else []
             for name in names:
-                full = os.path.join(parent, name)
-                if name.startswith(_HIDDEN) or not full.startswith(stem):
+                below = os.path.relpath(os.path.join(parent, name), folder)
+                if name.startswith(_HIDDEN) or not below.startswith(stem):
                     continue
-                if info := self.head(f"file://{full}"):
+                if info := self.head(folder_uri + local_name(below)):
                     yield info
 
     def head(self, uri: str) -> ObjectInfo | None:
@@ -74,14 +81,13 @@ class LocalFiles:
 
         Raises PreconditionFailed when it is not the version asked for."""
         try:
-            stream = local_path(uri).open("rb")
+            file = _Version(local_path(uri), uri)
         except OSError as error:
             fail_local(error, "read", uri)
-        found = os.fstat(stream.fileno())
-        if if_match is not None and if_match != _etag(found):
-            stream.close()
+        if if_match is not None and if_match != file.etag:
+            file.close()
             raise PreconditionFailed(uri)
-        return stream, ObjectInfo(uri, found.st_size, _etag(found))
+        return io.BufferedReader(file, _COPY_BYTES), ObjectInfo(uri, file.size_bytes, file.etag)
 
     def put(self, uri: str, data: bytes, *, if_none_match: bool, if_match: str | None) -> str:
         with self._staged(uri, len(data)) as (staged, target):
@@ -116,6 +122,31 @@ class LocalFiles:
                         os.unlink(staged.name)
         except OSError as error:
             fail_local(error, "write", uri, size_bytes)
+
+
+class _Version(io.FileIO):
+    """An open file that was not written to from its first byte to its last; else INPUT_CHANGED, as in a bucket."""
+
+    def __init__(self, path: Path, uri: str) -> None:
+        super().__init__(path, "rb")
+        self._uri = uri
+        found = os.fstat(self.fileno())
+        self.size_bytes, self.etag = found.st_size, _etag(found)
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        count = super().readinto(buffer)
+        if not count:
+            self._check()
+        return count
+
+    def readall(self) -> bytes:
+        content = super().readall()
+        self._check()
+        return content
+
+    def _check(self) -> None:
+        if _etag(os.fstat(self.fileno())) != self.etag:
+            raise StageError(Fault.INPUT_CHANGED, file=self._uri)
 
 
 def _publish(staged: IO[bytes], target: Path, uri: str, *, if_none_match: bool, if_match: str | None) -> str:

@@ -37,10 +37,10 @@ class S3Files:
         self._endpoint = storage.endpoint or f"AWS S3 in {storage.region}"
         self._existing_buckets: set[str] = set()
 
-    def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
-        """Objects in the order of their keys, a page at a time."""
+    def list(self, prefix_uri: str, *, deep: bool = True) -> Iterator[ObjectInfo]:
+        """Objects in the order of their keys, a page at a time; not deep: in the prefix's folder alone."""
         bucket, prefix = s3_location(prefix_uri)
-        page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix} | ({} if deep else {"Delimiter": "/"})
         while True:
             answer = self._call("list", prefix_uri, lambda s3, page=page: s3.list_objects_v2(**page))
             for found in answer.get("Contents", []):

@@ -1,9 +1,10 @@
 """URIs and patterns: `s3://bucket/key`, `file:///absolute/path`, `*`, `**` and `?`."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -37,7 +38,21 @@ def s3_location(uri: str) -> Location:
 
 def local_path(uri: str) -> Path:
     """Absolute path of a `file://` URI."""
-    return Path(unquote(urlsplit(uri.replace("?", "%3F").replace("#", "%23")).path))
+    return Path(plain(uri).removeprefix("file://"))
+
+
+def local_name(path: str) -> str:
+    """A path as part of a `file://` URI: only `%`, and bytes that are no UTF-8, are escaped."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return quote(os.fsencode(path))
+    return path.replace("%", "%25")
+
+
+def plain(uri: str) -> str:
+    """The URI as patterns see it: of `file://`, where `%20` may stand for a space, without escapes."""
+    return uri if is_s3(uri) else unquote(uri, errors="surrogateescape")
 
 
 def is_pattern(uri: str) -> bool:
@@ -47,6 +62,12 @@ def is_pattern(uri: str) -> bool:
 def fixed_prefix(pattern: str) -> str:
     """The part before the first wildcard: what has to be listed."""
     return re.split(r"[*?]", pattern, maxsplit=1)[0]
+
+
+def reaches_below(pattern: str) -> bool:
+    """Whether a match may lie deeper than the folder of the fixed prefix."""
+    wild = pattern[len(fixed_prefix(pattern)) :]
+    return "/" in wild or "**" in wild
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
