@@ -152,6 +152,7 @@ class Fault(StrEnum):
     RELOAD_MISMATCH = "ReloadMismatch"
     MODEL_CHANGED = "ModelChanged"
     INTERRUPTED = "Interrupted"
+    STOPPED = "Stopped"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     CORRUPT_TRANSFER = "CorruptTransfer"
     STALLED = "Stalled"
@@ -283,6 +284,9 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.MODEL_CHANGED: FaultText(Reason.MODEL_MISMATCH, "{uri} changed since the job was prepared; create a new job"),
     Fault.INTERRUPTED: FaultText(Reason.INTERRUPTED, "stopped on request at step {step}, checkpoint kept"),
+    Fault.STOPPED: FaultText(
+        Reason.INTERRUPTED, "stopped on request; the next attempt goes on from what was saved before"
+    ),
     Fault.STORAGE_UNAVAILABLE: FaultText(
         Reason.STORAGE_TRANSIENT, "could not {action} {uri} after {tries} tries over {seconds} s: {problem}"
     ),

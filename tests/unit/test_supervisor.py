@@ -30,40 +30,56 @@ def message(fault: Fault = Fault.COMMITTED, **changes: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("status", "result", "oom_kills", "fault", "exit_code"),
+    ("status", "result", "oom_kills", "stopping", "fault", "exit_code"),
     [
-        (exited(0), message(), 0, Fault.COMMITTED, 0),
-        (exited(12), message(Fault.OBJECT_NOT_FOUND, exit_code=12), 0, Fault.OBJECT_NOT_FOUND, 12),
-        (exited(30), message(Fault.INTERRUPTED, exit_code=30), 0, Fault.INTERRUPTED, 30),
+        (exited(0), message(), 0, False, Fault.COMMITTED, 0),
+        (exited(12), message(Fault.OBJECT_NOT_FOUND, exit_code=12), 0, False, Fault.OBJECT_NOT_FOUND, 12),
+        (exited(30), message(Fault.INTERRUPTED, exit_code=30), 0, False, Fault.INTERRUPTED, 30),
         # The result counts, whatever happened to the process after it.
-        (int(signal.SIGSEGV), message(), 0, Fault.COMMITTED, 0),
-        (KILL, message(), 1, Fault.COMMITTED, 0),
-        (KILL, message(Fault.INTERRUPTED, exit_code=30), 0, Fault.INTERRUPTED, 30),
+        (int(signal.SIGSEGV), message(), 0, False, Fault.COMMITTED, 0),
+        (KILL, message(), 1, False, Fault.COMMITTED, 0),
+        (KILL, message(Fault.INTERRUPTED, exit_code=30), 0, False, Fault.INTERRUPTED, 30),
         # Memory.
-        (KILL, None, 1, Fault.HOST_OOM, 35),
-        (exited(1), None, 1, Fault.HOST_OOM, 35),
-        (exited(1), message(Fault.BUG, exit_code=1), 1, Fault.HOST_OOM, 35),
-        (exited(1), message(Fault.BUG, exit_code=1), 0, Fault.BUG, 1),
+        (KILL, None, 1, False, Fault.HOST_OOM, 35),
+        (exited(1), None, 1, False, Fault.HOST_OOM, 35),
+        (exited(1), message(Fault.BUG, exit_code=1), 1, False, Fault.HOST_OOM, 35),
+        (exited(1), message(Fault.BUG, exit_code=1), 0, False, Fault.BUG, 1),
         # Signals.
-        (KILL, None, 0, Fault.KILLED, 1),
-        (TERM, None, 0, Fault.KILLED, 1),
-        (int(signal.SIGSEGV), None, 0, Fault.KILLED, 1),
+        (KILL, None, 0, False, Fault.KILLED, 1),
+        (TERM, None, 0, False, Fault.KILLED, 1),
+        (int(signal.SIGSEGV), None, 0, False, Fault.KILLED, 1),
+        # Signals after a request to stop: it had nothing to save, or did not manage in time; but a crash is a crash.
+        (TERM, None, 0, True, Fault.STOPPED, 30),
+        (int(signal.SIGINT), None, 0, True, Fault.STOPPED, 30),
+        (KILL, None, 0, True, Fault.STOPPED, 30),
+        (KILL, None, 1, True, Fault.HOST_OOM, 35),
+        (int(signal.SIGSEGV), None, 0, True, Fault.KILLED, 1),
+        (exited(1), None, 0, True, Fault.BUG, 1),
+        (KILL, message(Fault.INTERRUPTED, exit_code=30), 0, True, Fault.INTERRUPTED, 30),
         # No result, or one that cannot be trusted.
-        (exited(0), None, 0, Fault.BUG, 1),
-        (exited(1), None, 0, Fault.BUG, 1),
-        (exited(0), b"{}", 0, Fault.BUG, 1),
-        (exited(0), b"\xff", 0, Fault.BUG, 1),
-        (exited(0), message() + b" " * 5000, 0, Fault.BUG, 1),
-        (exited(0), message(attempt=2), 0, Fault.BUG, 1),
-        (exited(0), message(stage="prepare"), 0, Fault.BUG, 1),
-        (exited(0), message(exit_code=11), 0, Fault.BUG, 1),
-        (exited(0), message(unknown="field"), 0, Fault.BUG, 1),
+        (exited(0), None, 0, False, Fault.BUG, 1),
+        (exited(1), None, 0, False, Fault.BUG, 1),
+        (exited(0), b"{}", 0, False, Fault.BUG, 1),
+        (exited(0), b"\xff", 0, False, Fault.BUG, 1),
+        (exited(0), message() + b" " * 5000, 0, False, Fault.BUG, 1),
+        (exited(0), message(attempt=2), 0, False, Fault.BUG, 1),
+        (exited(0), message(stage="prepare"), 0, False, Fault.BUG, 1),
+        (exited(0), message(exit_code=11), 0, False, Fault.BUG, 1),
+        (exited(0), message(unknown="field"), 0, False, Fault.BUG, 1),
     ],
 )
 def test_every_end_of_the_child_has_one_verdict(
-    status: int, result: bytes | None, oom_kills: int, fault: Fault, exit_code: int
+    status: int, result: bytes | None, oom_kills: int, stopping: bool, fault: Fault, exit_code: int
 ) -> None:
-    found = verdict(stage=Stage.TRAIN, attempt=1, status=status, message=result, oom_kills=oom_kills, limit_gib=2.0)
+    found = verdict(
+        stage=Stage.TRAIN,
+        attempt=1,
+        status=status,
+        message=result,
+        stopping=stopping,
+        oom_kills=oom_kills,
+        limit_gib=2.0,
+    )
     assert (found.fault, found.exit_code) == (fault, exit_code)
     if fault is Fault.HOST_OOM:
         assert found.args == {"limit_gib": 2.0}
@@ -72,7 +88,9 @@ def test_every_end_of_the_child_has_one_verdict(
 
 def test_an_oom_keeps_what_the_stage_told_before() -> None:
     result = message(Fault.BUG, exit_code=1, step=7, log_uri="s3://b/log")
-    found = verdict(stage=Stage.TRAIN, attempt=1, status=exited(1), message=result, oom_kills=1, limit_gib=None)
+    found = verdict(
+        stage=Stage.TRAIN, attempt=1, status=exited(1), message=result, stopping=False, oom_kills=1, limit_gib=None
+    )
     assert (found.fault, found.step, found.log_uri) == (Fault.HOST_OOM, 7, "s3://b/log")
 
 
@@ -153,8 +171,11 @@ def config(tmp_path: Path) -> Path:
 
 def supervise(tmp_path: Path, config: Path, child: str) -> subprocess.Popen[bytes]:
     """Start the supervisor; `child` is a shell script that finds the result file's path in $RESULT."""
-    program = tmp_path / "child"
-    program.write_text(f'#!/bin/sh\nfor RESULT in "$@"; do :; done\ncd {tmp_path}\n{child}\n')
+    script, program = tmp_path / "child.sh", tmp_path / "child"
+    script.write_text(f'for RESULT in "$@"; do :; done\ncd {tmp_path}\n{child}\n')
+    # Like the stage it is told to stop only once it listens, and a shell cannot say that it does.
+    listen = "import os, sys; from finetune_trainer.stop import release; release(); os.execv('/bin/sh', sys.argv)"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{listen}" {script} "$@"\n')
     program.chmod(0o755)
     (tmp_path / "events").write_text("oom_kill 4\n")
     (tmp_path / "limit").write_text(str(3 << 30))
@@ -237,9 +258,39 @@ def test_a_child_that_does_not_obey_is_killed_with_all_it_started_before_the_gra
     process.send_signal(signal.SIGTERM)
     result = ended(tmp_path, process)
     assert time.monotonic() - started_s < 5
-    assert (result.fault, result.args) == (Fault.KILLED, {"signal": "SIGKILL"})
+    assert (result.fault, result.exit_code) == (Fault.STOPPED, 30)
     pid = int((tmp_path / "grandchild").read_text())
     assert any(not is_running(pid) for _ in polls(5))
+
+
+def _holds_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1], 16)
+    return bool(blocked >> (TERM - 1) & 1)
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_stop_at_once_after_the_start_is_not_lost_and_ends_either_stage_with_30(
+    tmp_path: Path, config: Path, stage: Stage
+) -> None:
+    """The real entrypoint and the real stage; asked while PID 1 still imports, which takes it half a second."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"http_port": 0, "grace_period_s": 120}))
+    command = [sys.executable, "-m", "finetune_trainer.supervisor", stage.value, "--config", str(config)]
+    process = subprocess.Popen([*command, "--attempt", "1"], stderr=subprocess.PIPE)
+    assert any(_holds_sigterm(process.pid) for _ in polls()), "it imports while a stop would be lost"
+    process.send_signal(signal.SIGTERM)
+    asked_s = time.monotonic()
+    result = ended(tmp_path, process)
+    assert (result.fault, result.stage, result.exit_code) == (Fault.STOPPED, stage, 30)
+    assert time.monotonic() - asked_s < 30, "it ended by the request and not by the end of the grace period"
+
+
+def test_a_stop_while_a_stage_has_nothing_to_save_ends_it_at_once_with_30(tmp_path: Path, config: Path) -> None:
+    process = supervise(tmp_path, config, "echo up > up\nexec sleep 300")
+    wait_for(tmp_path / "up")
+    process.send_signal(signal.SIGTERM)
+    result = ended(tmp_path, process)
+    assert (result.fault, result.exit_code) == (Fault.STOPPED, 30)
 
 
 def test_what_a_finished_child_leaves_running_is_ended(tmp_path: Path, config: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_stop_while_loading_ends_at_once(tmp_path: Path) -> None:
     stop.set()
     with pytest.raises(StageError) as caught:
         train.run(context(make_run(tmp_path)), stop)
-    assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 0})
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.STOPPED, 30)
 
 
 def test_checkpoints_are_written_as_time_goes_by_and_only_the_last_is_left(

@@ -17,12 +17,13 @@ from prometheus_client import CollectorRegistry
 from finetune_api import layout
 from finetune_api.errors import StageError
 from finetune_api.names import PORT_FILE, Stage
+from finetune_api.reasons import Fault
 from finetune_api.run import RunConfig, RunResult
 from finetune_trainer import config as run_config
 from finetune_trainer import logs, results
 from finetune_trainer.context import StageContext
 from finetune_trainer.serve import Reporter
-from finetune_trainer.stop import StopFlag
+from finetune_trainer.stop import StopFlag, release
 from finetune_trainer.store import open_store
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def run(arguments: Arguments, config: RunConfig) -> RunResult:
     stop = StopFlag(config.grace_period_s)
     if stage is Stage.TRAIN:
         stop.install()  # before anything slow: a stop while loading must not kill
+    release()  # prepare ends by the signal itself: whatever it has written so far, it writes again
     work_dir = Path(config.work_dir)
     log_file = work_dir / "logs" / f"{stage.value}-{attempt}.jsonl"
     log_prefix = layout.join(config.run_uri, layout.LOGS)
@@ -125,6 +127,8 @@ def _stage(context: StageContext, stop: StopFlag) -> RunResult:
         from finetune_trainer import prepare
 
         return prepare.run(context)
+    if stop.is_set():  # torch takes seconds to import
+        raise StageError(Fault.STOPPED)
     from finetune_trainer import train
 
     return train.run(context, stop)

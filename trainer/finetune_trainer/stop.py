@@ -9,6 +9,20 @@ from types import FrameType
 _REPORT_S = 10.0
 # Before the supervisor kills it, the trainer has to be done, so that it can still exit by itself.
 _EXIT_S = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def hold() -> None:
+    """Keep requests to stop waiting until `release`, also for the processes that are started meanwhile.
+
+    As PID 1 a process loses every signal it has neither a handler for nor blocked: whoever imports for a second or
+    more begins with this."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def release() -> None:
+    """Let requests to stop come, those that waited first; only in the main thread."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def kill_after_s(grace_period_s: float) -> float:
@@ -31,8 +45,8 @@ class StopFlag:
 
     def install(self) -> None:
         """Take over the signals; only in the main thread."""
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def set(self, now_s: float | None = None) -> None:
         """Ask to stop; the deadline counts from the first request. `now_s` is monotonic."""

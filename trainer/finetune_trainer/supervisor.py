@@ -5,6 +5,11 @@ leaves somebody who can tell. With cgroup v2 the kubelet may kill the whole cont
 (memory.oom.group); then nobody is left, and the operator reads OOMKilled from the pod.
 """
 
+from finetune_trainer.stop import hold
+
+if __name__ == "__main__":
+    hold()  # before the imports below, which take a while: a stop that comes meanwhile must not be lost
+
 import argparse
 import json
 import os
@@ -27,7 +32,7 @@ from finetune_api.reasons import Fault, words
 from finetune_api.run import MAX_RESULT_BYTES, RunConfig, RunResult
 from finetune_trainer import config as run_config
 from finetune_trainer import results
-from finetune_trainer.stop import kill_after_s
+from finetune_trainer.stop import SIGNALS, kill_after_s, release
 
 _MAX_REAP_S = 5.0
 
@@ -70,15 +75,15 @@ class Child:
     def __init__(self, command: Sequence[str], kill_after_s: float) -> None:
         self._kill_after_s = kill_after_s
         self._pid: int | None = None
-        self._stopping: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.stopping = False
+        hold()  # until there is a child to forward to; it inherits that, and releases what waits once it listens
+        for number in SIGNALS:
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGALRM, self._on_alarm)
         # As PID 1 we reap every process, so subprocess must not: it would when this object is thrown away.
         self._process = subprocess.Popen(command, start_new_session=True)
         self._pid = self._process.pid
-        if self._stopping is not None:  # it came before there was a child
-            self._forward(self._stopping)
+        release()
 
     def wait(self) -> int:
         """Reap until the child has ended, then end what it left behind; returns its wait status."""
@@ -94,9 +99,9 @@ class Child:
         return status
 
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
-        if self._stopping is None:
+        if not self.stopping:
             signal.setitimer(signal.ITIMER_REAL, self._kill_after_s)
-        self._stopping = number
+        self.stopping = True
         self._forward(number)
 
     def _on_alarm(self, _number: int, _frame: FrameType | None) -> None:
@@ -131,19 +136,29 @@ def _reap(deadline_s: float) -> None:
 
 
 def verdict(
-    *, stage: Stage, attempt: int, status: int, message: bytes | None, oom_kills: int, limit_gib: float | None
+    *,
+    stage: Stage,
+    attempt: int,
+    status: int,
+    message: bytes | None,
+    stopping: bool,
+    oom_kills: int,
+    limit_gib: float | None,
 ) -> RunResult:
     """How the attempt ended. Pure.
 
-    status: the child's wait status. message: its result file, None when it wrote none. oom_kills: how many
-    processes of the container were killed for memory meanwhile. A valid result counts, however the process ended
-    after it (native libraries like to crash on exit), except that a bug after an OOM kill is the OOM's doing."""
+    status: the child's wait status. message: its result file, None when it wrote none. stopping: whether it was asked
+    to stop. oom_kills: how many processes of the container were killed for memory meanwhile. A valid result counts,
+    however the process ended after it (native libraries like to crash on exit), except that a bug after an OOM kill
+    is the OOM's doing."""
     result = _parsed(message, stage, attempt)
     if result is not None and not (result.fault is Fault.BUG and oom_kills):
         return result
     if oom_kills:
         limit = {} if limit_gib is None else {"limit_gib": limit_gib}
         error = StageError(Fault.HOST_OOM, **limit)
+    elif os.WIFSIGNALED(status) and stopping and os.WTERMSIG(status) in (*SIGNALS, signal.SIGKILL):
+        error = StageError(Fault.STOPPED)  # it has nothing to save, as prepare, or did not manage in time
     elif os.WIFSIGNALED(status):
         error = StageError(Fault.KILLED, signal=signal.Signals(os.WTERMSIG(status)).name)
     else:
@@ -174,12 +189,14 @@ def supervise(arguments: Sequence[str], stage: Stage, attempt: int, config: RunC
         file = Path(folder, "result.json")
         oom_kills_before = cgroup.oom_kills()
         command = [sys.executable, "-m", "finetune_trainer", *arguments, "--result", str(file)]
-        status = Child(command, kill_after_s(config.grace_period_s)).wait()
+        child = Child(command, kill_after_s(config.grace_period_s))
+        status = child.wait()
         return verdict(
             stage=stage,
             attempt=attempt,
             status=status,
             message=file.read_bytes() if file.exists() else None,
+            stopping=child.stopping,
             oom_kills=cgroup.oom_kills() - oom_kills_before,
             limit_gib=cgroup.limit_gib(),
         )

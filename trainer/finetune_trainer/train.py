@@ -56,6 +56,7 @@ def run(ctx: StageContext, stop: StopFlag) -> RunResult:
 
 def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     store, run_uri = ctx.store, ctx.config.run_uri
+    _go_on(stop)
     committed = commit.read_commit(store, run_uri)
     commit.claim(store, run_uri, ctx.config.job.uid)
     fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
@@ -115,7 +116,7 @@ def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
 def _go_on(stop: StopFlag) -> None:
     """Between parts that hold nothing to save."""
     if stop.is_set():
-        raise StageError(Fault.INTERRUPTED, step=0)
+        raise StageError(Fault.STOPPED)
 
 
 def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
