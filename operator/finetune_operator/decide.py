@@ -13,7 +13,7 @@ from finetune_operator.conditions import find
 from finetune_operator.figures import is_stale, is_write_due, with_progress
 from finetune_operator.fold import MAX_ENTRIES, Folded, running_entry
 from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, REFUSED, SLOW_START_S, Look, look
-from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, Seen, SeenProgress
+from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, Seen
 from finetune_operator.situation import describe
 from finetune_operator.verdict import Limits, failed, failure, is_success, limits_of, succeeded
 from finetune_operator.view import JobView, reason_of
@@ -38,7 +38,7 @@ def decide(job: JobView, spec: FineTuneJobSpec, folded: Folded, seen: Seen, now:
     why = failure(folded, seen_as, limits, now)
     if why is not None:
         all_live = tuple(DeleteJob(j.name, j.uid) for j in seen.jobs if j.live and not j.deleting)
-        return Decision(failed(folded.status, why, job.generation, now), all_live)
+        return Decision(failed(folded, why, job.generation, now), all_live)
     folded = _stop(folded, seen, suspend, seen_as, limits)
     folded, due_s = _next_attempt(folded, seen, suspend, now)
     seen_as = _look(folded, seen, now)
@@ -103,7 +103,7 @@ def _stop(folded: Folded, seen: Seen, suspend: bool, seen_as: Look, limits: Limi
         return folded
     if suspend:
         return _with_last(folded, last.model_copy(update={"reason": Reason.SUSPENDED.value}))
-    said = _progress(folded, seen)
+    said = seen.answer_of(last)
     if said is not None and seen_as.running and said.progress.seconds_since_step > limits.progress_deadline_s:
         return _with_last(folded, last.model_copy(update={"reason": Reason.NO_PROGRESS.value}))
     return folded
@@ -166,24 +166,17 @@ def _is_quiet(folded: Folded, seen: Seen) -> bool:
 
 
 def _figures(folded: Folded, seen: Seen, seen_as: Look, spec: FineTuneJobSpec, now: datetime) -> FineTuneJobStatus:
-    status, said, interval_s = folded.status, _progress(folded, seen), seen.progress_write_interval_s
-    if not seen_as.running:
+    status, last, interval_s = folded.status, folded.last, seen.progress_write_interval_s
+    if last is None or not seen_as.running:
         return status
+    said = seen.answer_of(last)
     if said is not None and is_write_due(status, said, interval_s):
         keep = spec.checkpoint.keep_last if spec.checkpoint else None
         status = with_progress(status, said, keep or 3)
-    if status.progress is not None and folded.last is not None and folded.last.stage == Stage.TRAIN:
+    if status.progress is not None and last.stage == Stage.TRAIN:
         stale = is_stale(status, said, interval_s, now)
         status = status.model_copy(update={"progress": status.progress.model_copy(update={"stale": stale})})
     return status
-
-
-def _progress(folded: Folded, seen: Seen) -> SeenProgress | None:
-    """The pod's answer, if it is about the newest attempt."""
-    last, said = folded.last, seen.progress
-    if last is None or said is None or (said.progress.stage, said.progress.attempt) != (last.stage, last.number):
-        return None
-    return said
 
 
 def _requeue(folded: Folded, seen_as: Look, limits: Limits, due_s: float | None, now: datetime) -> float | None:

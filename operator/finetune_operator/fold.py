@@ -10,7 +10,7 @@ from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempts import Ended, belongs, is_open, judge
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.figures import checkpoints, metrics_of_report, progress_of_report
-from finetune_operator.observed import ObservedJob, ObservedPod
+from finetune_operator.observed import EPOCH, ObservedJob, ObservedPod
 from finetune_operator.seen import Seen, SeenProgress
 from finetune_operator.view import JobView
 
@@ -51,7 +51,7 @@ def fold(view: JobView, seen: Seen, now: datetime) -> Folded:
     ended = judge(entry, job, pods, entries[:-1])
     if ended is None:
         return Folded(status, None, job, pods)
-    return Folded(_close(view, status, ended, job, pods, seen.progress, now), ended, job, pods)
+    return Folded(_close(view, status, ended, pods, seen, now), ended, job, pods)
 
 
 def _adopt(status: FineTuneJobStatus, jobs: Sequence[ObservedJob]) -> FineTuneJobStatus:
@@ -76,10 +76,16 @@ def _superseded(entry: AttemptStatus, now: datetime) -> AttemptStatus:
 
 
 def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -> FineTuneJobStatus:
-    """Each disrupted pod counts once, also when the Job itself replaced it."""
+    """Each disrupted pod counts once, also when the Job itself replaced it.
+
+    Pods follow one another, so one older than a pod that was counted was counted too, even if its UID had to make
+    room: some disrupted pods stay as long as their Job, and there may be more of them than UIDs are kept.
+    """
     record = status.record or OperatorRecord()
-    known = set(record.disrupted_pods)
-    new = sorted({pod.uid for pod in pods if pod.disrupted} - known)
+    disrupted = [pod for pod in pods if pod.disrupted]
+    newest = max((pod.created_at for pod in disrupted if pod.uid in record.disrupted_pods), default=EPOCH)
+    uncounted = {p.uid: p for p in disrupted if p.uid not in record.disrupted_pods and p.created_at >= newest}
+    new = sorted(uncounted, key=lambda uid: (uncounted[uid].created_at, uid))
     if not new:
         return status
     update = {"disruptions": record.disruptions + len(new), "disrupted_pods": [*record.disrupted_pods, *new][-20:]}
@@ -90,15 +96,13 @@ def _close(
     view: JobView,
     status: FineTuneJobStatus,
     ended: Ended,
-    job: ObservedJob | None,
     pods: Sequence[ObservedPod],
-    progress: SeenProgress | None,
+    seen: Seen,
     now: datetime,
 ) -> FineTuneJobStatus:
     """The status with the newest attempt closed and the figures of its report taken over."""
     entry = status.attempts[-1]
-    if progress is not None and progress.progress.attempt != entry.number:
-        progress = None
+    progress = seen.answer_of(entry)
     finished = ended.finished_at or now
     report = ended.report
     step = report.step if report is not None else None
@@ -119,7 +123,7 @@ def _close(
     update: dict[str, object] = {
         "attempts": [*status.attempts[:-1], closed],
         "failures": status.failures + (ended.attempt_class == "Failure"),
-        "usage": _usage(status, job, pods, finished, now),
+        "usage": used(status, pods, finished, now),
     }
     if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
         update |= {"plan": report.plan, "data": report.data}
@@ -154,18 +158,12 @@ def _lost_seconds(
     return None
 
 
-def _usage(
-    status: FineTuneJobStatus,
-    job: ObservedJob | None,
-    pods: Sequence[ObservedPod],
-    finished: datetime,
-    now: datetime,
-) -> UsageStatus:
-    gpus = job.gpus if job is not None else 0
-    ran = sum(((p.finished_at or finished) - p.started_at).total_seconds() for p in pods if p.started_at is not None)
+def used(status: FineTuneJobStatus, pods: Sequence[ObservedPod], finished: datetime, now: datetime) -> UsageStatus:
+    """Usage with the pods of one more attempt, which ended at `finished` where a pod does not say."""
+    ran = sum(p.gpus * ((p.finished_at or finished) - p.started_at).total_seconds() for p in pods if p.started_at)
     accepted = parse_time(status.record.accepted_at) if status.record else None
     before = status.usage.gpu_seconds if status.usage else 0
     return UsageStatus(
         seconds=max(0, int((now - accepted).total_seconds())) if accepted else 0,
-        gpu_seconds=before + max(0, int(ran * gpus)),
+        gpu_seconds=before + max(0, int(ran)),
     )

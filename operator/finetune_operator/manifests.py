@@ -82,7 +82,6 @@ def job_manifest(
     labels = names.child_labels(job.name, job.uid, stage, attempt)
     meta = _metadata(job, names.child_name(job.name, job.uid, stage, attempt), labels)
     gpus = config.resources.gpus if stage == Stage.TRAIN else 0
-    meta["annotations"] = {ANNOTATION_GPUS: str(gpus)}
     ignore = {"type": "DisruptionTarget", "status": "True"}
     exit_codes = {"containerName": names.CONTAINER, "operator": "In", "values": FINAL_CODES}
     return {
@@ -104,7 +103,7 @@ def job_manifest(
             "template": {
                 "metadata": {
                     "labels": {**runtime.pod_labels, **_NO_SIDECAR_LABELS, **labels},
-                    "annotations": {**runtime.pod_annotations, **_POD_ANNOTATIONS},
+                    "annotations": {**runtime.pod_annotations, **_POD_ANNOTATIONS, ANNOTATION_GPUS: str(gpus)},
                 },
                 "spec": _pod_spec(job, config, runtime, stage, attempt, plan_digest, gpus),
             },

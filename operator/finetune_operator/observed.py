@@ -16,7 +16,7 @@ from finetune_api.quantity import memory_bytes
 from finetune_api.run import MAX_RESULT_BYTES, RunResult
 from finetune_operator.clock import parse_time
 
-ANNOTATION_GPUS = f"{names.GROUP}/gpus"
+ANNOTATION_GPUS = f"{names.GROUP}/gpus"  # on the pod, whose last state is kept when its Job is deleted
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_TEXT = 256
 
@@ -36,7 +36,6 @@ class ObservedJob:
     outcome: Literal["Complete", "Failed"] | None = None  # set only once all its pods have ended
     message: str = ""  # of the Failed condition
     finished_at: datetime | None = None
-    gpus: int = 0
     ttl_seconds: int | None = None
 
     @property
@@ -68,6 +67,7 @@ class ObservedPod:
     exit_code: int | None = None
     oom_killed: bool = False
     memory_limit: str = "?"
+    gpus: int = 0
     report: RunResult | None = None
     bad_report: bool = False
 
@@ -95,7 +95,6 @@ def observe_job(body: Body) -> ObservedJob | None:
         return None
     conditions = {c.get("type"): c for c in _dicts(status, "conditions") if c.get("status") == "True"}
     ended = conditions.get("Complete") or conditions.get("Failed")
-    gpus = _text(_dict(meta, "annotations").get(ANNOTATION_GPUS)) or "0"
     return ObservedJob(
         name=str(meta.get("name")),
         uid=str(meta.get("uid")),
@@ -106,7 +105,6 @@ def observe_job(body: Body) -> ObservedJob | None:
         outcome=None if ended is None else ("Complete" if "Complete" in conditions else "Failed"),
         message="" if ended is None else _cut(ended.get("message")),
         finished_at=None if ended is None else parse_time(ended.get("lastTransitionTime")),
-        gpus=int(gpus) if gpus.isdecimal() and len(gpus) <= 3 else 0,
         ttl_seconds=_int(spec.get("ttlSecondsAfterFinished")),
     )
 
@@ -143,6 +141,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
         exit_code=_int(ended.get("exitCode")),
         oom_killed=ended.get("reason") == "OOMKilled",
         memory_limit=_memory_limit(body),
+        gpus=_gpus(meta),
         report=report,
         bad_report=bad_report,
     )
@@ -190,6 +189,11 @@ def _memory_limit(body: Body) -> str:
         return f"{memory_bytes(limit) / 2**30:g}"
     except ValueError:
         return "?"
+
+
+def _gpus(meta: Body) -> int:
+    text = _text(_dict(meta, "annotations").get(ANNOTATION_GPUS)) or "0"
+    return int(text) if text.isdecimal() and len(text) <= 3 else 0
 
 
 def _dict(body: Body, key: str) -> Body:

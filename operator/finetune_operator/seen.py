@@ -7,7 +7,7 @@ from typing import Literal
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.run import Progress
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.observed import ObservedJob, ObservedPod
 
 
@@ -36,6 +36,12 @@ class Seen:
     progress: SeenProgress | None = None
     blocked: Blocked | None = None
     progress_write_interval_s: float = 30
+
+    def answer_of(self, entry: AttemptStatus) -> SeenProgress | None:
+        """The pod's last answer, if it is about this attempt."""
+        said = self.progress
+        mine = said is not None and (said.progress.stage, said.progress.attempt) == (entry.stage, entry.number)
+        return said if mine else None
 
 
 @dataclass(frozen=True)

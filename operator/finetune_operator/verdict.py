@@ -10,7 +10,7 @@ from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageSt
 from finetune_operator.attempts import is_final, is_open
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.conditions import Claim, find, with_claims
-from finetune_operator.fold import Folded
+from finetune_operator.fold import Folded, used
 from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, Look
 from finetune_operator.seen import Blocked
 from finetune_operator.view import reason_of
@@ -111,12 +111,14 @@ def succeeded(status: FineTuneJobStatus, generation: int, now: datetime) -> Fine
     return _over(with_claims(status, claims, generation, now), Phase.SUCCEEDED, now)
 
 
-def failed(status: FineTuneJobStatus, why: Blocked, generation: int, now: datetime) -> FineTuneJobStatus:
+def failed(folded: Folded, why: Blocked, generation: int, now: datetime) -> FineTuneJobStatus:
     """An attempt that is still open is closed; its Job is deleted by the caller."""
+    status = folded.status
     attempts = list(status.attempts)
     if attempts and is_open(attempts[-1]):
         update = {"attempt_class": "Failure", "reason": why.reason.value, "finished_at": format_time(now)}
         attempts[-1] = attempts[-1].model_copy(update=update)
+        status = status.model_copy(update={"usage": used(status, folded.pods, now, now)})
     claims = [
         planned(status) if status.plan else Claim(ConditionType.PLANNED, "False", why.reason, why.message),
         Claim(ConditionType.RUNNING, "False", why.reason, why.message),

@@ -11,7 +11,7 @@ from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, RunConfig
 from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
-from finetune_operator.observed import observe_job
+from finetune_operator.observed import observe_job, observe_pod
 from finetune_operator.settings import Runtime
 from finetune_operator.view import JobView, view
 
@@ -194,7 +194,12 @@ def test_what_is_rendered_is_recognised_again():
     manifest = rendered(Stage.TRAIN, 3)
     seen = observe_job({**manifest, "metadata": {**manifest["metadata"], "uid": "u"}})
     assert seen is not None
-    assert (seen.stage, seen.attempt, seen.gpus, seen.live) == (Stage.TRAIN, 3, 1, True)
+    assert (seen.stage, seen.attempt, seen.live) == (Stage.TRAIN, 3, True)
+    meta = manifest["spec"]["template"]["metadata"]
+    owner = {"kind": "Job", "uid": "u", "controller": True}
+    pod = observe_pod({"metadata": {**meta, "name": "p", "uid": "p", "ownerReferences": [owner]}})
+    assert pod is not None
+    assert (pod.stage, pod.attempt, pod.gpus) == (Stage.TRAIN, 3, 1)
 
 
 @settings(max_examples=300, deadline=None)

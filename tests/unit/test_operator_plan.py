@@ -100,14 +100,15 @@ class World:
         assert name not in self.jobs
         assert not any(job.live for job in self.jobs.values()), "two live Jobs"
         self.created.append(name)
-        self.jobs[name] = ObservedJob(name, f"uid-{name}", stage, attempt, self.now, gpus=int(stage == TRAIN))
+        self.jobs[name] = ObservedJob(name, f"uid-{name}", stage, attempt, self.now)
 
     def pod(self, name: str, number: int = 0, **fields: Any) -> "World":
         """Create or change a pod of the Job `name`."""
         job, key = self.jobs.get(name), f"{name}-{number}"
         stage, attempt = name.split("-")
         born = job.created_at if job else self.now
-        old = self.pods.get(key) or ObservedPod(key, f"uid-{key}", Stage(stage), int(attempt), born)
+        new = ObservedPod(key, f"uid-{key}", Stage(stage), int(attempt), born, gpus=int(stage == TRAIN))
+        old = self.pods.get(key) or new
         self.pods[key] = replace(old, **fields)
         return self
 
@@ -240,6 +241,19 @@ def test_gpu_seconds_are_those_of_the_training_pods():
     world.now += timedelta(seconds=90)
     world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
     assert world.status["usage"] == {"seconds": 90, "gpuSeconds": 90}
+
+
+def test_gpu_seconds_of_an_attempt_whose_job_was_deleted_count_too():
+    world = World().training()
+    world.spec["suspend"] = True
+    world.step(after_s=60).end("train-1", fault=Fault.INTERRUPTED).gone("train-1").step()
+    assert world.status["usage"]["gpuSeconds"] == 60
+
+
+def test_gpu_seconds_of_the_attempt_that_the_deadline_stops_count_too():
+    world = World(activeDeadlineSeconds=3600).training().step(after_s=3600)
+    assert world.verdict == ("False", "DeadlineExceeded")
+    assert world.status["usage"] == {"seconds": 3600, "gpuSeconds": 3600}
 
 
 def test_the_ttl_is_put_on_the_jobs_only_after_the_verdict_is_stored():
@@ -510,6 +524,16 @@ def test_too_many_disruptions_end_the_job():
         world.pod("train-1", number, disrupted=True, phase="Failed", exit_code=30, started_at=START).step()
     assert world.verdict == ("False", "DisruptionBudget")
     assert world.jobs["train-1"].deleting
+
+
+def test_disrupted_pods_are_counted_once_however_many_of_them_are_kept():
+    world = World(recovery={"maxDisruptions": 100}).training()
+    for number in range(25):
+        born = START + timedelta(seconds=number)
+        world.pod("train-1", number, created_at=born, disrupted=True, phase="Failed", exit_code=30).step()
+    world.step(after_s=60).step(after_s=60)
+    assert world.status["record"]["disruptions"] == 25
+    assert len(world.status["record"]["disruptedPods"]) == 20
 
 
 def test_a_job_deleted_by_somebody_is_a_counted_attempt_that_resumes():

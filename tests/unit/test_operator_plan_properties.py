@@ -61,7 +61,6 @@ jobs = st.builds(
     outcome=st.sampled_from([None, "Complete", "Failed"]),
     message=texts,
     finished_at=maybe_times,
-    gpus=st.integers(0, 8),
     ttl_seconds=st.none() | st.integers(0, 100),
 )
 pods = st.builds(
@@ -84,6 +83,7 @@ pods = st.builds(
     finished_at=maybe_times,
     exit_code=st.none() | st.integers(0, 255),
     oom_killed=st.booleans(),
+    gpus=st.integers(0, 8),
     report=st.none() | results,
     bad_report=st.booleans(),
 )
