@@ -13,7 +13,7 @@ from finetune_api.status import Artifact
 from finetune_trainer import commit as protocol
 from finetune_trainer.commit import Committed, Fence
 from finetune_trainer.store import Store, open_store
-from stub_s3 import stub_s3
+from stub_s3 import Trouble, stub_s3
 
 
 @pytest.fixture
@@ -64,6 +64,22 @@ def test_a_store_that_ignores_conditions_is_found_out_at_the_claim(monkeypatch: 
         with pytest.raises(StageError) as caught:
             protocol.claim(store, "s3://bucket/out/bot-1a2b3", "uid-1")
     assert caught.value.fault is Fault.CONDITIONAL_WRITES_UNSUPPORTED
+
+
+@pytest.mark.parametrize("again", [Trouble("PUT", status=503, code="SlowDown"), Trouble("PUT", lose_answer=True)])
+@pytest.mark.parametrize("write", [0, 1])
+def test_a_store_that_is_busy_at_the_claim_is_not_said_to_ignore_conditions(
+    monkeypatch: pytest.MonkeyPatch, again: Trouble, write: int
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    with stub_s3() as server:
+        store = open_store(StorageConfig(endpoint=server.endpoint, path_style=True))
+        server.troubles = [*[Trouble("PUT")] * write, again]
+        protocol.claim(store, "s3://bucket/out/bot-1a2b3", "uid-1")
+        protocol.claim(store, "s3://bucket/out/bot-1a2b3", "uid-1")
+        assert not server.troubles
 
 
 def test_a_newer_attempt_supersedes_all_older_ones(store: Store, run_uri: str) -> None:

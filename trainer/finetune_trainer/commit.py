@@ -78,9 +78,11 @@ def claim(store: Store, run_uri: str, job_uid: str) -> None:
     let two jobs win."""
     uri = layout.join(run_uri, layout.CLAIM)
     content = _json_bytes({"version": 1, "job_uid": job_uid})
-    for _ in range(2):  # the second write has to lose against the first: that proves the condition is honoured
+    # The second write has to lose against the first: that proves the condition is honoured. It says something else,
+    # so that, tried again by the store's client, it is not taken for a write that had won and whose answer was lost.
+    for attempt in (content, content + b"\n"):
         try:
-            store.put(uri, content, if_none_match=True)
+            store.put(uri, attempt, if_none_match=True)
         except PreconditionFailed:
             found, _etag = store.read(uri)
             if found != content:
