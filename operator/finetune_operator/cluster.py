@@ -95,7 +95,7 @@ class Cluster:
         return list(self._list(_path("jobs", namespace), query).items())
 
     def list_events(self, namespace: str, uid: str) -> list[Body]:
-        """The newest events on one object."""
+        """Events on one object: all there are, for one that has just been made."""
         query = {"fieldSelector": f"involvedObject.uid={uid}", "limit": "50"}
         items = self._request("GET", _path("events", namespace), query).get("items") or []
         return cast(list[Body], items)

@@ -1,9 +1,10 @@
 """What the newest attempt is doing while it is open: does it run, and if not, what is it waiting for. Pure."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus
@@ -23,6 +24,7 @@ _IMAGE_WAITS = (
     "ImageInspectError",
 )  # fmt: skip
 _CONFIG_WAITS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_FURTHER = ("SuccessfulCreate", "Pulling", "Pulled", "Created", "Started")  # the pod exists; its volumes are mounted
 _NOT_FOUND = re.compile(r'(secret|configmap|serviceaccount|service account) "?([a-z0-9.-]+/)?([a-z0-9.-]+)"? not found')
 _FIELDS = {
     "secret": ("Secret", "storage.secretRef"),
@@ -71,6 +73,23 @@ def needs_explanation(job: ObservedJob | None, pods: Sequence[ObservedPod], now:
     pod = max(active, key=lambda p: (p.created_at, p.uid))
     stuck = pod.scheduled and pod.started_at is None and _container_wait(pod) is None
     return pod.uid if stuck and (now - pod.created_at).total_seconds() >= SLOW_START_S else None
+
+
+def explain_events(events: Sequence[Mapping[str, Any]], namespace: str) -> Blocked | None:
+    """What the newest telling event of an object says that a person must mend.
+
+    None when the pod has come further since: a volume that was late must not be blamed for a long image pull."""
+
+    def order(event: Mapping[str, Any]) -> tuple[str, bool]:
+        return str(event.get("lastTimestamp") or event.get("eventTime") or ""), event.get("reason") in _FURTHER
+
+    for event in sorted(events, key=order, reverse=True):
+        if event.get("reason") in _FURTHER:
+            return None
+        blocked = explain(str(event.get("reason")), str(event.get("message")), namespace)
+        if blocked is not None:
+            return blocked
+    return None
 
 
 def explain(event_reason: str, message: str, namespace: str) -> Blocked | None:

@@ -11,6 +11,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 MIN_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
+MAX_STALE = 64
 
 
 class WorkQueue(Generic[Key]):
@@ -93,6 +94,10 @@ class WorkQueue(Generic[Key]):
         self._due[key] = due
         self._count += 1
         heapq.heappush(self._heap, (due, self._count, key))
+        if len(self._heap) > 2 * len(self._due) + MAX_STALE:
+            # A far date that is asked for anew in every round would leave an entry behind each time.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
         self._changed.notify()
 
     def _pop(self, now: float) -> Key | None:

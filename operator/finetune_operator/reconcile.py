@@ -20,7 +20,7 @@ from finetune_operator.attempts import belongs
 from finetune_operator.children import Children
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
-from finetune_operator.live import explain, needs_explanation
+from finetune_operator.live import explain_events, needs_explanation
 from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import observe_job
@@ -128,15 +128,7 @@ class Reconciler:
         uid = needs_explanation(child, [p for p in pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return seen
-        blocked = self._explanation(job.namespace, uid)
-        return replace(seen, blocked=blocked)
-
-    def _explanation(self, namespace: str, uid: str) -> Blocked | None:
-        """What the cluster's own newest event says that a person must mend."""
-        events = self._cluster.list_events(namespace, uid)
-        events.sort(key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), reverse=True)
-        meant = (explain(str(e.get("reason")), str(e.get("message")), namespace) for e in events)
-        return next((blocked for blocked in meant if blocked is not None), None)
+        return replace(seen, blocked=explain_events(self._cluster.list_events(job.namespace, uid), job.namespace))
 
     def _store(self, job: JobView, made: Plan) -> JobView:
         """Write the status if it differs, then tell what changed; the job as it is then."""

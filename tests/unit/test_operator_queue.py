@@ -1,6 +1,7 @@
 """The work queue, with a clock of the test's own."""
 
 import threading
+import tracemalloc
 
 import pytest
 
@@ -108,6 +109,23 @@ def test_an_event_ends_the_back_off(queue: WorkQueue[str]):
     queue.retry("a", at_least_s=50)
     queue.put("a")
     assert drain(queue) == ["a"]
+
+
+def test_a_far_date_that_is_asked_for_in_every_round_does_not_fill_the_memory(queue: WorkQueue[str], clock: Clock):
+    tracemalloc.start()
+    try:
+        for _ in range(2000):
+            queue.put("a", 7 * 86400)
+            queue.put("a")
+            assert queue.get() == "a"
+            queue.done("a")
+            clock.now_s += 60
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+    queue.put("a", 5)
+    clock.now_s += 5
+    assert queue.get() == "a"
 
 
 def test_a_stuck_round_and_a_key_that_nobody_takes_are_seen(queue: WorkQueue[str], clock: Clock):

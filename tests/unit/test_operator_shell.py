@@ -15,7 +15,7 @@ from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, UnreachableError
 from finetune_operator.health import HttpServer, problems
 from finetune_operator.lease import Lease
-from finetune_operator.live import explain
+from finetune_operator.live import explain, explain_events
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import event_manifest, status_patch
 from finetune_operator.runtimes import Runtimes
@@ -245,7 +245,23 @@ def test_events_of_the_cluster_become_words_that_name_the_object(reason: str, me
 
 
 def test_events_that_say_nothing_to_mend_are_passed_over():
-    assert explain("Pulled", "image pulled", "a") is None
+    assert explain("Scheduled", "assigned to a node", "a") is None
+
+
+def cluster_event(reason: str, second: int) -> dict[str, Any]:
+    return {"reason": reason, "message": 'secret "s3" not found', "lastTimestamp": f"2026-01-01T00:00:{second:02}Z"}
+
+
+def test_a_volume_that_is_missing_now_is_named_whatever_was_told_before():
+    blocked = explain_events([cluster_event("FailedMount", 9), cluster_event("Scheduled", 1)], "a")
+    assert blocked is not None
+    assert "Secret a/s3" in blocked.message
+
+
+@pytest.mark.parametrize("pulled_at", [5, 9])
+def test_a_volume_that_was_late_is_not_blamed_for_a_long_pull_of_the_image(pulled_at: int):
+    events = [cluster_event("Pulling", pulled_at), cluster_event("FailedMount", 5), cluster_event("Scheduled", 1)]
+    assert explain_events(events, "a") is None
 
 
 def test_times_are_read_with_their_zone_or_not_at_all():
