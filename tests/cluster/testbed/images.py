@@ -18,11 +18,12 @@ from pathlib import Path
 
 from testbed.binaries import binary
 from testbed.components import CONTAINERD_SOCKET
-from testbed.instance import TestbedError, cache_dir, containerd_root
+from testbed.instance import TestbedError, cache_dir, containerd_root, file_lock
 from testbed.processes import last_lines, run
 
 BASE_IMAGE = "localhost/finetune-base:bookworm"
 PAUSE_IMAGE = "localhost/pause:1"
+LOAD_TIMEOUT_S = 900.0
 _ID_LABEL = "testbed.finetune.dev/source"
 _CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -48,18 +49,21 @@ def load_image(name: str, source: str | None = None) -> bool:
         identity = run(
             ["buildah", "inspect", "--type", "image", "--format", "{{.FromImageID}}", source], timeout_s=60
         ).stdout.strip()
-    if _loaded_identity(name) == identity:
-        return False
-    if Path(source).is_file():
-        ctr("images", "import", "--local", "--index-name", name, source, timeout_s=900)
-    else:
-        _import_difference(source, name)
-    if name not in ctr("images", "ls", "-q").stdout.split():
-        raise TestbedError(f"{source} was imported, but holds no image called {name}: give the name it was built with")
-    # Last, so that an import killed half-way is done again.
-    ctr("images", "label", name, f"{_ID_LABEL}={identity}")
-    _forget_replaced()
-    return True
+    lock = cache_dir() / "load-image.lock"
+    # One at a time: the second then finds the layers that both need, and does not write 6 GB twice.
+    with file_lock(lock, LOAD_TIMEOUT_S, f"another image is being loaded (lock {lock})"):
+        if _loaded_identity(name) == identity:
+            return False
+        if Path(source).is_file():
+            ctr("images", "import", "--local", "--index-name", name, source, timeout_s=LOAD_TIMEOUT_S)
+        else:
+            _import_difference(source, name)
+        if name not in ctr("images", "ls", "-q").stdout.split():
+            raise TestbedError(f"{source} was imported, but holds no image {name}: give the name it was built with")
+        # Last, so that an import killed half-way is done again.
+        ctr("images", "label", name, f"{_ID_LABEL}={identity}")
+        _forget_replaced()
+        return True
 
 
 def _forget_replaced() -> None:
@@ -80,7 +84,7 @@ def _loaded_identity(name: str) -> str | None:
     return None
 
 
-def _import_difference(source: str, name: str, timeout_s: float = 900) -> None:
+def _import_difference(source: str, name: str, timeout_s: float = LOAD_TIMEOUT_S) -> None:
     """Bring only the layers that containerd lacks: a change of code costs seconds, not the trainer's 6 GB again.
 
     skopeo writes an OCI layout and leaves out blobs that lie there already, so containerd's blobs are linked into it
