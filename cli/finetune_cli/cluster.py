@@ -6,6 +6,7 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
+from yaml import YAMLError
 
 from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_cli.errors import CommandError, Exit
@@ -27,6 +28,8 @@ class Cluster:
             _contexts, active = config.list_kube_config_contexts()
         except (ConfigException, OSError) as error:
             raise CommandError(f"no cluster: {str(error)[:300]}; set KUBECONFIG", Exit.CLUSTER) from error
+        except YAMLError as error:  # its words could quote a token
+            raise CommandError("no cluster: the kubeconfig is no YAML; set KUBECONFIG", Exit.CLUSTER) from error
         inner = cast(dict[str, Any], active.get("context", {})) if isinstance(active, dict) else {}
         self.namespace = str(inner.get("namespace") or "default")
 

@@ -35,11 +35,25 @@ def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: b
     name = cast(dict[str, Any], metadata).get("name") if isinstance(metadata, dict) else None
     if not isinstance(name, str) or not name:
         return ["metadata.name: Required value"]
+    if isinstance(metadata, dict) and len(metadata) > 1:  # the API server lets rules see no more of it
+        job = {**job, "metadata": {"name": name}}
     schema = object_schema()
     errors = sorted(_validator().iter_errors(job), key=lambda error: error.json_path)
-    found = [line for error in errors for line in _words(error)]
+    found = [line for error in errors for line in _words(error)] or list(_too_large(job, ""))
     # As in the API server: rules are not run on what has not the right shape.
     return (found or list(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+
+
+def _too_large(value: object, place: str) -> Iterator[str]:
+    """Whole numbers beyond the 64 bits that the API server, and CEL, have for them."""
+    if isinstance(value, dict):
+        for name, child in cast(dict[str, Any], value).items():
+            yield from _too_large(child, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for index, child in enumerate(cast(list[Any], value)):
+            yield from _too_large(child, f"{place}[{index}]")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{place}: the number is too large"
 
 
 @cache

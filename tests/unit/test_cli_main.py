@@ -30,6 +30,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (b"kind: FineTuneJob\n---\nkind: FineTuneJob", "2 objects of kind FineTuneJob"),
         (b"kind: FineTuneJob\nspec: {a: .nan}", "write plain numbers"),
         (b"#" * (MAX_FILE_BYTES + 1), "larger than"),
+        (b"kind: FineTuneJob\na: " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b"kind: FineTuneJob\na: 2024-13-45", "month must be in 1..12"),
+        (b"kind: FineTuneJob\na: " + b"9" * 5000, "quote what is a word"),
     ],
 )
 def test_a_file_without_a_job_is_refused_in_words(tmp_path: Path, content: bytes | None, says: str):
@@ -69,6 +72,17 @@ def test_no_cluster_is_said_in_words(
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     assert call(monkeypatch, "wait", "bot") == Exit.CLUSTER
     assert "set KUBECONFIG" in capsys.readouterr().err
+
+
+def test_a_broken_kubeconfig_is_said_in_words_without_its_content(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "config").write_text("users: [{token: secret")
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    assert call(monkeypatch, "wait", "bot") == Exit.CLUSTER
+    said = capsys.readouterr().err
+    assert "the kubeconfig is no YAML" in said
+    assert "secret" not in said
 
 
 def test_the_help_loads_neither_torch_nor_kubernetes():

@@ -39,6 +39,8 @@ if "progress" in part:
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (work / "port").write_text(f"{server.server_port}\\n")
+if part.get("hangs_up"):
+    os.kill(os.getppid(), signal.SIGHUP)
 if part.get("waits"):
     seen = threading.Event()
     signal.signal(signal.SIGTERM, lambda *a: seen.set())
@@ -210,6 +212,17 @@ def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
     assert "Ctrl-C again stops at once" in play.said
     assert "Stopped at step 7" in play.said
     assert play.run(train_2=play.committed()) == 0
+
+
+def test_a_run_under_nohup_goes_on_without_its_terminal(play: Play):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert play.run(prepare_1={**PREPARED, "hangs_up": True}, train_1=play.committed()) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert play.played() == ["prepare-1", "train-1"]
+    assert "Stopping" not in play.said
 
 
 def test_two_runs_of_a_job_do_not_mix(play: Play):

@@ -55,6 +55,19 @@ def test_a_misspelt_field_is_told_its_right_name():
     assert problems(body) == ['unknown field "spec.hyperparameters.learning_rate"; write learningRate']
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+def test_a_number_that_the_api_server_cannot_hold_is_refused(number: int):
+    body = spec_cases.base()
+    body["spec"]["resources"] = {"cpu": number}
+    assert problems(body) == ["spec.resources.cpu: the number is too large"]
+
+
+def test_rules_see_of_the_metadata_only_the_name_as_in_the_cluster():
+    body = spec_cases.base()
+    body["metadata"]["annotations"] = {"build": 10**30}
+    assert problems(body) == []
+
+
 def test_another_kind_is_refused():
     assert "no FineTuneJob" in problems({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}})[0]
 
