@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
 
@@ -26,4 +26,7 @@ class WireModel(BaseModel):
 Str64 = Annotated[str, StringConstraints(max_length=64)]
 Str256 = Annotated[str, StringConstraints(max_length=256)]
 Uri = Annotated[str, StringConstraints(max_length=1024)]
+# Pods report numbers, and a pod may be hostile: one that JSON readers do not keep whole could never be stored.
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]

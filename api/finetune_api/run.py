@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Str64, Str256, Uri, WireModel
+from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
 from finetune_api.reasons import Fault
@@ -81,8 +81,8 @@ class RunResult(WireModel):
     metrics: MetricsStatus | None = None
     checkpoint: CheckpointStatus | None = None
     artifact: Artifact | None = None
-    step: int | None = Field(default=None, ge=0)
-    resumed_from_step: int | None = Field(default=None, ge=0)
+    step: Count | None = None
+    resumed_from_step: Count | None = None
     log_uri: Uri | None = None
 
     def to_message(self) -> bytes:
@@ -105,17 +105,17 @@ class Progress(WireModel):
     stage: Stage
     attempt: int = Field(ge=1)
     activity: Literal["Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing", "Done"]
-    step: int = Field(default=0, ge=0)
-    total_steps: int = Field(default=0, ge=0)
-    resumed_from_step: int | None = Field(default=None, ge=0)
+    step: Count = 0
+    total_steps: Count = 0
+    resumed_from_step: Count | None = None
     eta_seconds: float | None = Field(default=None, ge=0)
-    seconds_since_step: float = Field(default=0, ge=0)
-    seconds_since_checkpoint: float = Field(default=0, ge=0)
+    seconds_since_step: Seconds = 0
+    seconds_since_checkpoint: Seconds = 0
     train_loss: float | None = None
     eval_loss: float | None = None
     base_eval_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float | None = None
-    tokens_total: int = Field(default=0, ge=0)
-    rows_read: int = Field(default=0, ge=0)
+    tokens_total: Count = 0
+    rows_read: Count = 0
     checkpoint: CheckpointStatus | None = None

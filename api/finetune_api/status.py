@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import ApiModel, Digest, Str64, Uri
+from finetune_api.base import ApiModel, Count, Digest, Str64, Uri
 
 
 class Phase(StrEnum):
@@ -58,11 +58,11 @@ class PlanStatus(ApiModel):
 
     uri: Uri = Field(description="plan.json in the bucket.")
     digest: Digest = Field(description="SHA-256 of the plan's content.")
-    steps: int = Field(ge=0, description="Optimizer steps.")
-    train_tokens: int = Field(ge=0, description="Tokens read over all steps.")
-    label_tokens: int = Field(ge=0, description="Tokens learned over all steps.")
-    memory_bytes: int = Field(ge=0, description="Memory the training pod is expected to need.")
-    disk_bytes: int = Field(ge=0, description="Disk the training pod is expected to need.")
+    steps: Count = Field(description="Optimizer steps.")
+    train_tokens: Count = Field(description="Tokens read over all steps.")
+    label_tokens: Count = Field(description="Tokens learned over all steps.")
+    memory_bytes: Count = Field(description="Memory the training pod is expected to need.")
+    disk_bytes: Count = Field(description="Disk the training pod is expected to need.")
     resolved: list[ResolvedValue] = Field(max_length=20, description="Values chosen, with reasons.")
 
 
@@ -70,18 +70,18 @@ class DroppedRows(ApiModel):
     """Rows left out for one reason."""
 
     reason: Str64 = Field(description="Why they were left out.")
-    rows: int = Field(ge=0, description="How many.")
+    rows: Count = Field(description="How many.")
 
 
 class DataStatus(ApiModel):
     """Every row accounted for: rowsIn = rowsUsed + rowsHeldOut + the sum of dropped."""
 
-    files: int = Field(ge=0, description="Files read.")
-    rows_in: int = Field(ge=0, description="Rows read.")
-    rows_used: int = Field(
-        ge=0, description="Rows in the training set; the plan's steps read each of them some times, see the plan."
+    files: Count = Field(description="Files read.")
+    rows_in: Count = Field(description="Rows read.")
+    rows_used: Count = Field(
+        description="Rows in the training set; the plan's steps read each of them some times, see the plan."
     )
-    rows_held_out: int = Field(ge=0, description="Rows kept for evaluation.")
+    rows_held_out: Count = Field(description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
     digest: Digest = Field(description="SHA-256 over the prepared data.")
     report_uri: Uri = Field(description="report.json in the bucket.")
@@ -90,11 +90,11 @@ class DataStatus(ApiModel):
 class ProgressStatus(ApiModel):
     """The last known place of the training."""
 
-    step: int = Field(ge=0, description="Finished optimizer steps.")
-    total_steps: int = Field(ge=0, description="Steps of the plan.")
+    step: Count = Field(description="Finished optimizer steps.")
+    total_steps: Count = Field(description="Steps of the plan.")
     percentage: int = Field(ge=0, le=100, description="step / totalSteps.")
     text: Str64 = Field(description="step/totalSteps, for the printer column.")
-    estimated_remaining_seconds: int | None = Field(default=None, ge=0, description="Time left at the present speed.")
+    estimated_remaining_seconds: Count | None = Field(default=None, description="Time left at the present speed.")
     eta: Str64 | None = Field(default=None, description="Time left, for the printer column.")
     stale: bool = Field(default=False, description="Whether the pod has not answered for a while.")
     last_updated_time: Str64 = Field(description="When the pod last answered.")
@@ -114,7 +114,7 @@ class MetricsStatus(ApiModel):
 class CheckpointStatus(ApiModel):
     """A checkpoint that was verified in the bucket."""
 
-    step: int = Field(ge=0, description="Finished steps in it.")
+    step: Count = Field(description="Finished steps in it.")
     uri: Uri = Field(description="Its manifest.")
     digest: Digest = Field(description="SHA-256 of its manifest.")
 
@@ -135,9 +135,9 @@ class AttemptStatus(ApiModel):
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
     started_at: Str64 | None = Field(default=None, description="When its Kubernetes Job was created.")
     finished_at: Str64 | None = Field(default=None, description="When it ended.")
-    resumed_from_step: int | None = Field(default=None, ge=0, description="Step it continued at.")
-    last_step: int | None = Field(default=None, ge=0, description="Last step it was seen at.")
-    lost_seconds: int | None = Field(default=None, ge=0, description="Work since the last checkpoint that was lost.")
+    resumed_from_step: Count | None = Field(default=None, description="Step it continued at.")
+    last_step: Count | None = Field(default=None, description="Last step it was seen at.")
+    lost_seconds: Count | None = Field(default=None, description="Work since the last checkpoint that was lost.")
 
 
 class UsageStatus(ApiModel):
@@ -155,7 +155,7 @@ class Artifact(ApiModel):
     digest: Digest = Field(description="SHA-256 of its manifest.")
     manifest_uri: Uri = Field(description="The manifest: every file with size and SHA-256.")
     base_digest: Digest | None = Field(default=None, description="Digest over the base model's files.")
-    rank: int = Field(ge=1, description="LoRA rank; vLLM needs --max-lora-rank at least so high.")
+    rank: int = Field(ge=1, le=65536, description="LoRA rank; vLLM needs --max-lora-rank at least so high.")
 
 
 class OperatorRecord(ApiModel):

@@ -9,14 +9,14 @@ def utcnow() -> datetime:
 
 
 def parse_time(text: object) -> datetime | None:
-    """The time of an RFC 3339 text with zone; None for anything else."""
+    """The time of an RFC 3339 text with zone; None for anything else, and for years that no sum may leave."""
     if not isinstance(text, str):
         return None
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         return None
-    return moment.astimezone(UTC) if moment.tzinfo is not None else None
+    return moment.astimezone(UTC) if moment.tzinfo is not None and 1970 <= moment.year < 9000 else None
 
 
 def format_time(moment: datetime) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.names import Stage
+from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempts import belongs, is_open, is_planned, is_stopping
@@ -123,7 +123,10 @@ def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> t
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     numbers = [e.number for e in status.attempts if e.stage == stage]
     numbers += [child.attempt for child in (*seen.jobs, *seen.pods) if child.stage == stage]
-    entry = running_entry(stage, max(numbers, default=0) + 1)
+    number = max(numbers, default=0) + 1
+    if number > MAX_ATTEMPTS:  # only with children that we never made: `failure` ends what has really had so many
+        return folded, None
+    entry = running_entry(stage, number)
     attempts = [*status.attempts, entry][-MAX_ENTRIES:]
     return Folded(status.model_copy(update={"attempts": attempts}), folded.ended, None, ()), None
 

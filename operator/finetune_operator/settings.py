@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.alias_generators import to_camel
 
 from finetune_api.base import Str256
-from finetune_api.job import Cpu, DnsName, DnsSubdomain, Quantity
+from finetune_api.job import Cores, Cpu, DnsName, DnsSubdomain, Quantity
 
 # Set by the manifest itself; a runtime that changed them would break the read-only root or the GPU isolation.
 RESERVED_ENV = frozenset({
@@ -60,7 +60,7 @@ class Gpu(_Closed):
 class TrainDefaults(_Closed):
     """The train pod, where the job does not ask for something else."""
 
-    cpu: int | Cpu = "4"
+    cpu: Cores | Cpu = "4"
     memory: Quantity = "16Gi"
     gpus_per_node: int = Field(default=0, ge=0, le=1)
     ephemeral_storage: Quantity = "20Gi"
@@ -70,7 +70,7 @@ class TrainDefaults(_Closed):
 class PrepareDefaults(_Closed):
     """The prepare pod, which never gets a GPU."""
 
-    cpu: int | Cpu = "2"
+    cpu: Cores | Cpu = "2"
     memory: Quantity = "4Gi"
     ephemeral_storage: Quantity = "20Gi"
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
@@ -730,6 +731,19 @@ def test_figures_that_are_not_finite_never_reach_the_status():
     world = World().training()
     world.progress = SeenProgress(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
     assert world.step().status["metrics"] == {}
+
+
+@pytest.mark.parametrize("field", ["step", "total_steps", "seconds_since_step", "seconds_since_checkpoint"])
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "1e300", "1" + "0" * 400])
+def test_a_number_that_no_status_could_hold_is_no_answer(field: str, number: str):
+    with pytest.raises(ValidationError):
+        Progress.model_validate_json(f'{{"stage": "train", "attempt": 1, "activity": "Training", "{field}": {number}}}')
+
+
+def test_the_999th_number_of_an_attempt_is_the_last():
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA)
+    world.pod("train-999", phase="Failed", gone=True)
+    assert plan(world.view, world.seen, world.now).actions == ()
 
 
 def test_a_training_without_steps_is_stopped_counted_and_tried_again():

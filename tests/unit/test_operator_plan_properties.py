@@ -30,8 +30,9 @@ ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri
 
 times = st.integers(0, 5000).map(lambda s: START + timedelta(seconds=s))
 maybe_times = st.none() | times
+stored_times = times.map(format_time) | st.sampled_from(["", "9999-12-31T23:59:59Z"])
 stages = st.sampled_from(list(Stage))
-attempts = st.integers(1, 4)
+attempts = st.integers(1, 4) | st.just(999)
 texts = st.sampled_from(["", "words", "ünï\n\x00code", "x" * 2000])
 uids = st.sampled_from(["u-1", "u-2", "u-3", "u-4"])
 reason_words = st.sampled_from([r.value for r in Reason]) | st.just("OfTheFuture")
@@ -89,12 +90,14 @@ pods = st.builds(
 )
 
 
-def answer(attempt: int, step: int, silent_s: float, loss: float | None, at: datetime) -> SeenProgress:
+def answer(attempt: int, step: int, seconds: float, loss: float | None, at: datetime) -> SeenProgress:
     fields = {"stage": "train", "attempt": attempt, "activity": "Training", "step": step, "total_steps": 100}
-    return SeenProgress(Progress.model_validate({**fields, "seconds_since_step": silent_s, "train_loss": loss}), at)
+    ages = {"seconds_since_step": seconds, "seconds_since_checkpoint": seconds, "eta_seconds": seconds**40}
+    return SeenProgress(Progress.model_validate({**fields, **ages, "train_loss": loss}), at)
 
 
-progresses = st.builds(answer, attempts, st.integers(0, 200), st.floats(0, 1e6), st.none() | st.floats(), times)
+steps = st.integers(0, 200) | st.just(2**53 - 1)
+progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times)
 seens = st.builds(
     Seen,
     st.lists(jobs, max_size=3).map(tuple),
@@ -113,7 +116,7 @@ entries = st.fixed_dictionaries(
     optional={
         "reason": reason_words,
         "exitCode": st.integers(0, 255),
-        "startedAt": times.map(format_time) | st.just("yesterday"),
+        "startedAt": times.map(format_time) | st.sampled_from(["yesterday", "0001-01-01T00:00:00+14:00"]),
         "finishedAt": times.map(format_time) | st.just("never"),
     },
 )
@@ -131,7 +134,7 @@ conditions = st.lists(
 )  # fmt: skip
 records = st.fixed_dictionaries(
     {"disruptions": st.integers(0, 30)},
-    optional={"acceptedAt": times.map(format_time), "storageWaitSince": times.map(format_time)},
+    optional={"acceptedAt": stored_times, "storageWaitSince": stored_times},
 )
 statuses = st.fixed_dictionaries(
     {},

@@ -46,6 +46,8 @@ def test_a_number_that_is_none_or_out_of_bounds_is_named(text: str):
         ("runtimes: {default: {image: x, imagePulPolicy: Always}}", "runtimes.default.imagePulPolicy"),
         ("runtimes: {default: {image: x, env: {HOME: /}}}", "runtimes.default.env"),
         ("runtimes: {default: {image: x, defaults: {memory: 16GB}}}", "runtimes.default.defaults.memory"),
+        ("runtimes: {default: {image: x, defaults: {cpu: 0}}}", "runtimes.default.defaults.cpu"),
+        ("runtimes: {default: {image: x, prepare: {cpu: -1}}}", "runtimes.default.prepare.cpu"),
         ("[", "not YAML"),
     ],
 )
@@ -268,3 +270,8 @@ def test_times_are_read_with_their_zone_or_not_at_all():
     assert format_time(parse_time("2026-01-01T01:00:00+01:00") or NOW) == "2026-01-01T00:00:00Z"
     assert parse_time("2026-01-01T00:00:00") is None
     assert parse_time(7) is None
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "9999-12-31T23:59:59Z"])
+def test_a_time_at_the_end_of_the_calendar_is_none(text: str):
+    assert parse_time(text) is None
