@@ -60,4 +60,7 @@ def failure(cluster: testbed.Cluster, namespace: str, name: str) -> None:
         ("logs", "-n", SYSTEM_NAMESPACE, f"deployment/{RELEASE}", *logs),
     ):
         print(f"\n$ kubectl {' '.join(command)}")
-        print(cluster.kubectl(*command, check=False).rstrip())
+        try:
+            print(cluster.kubectl(*command).rstrip() or "(nothing)")
+        except testbed.TestbedError as error:  # what it says may be what is wrong; the others are still worth asking
+            print(error)
