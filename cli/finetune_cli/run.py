@@ -24,6 +24,7 @@ DEFAULT_MAX_RETRIES = 3
 RETRY_PAUSE_S = 5.0
 MAX_SAMPLES = 3
 MAX_SAMPLE_CHARS = 400
+MAX_PLAN_BYTES = 64 << 20
 
 
 def run(path: Path, work_dir: Path | None, console: Console) -> int:
@@ -42,7 +43,10 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         config_file.write_text(config.to_json())
         console.print(f"[bold]{config.job.name}[/] works in {folder} and writes to {config.run_uri}", soft_wrap=True)
         stage_run = StageRun(config, config_file, Stage.PREPARE, 0, state.plan_digest, folder / "log", lock.fileno())
-        if state.plan_digest is None:
+        earlier = state.plan_digest is not None
+        if earlier:
+            show.show_prepared_earlier(console)
+        else:
             state, result = _with_retries(stage_run, state, stop, console)
             if result.exit_code != 0 or result.plan is None or result.data is None:
                 return _failed(result, stop, folder, console)
@@ -54,6 +58,8 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         if result.exit_code != 0:
             return _failed(result, stop, folder, console)
     show.show_success(console, result, _samples(config, result), layout.join(config.run_uri, layout.METRICS))
+    if earlier and (changed := _changed_data(config)):
+        show.show_changed_data(console, changed)
     return Exit.SUCCEEDED
 
 
@@ -97,6 +103,22 @@ def _failed(result: RunResult, stop: Stop, folder: Path, console: Console) -> in
 
 def _say_stopping(console: Console, times: int) -> None:
     console.print("Stopping after a checkpoint; Ctrl-C again stops at once" if times == 1 else "Stopping at once")
+
+
+def _changed_data(config: RunConfig) -> list[str]:
+    """Files that are not what prepare read; none when it cannot be told, as the adapter counts.
+
+    Asked at the end, when storage is known to answer: it could keep us waiting for minutes, deaf to Ctrl-C."""
+    from finetune_trainer.data.reading import changed_files
+    from finetune_trainer.runplan import RunPlan
+    from finetune_trainer.store import open_store
+
+    store = open_store(config.storage)
+    try:
+        content, _etag = store.read(layout.join(config.run_uri, layout.PLAN), max_bytes=MAX_PLAN_BYTES)
+        return changed_files(store, config.spec.datasets, RunPlan.model_validate_json(content).inputs)
+    except (StageError, ValueError):
+        return []
 
 
 def _samples(config: RunConfig, result: RunResult) -> list[dict[str, str]]:

@@ -110,6 +110,20 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
         console.print(table)
 
 
+def show_prepared_earlier(console: Console) -> None:
+    console.print("[bold]Data[/]    as an earlier call prepared it; what has changed since is not read")
+
+
+def show_changed_data(console: Console, uris: list[str]) -> None:
+    """That the adapter is of other data than lies there now, and how to train on that."""
+    first = uris[0] if len(uris) == 1 else f"{uris[0]} and {len(uris) - 1} more files"
+    console.print(
+        f"[yellow]Note[/]    the data has changed since it was prepared: {escape(first)}. This adapter learned from "
+        "what was there before; to train on what is there now, give the job another metadata.name",
+        soft_wrap=True,
+    )
+
+
 def show_failure(console: Console, result: RunResult, log_file: str) -> None:
     """Why, and where to read on."""
     console.print(f"[bold red]Failed[/]  {escape(words(result.fault, result.args))}", soft_wrap=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import spec_cases
+from data_run import chats, jsonl, prepare_run, put
 from finetune_api.names import PORT_FILE, Stage
 from finetune_api.run import Progress, RunConfig
 from finetune_cli import local, run, stages
@@ -194,6 +196,49 @@ def test_the_same_command_goes_on_and_does_not_prepare_again(play: Play):
     assert play.run(prepare_1=PREPARED, train_1=REFUSED) == 11
     assert play.run(train_2=play.committed()) == 0
     assert play.played() == ["prepare-1", "train-1", "train-2"]
+
+
+def _rewrite(data: Path) -> None:
+    (data / "a.jsonl").write_bytes(jsonl(chats(70)))
+
+
+def _add(data: Path) -> None:
+    (data / "b.jsonl").write_bytes(jsonl(chats(1)))
+
+
+def _remove(data: Path) -> None:
+    (data / "a.jsonl").unlink()
+
+
+def _leave(data: Path) -> None:
+    (data / "notes.txt").write_text("no data")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(_rewrite, "a.jsonl"), (_add, "b.jsonl"), (_remove, "a.jsonl"), (_leave, None)]
+)
+def test_data_that_changed_since_an_earlier_call_prepared_it_is_told_at_the_end(
+    play: Play, tmp_path: Path, change: Callable[[Path], None], told: str | None
+):
+    put(tmp_path, a_jsonl=jsonl(chats(60)))
+    plan = prepare_run(tmp_path / "other", {"datasets": [{"uri": f"file://{tmp_path}/data/"}]}).plan
+    play.job["spec"]["datasets"] = [{"uri": f"file://{tmp_path}/data/"}]
+    play.file.write_text(json.dumps(play.job))
+    play.work = local.default_work_dir(play.file, play.job)
+    play.work.mkdir(parents=True)
+    play.artifact = play.work / "adapter"
+    assert play.run(prepare_1=PREPARED, train_1=play.committed()) == 0
+    assert "earlier call" not in play.said
+    run_uri = json.loads((play.work / "run.json").read_text())["run_uri"]
+    plan_file = Path(run_uri.removeprefix("file://"), ".job", "plan.json")
+    plan_file.parent.mkdir(parents=True)
+    plan_file.write_text(plan.model_dump_json())
+    change(tmp_path / "data")
+    assert play.run(train_2=play.committed()) == 0
+    assert "as an earlier call prepared it" in play.said
+    note = f"the data has changed since it was prepared: file://{tmp_path}/data/{told}. This adapter learned from"
+    assert (note in play.said) is (told is not None)
+    assert ("another metadata.name" in play.said) is (told is not None)
 
 
 def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):

@@ -1,6 +1,6 @@
 """Datasets to checked rows: which files, in which order, which of their rows are broken."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from finetune_trainer.data import detect, files
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.problems import Broken, place
 from finetune_trainer.data.rows import Row, check, content_hash
+from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
 _PEEK_ROWS = 1000
@@ -101,6 +102,14 @@ def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -
         raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
     ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag) for info in kept]
     return Inputs(range(first, first + len(kept)), ignored[:_MAX_IGNORED])
+
+
+def changed_files(store: Store, datasets: Sequence[DatasetSpec], pinned: Sequence[FileRecord]) -> list[str]:
+    """Files that were written, added or removed since they were read as `pinned`, by URI."""
+    found = [info for dataset in datasets for info in store.match(dataset.uri, _MAX_FILES)]
+    now = {info.uri: info.etag for info in found if info.uri.endswith(files.SUFFIXES)}
+    then = {file.uri: file.etag for file in pinned}
+    return sorted(uri for uri in now.keys() | then.keys() if now.get(uri) != then.get(uri))
 
 
 def checked_rows(
