@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 MAX_GONE = 20  # per FineTuneJob
 Key = tuple[str, str]  # namespace, name of a FineTuneJob
+Owner = tuple[str, str]  # namespace, UID of a FineTuneJob: a label may lie about the UID, nothing about the namespace
 Body = dict[str, Any]
 
 
@@ -27,65 +28,64 @@ class Watcher(Protocol):
 
 
 class Children:
-    """Thread-safe cache by the UID of the FineTuneJob. `changed` is called with the key of each job touched."""
+    """Thread-safe cache by FineTuneJob. `changed` is called with the key of each job touched."""
 
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed
         self._lock = threading.Lock()
-        self._jobs: dict[str, dict[str, ObservedJob]] = {}  # FineTuneJob UID → Job UID → Job
-        self._pods: dict[str, dict[str, ObservedPod]] = {}
+        self._jobs: dict[Owner, dict[str, ObservedJob]] = {}  # by UID of the Job
+        self._pods: dict[Owner, dict[str, ObservedPod]] = {}
         self._keys: dict[str, Key] = {}  # UID of a child → its FineTuneJob
 
-    def of(self, uid: str) -> tuple[tuple[ObservedJob, ...], tuple[ObservedPod, ...]]:
+    def of(self, owner: Owner) -> tuple[tuple[ObservedJob, ...], tuple[ObservedPod, ...]]:
         with self._lock:
-            return tuple(self._jobs.get(uid, {}).values()), tuple(self._pods.get(uid, {}).values())
+            return tuple(self._jobs.get(owner, {}).values()), tuple(self._pods.get(owner, {}).values())
 
-    def running_train_pods(self) -> list[tuple[str, ObservedPod]]:
-        """(UID of the FineTuneJob, pod) for each pod that can be asked for its progress."""
+    def running_train_pods(self) -> list[tuple[Owner, ObservedPod]]:
+        """Each pod that can be asked for its progress."""
         with self._lock:
-            pods = [(uid, pod) for uid, by_uid in self._pods.items() for pod in by_uid.values()]
-        return [(uid, pod) for uid, pod in pods if pod.stage == names.Stage.TRAIN and pod.running and pod.ip]
+            pods = [(owner, pod) for owner, by_uid in self._pods.items() for pod in by_uid.values()]
+        return [(owner, pod) for owner, pod in pods if pod.stage == names.Stage.TRAIN and pod.running and pod.ip]
 
-    def owners(self) -> set[str]:
-        """UIDs of the FineTuneJobs of which anything is kept."""
+    def owners(self) -> set[Owner]:
+        """The FineTuneJobs of which anything is kept."""
         with self._lock:
             return set(self._jobs) | set(self._pods)
 
-    def forget(self, uid: str) -> None:
+    def forget(self, owner: Owner) -> None:
         """The FineTuneJob is gone, or its verdict stored: deleted pods are of no more use."""
         with self._lock:
-            for pod in [pod for pod in self._pods.get(uid, {}).values() if pod.gone]:
-                self._drop_pod(uid, pod.uid)
-            self._drop_empty(uid)
+            for pod in [pod for pod in self._pods.get(owner, {}).values() if pod.gone]:
+                self._drop_pod(owner, pod.uid)
+            self._drop_empty(owner)
 
     def take(self, kind: str, event: str, body: Body) -> None:
         """One event of a watch."""
-        owner, key = job_uid(body), _key(body)
-        if owner is None or key is None:
+        uid, key = job_uid(body), _key(body)
+        if uid is None or key is None:
             return
+        owner = (key[0], uid)
         with self._lock:
             changed = self._put(kind, owner, key, body, deleted=event == "DELETED")
             self._drop_empty(owner)
         if changed:
             self._changed(key)
 
-    def replace(self, kind: str, namespace: str | None, bodies: list[Body]) -> None:
-        """A fresh list: what it lacks was deleted while nobody watched."""
-        listed = {str(body["metadata"]["uid"]) for body in bodies}
-        for body in bodies:
-            self.take(kind, "MODIFIED", body)
+    def keep_only(self, kind: str, namespace: str | None, listed: set[str]) -> None:
+        """These UIDs are all there are: what is missing was deleted while nobody watched."""
         vanished: set[Key] = set()
         with self._lock:
-            store: dict[str, dict[str, Any]] = self._jobs if kind == "jobs" else self._pods
+            store: dict[Owner, dict[str, Any]] = self._jobs if kind == "jobs" else self._pods
             for owner, by_uid in list(store.items()):
-                for uid in [u for u in by_uid if u not in listed and namespace in (None, self._keys[u][0])]:
+                for uid in [u for u in by_uid if u not in listed and namespace in (None, owner[0])]:
+                    key = self._keys[uid]
                     if self._remove(kind, owner, uid):
-                        vanished.add(self._keys.get(uid, ("", "")))
+                        vanished.add(key)
                 self._drop_empty(owner)
         for key in vanished:
             self._changed(key)
 
-    def _put(self, kind: str, owner: str, key: Key, body: Body, *, deleted: bool) -> bool:
+    def _put(self, kind: str, owner: Owner, key: Key, body: Body, *, deleted: bool) -> bool:
         """Store the object; whether anything that is looked at changed."""
         uid = str(body["metadata"]["uid"])
         child = observe_job(body) if kind == "jobs" else observe_pod(body)
@@ -101,9 +101,10 @@ class Children:
         old, jobs[uid] = jobs.get(uid), child
         return child != old
 
-    def _remove(self, kind: str, owner: str, uid: str) -> bool:
+    def _remove(self, kind: str, owner: Owner, uid: str) -> bool:
         """Whether there was anything to remove."""
         if kind == "jobs":
+            self._keys.pop(uid, None)
             return self._jobs.get(owner, {}).pop(uid, None) is not None
         pod = self._pods.get(owner, {}).get(uid)
         if pod is None or pod.gone:
@@ -112,16 +113,16 @@ class Children:
         self._bound_gone(owner)
         return True
 
-    def _bound_gone(self, owner: str) -> None:
+    def _bound_gone(self, owner: Owner) -> None:
         gone = sorted((p for p in self._pods[owner].values() if p.gone), key=lambda p: (p.created_at, p.uid))
         for pod in gone[:-MAX_GONE]:
             self._drop_pod(owner, pod.uid)
 
-    def _drop_pod(self, owner: str, uid: str) -> None:
+    def _drop_pod(self, owner: Owner, uid: str) -> None:
         del self._pods[owner][uid]
         self._keys.pop(uid, None)
 
-    def _drop_empty(self, owner: str) -> None:
+    def _drop_empty(self, owner: Owner) -> None:
         for store in (self._jobs, self._pods):
             if owner in store and not store[owner]:
                 del store[owner]
@@ -154,16 +155,16 @@ class ChildWatch:
         self._stop.set()
 
     def _cycle(self) -> None:
-        items: list[Body] = []
+        listed: set[str] = set()
         for event, body in self._cluster.watch(self._kind, self._namespace):
             self.last_activity_s = time.monotonic()
             if self._stop.is_set():
                 return
-            if event == "ITEM":
-                items.append(body)
+            if event == "ITEM":  # taken one by one: thousands of whole pods would not fit into the memory
+                listed.add(str((body.get("metadata") or {}).get("uid")))
+                self._children.take(self._kind, "MODIFIED", body)
             elif event == "LISTED":
-                self._children.replace(self._kind, self._namespace, items)
-                items = []
+                self._children.keep_only(self._kind, self._namespace, listed)
                 self.listed.set()
             elif event != "BOOKMARK":
                 self._children.take(self._kind, event, body)

@@ -6,13 +6,13 @@ import threading
 import time
 from collections import Counter
 
-from finetune_operator.children import Children, ChildWatch
+from finetune_operator.children import Children, ChildWatch, Key, Owner
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.health import problems
+from finetune_operator.hearing import Hearing
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import LaterError, Reconciler, RefusedError
@@ -22,9 +22,7 @@ from finetune_operator.view import is_finished, view
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, str]  # namespace, name
 EXIT_LEASE_LOST = 3
-START_TIMEOUT_S = 120
 
 
 class Engine:
@@ -45,9 +43,11 @@ class Engine:
         self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, utcnow)
         self._lease = Lease(cluster, settings.namespace, settings.identity, settings.lease_duration_s)
         self._stop = threading.Event()
-        self._names: dict[str, Key] = {}  # UID → key of unfinished jobs, from the last resync and from events
+        self._hearing = Hearing()
+        self._names: dict[Owner, Key] = {}  # of unfinished jobs, from the last resync and from events
         self._resynced_s = time.monotonic()
         self._leading = False
+        metrics.queue_depth.set_function(self._queue.depth)
 
     def start(self) -> bool:
         """Take the lease, fill the caches, start the workers; False when stopped before. Blocks."""
@@ -59,6 +59,9 @@ class Engine:
             threading.Thread(
                 target=watch.run, args=((ApiError, UnreachableError),), name=watch.name, daemon=True
             ).start()
+        threading.Thread(
+            target=self._progress.run, args=(self._settings.progress_interval_s,), name="progress", daemon=True
+        ).start()
         self._resynced_s = time.monotonic()
         self._leading = True
         for watch in self._watches:
@@ -68,14 +71,12 @@ class Engine:
         for number in range(self._settings.workers):
             threading.Thread(target=self._work, name=f"worker-{number}", daemon=True).start()
         threading.Thread(target=self._resync_for_ever, name="resync", daemon=True).start()
-        threading.Thread(
-            target=self._progress.run, args=(self._settings.progress_interval_s,), name="progress", daemon=True
-        ).start()
         return True
 
-    def put(self, namespace: str, name: str, uid: str) -> None:
-        """The job was created, changed or deleted."""
-        self._names[uid] = (namespace, name)
+    def put(self, namespace: str, name: str, uid: str, generation: int) -> None:
+        """The watch of FineTuneJobs says that the job was created, changed or deleted."""
+        self._hearing.heard(uid, generation)
+        self._names[namespace, uid] = (namespace, name)
         self._queue.put((namespace, name))
 
     def stop(self) -> None:
@@ -94,26 +95,33 @@ class Engine:
         if not self._leading:
             return []
         now = time.monotonic()
-        ages_s = {watch.name: now - watch.last_activity_s for watch in self._watches}
-        self._metrics.queue_depth.set(self._queue.depth())
-        return problems({**ages_s, "resync": now - self._resynced_s}, self._queue.stuck_s())
+        ages_s = {watch.name: now - watch.last_activity_s for watch in self._watches} | {
+            "lease": self._lease.age_s(),
+            "progress": self._progress.age_s(),
+            "resync": now - self._resynced_s,
+            "watch of finetunejobs": self._hearing.deaf_s(),
+        }
+        return problems(ages_s, self._queue.stuck_s())
 
     def resync(self) -> None:
         """Ask for a round of every unfinished job, and forget what belongs to no such job."""
         owners = self._children.owners()
-        unfinished: dict[str, Key] = {}
+        unfinished: dict[Owner, Key] = {}
+        generations: dict[str, int] = {}
         phases: Counter[str] = Counter()
         for scope in self._scopes:
             for body in self._cluster.list_jobs(scope):
                 job = view(body)
                 phases[job.status.phase.value if job.status.phase else "Pending"] += 1
+                generations[job.uid] = job.generation
                 if not is_finished(job.status):
-                    unfinished[job.uid] = job.key
-                elif owners & {job.uid}:
+                    unfinished[job.owner] = job.key
+                elif job.owner in owners:
                     self._queue.put(job.key)  # its Jobs may still want a TTL
+        self._hearing.listed(generations)
         self._names = unfinished
-        for uid in owners - set(unfinished):
-            self._children.forget(uid)
+        for owner in owners - set(unfinished):
+            self._children.forget(owner)
         self._progress.retain(set(unfinished))
         self._metrics.count_phases(phases)
         for key in unfinished.values():
@@ -154,8 +162,8 @@ class Engine:
             self._queue.put(key, again_s)
         return "ok"
 
-    def _look_at(self, uid: str, _pod: ObservedPod) -> None:
-        key = self._names.get(uid)
+    def _look_at(self, owner: Owner) -> None:
+        key = self._names.get(owner)
         if key is not None:
             self._queue.put(key)
 

@@ -27,9 +27,9 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
         await asyncio.get_running_loop().run_in_executor(None, engine.stop)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers)
-    async def changed(namespace: str | None, name: str | None, uid: str | None, **_: Any) -> None:
+    async def changed(namespace: str | None, name: str | None, uid: str | None, meta: kopf.Meta, **_: Any) -> None:
         if namespace and name and uid:
-            engine.put(namespace, name, uid)
+            engine.put(namespace, name, uid, int(meta.get("generation") or 0))
 
     return handlers
 

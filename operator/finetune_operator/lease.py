@@ -43,6 +43,7 @@ class Lease:
 
     def try_acquire(self) -> bool:
         """One attempt to take or renew it. Raises UnreachableError, and ApiError but for a lost race."""
+        asked_at = self._clock()  # others may count from then on, however late the answer comes
         found = self._api.get("leases", self._namespace, LEASE_NAME)
         try:
             if found is None:
@@ -55,7 +56,7 @@ class Lease:
             if error.status == 409:
                 return False
             raise
-        self._renewed_at = self._clock()
+        self._renewed_at = asked_at
         return True
 
     def acquire(self) -> bool:
@@ -86,6 +87,10 @@ class Lease:
                 if self._clock() - self._renewed_at > self._duration_s * 0.8:
                     lost()
                     return
+
+    def age_s(self) -> float:
+        """Seconds since it was taken or renewed."""
+        return self._clock() - self._renewed_at
 
     def stop(self) -> None:
         self._stop.set()

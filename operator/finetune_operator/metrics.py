@@ -72,6 +72,8 @@ class Metrics:
         for key, value in figures.items():
             if value is not None:
                 self.job_figures[key].labels(namespace, name).set(value)
+            elif key == "remaining_seconds":  # of all figures the one that is wrong once it is old
+                self.job_figures[key].remove(namespace, name)
         for phase in Phase:
             self.job_figures["phase"].labels(namespace, name, phase.value).set(float(status.phase == phase))
 

@@ -7,6 +7,7 @@ one deadline covers the whole exchange, however slowly the bytes come.
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from finetune_api.names import HTTP_PORT
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
-from finetune_operator.children import Children
+from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.seen import SeenProgress
@@ -79,53 +80,63 @@ async def _exchange(host: str, port: int) -> bytes:
 
 
 class ProgressPuller:
-    """Asks every running train pod each `interval_s` and keeps the last answers. `due` gets the UID of the
-    FineTuneJob and the pod whenever an answer should be looked at."""
+    """Asks every running train pod each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
+    answer should be looked at."""
 
     def __init__(
         self,
         children: Children,
         metrics: Metrics,
-        due: Callable[[str, ObservedPod], None],
+        due: Callable[[Owner], None],
         now: Callable[[], datetime],
         port: int = HTTP_PORT,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
         self._lock = threading.Lock()
-        self._answers: dict[str, SeenProgress] = {}  # FineTuneJob UID → last answer
-        self._looked_at: dict[str, datetime] = {}
+        self._answers: dict[Owner, SeenProgress] = {}  # the last
+        self._looked_at: dict[Owner, datetime] = {}
         self._running = 0
+        self._clock = clock
+        self._round_at_s = clock()
         self._stop = threading.Event()
 
-    def last(self, uid: str) -> SeenProgress | None:
+    def last(self, owner: Owner) -> SeenProgress | None:
         with self._lock:
-            return self._answers.get(uid)
+            return self._answers.get(owner)
+
+    def age_s(self) -> float:
+        """Seconds since a round began or ended: it grows when the thread is dead or hangs."""
+        return self._clock() - self._round_at_s
 
     def interval_s(self) -> float:
         return write_interval_s(self._running)
 
-    def retain(self, uids: set[str]) -> None:
+    def retain(self, owners: set[Owner]) -> None:
         """Forget all other FineTuneJobs."""
         with self._lock:
-            for uid in set(self._answers) - uids:
-                del self._answers[uid]
-                self._looked_at.pop(uid, None)
+            for owner in set(self._answers) - owners:
+                del self._answers[owner]
+                self._looked_at.pop(owner, None)
 
     def run(self, interval_s: float) -> None:
         """Until `stop`, in a thread of its own."""
+        self._round_at_s = self._clock()
         while not self._stop.wait(interval_s):
+            self._round_at_s = self._clock()
             asyncio.run(self.pull(self._children.running_train_pods()))
+            self._round_at_s = self._clock()
 
     def stop(self) -> None:
         self._stop.set()
 
-    async def pull(self, pods: Iterable[tuple[str, ObservedPod]]) -> None:
+    async def pull(self, pods: Iterable[tuple[Owner, ObservedPod]]) -> None:
         """One round over these pods, at most MAX_CONNECTIONS at a time."""
         targets = list(pods)
         self._running = len(targets)
         free = asyncio.Semaphore(MAX_CONNECTIONS)
 
-        async def ask(uid: str, pod: ObservedPod) -> None:
+        async def ask(owner: Owner, pod: ObservedPod) -> None:
             async with free:
                 try:
                     said = await fetch(pod.ip or "", self._port)
@@ -136,16 +147,16 @@ class ProgressPuller:
                 self._metrics.progress_pulls.labels("stranger").inc()
                 return
             self._metrics.progress_pulls.labels("ok").inc()
-            self._keep(uid, pod, SeenProgress(said, self._now()))
+            self._keep(owner, SeenProgress(said, self._now()))
 
-        await asyncio.gather(*(ask(uid, pod) for uid, pod in targets))
+        await asyncio.gather(*(ask(owner, pod) for owner, pod in targets))
 
-    def _keep(self, uid: str, pod: ObservedPod, answer: SeenProgress) -> None:
+    def _keep(self, owner: Owner, answer: SeenProgress) -> None:
         with self._lock:
-            self._answers[uid] = answer
-            looked_at = self._looked_at.get(uid)
+            self._answers[owner] = answer
+            looked_at = self._looked_at.get(owner)
             is_due = looked_at is None or (answer.at - looked_at).total_seconds() >= self.interval_s()
             if is_due:
-                self._looked_at[uid] = answer.at
+                self._looked_at[owner] = answer.at
         if is_due:
-            self._due(uid, pod)
+            self._due(owner)

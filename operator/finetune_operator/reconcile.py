@@ -17,7 +17,7 @@ from finetune_api.reasons import Reason
 from finetune_api.run import RunConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.attempts import belongs
-from finetune_operator.children import Children
+from finetune_operator.children import Children, Owner
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.live import explain_events, needs_explanation
@@ -39,7 +39,7 @@ MAX_CONFLICTS = 5
 class Progresses(Protocol):
     """The part of ProgressPuller that is used here."""
 
-    def last(self, uid: str) -> SeenProgress | None: ...
+    def last(self, owner: Owner) -> SeenProgress | None: ...
     def interval_s(self) -> float: ...
 
 
@@ -94,7 +94,7 @@ class Reconciler:
         with self._lock:
             uid = self._exported.pop(key, None)
         if uid is not None:
-            self._children.forget(uid)
+            self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
     def _round(self, job: JobView) -> float | None:
@@ -110,15 +110,15 @@ class Reconciler:
                 return None
             raise
         if stored.finished:
-            self._children.forget(stored.uid)
+            self._children.forget(stored.owner)
         return made.requeue_after_s
 
     def _observe(self, job: JobView) -> Seen:
-        jobs, pods = self._children.of(job.uid)
+        jobs, pods = self._children.of(job.owner)
         seen = Seen(
             jobs=jobs,
             pods=pods,
-            progress=self._progress.last(job.uid),
+            progress=self._progress.last(job.owner),
             progress_write_interval_s=self._progress.interval_s(),
         )
         entries = job.status.attempts
@@ -221,9 +221,12 @@ class Reconciler:
     def _export(self, job: JobView) -> None:
         progress = job.status.progress
         answered = parse_time(progress.last_updated_time) if progress else None
-        self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
         with self._lock:
+            before = self._exported.get(job.key, job.uid)
             self._exported[job.key] = job.uid
+        if before != job.uid:
+            self._metrics.forget(*job.key)  # of another job that had the name
+        self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
 
 
 def status_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Body:

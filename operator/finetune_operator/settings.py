@@ -14,6 +14,8 @@ from pydantic.alias_generators import to_camel
 from finetune_api.base import Str256
 from finetune_api.job import Cores, Cpu, DnsName, DnsSubdomain, Quantity
 
+MAX_INTERVAL_S = 120  # below health.STALL_S: what is done more seldom would look stalled
+
 # Set by the manifest itself; a runtime that changed them would break the read-only root or the GPU isolation.
 RESERVED_ENV = frozenset({
     "HOME", "HF_HOME", "TMPDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "USER",
@@ -135,9 +137,11 @@ class Settings:
             runtimes_file=Path(env.get("FINETUNE_RUNTIMES_FILE", str(cls.runtimes_file))),
             http_port=int(_number(env, "FINETUNE_HTTP_PORT", cls.http_port, 0, 65535)),
             workers=int(_number(env, "FINETUNE_WORKERS", cls.workers, 1, 64)),
-            resync_interval_s=_number(env, "FINETUNE_RESYNC_INTERVAL_S", cls.resync_interval_s, 1, 3600),
-            progress_interval_s=_number(env, "FINETUNE_PROGRESS_INTERVAL_S", cls.progress_interval_s, 1, 3600),
-            lease_duration_s=_number(env, "FINETUNE_LEASE_DURATION_S", cls.lease_duration_s, 2, 600),
+            resync_interval_s=_number(env, "FINETUNE_RESYNC_INTERVAL_S", cls.resync_interval_s, 1, MAX_INTERVAL_S),
+            progress_interval_s=_number(
+                env, "FINETUNE_PROGRESS_INTERVAL_S", cls.progress_interval_s, 1, MAX_INTERVAL_S
+            ),
+            lease_duration_s=_number(env, "FINETUNE_LEASE_DURATION_S", cls.lease_duration_s, 2, 3 * MAX_INTERVAL_S),
             log_level=env.get("FINETUNE_LOG_LEVEL", cls.log_level),
         )
 

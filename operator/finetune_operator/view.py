@@ -34,6 +34,11 @@ class JobView:
         return self.namespace, self.name
 
     @property
+    def owner(self) -> tuple[str, str]:
+        """As which it owns its Jobs and pods."""
+        return self.namespace, self.uid
+
+    @property
     def finished(self) -> bool:
         """Whether the verdict is stored; it never changes again."""
         return is_finished(self.status)

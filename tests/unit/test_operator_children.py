@@ -1,11 +1,14 @@
 """The cache of Jobs and pods: deleted pods keep their last state, and memory stays flat."""
 
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_operator.children import MAX_GONE, Children, ChildWatch
+
+OWNER = ("a", "job-1")
 
 
 def body(kind: str, uid: str, job: str = "job-1", namespace: str = "a", **more: Any) -> dict[str, Any]:
@@ -32,31 +35,31 @@ def test_a_change_asks_for_a_round_of_its_job_and_a_repetition_does_not():
     assert touched == [("a", "bot")]
     children.take("jobs", "DELETED", body("jobs", "j"))
     assert touched == [("a", "bot")] * 2
-    assert children.of("job-1") == ((), ())
+    assert children.of(OWNER) == ((), ())
 
 
 def test_a_deleted_pod_is_kept_in_its_last_state_until_its_job_is_forgotten():
     children, _ = cache()
     children.take("pods", "ADDED", body("pods", "p"))
     children.take("pods", "DELETED", body("pods", "p", status=ended(30)))
-    (pod,) = children.of("job-1")[1]
+    (pod,) = children.of(OWNER)[1]
     assert (pod.gone, pod.exit_code, pod.active) == (True, 30, False)
-    children.forget("job-1")
-    assert children.of("job-1")[1] == ()
+    children.forget(OWNER)
+    assert children.of(OWNER)[1] == ()
     assert children.owners() == set()
 
 
 def test_a_list_takes_away_what_it_lacks_in_its_own_namespace_only():
     children, touched = cache()
-    children.replace("jobs", "a", [body("jobs", "j1")])
-    children.replace("jobs", "b", [body("jobs", "j2", "job-2", "b")])
-    children.replace("pods", None, [body("pods", "p1")])
+    children.take("jobs", "ADDED", body("jobs", "j1"))
+    children.take("jobs", "ADDED", body("jobs", "j2", "job-2", "b"))
+    children.take("pods", "ADDED", body("pods", "p1"))
     touched.clear()
-    children.replace("jobs", "a", [])
-    children.replace("pods", None, [])
-    assert children.of("job-1")[0] == ()
-    assert len(children.of("job-2")[0]) == 1
-    assert [pod.gone for pod in children.of("job-1")[1]] == [True]
+    children.keep_only("jobs", "a", set())
+    children.keep_only("pods", None, set())
+    assert children.of(OWNER)[0] == ()
+    assert len(children.of(("b", "job-2"))[0]) == 1
+    assert [pod.gone for pod in children.of(OWNER)[1]] == [True]
     assert touched == [("a", "bot")] * 2
 
 
@@ -64,7 +67,26 @@ def test_only_the_last_deleted_pods_are_kept():
     children, _ = cache()
     for number in range(100):
         children.take("pods", "DELETED", body("pods", f"p{number:03}"))
-    assert len(children.of("job-1")[1]) == MAX_GONE
+    assert len(children.of(OWNER)[1]) == MAX_GONE
+
+
+def test_jobs_that_come_and_go_leave_nothing_behind():
+    children = Children(lambda _key: None)
+    tracemalloc.start()
+    try:
+        for number in range(3000):
+            children.take("jobs", "ADDED", body("jobs", f"j{number}"))
+            children.take("jobs", "DELETED", body("jobs", f"j{number}"))
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pod_of_another_namespace_that_claims_to_be_ours_is_not():
+    children, _ = cache()
+    children.take("pods", "ADDED", body("pods", "forged", "job-1", "b", status=ended(0)))
+    children.take("pods", "ADDED", body("pods", "ours"))
+    assert [pod.name for pod in children.of(OWNER)[1]] == ["ours"]
 
 
 def test_pods_without_our_labels_or_owner_are_ignored():
@@ -108,5 +130,5 @@ def test_a_watch_that_is_gone_lists_again_and_sees_what_was_deleted_meanwhile():
     watch.run((ListAgainError,))
     assert cluster.rounds == 2
     assert watch.listed.is_set()
-    assert children.of("job-1")[0] == ()
+    assert children.of(OWNER)[0] == ()
     assert touched == [("a", "bot")] * 2

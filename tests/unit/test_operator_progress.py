@@ -11,11 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
-from finetune_operator.children import Children
+from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
 
+OWNER = ("a", "job-1")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 GOOD = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=7, total_steps=9).model_dump_json()
 OK = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
@@ -116,17 +117,17 @@ def pod(attempt: int = 1) -> ObservedPod:
     return ObservedPod("p", "u", Stage.TRAIN, attempt, NOW, "Running", ip="127.0.0.1", started_at=NOW)
 
 
-def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[str], Metrics]:
-    due: list[str] = []
+def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[Owner], Metrics]:
+    due: list[Owner] = []
     metrics = Metrics(CollectorRegistry())
 
     async def both() -> ProgressPuller:
         server = await asyncio.start_server(saying(OK, body.encode()), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         children = Children(lambda _key: None)
-        puller = ProgressPuller(children, metrics, lambda uid, _pod: due.append(uid), lambda: NOW, port)
-        await puller.pull([("job-1", target)])
-        await puller.pull([("job-1", target)])
+        puller = ProgressPuller(children, metrics, due.append, lambda: NOW, port)
+        await puller.pull([(OWNER, target)])
+        await puller.pull([(OWNER, target)])
         server.close()
         return puller
 
@@ -135,27 +136,51 @@ def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[str], Met
 
 def test_answers_are_kept_and_looked_at_no_more_often_than_they_are_written():
     puller, due, _ = pull(GOOD, pod())
-    kept = puller.last("job-1")
+    kept = puller.last(OWNER)
     assert kept is not None
     assert kept.progress.step == 7
-    assert due == ["job-1"]
+    assert due == [OWNER]
     puller.retain(set())
-    assert puller.last("job-1") is None
+    assert puller.last(OWNER) is None
 
 
 def test_the_answer_of_another_attempt_is_not_kept():
     puller, due, metrics = pull(GOOD, pod(attempt=2))
-    assert puller.last("job-1") is None
+    assert puller.last(OWNER) is None
     assert due == []
     assert metrics.registry.get_sample_value("finetune_progress_pulls_total", {"result": "stranger"}) == 2
 
 
 def test_the_puller_stops_at_once():
-    puller = ProgressPuller(
-        Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _uid, _pod: None, lambda: NOW
-    )
+    puller = ProgressPuller(Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW)
     thread = threading.Thread(target=puller.run, args=(60,))
     thread.start()
     puller.stop()
     thread.join(5)
     assert not thread.is_alive()
+
+
+class BrokenChildren(Children):
+    def running_train_pods(self) -> list[tuple[Owner, ObservedPod]]:
+        raise ZeroDivisionError
+
+
+def test_a_puller_that_has_died_grows_old():
+    clock = Clock()
+    puller = ProgressPuller(
+        BrokenChildren(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW, clock=clock
+    )
+    clock.now_s = 1000
+    with pytest.raises(ZeroDivisionError):
+        puller.run(0.001)
+    assert puller.age_s() == 0
+    clock.now_s += 200
+    assert puller.age_s() == 200
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s

@@ -13,14 +13,14 @@ from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, UnreachableError
-from finetune_operator.health import HttpServer, problems
+from finetune_operator.health import STALL_S, HttpServer, problems
 from finetune_operator.lease import Lease
 from finetune_operator.live import explain, explain_events
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import event_manifest, status_patch
 from finetune_operator.runtimes import Runtimes
 from finetune_operator.seen import JobEvent
-from finetune_operator.settings import Settings, SettingsError, parse_runtimes
+from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError, parse_runtimes
 from finetune_operator.view import view
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -31,6 +31,13 @@ def test_the_environment_decides_and_everything_has_a_default():
     assert settings.watch_namespaces == ("a", "b")
     assert settings.workers == 3
     assert Settings.from_env({}).watch_namespaces == ()
+
+
+@pytest.mark.parametrize("name", ["FINETUNE_RESYNC_INTERVAL_S", "FINETUNE_PROGRESS_INTERVAL_S"])
+def test_an_interval_so_long_that_healthz_would_call_it_a_stall_is_refused(name: str):
+    assert MAX_INTERVAL_S < STALL_S
+    with pytest.raises(SettingsError, match=name):
+        Settings.from_env({name: str(STALL_S + 1)})
 
 
 @pytest.mark.parametrize("text", ["many", "0", "1e9"])
@@ -198,7 +205,21 @@ def test_last_known_figures_are_exported_until_the_job_is_deleted():
     assert value("finetune_job_phase", {**job, "phase": "Training"}) == 1
     metrics.forget("a", "bot")
     assert value("finetune_job_step", job) is None
+    assert value("finetune_job_train_loss", job) is None
     assert value("finetune_job_phase", {**job, "phase": "Training"}) is None
+
+
+def test_the_time_left_is_not_shown_any_more_once_nobody_knows_it():
+    metrics = Metrics(CollectorRegistry())
+    progress: dict[str, Any] = {
+        "step": 7, "totalSteps": 9, "percentage": 77, "text": "7/9", "lastUpdatedTime": "x",
+    }  # fmt: skip
+    running = FineTuneJobStatus.model_validate({"progress": {**progress, "estimatedRemainingSeconds": 60}})
+    ended = FineTuneJobStatus.model_validate({"progress": progress})
+    for status, seconds in ((running, 60), (ended, None)):
+        metrics.export("a", "bot", status, 5.0)
+        labels = {"namespace": "a", "name": "bot"}
+        assert metrics.registry.get_sample_value("finetune_job_remaining_seconds", labels) == seconds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The operator's threads, on a cluster that says nothing: what /healthz watches over."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_operator import engine as engine_module
+from finetune_operator.engine import Engine
+from finetune_operator.hearing import Hearing
+from finetune_operator.metrics import Metrics
+from finetune_operator.settings import Settings
+
+
+class QuietCluster:
+    """Has no objects but the lease."""
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+        self.lease: dict[str, Any] | None = None
+
+    def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        return self.lease if kind == "leases" else None
+
+    def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.lease = body
+        return body
+
+    def replace_lease(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.lease = body
+        return body
+
+    def list_jobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def watch(self, kind: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "LISTED", {}
+        self.end.wait(60)
+
+
+@pytest.fixture
+def cluster() -> Iterator[QuietCluster]:
+    made = QuietCluster()
+    yield made
+    made.end.set()
+
+
+@pytest.fixture
+def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    runtimes = tmp_path / "runtimes.yaml"
+    runtimes.write_text("runtimes: {default: {image: x}}")
+
+    def connect(_metrics: Metrics, pool_size: int) -> QuietCluster:
+        assert pool_size > 0
+        return cluster
+
+    monkeypatch.setattr(engine_module, "Cluster", connect)
+    made = Engine(Settings(runtimes_file=runtimes), Metrics(CollectorRegistry()))
+    yield made
+    made.stop()
+
+
+def test_an_operator_that_waits_for_the_lease_is_well(engine: Engine):
+    assert engine.problems() == []
+
+
+def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    def names(ages_s: dict[str, float], stuck_s: float) -> list[str]:
+        return sorted(ages_s)
+
+    assert engine.start()
+    assert engine.problems() == []
+    monkeypatch.setattr(engine_module, "problems", names)
+    assert engine.problems() == [
+        "lease", "progress", "resync", "watch of finetunejobs", "watch of jobs", "watch of pods",
+    ]  # fmt: skip
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def hearing(clock: Clock) -> Hearing:
+    return Hearing(clock)
+
+
+def test_a_change_that_only_the_list_shows_means_that_the_watch_is_deaf(hearing: Hearing, clock: Clock):
+    hearing.heard("a", 1)
+    hearing.listed({"a": 1})
+    clock.now_s = 100
+    hearing.listed({"a": 2})
+    clock.now_s = 300
+    hearing.listed({"a": 3, "b": 1})
+    assert hearing.deaf_s() == 200
+    hearing.heard("a", 3)
+    hearing.heard("b", 1)
+    assert hearing.deaf_s() == 0
+
+
+def test_a_job_that_is_told_of_before_the_list_knows_it_is_remembered(hearing: Hearing, clock: Clock):
+    hearing.heard("new", 1)
+    hearing.listed({})
+    clock.now_s = 60
+    hearing.listed({"new": 1})
+    clock.now_s = 600
+    assert hearing.deaf_s() == 0
+
+
+def test_a_job_that_was_deleted_unheard_is_no_longer_missed(hearing: Hearing, clock: Clock):
+    hearing.listed({"a": 1})
+    clock.now_s = 60
+    hearing.listed({})
+    assert hearing.deaf_s() == 0
