@@ -141,6 +141,7 @@ class Fault(StrEnum):
     TOKEN_EXPIRED = "TokenExpired"
     NO_CREDENTIALS = "NoCredentials"
     CERTIFICATE_UNTRUSTED = "CertificateUntrusted"
+    WRONG_REGION = "WrongRegion"
     PICKLE_ONLY = "PickleOnly"
     REMOTE_CODE = "RemoteCode"
     NOT_FINITE = "NotFinite"
@@ -248,6 +249,10 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.CERTIFICATE_UNTRUSTED: FaultText(
         Reason.ACCESS_DENIED,
         "the TLS certificate of {endpoint} is not trusted ({problem}); put its authority into storage.caBundle",
+    ),
+    Fault.WRONG_REGION: FaultText(
+        Reason.CONFIG_INVALID,
+        "the bucket {bucket} is not in region {region} of {endpoint}; mend storage.region, or storage.endpoint",
     ),
     Fault.PICKLE_ONLY: FaultText(
         Reason.UNTRUSTED_MODEL,

@@ -17,6 +17,7 @@ class Trouble:
     method: str
     status: int = 0  # answer so, with `code`, and do nothing
     code: str = "InternalError"
+    more: str = ""  # further XML elements of that answer
     lose_answer: bool = False  # do it, then hang up
     cut_after: int | None = None  # send so many bytes of the body, then hang up
     then_write: bytes | None = None  # afterwards the object has this content
@@ -101,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.s3.requests.append(f"{self.command} {name} {self.headers.get('Range', '')}".strip())
             trouble = self.s3.take_trouble(self.command)
             if trouble and trouble.status:
-                self._error(trouble.status, trouble.code)
+                self._error(trouble.status, trouble.code, trouble.more)
                 return
             key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
             if self.s3.accepted_keys is not None and key not in self.s3.accepted_keys:
@@ -203,8 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble and trouble.cut_after is not None:
             self.close_connection = True
 
-    def _error(self, status: int, code: str) -> None:
-        body = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+    def _error(self, status: int, code: str, more: str = "") -> None:
+        content = f"<Error><Code>{code}</Code>{more or '<Message>m</Message>'}</Error>"
+        body = b"" if self.command == "HEAD" else content.encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

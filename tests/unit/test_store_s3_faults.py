@@ -3,12 +3,13 @@
 import errno
 import os
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from finetune_api.errors import StageError
-from finetune_api.reasons import Fault
+from finetune_api.reasons import Fault, is_final
 from finetune_api.run import StorageConfig
 from finetune_trainer.store import PreconditionFailed, Store, client, multipart, open_store, reading, s3, spec_field
 from stub_s3 import StubS3, Trouble, etag, stub_s3
@@ -137,6 +138,39 @@ def test_every_refusal_has_its_own_fault(store: Store, server: StubS3, status: i
     assert caught.value.fault is fault
     assert "?" not in str(caught.value)
     assert "<" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "more", "words"),
+    [
+        (
+            301,
+            "PermanentRedirect",
+            "",
+            "the bucket bucket is not in region us-east-1 of {endpoint}; mend storage.region",
+        ),
+        (400, "AuthorizationHeaderMalformed", "<Message>the region 'us-east-1' is wrong</Message>", "storage.region"),
+        (400, "AuthorizationHeaderMalformed", "<Message>the Credential is mal-formed</Message>", "storage.secretRef"),
+        (400, "IllegalLocationConstraintException", "", "storage.region"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "PUT", "HEAD"])
+def test_a_bucket_in_another_region_is_told_and_not_tried_again(
+    store: Store, server: StubS3, method: str, status: int, code: str, more: str, words: str
+) -> None:
+    server.troubles = [Trouble(one, status=status, code=code, more=more) for one in {method, "GET"}]
+    ask = {"GET": store.read, "HEAD": store.head, "PUT": partial(store.put, data=b"")}[method]
+    with pytest.raises(StageError) as caught:
+        ask(URI)
+    assert words.format(endpoint=server.endpoint) in str(caught.value)
+    assert is_final(caught.value.reason)
+
+
+def test_a_store_that_names_the_bucket_s_region_is_asked_there(store: Store, server: StubS3) -> None:
+    server.objects[NAME] = b"content"
+    region = "<Message>the region is wrong</Message><Region>eu-west-1</Region>"
+    server.troubles = [Trouble("GET", status=400, code="AuthorizationHeaderMalformed", more=region)]
+    assert store.read(URI)[0] == b"content"
 
 
 def test_a_refused_head_is_explained_although_its_answer_has_no_body(store: Store, server: StubS3) -> None:

@@ -32,7 +32,17 @@ REFUSED_CREDENTIALS = EXPIRED | {
     "XAdminUserNotFound",  # versitygw's word for InvalidAccessKeyId, with HTTP 404
 }
 _NO_SUCH_KEY = frozenset({"NoSuchKey", "404"})  # 404: an answer without a body
-_DENIED = frozenset({"AccessDenied", "Forbidden", "AllAccessDisabled", "UnauthorizedAccess", "AccountProblem"})
+_DENIED = frozenset(
+    {
+        "AccessDenied",
+        "AuthorizationHeaderMalformed",
+        "Forbidden",
+        "AllAccessDisabled",
+        "UnauthorizedAccess",
+        "AccountProblem",
+    }
+)
+_ELSEWHERE = frozenset({"PermanentRedirect", "IllegalLocationConstraintException", "IncorrectEndpoint", "301"})
 _FIELD = "its URI in the job"  # for callers that do not name the field with `spec_field`
 
 
@@ -43,6 +53,7 @@ class Attempted(NamedTuple):
     uri: str
     bucket: str
     endpoint: str
+    region: str
     seconds: float
 
 
@@ -67,6 +78,8 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
         return unavailable(tried, tries(error), "the clocks of this node and of the store differ too much")
     if code in ("NoSuchBucket", "InvalidBucketName"):
         return StageError(Fault.BUCKET_NOT_FOUND, bucket=tried.bucket, endpoint=tried.endpoint, field=_FIELD)
+    if _is_elsewhere(error):
+        return StageError(Fault.WRONG_REGION, bucket=tried.bucket, region=tried.region, endpoint=tried.endpoint)
     if code in EXPIRED:
         return StageError(Fault.TOKEN_EXPIRED, action=tried.action, uri=tried.uri)
     if code in _DENIED or code in REFUSED_CREDENTIALS or http_status(error) in (401, 403):
@@ -75,6 +88,13 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
         return not_found(tried.uri)
     known = re.sub(r"[^A-Za-z0-9.]", "", code)[:64]  # from the network: may be anything
     return unavailable(tried, tries(error), f"the store answered {known} (HTTP {http_status(error)})")
+
+
+def _is_elsewhere(error: ClientError) -> bool:
+    """Whether the bucket is in another region, and the server did not say where, or boto3 would have asked there."""
+    if error_code(error) == "AuthorizationHeaderMalformed":  # also for an access key that is no access key
+        return "region" in error.response.get("Error", {}).get("Message", "").lower()
+    return error_code(error) in _ELSEWHERE
 
 
 def untrusted(error: BaseException | None) -> str | None:

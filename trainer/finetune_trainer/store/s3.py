@@ -35,6 +35,7 @@ class S3Files:
     def __init__(self, storage: StorageConfig) -> None:
         self._clients = clients.Clients(storage)
         self._endpoint = storage.endpoint or f"AWS S3 in {storage.region}"
+        self._region = storage.region
         self._existing_buckets: set[str] = set()
 
     def list(self, prefix_uri: str, *, deep: bool = True) -> Iterator[ObjectInfo]:
@@ -216,7 +217,7 @@ class S3Files:
             return done
 
     def _tried(self, action: str, uri: str, seconds: float) -> faults.Attempted:
-        return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, seconds)
+        return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, self._region, seconds)
 
 
 def _conditions(if_none_match: bool, if_match: str | None) -> dict[str, Any]:
