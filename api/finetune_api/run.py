@@ -15,7 +15,7 @@ from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 1  # from the first release on, every change of these models raises it
 MAX_RESULT_BYTES = 4000  # the kubelet keeps 4096 per container
 MAX_PROGRESS_BYTES = 16 * 1024
 
@@ -56,6 +56,7 @@ class RunConfig(WireModel):
     job: JobRef
     spec: FineTuneJobSpec
     run_uri: Uri  # output.uri/NAME-UID5
+    image: Str256 | None = None  # as the runtime names it: a digest says what ran, a tag only what was asked for
     storage: StorageConfig
     resources: RunResources
     work_dir: Str256 = SCRATCH_DIR

@@ -41,6 +41,7 @@ def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConf
         job=JobRef(name=job.name, namespace=job.namespace, uid=job.uid),
         spec=spec,
         run_uri=join(spec.output.uri, names.run_name(job.name, job.uid)),
+        image=runtime.image,
         storage=StorageConfig(
             endpoint=endpoint,
             region=(storage.region if storage else None) or "us-east-1",

@@ -23,7 +23,9 @@ from finetune_trainer.model import LanguageModel, add_adapter, load_base
 from finetune_trainer.recipes import recipe_of
 from tiny_run import STOP_ID, TinyRun, make_run
 
-LINEAGE = Lineage("tiny", "sha256:" + "3" * 64, "sha256:" + "4" * 64, {"model.safetensors": "sha256:5"}, {"peft": "1"})
+LINEAGE = Lineage(
+    "tiny", "sha256:" + "3" * 64, "sha256:" + "4" * 64, {"model.safetensors": "sha256:5"}, {"peft": "1"}, "trainer:1"
+)
 FOUND = Evaluations(
     [HeldOut(step=0, loss=3.0, rows=2, label_tokens=9), HeldOut(step=4, loss=1.0, rows=2, label_tokens=9)],
     [Answer("secret words", [1, 2, 3], stopped=False)] * 3,
@@ -125,6 +127,7 @@ def test_the_manifest_vouches_for_every_file_and_names_the_lineage(run: TinyRun,
     files: Any = manifest["files"]
     assert {file["path"] for file in files} == {path.name for path in folder.iterdir()}
     assert manifest["plan_digest"] == LINEAGE.plan_digest
+    assert manifest["image"] == "trainer:1"
     assert manifest["base"] == {"uri": run.plan.model.uri, "digest": LINEAGE.base_digest, "files": LINEAGE.base_files}
     assert artifact.uri == join(run_uri, ADAPTER, "")
 
@@ -171,6 +174,7 @@ def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
     assert "--max-lora-rank 8 " in card
     assert "| peft.rank | 16 | enough \\| for 5 tokens |" in card
     assert LINEAGE.plan_digest in card
+    assert "| trainer image, as it was named | trainer:1 |" in card
     assert "Results" not in model_card(run.plan, LINEAGE, Evaluations([], [], []))
 
 

@@ -62,6 +62,7 @@ def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_att
     assert of.spec is not None
     config = run_config(of, of.spec, GPU_RUNTIME)
     assert config.run_uri == "s3://out/bot/bot-1a2b3"
+    assert config.image == GPU_RUNTIME.image == container(rendered(Stage.TRAIN))["image"]
     assert config.storage.path_style is True
     assert config.storage.region == "us-east-1"
     assert config.storage.credentials_dir == names.CREDENTIALS_DIR

@@ -18,6 +18,7 @@ class Lineage:
     base_digest: str
     base_files: dict[str, str]  # name -> sha256
     versions: dict[str, str]
+    image: str | None  # of the trainer, as the runtime names it; None: it ran without a container
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. Ask with the cha
                 ("training labels", str(plan.train.labels.sha256)),
                 ("base model", lineage.base_digest),
                 *((f"base model: {file}", digest) for file, digest in sorted(lineage.base_files.items())),
+                ("trainer image, as it was named", lineage.image or "none, it ran without a container"),
                 *((package, version) for package, version in sorted(lineage.versions.items())),
             ],
         ),

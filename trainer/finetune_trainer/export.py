@@ -190,6 +190,7 @@ def upload(
         "plan_digest": lineage.plan_digest,
         "base": {"uri": plan.model.uri, "digest": lineage.base_digest, "files": lineage.base_files},
         "versions": lineage.versions,
+        "image": lineage.image,
         "checks": checks,
     }
     manifest_uri = join(adapter_uri, MANIFEST)

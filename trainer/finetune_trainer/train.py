@@ -247,6 +247,7 @@ def _finish(
         inputs.digest_of(fetched.model_digests),
         fetched.model_digests,
         export.package_versions(),
+        ctx.config.image,
     )
     ctx.reporter.update(activity="Committing")
     folder = ctx.work_dir / ADAPTER
