@@ -26,15 +26,15 @@ def matching(pattern: str, message: str) -> Any:
 # The CLI also takes file:///… and exchanges this one rule for it: what runs there needs no cluster and no bucket.
 S3_URI_RULE = "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')"
 
-FolderUri = Annotated[
-    Uri,
-    Field(
-        json_schema_extra=rules(
-            (S3_URI_RULE, "write s3://BUCKET/FOLDER, for example s3://models/smollm2"),
-            ("!self.matches('[*?]')", "write one folder; patterns with * and ? are for datasets"),
-        )
-    ),
-]
+_FOLDER = Field(
+    json_schema_extra=rules(
+        (S3_URI_RULE, "write s3://BUCKET/FOLDER, for example s3://models/smollm2"),
+        ("!self.matches('[*?]')", "write one folder; patterns with * and ? are for datasets"),
+    )
+)
+FolderUri = Annotated[Uri, _FOLDER]
+# The keys of a run, some 150 characters longer, must still be keys of S3 and fit into a Uri.
+OutputUri = Annotated[str, StringConstraints(max_length=512), _FOLDER]
 FilesUri = Annotated[
     Uri,
     Field(
@@ -351,7 +351,7 @@ class StorageSpec(ApiModel):
 class OutputSpec(ApiModel):
     """Where the adapter goes."""
 
-    uri: FolderUri = Field(
+    uri: OutputUri = Field(
         description="Parent folder. The job writes only below URI/NAME-UID5/, the adapter to URI/NAME-UID5/adapter/; "
         "URI/latest.json names the newest. Example: s3://adapters/support-bot"
     )

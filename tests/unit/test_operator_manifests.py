@@ -75,6 +75,13 @@ def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_att
     assert Runtime.model_validate_json(made["data"][RUNTIME_FILE]) == GPU_RUNTIME
 
 
+def test_the_longest_output_that_may_be_asked_for_can_be_run():
+    of = job(output={"uri": "s3://out/" + "x" * 503})
+    assert of.spec is not None
+    assert len(run_config(of, of.spec, GPU_RUNTIME).run_uri) < 1024 - 200
+    assert job(output={"uri": "s3://out/" + "x" * 504}).spec is None
+
+
 def test_without_an_endpoint_the_host_style_of_aws_is_used():
     of = job()
     assert of.spec is not None
