@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import MAX_RESULT_BYTES
 from finetune_trainer import prepare
+from finetune_trainer.data.renderer import Renderer
 
 CPT: dict[str, Any] = {"method": {"type": "CPT"}}
 QUARANTINE: dict[str, Any] = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
@@ -79,6 +81,7 @@ def test_conversations_become_rows_whose_answers_are_learned(tmp_path: Path) -> 
     assert prepared.plan.stop_token_ids == [BPE.token_to_id("<|im_end|>")]
     assert prepared.plan.chat_template == CHATML
     assert [name.rpartition("/")[2] for name in prepared.report["ignored_files"]] == ["notes.txt"]
+    assert prepared.report["ignored_files_total"] == 1
     assert all(record.sha256 for record in prepared.plan.inputs)
 
 
@@ -305,6 +308,8 @@ def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
         ({"a_jsonl": b"{\n"}, Fault.BROKEN_ROW, "row 1: is not valid JSON"),
         ({"a_jsonl": b"[1]\n2\n"}, Fault.BROKEN_ROW, "row 1: is not a JSON object. 2 of 2"),
         ({"a_jsonl_gz": gz(jsonl(chats(50)))[:-10]}, Fault.BROKEN_FILE, "gzip stream is cut off"),
+        ({"a_jsonl_gz": b""}, Fault.BROKEN_FILE, "gzip stream is cut off"),
+        ({"a_jsonl_gz": gz(b"")}, Fault.NO_TRAINING_DATA, "0 rows read"),
         ({"a_parquet": b"PAR1 no"}, Fault.BROKEN_FILE, "Parquet cannot be decoded"),
     ],
 )
@@ -315,6 +320,18 @@ def test_files_that_hold_no_rows_are_told_by_name(
     error = fails(tmp_path)
     assert error.fault is fault
     assert words in str(error)
+
+
+def test_files_passed_over_are_counted_however_many_and_files_of_long_names_are_read(tmp_path: Path) -> None:
+    deep = tmp_path / "data" / Path(*["x" * 200] * 6)
+    deep.mkdir(parents=True)
+    (deep / "a.jsonl").write_bytes(jsonl(chats(5)))
+    for number in range(120):
+        (tmp_path / "data" / f"{number}.csv").touch()
+    prepared = prepare_run(tmp_path)
+    assert prepared.plan.inputs[0].uri == f"file://{deep}/a.jsonl"
+    assert len(prepared.report["ignored_files"]) == 100
+    assert prepared.report["ignored_files_total"] == 120
 
 
 def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:
@@ -350,6 +367,20 @@ def test_a_template_that_fails_is_told_with_the_row(tmp_path: Path, template: st
     error = fails(tmp_path)
     assert error.fault is Fault.TEMPLATE_FAILED
     assert words in str(error)
+
+
+def test_a_template_that_needs_too_much_for_many_rows_is_told_with_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "Renderer", partial(Renderer, row_cpu_s=0.2))
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    write_model(tmp_path / "model", template="{% if messages[0].content == 'much' %}" + loop + "{% endif %}" + CHATML)
+    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 5, *chats(20)]))
+    assert prepare_run(tmp_path, QUARANTINE).report["dropped"] == {"template_failed": 5}
+    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 6, *chats(20)]))
+    error = fails(tmp_path, QUARANTINE)
+    assert error.args_by_name["row"] == 26
+    assert "5 rows before it" in str(error)
 
 
 def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:

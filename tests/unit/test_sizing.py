@@ -191,6 +191,13 @@ def test_rows_that_were_too_long_are_told_beside_the_chosen_length() -> None:
     assert "3 rows above 2048 were dropped" in reason(found, "preprocessing.maxSequenceLength")
 
 
+def test_only_texts_are_said_to_be_split_at_the_limit() -> None:
+    field = "preprocessing.maxSequenceLength"
+    assert reason(sized(spec(), data(longest_row=2048)), field) == "the longest row"
+    cpt = sized(spec("CPT"), data(longest_row=2048))
+    assert reason(cpt, field) == "the default limit; longer texts are split"
+
+
 def test_a_forward_pass_shrinks_to_the_memory_but_never_below_the_longest_row() -> None:
     roomy = sized(spec(), data())
     assert roomy.hyperparameters.micro_batch_tokens == 2048

@@ -22,21 +22,22 @@ How a step's rows are packed into forward passes is not part of the plan: it cha
 
 import hashlib
 import json
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from finetune_api.base import Digest, Str64, Str256, Uri, WireModel
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_api.status import ResolvedValue
 
 PLAN_VERSION = 1
+FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
 
 class FileRecord(WireModel):
     """A file in the bucket, pinned."""
 
-    uri: Uri
+    uri: FileUri
     size_bytes: int = Field(ge=0)
     etag: Str256
     sha256: Digest | None = None  # None: too large to read while planning; train fills it in the lineage

@@ -96,7 +96,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     cpt = spec.method.type is MethodType.CPT
     preprocessing = spec.preprocessing or PreprocessingSpec()
     hyper = spec.hyperparameters or HyperparametersSpec()
-    length = _sequence_length(choices, preprocessing, model, data)
+    length = _sequence_length(choices, preprocessing, model, data, cpt)
     rank, alpha = _adapter(choices, spec.peft, model, data.label_tokens, cpt)
     epochs = _epochs(choices, hyper, data.rows, cpt)
     batch = _batch_size(choices, hyper, data, epochs)
@@ -156,11 +156,11 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     )
 
 
-def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, data: DataFacts) -> int:
+def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, data: DataFacts, cpt: bool) -> int:
     reason = "the longest row"
     if data.too_long_rows:
         reason = f"the longest row kept; {data.too_long_rows} rows above {data.sequence_limit} were dropped as too_long"
-    elif data.longest_row == data.sequence_limit:
+    elif cpt and data.longest_row == data.sequence_limit:
         source = "the model's context length" if data.sequence_limit == model.context_length else "the default limit"
         reason = f"{source}; longer texts are split"
     return choices.pick("preprocessing.maxSequenceLength", spec.max_sequence_length, data.longest_row, reason)

@@ -84,7 +84,7 @@ def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
                 raise _damaged(file, 0, f"it unpacks to more than {_MAX_GZIP_RATIO} times its size")
             if piece:
                 yield piece
-    if not member.eof and taken:
+    if not member.eof:  # nothing at all is cut off too: even an empty file has a header
         raise _damaged(file, 0, "the gzip stream is cut off")
 
 

@@ -116,7 +116,8 @@ class Pipeline:
             try:
                 rendered = future.result()
             except TemplateInvalidError as error:
-                raise self._template_failed(batch[0], str(error)) from error
+                conversations = [item for item in batch if isinstance(item.row, Conversation)]
+                raise self._template_failed(conversations[error.row], str(error)) from error
         with self.timings.of("tokenise"):
             sequences = self._sequences(batch, rendered)
         with self.timings.of("write"):

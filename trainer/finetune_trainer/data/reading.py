@@ -1,5 +1,6 @@
 """Datasets to checked rows: which files, in which order, which of their rows are broken."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,12 +16,13 @@ from finetune_trainer.data.rows import Row, check, content_hash
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
+log = logging.getLogger(__name__)
+
 _PEEK_ROWS = 1000
 _PEEK_BYTES = 32 * 2**20
 _MAX_BROKEN = 1000
 _MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
 _MAX_FILES = 10_000
-_MAX_IGNORED = 100
 
 
 class Checked(NamedTuple):
@@ -83,7 +85,7 @@ class BadRows:
 
 
 class Inputs(NamedTuple):
-    """The files of one dataset, as indices into the ledger, and names that were passed over."""
+    """The files of one dataset, as indices into the ledger, and those that were passed over."""
 
     files: range
     ignored: list[str]
@@ -101,7 +103,11 @@ def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -
     if first + len(kept) > _MAX_FILES:
         raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
     ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag) for info in kept]
-    return Inputs(range(first, first + len(kept)), ignored[:_MAX_IGNORED])
+    if ignored:
+        log.warning(
+            "%d files are passed over, as their names end in none of %s", len(ignored), ", ".join(files.SUFFIXES)
+        )
+    return Inputs(range(first, first + len(kept)), ignored)
 
 
 def changed_files(store: Store, datasets: Sequence[DatasetSpec], pinned: Sequence[FileRecord]) -> list[str]:

@@ -14,7 +14,7 @@ from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.template import Span
 
 _REPLY_TIMEOUT_S = 600  # wall clock for one batch; CPU per row is limited inside
-_MAX_RESTARTS = 5
+_MAX_KILLED = 5
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
 
 
@@ -26,7 +26,11 @@ class Rendered(NamedTuple):
 
 
 class TemplateInvalidError(Exception):
-    """The template itself cannot be used; the message has no content of rows."""
+    """The template itself cannot be used; the message has no content of rows. row: of the batch, where it showed."""
+
+    def __init__(self, problem: str, row: int = 0) -> None:
+        super().__init__(problem)
+        self.row = row
 
 
 class Renderer:
@@ -43,7 +47,7 @@ class Renderer:
             "row_cpu_s": row_cpu_s,
         }
         self._too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
-        self._restarts = 0
+        self._killed = 0  # rows that the child died of
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -72,12 +76,17 @@ class Renderer:
         Raises TemplateInvalidError when the template cannot be compiled, or when too many rows kill the child."""
         results = self._try(rows)
         if results is None:
-            return [self._render_one(row) for row in rows]
+            return [self._render_one(row, index) for index, row in enumerate(rows)]
         return [_result(result) for result in results]
 
-    def _render_one(self, row: Conversation) -> Rendered | Broken:
+    def _render_one(self, row: Conversation, index: int) -> Rendered | Broken:
         results = self._try([row])
-        return Broken(Problem.TEMPLATE_FAILED, detail=self._too_much) if results is None else _result(results[0])
+        if results is not None:
+            return _result(results[0])
+        self._killed += 1
+        if self._killed > _MAX_KILLED:
+            raise TemplateInvalidError(f"{self._too_much}, as {_MAX_KILLED} rows before it", index)
+        return Broken(Problem.TEMPLATE_FAILED, detail=self._too_much)
 
     def _try(self, rows: list[Conversation]) -> list[Any] | None:
         """The child's reply, or None when it died; then there is a new one."""
@@ -86,9 +95,6 @@ class Renderer:
         reply = _exchange(self._child, [[row.messages, row.learn_from] for row in rows])
         if reply is None:
             _end(self._child)
-            self._restarts += 1
-            if self._restarts > _MAX_RESTARTS:
-                raise TemplateInvalidError(f"{self._too_much}, {_MAX_RESTARTS} times")
             self._child = self._start()
         return reply
 

@@ -12,6 +12,7 @@ from finetune_trainer.data.spool import Division
 from finetune_trainer.runplan import Hyperparameters
 
 _LONGEST = 10
+_MAX_IGNORED = 100
 _BUCKETS = 20
 _STEPS_SAMPLED = 100
 
@@ -35,7 +36,8 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
             }
             for account in ledger.files
         ],
-        "ignored_files": list(ignored),
+        "ignored_files": list(ignored[:_MAX_IGNORED]),
+        "ignored_files_total": len(ignored),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}
             for stage, spent in seconds.items()
