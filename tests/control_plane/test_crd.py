@@ -47,34 +47,11 @@ def test_kubectl_get_shows_where_the_job_is(control_plane: testbed.Cluster, name
     body["spec"]["resources"] = {"gpusPerNode": 1}
     control_plane.kubectl("create", "-n", namespace, "-f", "-", stdin=json.dumps(body))
     table = control_plane.kubectl("get", "ftj", "-n", namespace)
-    assert table.split("\n")[0].split() == [
-        "NAME",
-        "METHOD",
-        "MODEL",
-        "PHASE",
-        "PROGRESS",
-        "ETA",
-        "LOSS",
-        "ATTEMPT",
-        "AGE",
-    ]
+    assert table.split("\n")[0].split() == COLUMNS
     patch = json.dumps({"status": STATUS})
     control_plane.kubectl("patch", "ftj", "bot", "-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
     heading, row = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide").strip().split("\n")
-    assert heading.split() == [
-        "NAME",
-        "METHOD",
-        "MODEL",
-        "PHASE",
-        "PROGRESS",
-        "ETA",
-        "LOSS",
-        "ATTEMPT",
-        "AGE",
-        "REASON",
-        "GPUS",
-        "ARTIFACT",
-    ]
+    assert heading.split() == [*COLUMNS, "REASON", "GPUS", "ARTIFACT"]
     shown = row.split()
     assert shown[:8] == ["bot", "SFT", body["spec"]["model"]["uri"], "Training", "310/900", "26m", "1.830", "2"]
     assert shown[9:] == ["Training", "1"]

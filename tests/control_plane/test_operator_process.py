@@ -23,19 +23,11 @@ import testbed
 from finetune_api import names
 from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault
+from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
 pytestmark = pytest.mark.control_plane
 
 FOREIGN_PODS = 5_000
-DIGEST = "sha256:" + "a" * 64
-PLAN = {
-    "uri": "s3://o/plan", "digest": DIGEST, "steps": 100, "trainTokens": 1, "labelTokens": 1, "memoryBytes": 1,
-    "diskBytes": 1, "resolved": [],
-}  # fmt: skip
-DATA = {
-    "files": 1, "rowsIn": 10, "rowsUsed": 9, "rowsHeldOut": 1, "dropped": [], "digest": DIGEST, "reportUri": "s3://o/r",
-}  # fmt: skip
-ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri": "s3://o/m", "rank": 8}
 T = TypeVar("T")
 
 
@@ -147,13 +139,7 @@ class Team:
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": "FineTuneJob",
             "metadata": {"name": name, "namespace": self.namespace},
-            "spec": {
-                "model": {"uri": "s3://models/model"},
-                "method": {"type": "SFT"},
-                "datasets": [{"uri": "s3://data/chat/*.jsonl"}],
-                "output": {"uri": "s3://out/bot"},
-                **spec,
-            },
+            "spec": SPEC | spec,
         }
         made: Any = self.custom.create_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, body)
         return made["metadata"]["uid"]
@@ -357,8 +343,7 @@ def test_suspending_checkpoints_and_resuming_is_the_next_attempt(team: Team, ope
     team.change({"spec": {"suspend": True}})
     team.is_told_to_stop(pod)
     team.until("Suspended", "False", "Suspending")
-    checkpoint = {"step": 40, "uri": "s3://out/40", "digest": DIGEST}
-    team.ends("train", 1, Fault.INTERRUPTED, pod=pod, step=40, checkpoint=checkpoint)
+    team.ends("train", 1, Fault.INTERRUPTED, pod=pod, step=40, checkpoint=CHECKPOINT)
     team.gone(pod)
     team.until("Suspended", "True", "Suspended")
     status = team.get()["status"]

@@ -17,22 +17,9 @@ from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
 from finetune_operator.plan import plan
 from finetune_operator.seen import Blocked, CreateJob, DeleteJob, JobEvent, Seen, SeenProgress, SetTtl
 from finetune_operator.view import JobView, view
+from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-DIGEST = "sha256:" + "a" * 64
-PLAN = {
-    "uri": "s3://out/bot/plan.json", "digest": DIGEST, "steps": 100, "trainTokens": 10, "labelTokens": 5,
-    "memoryBytes": 1, "diskBytes": 1, "resolved": [],
-}  # fmt: skip
-DATA = {
-    "files": 1, "rowsIn": 10, "rowsUsed": 9, "rowsHeldOut": 1, "dropped": [], "digest": DIGEST,
-    "reportUri": "s3://out/bot/report.json",
-}  # fmt: skip
-ARTIFACT = {
-    "type": "Adapter", "uri": "s3://out/bot-1a2b3/adapter", "digest": DIGEST,
-    "manifestUri": "s3://out/bot-1a2b3/adapter/manifest.json", "rank": 16,
-}  # fmt: skip
-CHECKPOINT = {"step": 40, "uri": "s3://out/bot/checkpoints/40", "digest": DIGEST}
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 
 
@@ -46,13 +33,7 @@ class World:
 
     def __init__(self, **spec: Any) -> None:
         self.now = START
-        self.spec = {
-            "model": {"uri": "s3://m/model"},
-            "method": {"type": "SFT"},
-            "datasets": [{"uri": "s3://d/chat/*.jsonl"}],
-            "output": {"uri": "s3://out/bot"},
-            **spec,
-        }
+        self.spec = SPEC | spec
         self.meta: dict[str, Any] = {"name": "bot", "namespace": "team-a", "uid": "1a2b3c4d", "generation": 1}
         self.status: dict[str, Any] = {}
         self.jobs: dict[str, ObservedJob] = {}

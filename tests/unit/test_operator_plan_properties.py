@@ -16,17 +16,9 @@ from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
 from finetune_operator.plan import plan
 from finetune_operator.seen import Blocked, CreateJob, DeleteJob, Plan, Seen, SeenProgress, SetTtl
 from finetune_operator.view import JobView, is_finished, view
+from status_samples import ARTIFACT, DATA, PLAN, SPEC
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-DIGEST = "sha256:" + "a" * 64
-PLAN = {
-    "uri": "s3://o/plan", "digest": DIGEST, "steps": 100, "trainTokens": 1, "labelTokens": 1, "memoryBytes": 1,
-    "diskBytes": 1, "resolved": [],
-}  # fmt: skip
-DATA = {
-    "files": 1, "rowsIn": 1, "rowsUsed": 1, "rowsHeldOut": 0, "dropped": [], "digest": DIGEST, "reportUri": "s3://o/r",
-}  # fmt: skip
-ARTIFACT = {"type": "Adapter", "uri": "s3://o/a", "digest": DIGEST, "manifestUri": "s3://o/m", "rank": 8}
 
 times = st.integers(0, 5000).map(lambda s: START + timedelta(seconds=s))
 maybe_times = st.none() | times
@@ -151,12 +143,8 @@ statuses = st.fixed_dictionaries(
     },
 )
 specs = st.fixed_dictionaries(
-    {
-        "model": st.just({"uri": "s3://m/model"}),
-        "method": st.sampled_from([{"type": "SFT"}, {"type": "SFT"}, {"type": "SFT"}, {"type": "Odd"}]),
-        "datasets": st.just([{"uri": "s3://d/x"}]),
-        "output": st.just({"uri": "s3://o/bot"}),
-    },
+    {key: st.just(value) for key, value in SPEC.items()}
+    | {"method": st.sampled_from([{"type": "SFT"}, {"type": "SFT"}, {"type": "SFT"}, {"type": "Odd"}])},
     optional={
         "suspend": st.booleans(),
         "activeDeadlineSeconds": st.integers(60, 6000),
@@ -243,10 +231,7 @@ class OneJobInACluster(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = START
-        self.spec: dict[str, Any] = {
-            "model": {"uri": "s3://m/model"}, "method": {"type": "SFT"}, "datasets": [{"uri": "s3://d/x"}],
-            "output": {"uri": "s3://o/bot"}, "recovery": {"maxRetries": 2, "maxDisruptions": 2},
-        }  # fmt: skip
+        self.spec = SPEC | {"recovery": {"maxRetries": 2, "maxDisruptions": 2}}
         self.status: dict[str, Any] = {}
         self.jobs: dict[str, ObservedJob] = {}
         self.pods: dict[str, ObservedPod] = {}
