@@ -59,7 +59,7 @@ class Saved:
             keep_last,
             resumed_from,
             before_publishing,
-            lambda _status, _seconds: None,
+            lambda _status, _write_s, _upload_s: None,
         )
 
     def save(self, checkpointer: Checkpointer, step: int) -> None:

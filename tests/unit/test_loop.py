@@ -1,5 +1,6 @@
 """The step: what it computes does not depend on how it is computed, and it never spoils the weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from finetune_api.errors import StageError
 from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
-from finetune_trainer import guard, recipes
-from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
+from finetune_trainer import guard, loop, recipes
+from finetune_trainer.inputs import Batch, Rows, fetch_rows, fetch_steps
 from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
 from tiny_run import TinyRun, make_run
@@ -121,6 +122,47 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_as_diverged() -> N
     with pytest.raises(StageError, match="3 steps in a row") as caught:
         guard.nonfinite_in_a_row(count, finite=False, step=7)
     assert (caught.value.fault, caught.value.exit_code) == (Fault.NOT_FINITE, 15)
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "spike"),
+    [
+        ([], 100.0, False),
+        ([2.0] * 9, 100.0, False),  # too few to tell
+        ([2.0] * 10, 2.9, False),
+        ([2.0] * 10, 3.1, True),  # above 1.5 times the median, as there is no deviation
+        ([1.0, 3.0] * 10, 7.9, False),  # median 2, MAD 1
+        ([1.0, 3.0] * 10, 8.1, True),
+        ([2.0] * 45 + [1e9] * 5, 3.1, True),  # spikes before do not hide it
+        ([3.0 - 0.01 * i for i in range(50)], 3.0, False),  # a loss that falls
+        ([2.0] * 50, 0.1, False),
+        ([2.0] * 50, float("nan"), False),  # counted elsewhere
+    ],
+)
+def test_a_spike_is_a_loss_far_above_those_before(before: list[float], loss: float, spike: bool) -> None:
+    assert guard.is_spike(loss, before) is spike
+
+
+def test_the_time_to_make_batches_is_counted(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = _stepper(run, tmp_path)
+    now_s = [0.0]
+
+    def slow(self: Rows, rows: Sequence[int], device: torch.device) -> Batch:
+        now_s[0] += 7.0
+        return original(self, rows, device)
+
+    def busy(self: LanguageModel, batch: Batch) -> Tensor:
+        now_s[0] += 100.0
+        return computed(self, batch)
+
+    original, computed = Rows.batch, LanguageModel.nll_sum
+    monkeypatch.setattr(Rows, "batch", slow)
+    monkeypatch.setattr(LanguageModel, "nll_sum", busy)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now_s[0])
+    stepper.run(0)
+    passes_run = (now_s[0] - stepper.data_wait_s) / 100.0
+    assert passes_run >= 1
+    assert stepper.data_wait_s == 7.0 * passes_run
 
 
 def test_when_gpu_memory_runs_out_the_same_step_is_repeated_in_smaller_passes(run: TinyRun, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune_api.names import Stage
@@ -76,9 +76,33 @@ def test_metrics_are_readable_by_prometheus_and_name_no_job(reporter: Reporter) 
     }
     assert status == 200
     assert samples["finetune_train_step"].value == 4
+    assert samples["finetune_train_planned_steps"].value == 10
     assert samples["finetune_train_tokens_total"].value == 1000
     assert samples["finetune_stage_info"].labels == {"stage": "train", "attempt": "2", "activity": "Training"}
     assert "finetune_train_loss" not in samples, "an unknown figure is absent, not 0"
+    assert "finetune_prepare_rows_read_total" not in samples, "train reads no rows"
+
+
+def test_prepare_has_rows_and_no_steps() -> None:
+    reporter = Reporter(Stage.PREPARE, 1, CollectorRegistry())
+    reporter.update(rows_read=5)
+    text = generate_latest(reporter.registry).decode()
+    assert "finetune_prepare_rows_read_total 5.0" in text
+    assert "finetune_train_" not in text
+
+
+def test_the_time_of_every_activity_is_counted(reporter: Reporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = time.monotonic()
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now_s)
+    for activity, seconds in (("Training", 5.0), ("Evaluating", 2.0), ("Training", 3.0)):
+        reporter.update(activity=activity)
+        now_s += seconds
+        reporter.update(activity=activity, step=1)
+    spent = reporter.activity_seconds()
+    assert spent.pop("Starting") < 60
+    assert spent == {"Training": pytest.approx(8.0), "Evaluating": pytest.approx(2.0)}
+    labels = '{activity="Evaluating",stage="train"}'
+    assert f"finetune_stage_seconds_total{labels} 2.0" in generate_latest(reporter.registry).decode()
 
 
 @pytest.mark.parametrize(

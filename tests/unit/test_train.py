@@ -1,18 +1,24 @@
 """The train stage from plan to commit, and every way it stops in between."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from e2e_prometheus import lint
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
 from finetune_trainer import commit, session, train
+from finetune_trainer.context import StageContext
+from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run
@@ -65,6 +71,70 @@ def test_a_run_ends_with_a_committed_adapter_and_its_figures(
     assert (progress.activity, progress.step, progress.total_steps) == ("Done", 12, 12)
     latest = json.loads((run.local().parent / LATEST).read_text())
     assert latest["artifact"]["digest"] == result.artifact.digest
+
+
+def _samples(ctx: StageContext) -> dict[str, float]:
+    families = text_string_to_metric_families(generate_latest(ctx.reporter.registry).decode())
+    return {
+        sample.name + "".join(f"/{value}" for value in sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_what_was_done_and_hold_nothing_that_is_not_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    ctx = context(run)
+    train.run(ctx, StopFlag(60))
+    samples = _samples(ctx)
+    assert samples["finetune_train_step"] == samples["finetune_train_planned_steps"] == 12
+    assert samples["finetune_train_step_seconds_count"] == 12
+    planned = fetch_steps(run.store, run.plan, tmp_path)
+    assert samples["finetune_train_tokens_total"] == planned.tokens.sum()
+    assert samples["finetune_train_label_tokens_total"] == planned.label_tokens.sum()
+    assert 0 < samples["finetune_train_data_wait_seconds_total"] < samples["finetune_train_step_seconds_sum"]
+    assert samples["finetune_train_loss_spikes_total"] == 0
+    for name in ("grad_norm", "goodput_ratio", "epoch_ratio", "checkpoint_write_seconds", "checkpoint_upload_seconds"):
+        assert samples[f"finetune_train_{name}"] > 0, name
+    activities = ("Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing")
+    assert all(f"finetune_stage_seconds_total/{activity}/train" in samples for activity in activities)
+    unknown = ("mfu_ratio", "gpu_memory_peak_bytes", "gpu_memory_reserved_bytes")
+    assert not {f"finetune_train_{name}" for name in unknown} & samples.keys(), "there is no GPU"
+
+
+def test_counts_of_tokens_go_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = make_run(tmp_path), StopFlag(60)
+    with monkeypatch.context() as patch:
+        _stop_before(patch, stop, 5)
+        with pytest.raises(StageError):
+            train.run(context(run), stop)
+    ctx = context(run, attempt=2)
+    train.run(ctx, StopFlag(60))
+    samples = _samples(ctx)
+    planned = fetch_steps(run.store, run.plan, tmp_path)
+    assert samples["finetune_train_tokens_total"] == planned.tokens.sum()
+    assert samples["finetune_train_label_tokens_total"] == planned.label_tokens.sum()
+    assert (samples["finetune_train_resumes_total"], samples["finetune_train_step_seconds_count"]) == (1, 7)
+
+
+def test_where_the_peak_of_the_gpu_is_known_its_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = session.Session.run
+
+    def with_peak(self: session.Session) -> bool:
+        self.peak_flops = 1e12
+        return original(self)
+
+    monkeypatch.setattr(session.Session, "run", with_peak)
+    ctx = context(make_run(tmp_path))
+    train.run(ctx, StopFlag(60))
+    assert 0 < _samples(ctx)["finetune_train_mfu_ratio"] < 1
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_promtool_has_nothing_against_the_metrics(tmp_path: Path) -> None:
+    ctx = context(make_run(tmp_path))
+    train.run(ctx, StopFlag(60))
+    assert lint(generate_latest(ctx.reporter.registry).decode()) == ""
 
 
 def test_training_learns_its_rows(tmp_path: Path) -> None:

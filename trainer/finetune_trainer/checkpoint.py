@@ -201,7 +201,7 @@ class Checkpointer:
         keep_last: int,
         resumed_from: CheckpointStatus | None,
         before_publishing: Callable[[], None],
-        on_saved: Callable[[CheckpointStatus, float], None],
+        on_saved: Callable[[CheckpointStatus, float, float], None],  # seconds to write it, and to upload it
     ) -> None:
         self._store = store
         self._fence = fence
@@ -247,6 +247,7 @@ class Checkpointer:
         began_s = time.monotonic()
         try:
             _write(local, saved)
+            written_s = time.monotonic()
             files: list[ManifestFile] = []
             for name in (TENSORS, STATE):
                 info = self._store.upload(local / name, join(folder, name))
@@ -258,7 +259,7 @@ class Checkpointer:
         finally:
             shutil.rmtree(local, ignore_errors=True)
         self.last = CheckpointStatus(step=step, uri=uri, digest=digest)
-        self._on_saved(self.last, time.monotonic() - began_s)
+        self._on_saved(self.last, written_s - began_s, time.monotonic() - written_s)
         self._retain(self._keep_last)
 
     def _retain(self, keep: int) -> None:

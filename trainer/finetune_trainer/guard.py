@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ from finetune_trainer.loop import Stepper
 log = logging.getLogger(__name__)
 
 MAX_NONFINITE_IN_A_ROW = 3
+SPIKE_WINDOW_STEPS = 50
+MIN_SPIKE_STEPS = 10
 MAX_OOM_RETRIES = 3
 STALL_FLOOR_S = 300.0
 STALL_FACTOR = 10
@@ -33,6 +35,16 @@ def nonfinite_in_a_row(before: int, finite: bool, step: int) -> int:
     if before + 1 >= MAX_NONFINITE_IN_A_ROW:
         raise StageError(Fault.NOT_FINITE, count=before + 1, step=step)
     return before + 1
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether a loss stands out from those of the steps before it: above median + 6·MAD, and above 1.5·median, as a
+    loss that hardly varied must not count for every ripple."""
+    if len(before) < MIN_SPIKE_STEPS:
+        return False
+    median = statistics.median(before)
+    deviation = statistics.median(abs(value - median) for value in before)
+    return loss > max(median + 6 * deviation, 1.5 * median)
 
 
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:

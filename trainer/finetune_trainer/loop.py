@@ -5,6 +5,7 @@ passes changes nothing but rounding, however the rows are packed.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ class Stepper:
     steps: StepPlan
     hyper: Hyperparameters
     budget_tokens: int
+    data_wait_s: float = 0.0  # host time spent on making batches; whoever reads it sets it back
 
     def run(self, step: int) -> Tensor:
         """Train step `step`; returns (3,) fp64 on the device: loss in nats per label token, gradient norm before
@@ -80,9 +82,13 @@ class Stepper:
         return torch.stack([loss, norm.double(), finite.double()])
 
     def _batches(self, step: int) -> Iterator[Batch]:
+        began_s = time.perf_counter()
         rows = self.steps.rows_of(step)
         for group in passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing):
-            yield self.rows.batch(group, self.lm.device)
+            batch = self.rows.batch(group, self.lm.device)
+            self.data_wait_s += time.perf_counter() - began_s
+            yield batch
+            began_s = time.perf_counter()
 
 
 def make_optimizer(parameters: list[nn.Parameter], hyper: Hyperparameters) -> torch.optim.AdamW:

@@ -2,21 +2,41 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 MAX_ROWS = 10_000
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
+class Figure(Collector):
+    """A gauge without a sample until it has a value: what is not known is absent and not 0."""
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._value: float | None = None
+        registry.register(self)
+
+    def set(self, value: float) -> None:
+        self._value = value
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(self._name, self._text, value=self._value)
+
+
 class TrainMetrics:
-    """Definitions; names in base units, no user string in any label."""
+    """Definitions; names in base units, no user string in any label.
+
+    There is no count of stalls: the process ends with the first, with exit code 32. Nor of padding: there is none."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"finetune_train_{name}", text, registry=registry)
+        def gauge(name: str, text: str) -> Figure:
+            return Figure(f"finetune_train_{name}", text, registry)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"finetune_train_{name}", text, registry=registry)
@@ -24,12 +44,16 @@ class TrainMetrics:
         self.grad_norm = gauge("grad_norm", "Gradient norm of the last step before clipping.")
         self.epoch_ratio = gauge("epoch_ratio", "Passes over the training rows so far.")
         self.goodput_ratio = gauge("goodput_ratio", "Time in kept steps divided by time since training first started.")
-        self.label_tokens = counter("label_tokens", "Tokens learned by this attempt.")
+        self.mfu_ratio = gauge("mfu_ratio", "Model FLOPs per second divided by the GPU's dense bf16 peak.")
+        self.label_tokens = counter("label_tokens", "Tokens learned, by all attempts.")
+        self.data_wait = counter("data_wait_seconds", "Time in which steps waited for their batches.")
         self.nonfinite_steps = counter("nonfinite_steps", "Steps skipped because loss or gradient were not finite.")
+        self.loss_spikes = counter("loss_spikes", "Steps whose loss stood far out from those before.")
         self.oom_retries = counter("oom_retries", "Steps repeated with less memory.")
         self.resumes = counter("resumes", "Whether this attempt continued a checkpoint.")
         self.checkpoint_stall = gauge("checkpoint_stall_seconds", "Time the last checkpoint kept training waiting.")
-        self.checkpoint_write = gauge("checkpoint_write_seconds", "Time to write, upload and publish the last one.")
+        self.checkpoint_write = gauge("checkpoint_write_seconds", "Time to write the last one to disk.")
+        self.checkpoint_upload = gauge("checkpoint_upload_seconds", "Time to upload and publish the last one.")
         self.checkpoint_success = gauge("checkpoint_last_success_timestamp_seconds", "When a checkpoint was published.")
         self.gpu_memory_peak = gauge("gpu_memory_peak_bytes", "Highest GPU memory in use so far.")
         self.gpu_memory_reserved = gauge("gpu_memory_reserved_bytes", "GPU memory held by the process.")

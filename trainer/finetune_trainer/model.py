@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import attention
+from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
 from finetune_trainer.logprobs import nll_sum, token_logprobs
 from finetune_trainer.runplan import RunPlan
 
 # Largest log-probability difference between our pass and the model's own, by dtype: rounding, nothing else.
 _SAME_LOGPROB = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in the configuration of a mixture
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,23 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
     config.base_model_name_or_path = plan.model.uri
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def model_size(lm: LanguageModel, adapted: PeftModel) -> ModelSize | None:
+    """What the FLOPs are counted from; None for a mixture of experts, which multiplies with a part of its weights."""
+    config = lm.causal.config
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return None
+    embeddings = cast(nn.Embedding, lm.causal.get_input_embeddings()).weight
+    frozen = {id(p): p.numel() for p in adapted.parameters() if not p.requires_grad}
+    outside = {id(embeddings), id(lm.head.weight)}
+    return ModelSize(
+        layer_weights=sum(count for key, count in frozen.items() if key not in outside),
+        head_weights=lm.head.weight.numel(),
+        adapter_weights=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+    )
 
 
 def adapter_parameters(adapted: PeftModel) -> dict[str, nn.Parameter]:

@@ -25,9 +25,9 @@ _REQUEST_TIMEOUT_S = 5
 _MAX_CONNECTIONS = 8
 
 # Progress field -> metric name and its help.
-_GAUGES = {
+_TRAIN_GAUGES = {
     "step": ("finetune_train_step", "Finished optimizer steps."),
-    "total_steps": ("finetune_train_steps", "Optimizer steps of the plan."),
+    "total_steps": ("finetune_train_planned_steps", "Optimizer steps of the plan."),
     "train_loss": ("finetune_train_loss", "Loss of the last step, nats per label token."),
     "eval_loss": ("finetune_train_eval_loss", "Last loss on held-out rows, nats per label token."),
     "base_eval_loss": ("finetune_train_base_eval_loss", "Loss of the base model on held-out rows."),
@@ -37,10 +37,8 @@ _GAUGES = {
     "seconds_since_step": ("finetune_train_since_step_seconds", "Time since the last step finished."),
     "seconds_since_checkpoint": ("finetune_train_since_checkpoint_seconds", "Work not yet in a checkpoint."),
 }
-_COUNTERS = {
-    "tokens_total": ("finetune_train_tokens", "Tokens trained on by this attempt."),
-    "rows_read": ("finetune_prepare_rows_read", "Rows read by this attempt."),
-}
+_TRAIN_COUNTERS = {"tokens_total": ("finetune_train_tokens", "Tokens trained on, by all attempts.")}
+_PREPARE_COUNTERS = {"rows_read": ("finetune_prepare_rows_read", "Rows read by this attempt.")}
 
 
 class Reporter:
@@ -49,7 +47,8 @@ class Reporter:
     def __init__(self, stage: Stage, attempt: int, registry: CollectorRegistry) -> None:
         self._lock = threading.Lock()
         self._fields: dict[str, object] = {"stage": stage, "attempt": attempt, "activity": "Starting"}
-        self._step_at_s = self._checkpoint_at_s = time.monotonic()
+        self._step_at_s = self._checkpoint_at_s = self._activity_at_s = time.monotonic()
+        self._activity_seconds: dict[str, float] = {}
         self.registry = registry  # for the stage's own metrics
         self._server: _Server | None = None
         registry.register(_ProgressCollector(self))
@@ -72,6 +71,8 @@ class Reporter:
                 bind_step(cast("int", finite["step"]))
             if "checkpoint" in finite and finite["checkpoint"] != self._fields.get("checkpoint"):
                 self._checkpoint_at_s = now_s
+            if "activity" in finite and finite["activity"] != self._fields["activity"]:
+                self._add_activity(now_s)
             self._fields.update(finite)
 
     def progress(self) -> Progress:
@@ -83,6 +84,18 @@ class Reporter:
                 "seconds_since_checkpoint": now_s - self._checkpoint_at_s,
             }
             return Progress.model_validate(since | self._fields)
+
+    def activity_seconds(self) -> dict[str, float]:
+        """How long the stage has done what it does and did, by Progress.activity."""
+        with self._lock:
+            self._add_activity(time.monotonic())
+            return dict(self._activity_seconds)
+
+    def _add_activity(self, now_s: float) -> None:
+        """Count the time since the last call for the present activity; the lock is held."""
+        activity = cast("str", self._fields["activity"])
+        self._activity_seconds[activity] = self._activity_seconds.get(activity, 0.0) + now_s - self._activity_at_s
+        self._activity_at_s = now_s
 
     def start(self, port: int) -> int:
         """Serve on `port` (0: any free one) until `close`; returns the port. Raises OSError when it is taken."""
@@ -114,10 +127,17 @@ class _ProgressCollector(Collector):
                 "activity": progress.activity,
             },
         )
-        for field, (name, text) in _GAUGES.items():
+        seconds = CounterMetricFamily(
+            "finetune_stage_seconds", "Time spent on each activity.", labels=("stage", "activity")
+        )
+        for activity, spent_s in self._reporter.activity_seconds().items():
+            seconds.add_metric((progress.stage.value, activity), spent_s)
+        yield seconds
+        training = progress.stage is Stage.TRAIN
+        for field, (name, text) in (_TRAIN_GAUGES if training else {}).items():
             if (value := getattr(progress, field)) is not None:
                 yield GaugeMetricFamily(name, text, value=value)
-        for field, (name, text) in _COUNTERS.items():
+        for field, (name, text) in (_TRAIN_COUNTERS if training else _PREPARE_COUNTERS).items():
             yield CounterMetricFamily(name, text, value=getattr(progress, field))
 
 

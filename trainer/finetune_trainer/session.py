@@ -5,6 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from finetune_trainer import guard
 from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, snapshot
 from finetune_trainer.evaluate import held_out_loss
+from finetune_trainer.flops import ModelSize, step_flops
 from finetune_trainer.inputs import Rows
 from finetune_trainer.logs import bind_step
 from finetune_trainer.loop import Stepper, learning_rate
@@ -51,6 +53,14 @@ def _read_later(step: int, values: Tensor) -> _Reading:
     return _Reading(step, host, arrived)
 
 
+class _Timed(NamedTuple):
+    """What a step did, and in which time."""
+
+    tokens: int
+    seconds: float
+    flops: int
+
+
 @dataclass
 class Session:
     """One attempt's training, from a position to the last step of the plan or a request to stop."""
@@ -67,10 +77,11 @@ class Session:
     metrics: TrainMetrics
     metrics_file: MetricsFile
     watchdog: guard.Watchdog
+    model_size: ModelSize | None = None
+    peak_flops: float | None = None  # of the GPU; without it, or without the model's size, there is no MFU
     _pending: deque[_Reading] = field(default_factory=deque[_Reading])
-    _recent: deque[tuple[int, float]] = field(
-        default_factory=partial(deque[tuple[int, float]], maxlen=_SPEED_WINDOW_STEPS)
-    )
+    _recent: deque[_Timed] = field(default_factory=partial(deque[_Timed], maxlen=_SPEED_WINDOW_STEPS))
+    _losses: deque[float] = field(default_factory=partial(deque[float], maxlen=guard.SPIKE_WINDOW_STEPS))
     _step_began_s: float = 0.0
     _logged_s: float = 0.0
 
@@ -141,15 +152,21 @@ class Session:
                     "kept_seconds": before.kept_seconds + seconds,
                 }
             )
-            self._recent.append((tokens, seconds))
+            self._recent.append(_Timed(tokens, seconds, self._flops(reading.step, labels)))
             bind_step(self.position.step)
             self._report(reading.step, loss, norm, finite, tokens, labels, seconds)
+
+    def _flops(self, step: int, labels: int) -> int:
+        if self.peak_flops is None or self.model_size is None:
+            return 0
+        return step_flops(self.model_size, self.stepper.rows.lengths(self.stepper.steps.rows_of(step)), labels)
 
     def _report(
         self, step: int, loss: float, norm: float, finite: bool, tokens: int, labels: int, seconds: float
     ) -> None:
         steps, position = self.stepper.steps, self.position
-        speed = sum(t for t, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
+        recent_s = max(1e-9, sum(timed.seconds for timed in self._recent))
+        speed = sum(timed.tokens for timed in self._recent) / recent_s
         rate = learning_rate(step, self.stepper.hyper)
         self.reporter.update(
             step=position.step,
@@ -163,6 +180,13 @@ class Session:
         self.metrics.grad_norm.set(norm)
         self.metrics.label_tokens.inc(labels)
         self.metrics.nonfinite_steps.inc(not finite)
+        waited_s, self.stepper.data_wait_s = self.stepper.data_wait_s, 0.0
+        self.metrics.data_wait.inc(waited_s)
+        if finite:
+            self.metrics.loss_spikes.inc(guard.is_spike(loss, self._losses))
+            self._losses.append(loss)
+        if self.peak_flops is not None and self.model_size is not None:
+            self.metrics.mfu_ratio.set(sum(timed.flops for timed in self._recent) / recent_s / self.peak_flops)
         self.metrics.epoch_ratio.set(steps.step_offsets[step + 1] / max(1, len(self.stepper.rows)))
         self.metrics.goodput_ratio.set(position.kept_seconds / max(1e-9, time.time() - position.first_started_at))
         if self.stepper.lm.device.type == "cuda":

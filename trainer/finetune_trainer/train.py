@@ -25,12 +25,13 @@ from finetune_trainer import checkpoint, commit, export, inputs, results
 from finetune_trainer.card import Evaluations, Lineage
 from finetune_trainer.context import StageContext
 from finetune_trainer.evaluate import answers
+from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import Watchdog, watching
 from finetune_trainer.inputs import Rows, StepPlan
 from finetune_trainer.logs import Uploader
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
-from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.session import Session
@@ -163,10 +164,14 @@ def _begin(
     # Together: a total beside step 0 would look as if the work of earlier attempts were lost.
     ctx.reporter.update(step=position.step, total_steps=hyper.total_steps, tokens_total=position.tokens)
 
-    def saved(status: CheckpointStatus, seconds: float) -> None:
+    metrics.label_tokens.inc(position.label_tokens)
+    metrics.nonfinite_steps.inc(position.nonfinite_steps)
+
+    def saved(status: CheckpointStatus, write_s: float, upload_s: float) -> None:
         ctx.reporter.update(checkpoint=status)
-        metrics.checkpoint_write.set(seconds)
-        metrics.checkpoint_success.set_to_current_time()
+        metrics.checkpoint_write.set(write_s)
+        metrics.checkpoint_upload.set(upload_s)
+        metrics.checkpoint_success.set(time.time())
 
     metrics_file = MetricsFile(
         ctx.work_dir / Path(METRICS).name, hyper.total_steps, _earlier_metrics(ctx), position.step
@@ -207,6 +212,8 @@ def _begin(
         metrics,
         metrics_file,
         Watchdog(lambda step, seconds: _end_stalled(ctx, step, seconds)),
+        model_size(lm, adapted),
+        peak_flops(torch.cuda.get_device_name(lm.device)) if lm.device.type == "cuda" else None,
     )
     return session, uploader, resumed_from
 
