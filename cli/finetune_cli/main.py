@@ -106,6 +106,11 @@ def main() -> None:
     except BrokenPipeError:  # `finetune … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:  # such as a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        words = f"{where}{error.strerror or type(error).__name__}"
+        Console(stderr=True, highlight=False).print(f"[bold red]Error[/] {escape(words)}", soft_wrap=True)
+        sys.exit(Exit.FAILED)
 
 
 if __name__ == "__main__":

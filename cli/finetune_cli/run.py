@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from finetune_api import layout
 from finetune_api.errors import StageError
@@ -38,10 +40,12 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     folder = (work_dir or local.default_work_dir(path, job)).resolve()
     with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, times)) as stop:
         state = local.load_state(folder, uid)
-        config = local.run_config(job, uid, folder, local.this_machine(folder), os.environ)
+        config = _config(job, uid, folder)
         config_file = folder / "run.json"
         config_file.write_text(config.to_json())
-        console.print(f"[bold]{config.job.name}[/] works in {folder} and writes to {config.run_uri}", soft_wrap=True)
+        console.print(
+            f"[bold]{config.job.name}[/] works in {escape(f'{folder} and writes to {config.run_uri}')}", soft_wrap=True
+        )
         stage_run = StageRun(config, config_file, Stage.PREPARE, 0, state.plan_digest, folder / "log", lock.fileno())
         earlier = state.plan_digest is not None
         if earlier:
@@ -63,6 +67,15 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
+def _config(job: dict[str, Any], uid: str, folder: Path) -> RunConfig:
+    try:
+        return local.run_config(job, uid, folder, local.this_machine(folder), os.environ)
+    except ValidationError as error:  # such as a very long path, or no free disk
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CommandError(f"this machine cannot run it, {field}: {first['msg']}", Exit.USAGE) from error
+
+
 def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Console) -> tuple[local.State, RunResult]:
     """Attempts until one succeeds, its failure is final, the retries are used up, or we are asked to stop."""
     recovery = run.config.spec.recovery
@@ -81,7 +94,8 @@ def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Consol
         failures += 1
         if stop.requested or result.exit_code == 0 or is_final(FAULTS[result.fault].reason) or failures > retries:
             return state, result
-        console.print(f"[yellow]Retry[/]   {failures} of {retries}: {words(result.fault, result.args)}", soft_wrap=True)
+        why = escape(words(result.fault, result.args))
+        console.print(f"[yellow]Retry[/]   {failures} of {retries}: {why}", soft_wrap=True)
         stop.pause(RETRY_PAUSE_S)
         if stop.requested:
             return state, result

@@ -1,5 +1,7 @@
 """The command line: files, exit codes, and errors without traces."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,15 @@ def test_errors_are_one_line_without_a_trace(monkeypatch: pytest.MonkeyPatch, ca
     assert call(monkeypatch, "run", "/nowhere/[job].yaml") == Exit.USAGE
     said = capsys.readouterr().err
     assert said == "Error /nowhere/[job].yaml cannot be read: No such file or directory\n"
+
+
+def test_a_full_disk_is_one_line_without_a_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/work/[1]/state.json")
+
+    monkeypatch.setattr("finetune_cli.run.run", full)
+    assert call(monkeypatch, "run", "job.yaml") == Exit.FAILED
+    assert capsys.readouterr().err == "Error /work/[1]/state.json: No space left on device\n"
 
 
 def test_validate_judges_as_the_cluster_does(

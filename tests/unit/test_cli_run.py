@@ -178,6 +178,24 @@ def test_what_may_pass_is_tried_again_and_what_is_final_is_not(play: Play):
     assert "train-2.console" in play.said
 
 
+def test_names_with_brackets_are_no_markup(play: Play, tmp_path: Path):
+    transient = {"exit": 31, "result": {"fault": "StorageUnavailable", "args": {"uri": "s3://x/[/y].jsonl"}}}
+    folder = tmp_path / "[old]" / "[/]"
+    play.work = folder
+    folder.mkdir(parents=True)
+    output = io.StringIO()
+    (folder / "play.json").write_text(json.dumps({"prepare-1": transient, "prepare-2": REFUSED}))
+    assert run.run(play.file, folder, Console(file=output, width=200)) == 11
+    assert f"works in {folder} and" in output.getvalue()
+    assert "s3://x/[/y].jsonl" in output.getvalue()
+
+
+def test_a_work_folder_of_too_long_a_name_is_said_in_words(play: Play, tmp_path: Path):
+    folder = tmp_path / ("x" * 200) / ("y" * 100)
+    with pytest.raises(CommandError, match=r"cannot run it, work_dir: String should have at most 256"):
+        run.run(play.file, folder, Console(file=io.StringIO()))
+
+
 def test_retries_end_at_the_limit_of_the_job(play: Play):
     play.job["spec"]["recovery"] = {"maxRetries": 1}
     play.file.write_text(json.dumps(play.job))
