@@ -66,6 +66,10 @@ def test_a_store_that_ignores_conditions_is_found_out_at_the_claim(monkeypatch: 
     assert caught.value.fault is Fault.CONDITIONAL_WRITES_UNSUPPORTED
 
 
+def no_delay(_self: object, _context: object) -> float:
+    return 0.0
+
+
 @pytest.mark.parametrize("again", [Trouble("PUT", status=503, code="SlowDown"), Trouble("PUT", lose_answer=True)])
 @pytest.mark.parametrize("write", [0, 1])
 def test_a_store_that_is_busy_at_the_claim_is_not_said_to_ignore_conditions(
@@ -73,7 +77,7 @@ def test_a_store_that_is_busy_at_the_claim_is_not_said_to_ignore_conditions(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
     with stub_s3() as server:
         store = open_store(StorageConfig(endpoint=server.endpoint, path_style=True))
         server.troubles = [*[Trouble("PUT")] * write, again]
@@ -174,6 +178,23 @@ def test_damage_after_the_commit_is_noticed(store: Store, run_uri: str, name: st
         protocol.read_commit(store, run_uri)
     assert caught.value.fault is Fault.CORRUPT_TRANSFER
     assert str(caught.value.args_by_name["uri"]).endswith(name)
+
+
+def test_latest_is_moved_in_a_store_that_has_only_if_none_match_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with stub_s3() as server:
+        store = open_store(StorageConfig(endpoint=server.endpoint, path_style=True))
+        for run in ("bot-11111", "bot-22222"):
+            run_uri = f"s3://bucket/out/{run}"
+            fence = protocol.raise_epoch(store, run_uri, 1, "pod")
+            artifact = publish_adapter(store, fence, run_uri)
+            # Of the second run: its commit has If-None-Match, the pointer's move If-Match.
+            first = run == "bot-11111"
+            server.troubles = [] if first else [Trouble("PUT"), Trouble("PUT", status=501, code="NotImplemented")]
+            protocol.commit(store, fence, run_uri, artifact)
+        latest, _etag = store.read("s3://bucket/out/latest.json")
+    assert Committed.model_validate_json(latest).run_uri == "s3://bucket/out/bot-22222"
 
 
 def test_latest_moves_only_forward(store: Store, run_uri: str, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def move_latest(store: Store, committed: Committed) -> bool:
         if not _moves(found, committed):
             return found == content
         try:
-            store.put(uri, content, if_none_match=etag is None, if_match=etag)
+            _replace(store, uri, content, etag)
         except PreconditionFailed:
             time.sleep(random.uniform(0, min(0.05 * 2**race, 2.0)))
             continue
@@ -192,6 +192,19 @@ def move_latest(store: Store, committed: Committed) -> bool:
     raise StageError(
         Fault.STORAGE_UNAVAILABLE, action="write", uri=uri, tries=_MAX_RACES, seconds=0, problem="others write it too"
     )
+
+
+def _replace(store: Store, uri: str, content: bytes, etag: str | None) -> None:
+    """Write `latest.json` if it is still the version `etag`; without that condition where the store has none.
+
+    The adapter is committed by then: a pointer that two jobs may move at once is worth less than the job."""
+    try:
+        store.put(uri, content, if_none_match=etag is None, if_match=etag)
+    except StageError as error:
+        if error.fault is not Fault.CONDITIONAL_WRITES_UNSUPPORTED or etag is None:
+            raise
+        log.warning("the store has no If-Match: %s is moved without it", layout.LATEST)
+        store.put(uri, content)
 
 
 def _moves(found: bytes, committed: Committed) -> bool:
