@@ -1,0 +1,182 @@
+"""What the operator makes of the answers of an API server that is busy, restarted, cut off, or wrong."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.metrics import Metrics
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Server:
+    """Gives the scripted answers in turn, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.asked: list[tuple[str, str, dict[str, Any] | None]] = []
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def serve(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                script.asked.append((self.command, self.path, body))
+                status, headers, content = script.answers.pop(0)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = serve  # noqa: N815 - the names that http.server calls
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nobody reads it."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def says(self, status: int, content: object, **headers: str) -> None:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.answers.append((status, named, content if isinstance(content, bytes) else json.dumps(content).encode()))
+
+    def refuses(self, status: int, reason: str, message: str = "", **headers: str) -> None:
+        self.says(status, {"kind": "Status", "code": status, "reason": reason, "message": message}, **headers)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+def cluster(server: Server, metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    port = server.http.server_address[1]
+    config = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [{"name": "x", "user": {}}],
+        "clusters": [{"name": "x", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+    }  # fmt: skip
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    return Cluster(metrics, 4)
+
+
+def line(kind: str, **body: Any) -> bytes:
+    return json.dumps({"type": kind, "object": body}).encode() + b"\n"
+
+
+def listed(*names: str, version: str = "7", token: str = "") -> dict[str, Any]:
+    items = [{"metadata": {"name": name}} for name in names]
+    return {"metadata": {"resourceVersion": version, "continue": token}, "items": items}
+
+
+def test_what_is_not_there_is_none(cluster: Cluster, server: Server):
+    server.refuses(404, "NotFound")
+    assert cluster.get("finetunejobs", "a", "bot") is None
+
+
+@pytest.mark.parametrize("status", [400, 403, 409, 422, 429, 500, 503])
+def test_a_refusal_keeps_its_code_and_reason_and_is_asked_only_once(
+    cluster: Cluster, server: Server, metrics: Metrics, status: int
+):
+    server.refuses(status, "Because", "in words")
+    with pytest.raises(ApiError, match="in words") as refusal:
+        cluster.get("finetunejobs", "a", "bot")
+    assert (refusal.value.status, refusal.value.reason) == (status, "Because")
+    assert len(server.asked) == 1
+    assert metrics.registry.get_sample_value("finetune_api_errors_total", {"code": str(status)}) == 1
+
+
+def test_a_busy_server_says_how_long_to_wait(cluster: Cluster, server: Server, metrics: Metrics):
+    server.refuses(429, "TooManyRequests", Retry_After="17")
+    with pytest.raises(ApiError) as refusal:
+        cluster.get("finetunejobs", "a", "bot")
+    assert refusal.value.retry_after_s == 17
+    assert metrics.registry.get_sample_value("finetune_api_throttled_total") == 1
+
+
+def test_a_proxy_that_answers_no_json_is_an_error_with_its_words(cluster: Cluster, server: Server):
+    server.says(502, b"<html>bad gateway</html>")
+    with pytest.raises(ApiError, match="bad gateway"):
+        cluster.get("finetunejobs", "a", "bot")
+
+
+def test_an_answer_that_is_cut_short_says_nothing_about_whether_the_write_happened(cluster: Cluster, server: Server):
+    server.says(201, b'{"metadata": ', Content_Length="1000", Connection="close")
+    with pytest.raises(UnreachableError):
+        cluster.create("jobs", {"metadata": {"namespace": "a", "name": "x"}})
+
+
+def test_a_server_that_is_gone_is_unreachable(cluster: Cluster, server: Server):
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(UnreachableError):
+        cluster.get("finetunejobs", "a", "bot")
+
+
+def test_a_status_is_written_only_onto_the_version_that_was_read(cluster: Cluster, server: Server):
+    server.says(200, {"metadata": {}})
+    cluster.patch_status("a", "bot", "41", {"phase": "Training"})
+    method, path, body = server.asked[0]
+    assert (method, path.partition("?")[0]) == (
+        "PATCH",
+        "/apis/finetune.dev/v1alpha1/namespaces/a/finetunejobs/bot/status",
+    )
+    assert body == {"metadata": {"resourceVersion": "41"}, "status": {"phase": "Training"}}
+
+
+@pytest.mark.parametrize("status", [404, 409])
+def test_a_deletion_is_in_the_background_of_one_object_and_fine_if_it_is_gone(
+    cluster: Cluster, server: Server, status: int
+):
+    server.refuses(status, "x")
+    cluster.delete_job("a", "train-1", "uid-1")
+    assert server.asked[0][2] == {"propagationPolicy": "Background", "preconditions": {"uid": "uid-1"}}
+
+
+def test_a_watch_lists_in_pages_what_has_our_label_and_follows_from_there(cluster: Cluster, server: Server):
+    server.says(200, listed("one", token="more"))
+    server.says(200, listed("two", version="9"))
+    server.says(200, line("ADDED", metadata={"name": "three"}) + line("BOOKMARK"))
+    seen = [(kind, (body.get("metadata") or {}).get("name")) for kind, body in cluster.watch("pods", "a")]
+    assert seen == [("ITEM", "one"), ("ITEM", "two"), ("LISTED", None), ("ADDED", "three"), ("BOOKMARK", None)]
+    queries = [parse_qs(urlsplit(path).query) for _, path, _ in server.asked]
+    assert {query["labelSelector"][0] for query in queries} == {"app.kubernetes.io/managed-by=finetune-operator"}
+    assert queries[1]["continue"] == ["more"]
+    assert queries[2]["resourceVersion"] == ["9"]
+
+
+def test_a_watch_whose_past_is_gone_says_so(cluster: Cluster, server: Server):
+    server.says(200, listed())
+    server.says(200, line("ERROR", code=410, reason="Expired", message="too old resource version"))
+    with pytest.raises(ApiError, match="410"):
+        list(cluster.watch("jobs", None))
+
+
+@pytest.mark.parametrize("part", [b'{"type": "ADD', b"", b"\xff\xff\n"])
+def test_a_watch_that_is_cut_or_garbled_is_unreachable(cluster: Cluster, server: Server, part: bytes):
+    server.says(200, listed())
+    server.says(200, part, Content_Length="1000")
+    with pytest.raises(UnreachableError):
+        list(cluster.watch("jobs", None))

@@ -1,0 +1,236 @@
+"""One round against an API server that refuses, conflicts, or has something else under our name."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_operator.children import Children, Owner
+from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.metrics import Metrics
+from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
+from finetune_operator.runtimes import Runtimes
+from finetune_operator.seen import SeenProgress
+from status_samples import SPEC
+
+UID = "1a2b3c4d-0000"
+KEY = ("a", "bot")
+CONFLICT = ApiError(409, "Conflict", "the object has been modified")
+
+
+class FakeCluster:
+    """Objects as the API server keeps them. `fail` holds errors by verb and kind, each raised once."""
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.objects: dict[tuple[str, str], dict[str, Any]] = {}
+        self.events: list[str] = []
+        self.fail: dict[str, list[Exception]] = {}
+
+    def submit(self, uid: str = UID, **spec: Any) -> None:
+        meta = {"name": "bot", "namespace": "a", "uid": uid, "generation": 1, "resourceVersion": "1"}
+        self.objects["finetunejobs", "bot"] = {"metadata": meta, "spec": SPEC | spec}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.objects["finetunejobs", "bot"]["status"]
+
+    def condition(self, kind: str) -> tuple[str, str]:
+        return next((c["status"], c["reason"]) for c in self.status["conditions"] if c["type"] == kind)
+
+    def jobs(self) -> list[str]:
+        return [name for kind, name in self.objects if kind == "jobs"]
+
+    def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        self._may_fail(f"get {kind}")
+        return self.objects.get((kind, name))
+
+    def list_children(self, namespace: str, job_uid: str) -> list[dict[str, Any]]:
+        return [body for (kind, _), body in self.objects.items() if kind == "jobs"]
+
+    def list_events(self, namespace: str, uid: str) -> list[dict[str, Any]]:
+        return []
+
+    def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        self._may_fail(f"create {kind}")
+        if kind == "events":
+            self.events.append(body["reason"])
+        elif (kind, body["metadata"]["name"]) in self.objects:
+            raise ApiError(409, "AlreadyExists", "")
+        else:
+            self.objects[kind, body["metadata"]["name"]] = body
+        return body
+
+    def patch_status(self, namespace: str, name: str, resource_version: str, patch: dict[str, Any]) -> dict[str, Any]:
+        self._may_fail("patch status")
+        body = self.objects["finetunejobs", name]
+        self.version += 1
+        body["metadata"]["resourceVersion"] = str(self.version)
+        body["status"] = body.get("status", {}) | patch
+        return body
+
+    def _may_fail(self, what: str) -> None:
+        errors = self.fail.get(what, [])
+        if errors:
+            raise errors.pop(0)
+
+
+class NoProgress:
+    def last(self, owner: Owner) -> SeenProgress | None:
+        return None
+
+    def interval_s(self) -> float:
+        return 30
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    made = FakeCluster()
+    made.submit()
+    return made
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+def runtimes(tmp_path: Path) -> Path:
+    path = tmp_path / "runtimes.yaml"
+    path.write_text("runtimes: {default: {image: trainer}}")
+    return path
+
+
+@pytest.fixture
+def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path) -> Reconciler:
+    children = Children(lambda _key: None)
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    return Reconciler(cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes), metrics, lambda: now)
+
+
+FIRST = names.child_name("bot", UID, Stage.PREPARE, 1)
+
+
+def test_a_round_writes_the_status_and_creates_the_configuration_before_the_job(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    assert [name for _, name in cluster.objects] == ["bot", names.run_name("bot", UID), FIRST]
+    assert cluster.events == ["Accepted"]
+
+
+def test_a_status_that_somebody_else_wrote_meanwhile_is_read_again_at_once(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    cluster.fail["patch status"] = [CONFLICT] * (MAX_CONFLICTS - 1)
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+    assert cluster.events == ["Accepted"]
+
+
+def test_conflicts_without_end_are_left_to_a_later_round(reconciler: Reconciler, cluster: FakeCluster):
+    cluster.fail["patch status"] = [CONFLICT] * MAX_CONFLICTS
+    with pytest.raises(LaterError):
+        reconciler.reconcile(KEY)
+    assert cluster.jobs() == []
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_leaves_everything_to_a_later_round(reconciler: Reconciler, cluster: FakeCluster, status: int):
+    cluster.fail["create jobs"] = [ApiError(status, "x", "")]
+    with pytest.raises(ApiError):
+        reconciler.reconcile(KEY)
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+    assert len(cluster.status["attempts"]) == 1
+
+
+def test_a_creation_whose_answer_was_lost_is_found_and_not_repeated(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    cluster.fail["create jobs"] = [UnreachableError("cut")]
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_manifest_that_the_server_refuses_ends_the_job_with_its_words(
+    reconciler: Reconciler, cluster: FakeCluster, status: int
+):
+    cluster.fail["create jobs"] = [ApiError(status, "Invalid", "spec.template: no such thing")]
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "InvalidManifest")
+    assert "spec.template: no such thing" in str(cluster.status["conditions"])
+    assert cluster.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"), [("exceeded quota: q", "QuotaExceeded"), ("jobs.batch is forbidden", "Forbidden")]
+)
+def test_a_creation_that_is_not_allowed_is_degraded_and_tried_again(
+    reconciler: Reconciler, cluster: FakeCluster, message: str, reason: str
+):
+    cluster.fail["create jobs"] = [ApiError(403, "Forbidden", message)]
+    with pytest.raises(RefusedError):
+        reconciler.reconcile(KEY)
+    assert cluster.condition("Degraded") == ("True", reason)
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+
+
+def test_nothing_is_created_beside_a_living_job_that_the_watch_has_not_shown_yet(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    job = cluster.objects.pop(("jobs", FIRST))
+    other = names.child_name("bot", UID, Stage.PREPARE, 2)
+    labels = names.child_labels("bot", UID, Stage.PREPARE, 2)
+    cluster.objects["jobs", other] = {**job, "metadata": {**job["metadata"], "name": other, "labels": labels}}
+    with pytest.raises(LaterError, match="alive"):
+        reconciler.reconcile(KEY)
+    assert cluster.jobs() == [other]
+
+
+def test_a_configuration_of_another_version_ends_the_job(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    del cluster.objects["jobs", FIRST]
+    cluster.objects["configmaps", names.run_name("bot", UID)]["data"][names.CONFIG_FILE] = '{"of_the_future": 1}'
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "InvalidManifest")
+
+
+def test_every_attempt_runs_in_the_image_of_the_first_whatever_the_runtime_is_by_then(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    reconciler.reconcile(KEY)
+    first = cluster.objects.pop(("jobs", FIRST))
+    runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
+    reconciler.reconcile(KEY)
+    assert cluster.objects["jobs", FIRST] == first
+
+
+def test_an_event_that_is_not_taken_changes_nothing(reconciler: Reconciler, cluster: FakeCluster):
+    cluster.fail["create events"] = [ApiError(403, "Forbidden", "")]
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+
+
+def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
+    reconciler: Reconciler, cluster: FakeCluster, metrics: Metrics
+):
+    figures = {"namespace": "a", "name": "bot"}
+    reconciler.reconcile(KEY)
+    cluster.status["metrics"] = {"trainLoss": 1.5}
+    reconciler.reconcile(KEY)
+    assert metrics.registry.get_sample_value("finetune_job_train_loss", figures) == 1.5
+    cluster.objects.clear()
+    cluster.submit(uid="5e6f7a8b-0000")
+    reconciler.reconcile(KEY)
+    assert metrics.registry.get_sample_value("finetune_job_train_loss", figures) is None
+    cluster.objects.clear()
+    reconciler.reconcile(KEY)
+    assert metrics.registry.get_sample_value("finetune_job_failures", figures) is None
