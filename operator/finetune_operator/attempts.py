@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 from finetune_api.names import Stage
-from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, reason_of_exit, words
+from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, reason_of_exit, words
 from finetune_api.run import RunResult
 from finetune_api.status import AttemptStatus
 from finetune_operator.observed import ObservedJob, ObservedPod
@@ -69,18 +69,13 @@ def judge(
     return Ended(attempt_class, reason, message, pod.exit_code, report, finished_at)
 
 
-def is_final_exit(exit_code: int | None) -> bool:
-    """Codes 10 to 29 are final, those of a newer trainer that this operator has no name for included."""
-    return exit_code is not None and 10 <= exit_code < 30
-
-
 def is_final(entry: AttemptStatus, earlier: Sequence[AttemptStatus]) -> bool:
     """Whether a failed attempt ends the job, whatever retries are left."""
     if entry.attempt_class != "Failure":
         return False
     reason = reason_of(entry.reason)
     before = [e for e in earlier if e.stage == entry.stage and reason_of(e.reason) == reason]
-    return is_final_exit(entry.exit_code) or (reason in ONCE_REASONS and bool(before))
+    return entry.exit_code in FINAL_EXIT_CODES or (reason in ONCE_REASONS and bool(before))
 
 
 def _completes(entry: AttemptStatus, report: RunResult | None) -> bool:
@@ -113,7 +108,7 @@ def _with_container(
     code = pod.exit_code or 0
     told = words(report.fault, report.args) if report is not None else ""
     by_code = reason_of_exit(code)
-    if is_final_exit(code):
+    if code in FINAL_EXIT_CODES:
         waits = entry.stage == Stage.PREPARE and by_code in STORAGE_REASONS
         return ("Waiting" if waits else "Failure", by_code, told or f"the trainer ended with exit code {code}")
     if is_stopping(entry):

@@ -14,6 +14,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
 from finetune_api.quantity import cpu_count, memory_bytes
+from finetune_api.reasons import FINAL_EXIT_CODES
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_operator.observed import ANNOTATION_GPUS
 from finetune_operator.settings import Runtime, Toleration
@@ -21,7 +22,6 @@ from finetune_operator.view import JobView
 
 RUNTIME_FILE = "runtime.json"
 USER_ID = 10001
-FINAL_CODES = list(range(10, 30))  # also those of a newer trainer
 UNREACHABLE_S = 60
 
 Manifest = dict[str, Any]
@@ -84,7 +84,7 @@ def job_manifest(
     meta = _metadata(job, names.child_name(job.name, job.uid, stage, attempt), labels)
     gpus = config.resources.gpus if stage == Stage.TRAIN else 0
     ignore = {"type": "DisruptionTarget", "status": "True"}
-    exit_codes = {"containerName": names.CONTAINER, "operator": "In", "values": FINAL_CODES}
+    exit_codes = {"containerName": names.CONTAINER, "operator": "In", "values": list(FINAL_EXIT_CODES)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -30,6 +30,11 @@ def test_only_exit_codes_10_to_29_are_final(code: int, final: bool) -> None:
     assert (code in FINAL_EXIT_CODES) is final
 
 
+def test_every_reason_of_the_operator_is_one_that_it_gives() -> None:
+    code = " ".join(path.read_text() for path in (ROOT / "operator/finetune_operator").glob("*.py"))
+    assert [r for r in Reason if r not in EXIT_CODES and f"Reason.{r.name}" not in code] == []
+
+
 def test_words_name_the_place_and_survive_a_missing_argument() -> None:
     error = StageError(
         Fault.BROKEN_ROW, file="s3://b/x.jsonl", row=7, field=" field messages", problem="is empty", broken=1
