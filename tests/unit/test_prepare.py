@@ -334,6 +334,15 @@ def test_files_passed_over_are_counted_however_many_and_files_of_long_names_are_
     assert prepared.report["ignored_files_total"] == 120
 
 
+def test_fields_that_are_not_read_are_told_with_the_rows_that_have_them(tmp_path: Path) -> None:
+    rows = [row | {"system": "be kind", "tools": [], "a secret": 1} for row in chats(3)]
+    put(tmp_path, a_jsonl=jsonl([*rows, *chats(2, start=3)]))
+    columns = {"messages": [row["messages"] for row in chats(4, start=5)], "context": ["c"] * 4, "text": ["t"] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "data" / "b.parquet")
+    found = prepare_run(tmp_path).report["ignored_fields"]
+    assert found == {"system": 3, "(other)": 3, "context": 4, "text": 4}
+
+
 def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl_gz=gz(jsonl(chats(50)))[:-10])
     assert fails(tmp_path, QUARANTINE).fault is Fault.BROKEN_FILE

@@ -1,6 +1,7 @@
 """Every row's fate: counts per file, a decision record per dropped row, and the report. Never any content."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ import orjson
 from finetune_api.status import DroppedRows
 
 _MAX_REASONS = 10
+_MAX_IGNORED_FIELDS = 50
+_MAX_FIELD_NAME = 32
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.files: list[FileAccount] = []
         self.rows_read = 0
+        self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self._decisions = path.open("wb")
 
     def __enter__(self) -> Self:
@@ -66,6 +70,13 @@ class Ledger:
         """One more row of a file was read."""
         self.files[file].rows_in += 1
         self.rows_read += 1
+
+    def ignore_fields(self, names: Iterable[str], rows: int = 1) -> None:
+        """Fields that `rows` rows have, and that are not read. Only names that look like names: a key may be data."""
+        for name in names:
+            named = name.isidentifier() and len(name) <= _MAX_FIELD_NAME
+            known = name in self.ignored_fields or len(self.ignored_fields) < _MAX_IGNORED_FIELDS
+            self.ignored_fields[name if named and known else "(other)"] += rows
 
     @property
     def dropped(self) -> Counter[str]:

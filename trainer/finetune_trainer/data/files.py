@@ -40,6 +40,12 @@ class Decoded(NamedTuple):
     size_bytes: int
 
 
+def parquet_names(path: Path) -> list[str]:
+    """All columns of a file that `parquet_rows` has read."""
+    with pq.ParquetFile(path) as parquet:
+        return list(parquet.schema_arrow.names)
+
+
 class HashingReader:
     """Reads a stream in chunks and keeps the SHA-256 of what was read."""
 

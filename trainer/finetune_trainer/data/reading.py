@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
@@ -12,7 +12,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data import detect, files
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.problems import Broken, place
-from finetune_trainer.data.rows import Row, check, content_hash
+from finetune_trainer.data.rows import FIELDS, Row, check, content_hash, ignored
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
@@ -96,18 +96,17 @@ def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -
     with spec_field(f"datasets[{index}].uri"):
         found = store.match(dataset.uri, _MAX_FILES)
     kept = [info for info in found if info.uri.endswith(files.SUFFIXES)]
-    ignored = [info.uri for info in found if not info.uri.endswith(files.SUFFIXES)]
+    others = [info.uri for info in found if not info.uri.endswith(files.SUFFIXES)]
     if not kept:
         raise StageError(Fault.NO_FILES_MATCH, uri=place(dataset.uri))
     first = len(ledger.files)
     if first + len(kept) > _MAX_FILES:
         raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
     ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag) for info in kept]
-    if ignored:
-        log.warning(
-            "%d files are passed over, as their names end in none of %s", len(ignored), ", ".join(files.SUFFIXES)
-        )
-    return Inputs(range(first, first + len(kept)), ignored)
+    if others:
+        suffixes = ", ".join(files.SUFFIXES)
+        log.warning("%d files are passed over, as their names end in none of %s", len(others), suffixes)
+    return Inputs(range(first, first + len(kept)), others)
 
 
 def changed_files(store: Store, datasets: Sequence[DatasetSpec], pinned: Sequence[FileRecord]) -> list[str]:
@@ -148,6 +147,7 @@ def checked_rows(
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
         elif not bad.failing:
+            ledger.ignore_fields(ignored(cast(dict[str, Any], value), data_format))
             yield Checked(file, number, *checked, size_bytes)
         if bad.failing and bad.counted_enough:
             break
@@ -186,8 +186,12 @@ def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) 
         if account.uri.endswith(".parquet"):
             path = work_dir / "input.parquet"
             account.sha256 = store.download(account.uri, path, if_match=account.etag)
+            rows = 0
             for item in files.parquet_rows(path, account.uri):
+                rows += 1
                 yield index, item
+            if rows:
+                ledger.ignore_fields([name for name in files.parquet_names(path) if name not in FIELDS], rows)
             path.unlink()
             continue
         with store.open(account.uri, if_match=account.etag) as stream:

@@ -1,6 +1,7 @@
 """One row: from a decoded object to a checked conversation, completion or text."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,11 @@ Message = dict[str, Any]
 # Fields that change what should be learned. Going on without them would train something else than was asked for.
 _UNSUPPORTED_IN_ROW = ("tools", "functions")
 _UNSUPPORTED_IN_MESSAGE = ("tool_calls", "function_call", "weight", "train")
+_READ = {
+    DatasetFormat.MESSAGES: ("messages",),
+    DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+    DatasetFormat.TEXT: ("text",),
+}
 FIELDS = ("messages", "prompt", "completion", "text", *_UNSUPPORTED_IN_ROW)
 
 
@@ -61,6 +67,11 @@ def check(value: object, data_format: DatasetFormat) -> Row | Broken:
         return _conversation(prompt, "prompt", completion, "completion")
     problem = _check_string(prompt, "prompt") or _check_string(completion, "completion")
     return problem or Completion(cast(str, prompt), cast(str, completion))
+
+
+def ignored(names: Iterable[str], data_format: DatasetFormat) -> list[str]:
+    """Fields of a row that are not read; empty `tools` are no loss."""
+    return [name for name in names if name not in _READ[data_format] and name not in _UNSUPPORTED_IN_ROW]
 
 
 def _check_string(value: object, field: str) -> Broken | None:
