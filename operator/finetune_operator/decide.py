@@ -31,7 +31,7 @@ def decide(job: JobView, spec: FineTuneJobSpec, folded: Folded, seen: Seen, now:
     suspend = spec.suspend is True
     folded = _shelve(folded, suspend, now)
     seen_as = _look(folded, seen, now)
-    folded = _with_wait_clock(folded, seen_as, now)
+    folded = _with_wait_clock(folded, seen_as, suspend, now)
     deletions = _leftovers(folded, seen)
     if is_success(folded):
         return Decision(succeeded(folded.status, job.generation, now), deletions)
@@ -71,15 +71,16 @@ def _look(folded: Folded, seen: Seen, now: datetime) -> Look:
     return look(last, folded.job, folded.pods, blocked, now)
 
 
-def _with_wait_clock(folded: Folded, seen_as: Look, now: datetime) -> Folded:
-    """Since when somebody has to mend something; the clock goes on through the attempts in between."""
+def _with_wait_clock(folded: Folded, seen_as: Look, suspend: bool, now: datetime) -> Folded:
+    """Since when somebody has to mend something; the clock goes on through the attempts in between, and not at all
+    while the job is suspended, as then nobody tries."""
     entries = folded.status.attempts
     record = folded.status.record or OperatorRecord()
     closed = [e for e in entries if not is_open(e)]
     waiting = bool(closed) and closed[-1].attempt_class == "Waiting"
     if seen_as.wait is not None and seen_as.wait.reason in IMPATIENT_REASONS:
         waiting = True
-    since = (record.storage_wait_since or format_time(now)) if waiting else None
+    since = (record.storage_wait_since or format_time(now)) if waiting and not suspend else None
     if since == record.storage_wait_since:
         return folded
     record = record.model_copy(update={"storage_wait_since": since})

@@ -398,6 +398,19 @@ def test_storage_that_stays_away_ends_the_job_after_15_minutes_with_its_reason()
     assert len(world.status["attempts"]) <= 10
 
 
+def test_a_job_suspended_to_mend_its_storage_has_all_the_time_and_then_15_minutes_again():
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.ACCESS_DENIED).step()
+    world.spec["suspend"] = True
+    assert world.step().step(after_s=3600).phase == Phase.SUSPENDED
+    world.spec["suspend"] = False
+    world.step()
+    assert world.created[-1] == "prepare-2"
+    world.run("prepare-2").end("prepare-2", fault=Fault.ACCESS_DENIED).step(after_s=890)
+    assert world.verdict[0] == "Unknown"
+    world.run("prepare-3").end("prepare-3", fault=Fault.ACCESS_DENIED).step(after_s=20)
+    assert world.verdict == ("False", "AccessDenied")
+
+
 @pytest.mark.parametrize(
     ("waiting", "reason", "words"),
     [
@@ -786,18 +799,32 @@ def test_a_job_being_deleted_is_left_alone():
     assert world.events == []
 
 
-def test_the_status_stays_below_8_kib_in_the_worst_case():
+@pytest.mark.parametrize("letter", ["a", "ü"])
+def test_the_status_stays_below_8_kib_in_the_worst_case(letter: str):
+    run_uri = "s3://out/" + "x" * 503 + "/" + "n" * 40 + "-1a2b3"
     resolved = [{"field": "f" * 64, "value": "v" * 64, "reason": "r" * 160}] * 20
-    world = World().step().run("prepare-1")
-    world.end("prepare-1", fault=Fault.PREPARED, plan={**PLAN, "resolved": resolved}, data=DATA).step()
-    world.run("train-1").end(
-        "train-1", fault=Fault.STORAGE_UNAVAILABLE, args={"uri": "ü" * 256, "action": "x" * 256}
-    ).step()
-    size = len(
-        plan(world.view, world.seen, world.now).status.model_dump_json(by_alias=True, exclude_none=True).encode()
-    )
-    assert size <= 8192
-    assert world.status["plan"]["digest"] == DIGEST
+    dropped = [{"reason": "r" * 24, "rows": 10**6}] * 10
+    checkpoints = [{**CHECKPOINT, "step": n, "uri": f"{run_uri}/.job/checkpoints/{n}/manifest.json"} for n in range(5)]
+    closed = {"number": 9, "stage": "train", "class": "Disruption", "reason": "StorageTransient", "exitCode": 31}
+    times = {"startedAt": format_time(START), "finishedAt": format_time(START), "lastStep": 10**6, "lostSeconds": 10**6}
+    world = World(recovery={"maxRetries": 20})
+    world.status = {
+        "plan": {**PLAN, "uri": f"{run_uri}/.job/plan.json", "resolved": resolved},
+        "data": {**DATA, "dropped": dropped, "reportUri": f"{run_uri}/.job/report.json"},
+        "artifacts": [{**ARTIFACT, "uri": f"{run_uri}/adapter/", "manifestUri": f"{run_uri}/adapter/manifest.json"}],
+        "checkpoints": checkpoints,
+        "attempts": [{**closed, **times}] * 9 + [{"number": 10, "stage": "train", "class": "Running"}],
+        "record": {"disruptions": 20, "disruptedPods": ["12345678-1234-1234-1234-123456789012"] * 20},
+    }
+    args = {"action": letter * 256, "uri": letter * 256, "problem": letter * 256}
+    world.pod("train-10", started_at=START).end("train-10", fault=Fault.STORAGE_UNAVAILABLE, args=args)
+    world.jobs["train-10"] = ObservedJob("train-10", "u", TRAIN, 10, START, outcome="Failed")
+    made = plan(world.view, world.seen, world.now).status
+    assert len(made.model_dump_json(by_alias=True, exclude_none=True).encode()) <= 8192
+    assert made.plan is not None
+    assert made.plan.digest == DIGEST
+    assert made.checkpoints[-1].step == 4
+    assert made.attempts[-2].reason == "StorageTransient"
 
 
 def test_the_same_failure_twice_in_a_row_is_two_events():
