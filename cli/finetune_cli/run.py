@@ -14,7 +14,7 @@ from rich.markup import escape
 from finetune_api import layout
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_ATTEMPTS, Stage
-from finetune_api.reasons import FAULTS, is_final, words
+from finetune_api.reasons import FAULTS, Fault, is_final, words
 from finetune_api.run import RunConfig, RunResult
 from finetune_cli import local, show
 from finetune_cli.errors import CommandError, Exit
@@ -46,21 +46,27 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         console.print(
             f"[bold]{config.job.name}[/] works in {escape(f'{folder} and writes to {config.run_uri}')}", soft_wrap=True
         )
-        stage_run = StageRun(config, config_file, Stage.PREPARE, 0, state.plan_digest, folder / "log", lock.fileno())
-        earlier = state.plan_digest is not None
-        if earlier:
-            show.show_prepared_earlier(console)
-        else:
-            state, result = _with_retries(stage_run, state, stop, console)
-            if result.exit_code != 0 or result.plan is None or result.data is None:
+        stage_run = StageRun(config, config_file, Stage.PREPARE, 0, None, folder / "log", lock.fileno())
+        while True:
+            earlier = state.plan_digest is not None
+            if earlier:
+                show.show_prepared_earlier(console)
+            else:
+                state, result = _with_retries(stage_run, state, stop, console)
+                if result.exit_code != 0 or result.plan is None or result.data is None:
+                    return _failed(result, stop, folder, console)
+                show.show_prepared(console, result.data, result.plan)
+                state = state.model_copy(update={"plan_digest": result.plan.digest})
+                local.save_state(folder, state)
+            train = replace(stage_run, stage=Stage.TRAIN, plan_digest=state.plan_digest)
+            state, result = _with_retries(train, state, stop, console)
+            if result.exit_code == 0:
+                break
+            if not (earlier and _is_gone(result, config)):
                 return _failed(result, stop, folder, console)
-            show.show_prepared(console, result.data, result.plan)
-            state = state.model_copy(update={"plan_digest": result.plan.digest})
+            show.show_gone(console, config.run_uri)
+            state = state.model_copy(update={"plan_digest": None})
             local.save_state(folder, state)
-        stage_run = replace(stage_run, stage=Stage.TRAIN, plan_digest=state.plan_digest)
-        state, result = _with_retries(stage_run, state, stop, console)
-        if result.exit_code != 0:
-            return _failed(result, stop, folder, console)
     show.show_success(console, result, _samples(config, result), layout.join(config.run_uri, layout.METRICS))
     if earlier and (changed := _changed_data(config)):
         show.show_changed_data(console, changed)
@@ -74,6 +80,12 @@ def _config(job: dict[str, Any], uid: str, folder: Path) -> RunConfig:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CommandError(f"this machine cannot run it, {field}: {first['msg']}", Exit.USAGE) from error
+
+
+def _is_gone(result: RunResult, config: RunConfig) -> bool:
+    """Whether what prepare wrote is no longer there: somebody has emptied the output, or the bucket."""
+    prepared = layout.join(config.run_uri, layout.JOB)[:256]  # arguments of a fault are no longer
+    return result.fault is Fault.OBJECT_NOT_FOUND and str(result.args.get("uri")).startswith(prepared)
 
 
 def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Console) -> tuple[local.State, RunResult]:

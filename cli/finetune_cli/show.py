@@ -114,6 +114,12 @@ def show_prepared_earlier(console: Console) -> None:
     console.print("[bold]Data[/]    as an earlier call prepared it; what has changed since is not read")
 
 
+def show_gone(console: Console, run_uri: str) -> None:
+    console.print(
+        f"[yellow]Gone[/]    what was prepared is no longer in {escape(run_uri)}: prepared again", soft_wrap=True
+    )
+
+
 def show_changed_data(console: Console, uris: list[str]) -> None:
     """That the adapter is of other data than lies there now, and how to train on that."""
     first = uris[0] if len(uris) == 1 else f"{uris[0]} and {len(uris) - 1} more files"

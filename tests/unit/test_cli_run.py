@@ -19,7 +19,7 @@ import spec_cases
 from data_run import chats, jsonl, prepare_run, put
 from finetune_api.names import PORT_FILE, Stage
 from finetune_api.run import Progress, RunConfig
-from finetune_cli import local, run, stages
+from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
 
 DIGEST = "sha256:" + "a" * 64
@@ -257,6 +257,35 @@ def test_data_that_changed_since_an_earlier_call_prepared_it_is_told_at_the_end(
     note = f"the data has changed since it was prepared: file://{tmp_path}/data/{told}. This adapter learned from"
     assert (note in play.said) is (told is not None)
     assert ("another metadata.name" in play.said) is (told is not None)
+
+
+@pytest.mark.parametrize(("below", "code"), [("/.job/plan.json", 0), ("/adapter/manifest.json", 12)])
+def test_data_is_prepared_again_when_somebody_has_emptied_the_output(play: Play, below: str, code: int):
+    assert play.run(prepare_1=PREPARED, train_1=REFUSED) == 11
+    uri = json.loads((play.work / "run.json").read_text())["run_uri"] + below
+    gone = {"exit": 12, "result": {"fault": "ObjectNotFound", "args": {"uri": uri, "field": "f"}}}
+    assert play.run(train_2=gone, prepare_2=PREPARED, train_3=play.committed()) == code
+    again = ["prepare-2", "train-3"] if code == 0 else []
+    assert play.played() == ["prepare-1", "train-1", "train-2", *again]
+    assert ("prepared again" in play.said) is (code == 0)
+
+
+def test_what_is_gone_at_once_after_it_was_prepared_ends_the_run(play: Play):
+    uri = f"{play.job['spec']['output']['uri']}/{play.work.name}/.job/plan.json"
+    gone = {"exit": 12, "result": {"fault": "ObjectNotFound", "args": {"uri": uri, "field": "f"}}}
+    assert play.run(prepare_1=PREPARED, train_1=gone) == 12
+    assert play.played() == ["prepare-1", "train-1"]
+
+
+def test_bars_on_a_terminal_show_where_a_stage_is():
+    output = io.StringIO()
+    terminal = Console(file=output, force_terminal=True, width=120)
+    with show.StageView(terminal, Stage.TRAIN, 2) as view:
+        view.update(
+            Progress(stage=Stage.TRAIN, attempt=2, activity="Training", step=3, total_steps=20, train_loss=1.25)
+        )
+    assert "Training (attempt 2)" in output.getvalue()
+    assert "training, step 3/20, loss 1.250" in output.getvalue()
 
 
 def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
