@@ -175,8 +175,7 @@ def _figures(folded: Folded, seen: Seen, seen_as: Look, spec: FineTuneJobSpec, n
         return status
     said = seen.answer_of(last)
     if said is not None and is_write_due(status, said, interval_s):
-        keep = spec.checkpoint.keep_last if spec.checkpoint else None
-        status = with_progress(status, said, keep or 3)
+        status = with_progress(status, said, spec)
     if status.progress is not None and last.stage == Stage.TRAIN:
         stale = is_stale(status, said, interval_s, now)
         status = status.model_copy(update={"progress": status.progress.model_copy(update={"stale": stale})})

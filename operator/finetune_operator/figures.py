@@ -4,16 +4,18 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.seen import SeenProgress
 
 MAX_CHECKPOINTS = 5
+DEFAULT_KEEP_LAST = 3
 STALE_AFTER_S = 120
 
 
-def with_progress(status: FineTuneJobStatus, seen: SeenProgress, keep_last: int) -> FineTuneJobStatus:
+def with_progress(status: FineTuneJobStatus, seen: SeenProgress, spec: FineTuneJobSpec) -> FineTuneJobStatus:
     """The status with the pod's answer in it; the newest attempt is the one that answered."""
     said = seen.progress
     entry = status.attempts[-1].model_copy(update={"last_step": said.step, "resumed_from_step": said.resumed_from_step})
@@ -22,7 +24,7 @@ def with_progress(status: FineTuneJobStatus, seen: SeenProgress, keep_last: int)
             "attempts": [*status.attempts[:-1], entry],
             "progress": progress_status(said, seen.at),
             "metrics": metrics_of_progress(status.metrics, said),
-            "checkpoints": checkpoints(status.checkpoints, said.checkpoint, keep_last),
+            "checkpoints": checkpoints(status.checkpoints, said.checkpoint, spec),
         }
     )
 
@@ -84,9 +86,10 @@ def metrics_of_report(old: MetricsStatus | None, report: RunResult) -> MetricsSt
 
 
 def checkpoints(
-    old: Sequence[CheckpointStatus], new: CheckpointStatus | None, keep_last: int
+    old: Sequence[CheckpointStatus], new: CheckpointStatus | None, spec: FineTuneJobSpec
 ) -> list[CheckpointStatus]:
-    """Newest last, one for each step."""
+    """Newest last, one for each step; as many as the trainer keeps in the bucket."""
+    keep_last = (spec.checkpoint and spec.checkpoint.keep_last) or DEFAULT_KEEP_LAST
     by_step = {c.step: c for c in old} | ({new.step: new} if new is not None else {})
     return [by_step[step] for step in sorted(by_step)][-min(keep_last, MAX_CHECKPOINTS) :]
 

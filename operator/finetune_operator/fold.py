@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
@@ -12,7 +13,6 @@ from finetune_operator.clock import format_time, parse_time
 from finetune_operator.figures import checkpoints, metrics_of_report, progress_of_report
 from finetune_operator.observed import EPOCH, ObservedJob, ObservedPod
 from finetune_operator.seen import Seen, SeenProgress
-from finetune_operator.view import JobView
 
 MAX_ENTRIES = 10
 
@@ -31,8 +31,8 @@ class Folded:
         return self.status.attempts[-1] if self.status.attempts else None
 
 
-def fold(view: JobView, seen: Seen, now: datetime) -> Folded:
-    status = _adopt(view.status, seen.jobs)
+def fold(status: FineTuneJobStatus, spec: FineTuneJobSpec, seen: Seen, now: datetime) -> Folded:
+    status = _adopt(status, seen.jobs)
     status = _count_disruptions(status, seen.pods)
     entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
     status = status.model_copy(update={"attempts": entries})
@@ -51,7 +51,7 @@ def fold(view: JobView, seen: Seen, now: datetime) -> Folded:
     ended = judge(entry, job, pods, entries[:-1])
     if ended is None:
         return Folded(status, None, job, pods)
-    return Folded(_close(view, status, ended, pods, seen, now), ended, job, pods)
+    return Folded(_close(spec, status, ended, pods, seen, now), ended, job, pods)
 
 
 def _adopt(status: FineTuneJobStatus, jobs: Sequence[ObservedJob]) -> FineTuneJobStatus:
@@ -93,7 +93,7 @@ def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -
 
 
 def _close(
-    view: JobView,
+    spec: FineTuneJobSpec,
     status: FineTuneJobStatus,
     ended: Ended,
     pods: Sequence[ObservedPod],
@@ -128,9 +128,8 @@ def _close(
     if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
         update |= {"plan": report.plan, "data": report.data}
     if report is not None and entry.stage == Stage.TRAIN:
-        keep = view.spec.checkpoint.keep_last if view.spec and view.spec.checkpoint else None
         update["metrics"] = metrics_of_report(status.metrics, report)
-        update["checkpoints"] = checkpoints(status.checkpoints, report.checkpoint, keep or 3)
+        update["checkpoints"] = checkpoints(status.checkpoints, report.checkpoint, spec)
         update["progress"] = progress_of_report(status.progress, status.plan, report, finished)
         if report.artifact is not None and ended.attempt_class == "Succeeded":
             update["artifacts"] = [report.artifact]

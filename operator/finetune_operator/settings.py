@@ -1,5 +1,6 @@
 """What the platform team decides: the operator's environment and the runtimes file mounted from Helm values."""
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
-        """Raises SettingsError for a number that is none or out of bounds."""
+        """Raises SettingsError for a number that is none or out of bounds, and for an unknown level."""
         namespaces = [name.strip() for name in env.get("FINETUNE_WATCH_NAMESPACES", "").split(",")]
         return cls(
             namespace=env.get("FINETUNE_NAMESPACE", cls.namespace),
@@ -142,8 +143,14 @@ class Settings:
                 env, "FINETUNE_PROGRESS_INTERVAL_S", cls.progress_interval_s, 1, MAX_INTERVAL_S
             ),
             lease_duration_s=_number(env, "FINETUNE_LEASE_DURATION_S", cls.lease_duration_s, 2, 3 * MAX_INTERVAL_S),
-            log_level=env.get("FINETUNE_LOG_LEVEL", cls.log_level),
+            log_level=_level(env.get("FINETUNE_LOG_LEVEL", cls.log_level)),
         )
+
+
+def _level(name: str) -> str:
+    if name not in logging.getLevelNamesMapping():
+        raise SettingsError(f"FINETUNE_LOG_LEVEL is {name!r}; write DEBUG, INFO, WARNING or ERROR")
+    return name
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:

@@ -33,6 +33,11 @@ def test_the_environment_decides_and_everything_has_a_default():
     assert Settings.from_env({}).watch_namespaces == ()
 
 
+def test_an_unknown_level_of_the_log_is_named():
+    with pytest.raises(SettingsError, match="FINETUNE_LOG_LEVEL is 'verbose'"):
+        Settings.from_env({"FINETUNE_LOG_LEVEL": "verbose"})
+
+
 @pytest.mark.parametrize("name", ["FINETUNE_RESYNC_INTERVAL_S", "FINETUNE_PROGRESS_INTERVAL_S"])
 def test_an_interval_so_long_that_healthz_would_call_it_a_stall_is_refused(name: str):
     assert MAX_INTERVAL_S < STALL_S
