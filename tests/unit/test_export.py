@@ -147,6 +147,18 @@ def test_what_an_attempt_that_died_has_left_is_not_overwritten_but_removed_after
     assert run.store.head(join(run_uri, ADAPTER, "eval.json")) is None
 
 
+def test_files_that_another_has_put_into_both_folders_are_named_by_no_manifest(run: TinyRun, tmp_path: Path) -> None:
+    folder = Trained(run, tmp_path).write()
+    run_uri = f"file://{tmp_path}/out/run"
+    fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
+    for name in ("adapter", f"adapter-{fence.epoch}"):
+        run.store.put(join(run_uri, name, "README.md"), b"another's")
+    with pytest.raises(StageError) as caught:
+        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.STORAGE_UNAVAILABLE, 31)
+    assert run.store.head(join(run_uri, f"adapter-{fence.epoch}", "manifest.json")) is None
+
+
 def test_a_superseded_attempt_uploads_nothing(run: TinyRun, tmp_path: Path) -> None:
     folder = Trained(run, tmp_path).write()
     run_uri = f"file://{tmp_path}/out/run"

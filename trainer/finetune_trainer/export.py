@@ -1,6 +1,7 @@
 """The adapter as others read it: a plain PEFT folder, reloaded and compared before anybody may trust it."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -121,7 +122,10 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         return {**asdict(answer), "repetition_ratio": answer.repetition_ratio}
 
     return {
-        "held_out": [evaluation.model_dump() | {"perplexity": evaluation.perplexity} for evaluation in found.held_out],
+        "held_out": [
+            evaluation.model_dump() | {"loss": _finite(evaluation.loss), "perplexity": _finite(evaluation.perplexity)}
+            for evaluation in found.held_out
+        ],
         "samples": [
             {"prompt": prompt.text, "base": sample(base), "tuned": sample(tuned)}
             for prompt, base, tuned in zip(
@@ -131,6 +135,11 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         "stop_ratio": {"base": stop_ratio(found.base_answers), "tuned": stop_ratio(found.tuned_answers)},
         "repetition_ratio": {"base": repetition(found.base_answers), "tuned": repetition(found.tuned_answers)},
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def check_reload(lm: LanguageModel, adapted: PeftModel, folder: Path, batches: Sequence[Batch]) -> dict[str, float]:
@@ -181,7 +190,12 @@ def upload(
     adapter_uri = join(run_uri, ADAPTER)
     if store.list(join(adapter_uri, ""), limit=100) or not _upload_files(store, fence, folder, names, adapter_uri):
         adapter_uri = join(run_uri, f"{ADAPTER}-{fence.epoch}")
-        _upload_files(store, fence, folder, names, adapter_uri)
+        if not _upload_files(store, fence, folder, names, adapter_uri):
+            # No manifest may name files that another has written; the next attempt has a folder of its own.
+            problem = "another writer has put files there"
+            raise StageError(
+                Fault.STORAGE_UNAVAILABLE, action="write", uri=adapter_uri, tries=1, seconds=0, problem=problem
+            )
     manifest: dict[str, object] = {
         "version": 1,
         "files": [file.model_dump() for file in files],
