@@ -198,9 +198,11 @@ def test_a_first_step_without_any_gradient_for_the_adapter_is_an_error(run: Tiny
 
 
 @pytest.mark.parametrize(
-    ("durations", "limit_s"), [([], 300.0), ([1.0, 2.0, 3.0], 300.0), ([40.0, 50.0, 1000.0], 500.0)]
+    ("durations", "limit_s"), [([], 1800.0), ([1.0, 2.0, 3.0], 300.0), ([40.0, 50.0, 1000.0], 500.0)]
 )
-def test_a_step_may_take_ten_times_the_median_and_at_least_five_minutes(durations: list[float], limit_s: float) -> None:
+def test_a_step_may_take_ten_times_the_median_and_five_minutes_the_first_half_an_hour(
+    durations: list[float], limit_s: float
+) -> None:
     assert guard.stall_limit_s(durations) == limit_s
 
 
@@ -210,10 +212,10 @@ def test_the_watchdog_notices_a_step_that_takes_too_long_and_nothing_else() -> N
     now[0] = 1000.0
     assert watchdog.overdue() is None  # no step yet: loading may take long
     watchdog.begin(7)
-    now[0] += 299.0
+    now[0] += 1799.0
     assert watchdog.overdue() is None
     now[0] += 2.0
-    assert watchdog.overdue() == (7, 301.0)
+    assert watchdog.overdue() == (7, 1801.0)
     watchdog.end()
     now[0] += 1000.0  # an evaluation
     assert watchdog.overdue() is None

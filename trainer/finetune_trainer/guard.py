@@ -25,6 +25,7 @@ SPIKE_WINDOW_STEPS = 50
 MIN_SPIKE_STEPS = 10
 MAX_OOM_RETRIES = 3
 STALL_FLOOR_S = 300.0
+FIRST_STALL_S = 1800.0
 STALL_FACTOR = 10
 
 
@@ -83,8 +84,10 @@ class OomRetry:
 
 
 def stall_limit_s(step_seconds: list[float]) -> float:
-    """How long a step may take: ten times the median so far, and never less than five minutes."""
-    return max(STALL_FLOOR_S, STALL_FACTOR * statistics.median(step_seconds)) if step_seconds else STALL_FLOOR_S
+    """How long a step may take: ten times the median so far, and never less than five minutes.
+
+    The first may take half an hour: on a CPU a step of 64k tokens takes longer than five minutes."""
+    return max(STALL_FLOOR_S, STALL_FACTOR * statistics.median(step_seconds)) if step_seconds else FIRST_STALL_S
 
 
 class Watchdog:
