@@ -183,10 +183,42 @@ def test_the_newest_are_kept_and_the_one_resumed_from_always(saved: Saved) -> No
     for step in (6, 8, 10):
         saved.save(second, step)
     assert saved.steps() == [10, 8, 4]
-    second.finish()
+    checkpoint.keep_newest(saved.store, saved.run_uri)
     assert saved.steps() == [10]
     left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000010-2"}
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_the_good_ones(saved: Saved) -> None:
+    first = saved.checkpointer(attempt=1)
+    saved.save(first, 2)
+    saved.save(first, 9)
+    saved.path(9, 1, "state.safetensors").write_bytes(b"damaged")
+    found = saved.newest()
+    assert found is not None
+    second = saved.checkpointer(attempt=2, keep_last=1, resumed_from=found.status)
+    for step in (4, 6):
+        saved.save(second, step)
+    assert saved.steps() == [9, 6, 2]
+    again = saved.newest()
+    assert again is not None
+    assert again.status.step == 6
+
+
+def test_a_held_out_loss_that_is_no_number_does_not_spoil_the_checkpoint(saved: Saved) -> None:
+    position = Position(
+        step=3,
+        tokens=1,
+        label_tokens=1,
+        evaluations=[HeldOut(step=0, loss=float(loss), rows=1, label_tokens=1) for loss in ("nan", "inf", "1.5")],
+        first_started_at=1.0,
+    )
+    checkpointer = saved.checkpointer()
+    checkpointer.start(snapshot(saved.parameters, saved.optimizer, position))
+    checkpointer.wait()
+    found = saved.newest()
+    assert found is not None
+    assert [str(evaluation.loss) for evaluation in found.snapshot.position.evaluations] == ["nan", "inf", "1.5"]
 
 
 def test_a_superseded_attempt_publishes_nothing(saved: Saved) -> None:

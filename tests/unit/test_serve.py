@@ -91,6 +91,19 @@ def test_prepare_has_rows_and_no_steps() -> None:
     assert "finetune_train_" not in text
 
 
+def test_passes_of_an_evaluation_and_a_new_activity_show_that_it_does_not_stand_still(
+    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = time.monotonic() + 100
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now_s)
+    reporter.update(activity="Evaluating")
+    assert reporter.progress().seconds_since_step == 0
+    now_s += 9
+    assert reporter.progress().seconds_since_step == pytest.approx(9)
+    reporter.touch()
+    assert reporter.progress().seconds_since_step == 0
+
+
 def test_the_time_of_every_activity_is_counted(reporter: Reporter, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = time.monotonic()
     monkeypatch.setattr(serve.time, "monotonic", lambda: now_s)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
-from finetune_trainer import commit, session, train
+from finetune_trainer import checkpoint, commit, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
@@ -202,6 +203,69 @@ def test_checkpoints_are_written_as_time_goes_by_and_only_the_last_is_left(
     assert len(published) >= 2
     left = {Path(info.uri).parent.name for info in run.store.list(join(run.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000012-1"}
+
+
+def test_a_last_save_waits_for_the_one_in_flight_and_does_not_write_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, checkpoint_interval_s=1)
+    evaluated, published = threading.Event(), commit.publish_manifest
+
+    def publish(store: Any, fence: Any, uri: str, manifest: Any) -> str:
+        if "/00000012-" in uri:
+            assert evaluated.wait(60)  # the upload of the last step takes longer than the last evaluation
+        return published(store, fence, uri, manifest)
+
+    def wait(self: checkpoint.Checkpointer) -> None:
+        if run_session and run_session[0].position.evaluations[-1].step == 12:
+            evaluated.set()
+        waited(self)
+
+    def begin(self: session.Session) -> bool:
+        run_session.append(self)
+        return begun(self)
+
+    now, run_session, waited, begun = [0.0], list[session.Session](), checkpoint.Checkpointer.wait, session.Session.run
+
+    def clock() -> float:
+        now[0] += 0.5  # a save is due after every step
+        return now[0]
+
+    monkeypatch.setattr("finetune_trainer.checkpoint.publish_manifest", publish)
+    monkeypatch.setattr(checkpoint.Checkpointer, "wait", wait)
+    monkeypatch.setattr(session.Session, "run", begin)
+    monkeypatch.setattr(session.time, "monotonic", clock)
+    assert train.run(context(run), StopFlag(60)).exit_code == 0
+
+
+def test_a_stop_during_an_evaluation_leaves_no_hole_among_the_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stop = make_run(tmp_path), StopFlag(60)
+    with monkeypatch.context() as patch:
+        _stop_before(patch, stop, 4)
+        with pytest.raises(StageError) as caught:
+            train.run(context(run), stop)
+    assert caught.value.args_by_name == {"step": 4}
+    train.run(context(run, attempt=2), StopFlag(60))
+    found = json.loads(run.local("adapter", "eval.json").read_text())
+    assert [evaluation["step"] for evaluation in found["held_out"]] == [0, 4, 8, 12]
+
+
+def test_what_an_attempt_that_died_after_its_commit_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_tidy", lambda *_: None)  # pyright: ignore[reportUnknownLambdaType]
+        artifact = train.run(context(run), StopFlag(60)).artifact
+    run.store.put(join(run.run_uri, "adapter-7", "README.md"), b"of an attempt that never committed")
+    run.store.put(join(run.run_uri, CHECKPOINTS, "00000003-1", "manifest.json"), b"{}")
+    assert train.run(context(run, attempt=2), StopFlag(60)).artifact == artifact
+    assert run.store.list(join(run.run_uri, "adapter-7", "")) == []
+    left = {Path(info.uri).parent.name for info in run.store.list(join(run.run_uri, CHECKPOINTS, ""))}
+    assert left == {"00000012-1"}
+    assert commit.read_commit(run.store, run.run_uri) == artifact
 
 
 def test_an_attempt_after_the_commit_verifies_it_and_ends_well(tmp_path: Path) -> None:

@@ -260,20 +260,23 @@ class Checkpointer:
             shutil.rmtree(local, ignore_errors=True)
         self.last = CheckpointStatus(step=step, uri=uri, digest=digest)
         self._on_saved(self.last, written_s - began_s, time.monotonic() - written_s)
-        self._retain(self._keep_last)
+        self._retain(step)
 
-    def _retain(self, keep: int) -> None:
-        """Remove all but the newest `keep`, and the one resumed from: until a save is proven it is the safe one."""
+    def _retain(self, step: int) -> None:
+        """Remove all but the newest, and the one resumed from: until a save is proven it is the safe one.
+
+        Those of later steps are left and not counted: they were not whole when this attempt looked for one."""
         resumed = self._resumed_from.uri if self._resumed_from else None
-        for _, _, uri in manifests(self._store, self._run_uri)[keep:]:
+        counted = [found for found in manifests(self._store, self._run_uri) if found[0] <= step]
+        for _, _, uri in counted[self._keep_last :]:
             if uri != resumed:
                 delete(self._store, uri)
 
-    def finish(self) -> None:
-        """After the commit: keep the newest checkpoint only."""
-        self.wait()
-        for _, _, uri in manifests(self._store, self._run_uri)[1:]:
-            delete(self._store, uri)
+
+def keep_newest(store: Store, run_uri: str) -> None:
+    """After the commit: remove all other checkpoints."""
+    for _, _, uri in manifests(store, run_uri)[1:]:
+        delete(store, uri)
 
 
 def delete(store: Store, manifest_uri: str) -> None:

@@ -1,11 +1,11 @@
 """What the model can do: loss on held-out rows, and answers to the sample prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.base import WireModel
@@ -22,6 +22,9 @@ _NGRAM = 4
 
 class HeldOut(WireModel):
     """Token-weighted loss on held-out rows after a number of steps; 0 is the base model."""
+
+    # A loss that is not finite must be readable again: a checkpoint holds it.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     step: int = Field(ge=0)
     loss: float  # nats per label token
@@ -53,7 +56,13 @@ def repetition_ratio(token_ids: Sequence[int]) -> float:
 
 
 def held_out_loss(
-    lm: LanguageModel, held_out: Rows, budget_tokens: int, packing: bool, step: int, stop: StopFlag
+    lm: LanguageModel,
+    held_out: Rows,
+    budget_tokens: int,
+    packing: bool,
+    step: int,
+    stop: StopFlag,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> HeldOut | None:
     """Loss on the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile."""
     rows = list(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
@@ -65,6 +74,7 @@ def held_out_loss(
         batch = held_out.batch(group, lm.device)
         total -= lm.token_logprobs(batch).double().sum()
         labels += len(batch.targets)
+        on_pass()
     return HeldOut(step=step, loss=float(total) / max(1, labels), rows=len(rows), label_tokens=labels)
 
 

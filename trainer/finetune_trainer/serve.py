@@ -34,7 +34,7 @@ _TRAIN_GAUGES = {
     "learning_rate": ("finetune_train_learning_rate", "Learning rate of the last step."),
     "tokens_per_second": ("finetune_train_tokens_per_second", "Real tokens per second."),
     "eta_seconds": ("finetune_train_eta_seconds", "Time left at the present speed."),
-    "seconds_since_step": ("finetune_train_since_step_seconds", "Time since the last step finished."),
+    "seconds_since_step": ("finetune_train_since_step_seconds", "Time since the last step, or pass of an evaluation."),
     "seconds_since_checkpoint": ("finetune_train_since_checkpoint_seconds", "Work not yet in a checkpoint."),
 }
 _TRAIN_COUNTERS = {"tokens_total": ("finetune_train_tokens", "Tokens trained on, by all attempts.")}
@@ -73,7 +73,13 @@ class Reporter:
                 self._checkpoint_at_s = now_s
             if "activity" in finite and finite["activity"] != self._fields["activity"]:
                 self._add_activity(now_s)
+                self._step_at_s = now_s
             self._fields.update(finite)
+
+    def touch(self) -> None:
+        """Something was done that is no step: the stage does not stand still."""
+        with self._lock:
+            self._step_at_s = time.monotonic()
 
     def progress(self) -> Progress:
         """Where the stage is now. Raises pydantic.ValidationError for a field of a wrong type."""

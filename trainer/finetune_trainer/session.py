@@ -115,6 +115,9 @@ class Session:
         lag = 1 if self.stepper.lm.device.type == "cuda" else 0
         saved_s = self._step_began_s = time.monotonic()
         for step in range(first, total):
+            if step % self.stepper.hyper.eval_interval_steps == 0 and step not in (0, self._evaluated_step()):
+                self._account(keep=0)
+                self._evaluate()
             if self.stop.is_set():
                 break
             self.checkpointer.check()
@@ -124,9 +127,6 @@ class Session:
             self.watchdog.end()
             if step == first:
                 guard.check_gradients(self.parameters)
-            if (step + 1) % self.stepper.hyper.eval_interval_steps == 0 and step + 1 < total:
-                self._account(keep=0)
-                self._evaluate()
             if time.monotonic() - saved_s >= self.checkpoint_interval_s and not self.checkpointer.busy:
                 self._account(keep=0)
                 self._save()
@@ -148,7 +148,7 @@ class Session:
                     "tokens": before.tokens + tokens,
                     "label_tokens": before.label_tokens + labels,
                     "nonfinite_steps": before.nonfinite_steps + (not finite),
-                    "nonfinite_in_a_row": guard.nonfinite_in_a_row(before.nonfinite_in_a_row, finite, reading.step),
+                    "nonfinite_in_a_row": guard.nonfinite_in_a_row(before.nonfinite_in_a_row, finite, reading.step + 1),
                     "kept_seconds": before.kept_seconds + seconds,
                 }
             )
@@ -209,7 +209,13 @@ class Session:
         self.reporter.update(activity="Evaluating")
         stepper = self.stepper
         found = held_out_loss(
-            stepper.lm, self.held_out, stepper.budget_tokens, stepper.hyper.packing, self.position.step, self.stop
+            stepper.lm,
+            self.held_out,
+            stepper.budget_tokens,
+            stepper.hyper.packing,
+            self.position.step,
+            self.stop,
+            self.reporter.touch,
         )
         if found is not None:
             # The base's stays first, the oldest of the others go.
@@ -224,6 +230,7 @@ class Session:
 
     def _save(self) -> None:
         """Begin to save the position, unless that is done already."""
+        self.checkpointer.wait()  # the one in flight may be of this very step
         last = self.checkpointer.last
         if last is not None and last.step == self.position.step:
             return

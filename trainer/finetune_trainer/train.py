@@ -64,6 +64,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     if committed is not None:
         # The attempt that committed may have died before it moved latest.json.
         commit.commit(store, fence, run_uri, committed)
+        _tidy(ctx, committed)
         return _success(ctx, committed, None, None)
     fetched = _fetch(ctx, stop)
     lm = _load(ctx, fetched)
@@ -268,9 +269,15 @@ def _finish(
     commit.commit(ctx.store, fence, run_uri, artifact)
     standing = commit.read_commit(ctx.store, run_uri) or artifact
     log.info("committed %s", standing.uri)
-    session.checkpointer.finish()
-    export.remove_orphans(ctx.store, run_uri, standing)
+    session.checkpointer.wait()
+    _tidy(ctx, standing)
     return standing
+
+
+def _tidy(ctx: StageContext, committed: Artifact) -> None:
+    """Remove what the commit has made needless; an attempt that dies before leaves it to the next."""
+    checkpoint.keep_newest(ctx.store, ctx.config.run_uri)
+    export.remove_orphans(ctx.store, ctx.config.run_uri, committed)
 
 
 def _success(
