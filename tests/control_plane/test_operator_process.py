@@ -126,10 +126,13 @@ class Team:
         }
         security = {"runAsNonRoot": True, "runAsUser": 1, "seccompProfile": {"type": "RuntimeDefault"}}
         spec = {"containers": [container], "securityContext": security, "schedulerName": "none"}
+
+        def create(index: int) -> None:
+            body = {"metadata": {"name": f"foreign-{index}"}, "spec": spec}
+            self.core.create_namespaced_pod(self.namespace, body)
+
         with ThreadPoolExecutor(8) as pool:
-            bodies = [{"metadata": {"name": f"foreign-{i}"}, "spec": spec} for i in range(number)]
-            for _ in pool.map(lambda body: self.core.create_namespaced_pod(self.namespace, body), bodies):
-                pass
+            list(pool.map(create, range(number)))
         counted: Any = self.core.list_namespaced_pod(self.namespace, limit=1)
         assert counted.metadata.remaining_item_count >= number - 1
 
