@@ -1,14 +1,17 @@
 """The operator's threads, on a cluster that says nothing: what /healthz watches over."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import kopf
 import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import engine as engine_module
+from finetune_operator import handlers
 from finetune_operator.engine import Engine
 from finetune_operator.hearing import Hearing
 from finetune_operator.metrics import Metrics
@@ -77,6 +80,22 @@ def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine
     assert engine.problems() == [
         "lease", "progress", "resync", "watch of finetunejobs", "watch of jobs", "watch of pods",
     ]  # fmt: skip
+
+
+def test_what_kopf_tells_is_heard_with_its_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    told: list[object] = []
+
+    def put(*what: object) -> None:
+        told.append(what)
+
+    monkeypatch.setattr(engine, "put", put)
+    raw: Any = {"metadata": {"namespace": "a", "name": "bot", "uid": "u", "generation": 3}}
+    body = kopf.Body(raw)
+    watching = handlers.registry(engine)._watching  # pyright: ignore[reportPrivateUsage]
+    (handler,) = watching.get_all_handlers()
+    arguments = {"namespace": "a", "name": "bot", "uid": "u", "meta": body.metadata, "type": "MODIFIED"}
+    asyncio.run(cast(Any, handler.fn)(**arguments))
+    assert told == [("a", "bot", "u", 3)]
 
 
 class Clock:
