@@ -13,10 +13,12 @@ from finetune_operator.health import problems
 from finetune_operator.hearing import Hearing
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
+from finetune_operator.plan import plan
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import LaterError, Reconciler, RefusedError
 from finetune_operator.runtimes import Runtimes
+from finetune_operator.seen import Seen
 from finetune_operator.settings import Settings
 from finetune_operator.view import is_finished, view
 
@@ -116,8 +118,8 @@ class Engine:
                 generations[job.uid] = job.generation
                 if not is_finished(job.status):
                     unfinished[job.owner] = job.key
-                elif job.owner in owners:
-                    self._queue.put(job.key)  # its Jobs may still want a TTL
+                elif job.owner in owners and plan(job, Seen(*self._children.of(job.owner)), utcnow()).actions:
+                    self._queue.put(job.key)  # a Job of it still wants its TTL
         self._hearing.listed(generations)
         self._names = unfinished
         for owner in owners - set(unfinished):

@@ -1,6 +1,7 @@
 """The operator's threads, on a cluster that says nothing: what /healthz watches over."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +11,38 @@ import kopf
 import pytest
 from prometheus_client import CollectorRegistry
 
+from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
 from finetune_operator.engine import Engine
 from finetune_operator.hearing import Hearing
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
+from status_samples import SPEC
 
 
 class QuietCluster:
-    """Has no objects but the lease."""
+    """Has the objects that it was made with and the lease; nothing happens to them."""
 
     def __init__(self) -> None:
         self.end = threading.Event()
         self.lease: dict[str, Any] | None = None
+        self.jobs: list[dict[str, Any]] = []  # Kubernetes Jobs
+        self.finetunejobs: list[dict[str, Any]] = []
+        self.rounds: queue.Queue[str] = queue.Queue()
 
     def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
-        return self.lease if kind == "leases" else None
+        if kind == "leases":
+            return self.lease
+        self.rounds.put(name)
+        return None
+
+    def rounds_until(self, name: str) -> list[str]:
+        """The names that were looked at, up to this one."""
+        found: list[str] = []
+        while not found or found[-1] != name:
+            found.append(self.rounds.get(timeout=10))
+        return found
 
     def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         self.lease = body
@@ -37,9 +53,11 @@ class QuietCluster:
         return body
 
     def list_jobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
-        return iter(())
+        return iter(self.finetunejobs)
 
     def watch(self, kind: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        for job in self.jobs if kind == "jobs" else []:
+            yield "ITEM", job
         yield "LISTED", {}
         self.end.wait(60)
 
@@ -61,7 +79,7 @@ def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return cluster
 
     monkeypatch.setattr(engine_module, "Cluster", connect)
-    made = Engine(Settings(runtimes_file=runtimes), Metrics(CollectorRegistry()))
+    made = Engine(Settings(runtimes_file=runtimes, workers=1), Metrics(CollectorRegistry()))
     yield made
     made.stop()
 
@@ -71,15 +89,40 @@ def test_an_operator_that_waits_for_the_lease_is_well(engine: Engine):
 
 
 def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    def names(ages_s: dict[str, float], stuck_s: float) -> list[str]:
+    def watched(ages_s: dict[str, float], stuck_s: float) -> list[str]:
         return sorted(ages_s)
 
     assert engine.start()
     assert engine.problems() == []
-    monkeypatch.setattr(engine_module, "problems", names)
+    monkeypatch.setattr(engine_module, "problems", watched)
     assert engine.problems() == [
         "lease", "progress", "resync", "watch of finetunejobs", "watch of jobs", "watch of pods",
     ]  # fmt: skip
+
+
+def finetunejob(name: str, *conditions: dict[str, Any]) -> dict[str, Any]:
+    meta = {"name": name, "namespace": "a", "uid": f"uid-{name}", "generation": 1}
+    return {"metadata": meta, "spec": SPEC, "status": {"conditions": conditions}}
+
+
+@pytest.mark.parametrize(("ttl_seconds", "looked_at"), [(86400, ["busy"]), (None, ["done", "busy"])])
+def test_a_finished_job_is_looked_at_again_only_while_its_jobs_want_a_ttl(
+    engine: Engine, cluster: QuietCluster, ttl_seconds: int | None, looked_at: list[str]
+):
+    over = {
+        "type": "Finished", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "x",
+        "observedGeneration": 1,
+    }  # fmt: skip
+    cluster.finetunejobs = [finetunejob("done", over), finetunejob("busy")]
+    owner = {"kind": "FineTuneJob", "uid": "uid-done", "controller": True}
+    labels = names.child_labels("done", "uid-done", names.Stage.TRAIN, 1)
+    meta = {"name": "x", "namespace": "a", "uid": "x", "labels": labels, "ownerReferences": [owner]}
+    status = {"conditions": [{"type": "Complete", "status": "True"}]}
+    cluster.jobs = [{"metadata": meta, "spec": {"ttlSecondsAfterFinished": ttl_seconds}, "status": status}]
+    assert engine.start()
+    cluster.rounds_until("busy")
+    engine.resync()
+    assert cluster.rounds_until("busy") == looked_at
 
 
 def test_what_kopf_tells_is_heard_with_its_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch):
