@@ -91,6 +91,13 @@ def test_gzip_members_one_after_another_are_one_file() -> None:
     assert unpacked(gzip.compress(b"one\n") + gzip.compress(b"two\n")) == b"one\ntwo\n"
 
 
+def test_very_many_small_gzip_members_are_a_few_pieces() -> None:
+    content = gzip.compress(b"x" * 20, mtime=0) * 10_000
+    pieces = list(gunzip(chunks(content, 2**20), "f.jsonl.gz"))
+    assert b"".join(pieces) == b"x" * 200_000
+    assert len(pieces) < 5
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -23,6 +23,7 @@ from finetune_trainer.data.rows import FIELDS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _CHUNK_BYTES = 2**20
+_SLICE_BYTES = 2**16  # what is copied at the end of every gzip member
 _MAX_GZIP_RATIO = 100
 _PARQUET_ROWS = 256
 _PARQUET_BYTES = 32 * 2**20  # of one batch, going by the mean row
@@ -68,7 +69,24 @@ def _damaged(file: str, row: int, problem: str) -> StageError:
 
 
 def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
-    """Decompress a gzip stream of one or more members into pieces of at most 1 MiB."""
+    """Decompress a gzip stream of one or more members, which may be very many and small, into pieces below 2 MiB."""
+    slices = (chunk[at : at + _SLICE_BYTES] for chunk in chunks for at in range(0, len(chunk), _SLICE_BYTES))
+    held: list[bytes] = []
+    size_bytes = 0
+    try:
+        for piece in _unpacked(slices, file):
+            held.append(piece)
+            size_bytes += len(piece)
+            if size_bytes >= _CHUNK_BYTES:
+                yield b"".join(held)
+                held, size_bytes = [], 0
+    except StageError:
+        yield b"".join(held)  # the rows before the damage count
+        raise
+    yield b"".join(held)
+
+
+def _unpacked(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
     member = zlib.decompressobj(wbits=31)
     taken = given = 0
     for chunk in chunks:
