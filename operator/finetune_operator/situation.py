@@ -100,7 +100,7 @@ def _suspended(old: FineTuneJobStatus, suspend: bool, suspended: bool) -> Claim 
     if before is None:
         return Claim(ConditionType.SUSPENDED, "False", Reason.ACCEPTED)
     if before.status == "True" or before.reason == Reason.SUSPENDING:
-        return Claim(ConditionType.SUSPENDED, "False", Reason.RESUMED)
+        return Claim(ConditionType.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false, the job goes on")
     return None
 
 
@@ -118,7 +118,8 @@ def _degraded(old: FineTuneJobStatus, folded: Folded, look: Look) -> Claim | Non
         return None
     closed = [e for e in folded.status.attempts if not is_open(e)]
     if closed and closed[-1].attempt_class == "Waiting" and last is not None:
-        return Claim(ConditionType.DEGRADED, "True", reason_of(closed[-1].reason))
+        message = f"attempt {closed[-1].number} of {closed[-1].stage} waited for this; trying again"
+        return Claim(ConditionType.DEGRADED, "True", reason_of(closed[-1].reason), message)
     return Claim(ConditionType.DEGRADED, "False", Reason.HEALTHY)
 
 

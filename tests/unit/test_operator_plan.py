@@ -62,6 +62,7 @@ class World:
             self.status, self.requeue_after_s = dumped, made.requeue_after_s
             if changed:
                 self.events += made.events
+                assert all(event.message for event in made.events), "an event without words tells nobody anything"
             acted = False
             for action in made.actions:
                 acted = True
