@@ -46,9 +46,8 @@ fix: $(READY)  ## Format and repair what can be repaired
 	$(BIN)/ruff format .
 
 .PHONY: crds
-crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy of it, docs/reasons.md
+crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy, docs/reasons.md, docs/metrics.md
 	$(BIN)/python crds/generate.py
-	$(BIN)/python -m finetune_api.reference > docs/reasons.md
 
 .PHONY: testbed
 testbed:  ## Build the test cluster's programs, once

@@ -1,22 +1,79 @@
-"""Writes the CRD, made from the models, and the chart's copy of it: `python crds/generate.py`.
+"""Writes what is made from the code (`make crds`): the CRD, the chart's copy of it, the pages of reasons and metrics.
 
-The copy is a template and not in Helm's `crds/`, as Helm never upgrades what lies there.
+The chart's copy is a template and not in Helm's `crds/`, as Helm never upgrades what lies there.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
+from finetune_api import reference
 from finetune_api.crd import custom_resource_definition
+from finetune_api.names import HTTP_PORT, Stage
+from finetune_operator.metrics import Metrics
+from finetune_operator.settings import Settings
+from finetune_trainer.metrics import TrainMetrics
+from finetune_trainer.serve import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADER = "# Generated from api/finetune_api/job.py and status.py by `python crds/generate.py`; do not edit.\n"
+HEADER = "# Generated from api/finetune_api/job.py and status.py by `make crds`; do not edit.\n"
 KEEP = """\
   {{- if .Values.crds.keep }}
   annotations:
     helm.sh/resource-policy: keep
   {{- end }}
 """
+METRICS_HEAD = """\
+# Metrics
+
+Generated from the code by `make crds`; do not edit. Names are as Prometheus stores them; a histogram has `_bucket`,
+`_sum` and `_count`. A figure that is not known, such as GPU memory on a CPU, has no sample.
+"""
+
+
+def _rows(collectors: list[Collector]) -> Iterator[str]:
+    yield "| metric | type | labels | meaning |"
+    yield "|---|---|---|---|"
+    for collector in collectors:
+        labels = collector._labelnames if isinstance(collector, MetricWrapperBase) else ()
+        for family in collector.collect():
+            name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+            seen = {label: 0 for sample in family.samples for label in sample.labels if label != "le"}
+            named = ", ".join(f"`{label}`" for label in labels or seen)
+            yield f"| `{name}` | {family.type} | {named} | {family.documentation} |"
+
+
+def _collectors(registry: CollectorRegistry) -> list[Collector]:
+    return list(registry._collector_to_names)
+
+
+def _reported(stage: Stage) -> list[Collector]:
+    """Of a pod in this stage that knows everything it can report."""
+    registry = CollectorRegistry()
+    reporter = Reporter(stage, 1, registry)
+    reporter.update(**{name: 0 for name, value in reporter.progress() if value is None and name != "checkpoint"})
+    if stage is Stage.TRAIN:
+        TrainMetrics(registry)
+    return _collectors(registry)
+
+
+def metrics_page() -> str:
+    """Every metric of operator and trainer, as Markdown."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    operator = _rows(_collectors(registry))
+    trainer = dict.fromkeys(row for stage in Stage for row in _rows(_reported(stage)))
+    return (
+        f"{METRICS_HEAD}\n## The operator, port {Settings.http_port}\n\n"
+        + "\n".join(operator)
+        + f"\n\n## A pod of a job, port {HTTP_PORT}\n\n"
+        + "\n".join(trainer)
+        + "\n"
+    )
 
 
 def generated() -> dict[Path, str]:
@@ -30,6 +87,8 @@ def generated() -> dict[Path, str]:
         ROOT / "charts/finetune-operator/templates/crd.yaml": (
             HEADER + "{{- if .Values.crds.enabled }}\n" + first + metadata + KEEP + rest + "{{- end }}\n"
         ),
+        ROOT / "docs/reasons.md": reference.page(),
+        ROOT / "docs/metrics.md": metrics_page(),
     }
 
 

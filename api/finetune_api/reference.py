@@ -1,6 +1,6 @@
 """The reasons as a page for people, `docs/reasons.md`, made from the table that the code uses.
 
-`python -m finetune_api.reference` prints it; `make crds` writes it, and a test fails when the page is stale.
+`make crds` writes it, and a test fails when the page is stale.
 """
 
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, is_final
@@ -30,7 +30,3 @@ def page() -> str:
                 lines.append(f"| {code} | `{reason}` | {_retry(reason)} | `{fault}`: {FAULTS[fault].text} |")
     others = ", ".join(f"`{reason}`" for reason in Reason if reason not in EXIT_CODES)
     return _HEAD + "\n".join(lines) + f"\n\nReasons of the operator itself, each with a message of its own: {others}.\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")  # noqa: T201

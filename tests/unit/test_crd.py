@@ -32,7 +32,7 @@ def test_the_generated_files_are_current():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for path, content in module.generated().items():
-        assert path.read_text() == content, f"{path} is stale; run python crds/generate.py"
+        assert path.read_text() == content, f"{path} is stale; run `make crds`"
 
 
 def test_the_crd_fits_into_client_side_apply_and_reads_back():
