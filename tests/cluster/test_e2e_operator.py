@@ -1,6 +1,7 @@
 """The operator on the node: killed in every phase of a job, and watched by a real Prometheus."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def stop_operator(lab: Lab) -> None:
     send(lab.operator(), signal.SIGSTOP)
 
 
-def kill_operator(lab: Lab) -> None:
-    """SIGKILL its container's process; returns once the kubelet has started the next."""
+def kill_operator(lab: Lab) -> Callable[[], object]:
+    """SIGKILL its container's process; what is returned waits until the kubelet has started the next."""
     before = lab.operator()
     send(before, signal.SIGKILL)
     restarts = _container(before)["restartCount"]
@@ -30,7 +31,7 @@ def kill_operator(lab: Lab) -> None:
         container = _container(lab.operator_pod() or {})
         return container.get("restartCount", 0) > restarts and container.get("ready", False)
 
-    until(back, "the operator is back", 90)
+    return lambda: until(back, "the operator is back", 90)
 
 
 def _container(pod: dict[str, Any]) -> dict[str, Any]:
@@ -55,22 +56,25 @@ def test_an_operator_killed_in_five_phases_reaches_the_same_end_with_one_job_per
     stop_operator(lab)
     job = lab.submit("orphaned", **LONG_RUN)
     assert _stages(job) == []
-    kill_operator(lab)  # 1: after apply, before the prepare Job
+    operator_is_back = kill_operator(lab)  # 1: after apply, before the prepare Job
 
-    with held(job.until_running(Stage.PREPARE)):
-        kill_operator(lab)  # 2: while preparing
+    # The new operator needs longer to be called ready than prepare needs to be done.
+    with held(job, Stage.PREPARE):
+        operator_is_back()
+        job.until_running(Stage.PREPARE)
+        kill_operator(lab)()  # 2: while preparing
         stop_operator(lab)
     job.until(lambda: _complete(job, Stage.PREPARE), "the prepare Job is complete")
     assert _stages(job) == ["prepare"]
-    kill_operator(lab)  # 3: between the stages
+    kill_operator(lab)()  # 3: between the stages
 
     job.until_training_beyond(1)
-    with held(job.until_running(Stage.TRAIN)):
-        kill_operator(lab)  # 4: while training
+    with held(job, Stage.TRAIN):
+        kill_operator(lab)()  # 4: while training
         stop_operator(lab)
     job.until(lambda: _complete(job, Stage.TRAIN), "the train Job is complete")
     assert job.condition("Finished")["status"] == "False"
-    kill_operator(lab)  # 5: after training, before the verdict
+    kill_operator(lab)()  # 5: after training, before the verdict
 
     status = job.until_succeeded()
     assert _stages(job) == ["prepare", "train"]

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from e2e_lab import until
+from e2e_lab import Submitted, until
+from finetune_api.names import Stage
 from testbed.images import ctr
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,22 +26,29 @@ def container_pid(pod: dict[str, Any]) -> int:
     raise AssertionError(f"container {identity} of pod {pod['metadata']['name']} has no process")
 
 
-def child_pid(pid: int) -> int:
-    """The only child of a process: the trainer below its supervisor, which takes a moment to start it."""
+def stage_pid(pod: dict[str, Any]) -> int | None:
+    """Host pid of the stage's process, the child of the container's PID 1; None while there is none.
 
-    def children() -> list[int]:
-        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [int(entry.name) for entry in entries if _parent(entry) == pid]
-
-    (child,) = until(children, f"process {pid} has a child", 20)
-    return child
+    By the pod's cgroup: the kubelet tells of a container up to a second late, and prepare may be over by then."""
+    uid = pod["metadata"]["uid"]
+    inside = {pid for pid in _pids() if uid in _proc(pid, "cgroup").replace("_", "-")}
+    return next((pid for pid in inside if _parent(pid) in inside), None)
 
 
-def _parent(entry: Path) -> int | None:
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _proc(pid: int, file: str) -> str:
     try:
-        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
+        return Path(f"/proc/{pid}/{file}").read_text()
+    except OSError:  # it has ended
+        return ""
+
+
+def _parent(pid: int) -> int | None:
+    fields = _proc(pid, "stat").rpartition(")")[2].split()
+    return int(fields[1]) if fields else None
 
 
 def send(pod: dict[str, Any], number: signal.Signals) -> None:
@@ -50,13 +58,13 @@ def send(pod: dict[str, Any], number: signal.Signals) -> None:
 
 def kill_trainer(pod: dict[str, Any]) -> None:
     """SIGKILL the stage's process; its supervisor lives and can tell."""
-    os.kill(child_pid(container_pid(pod)), signal.SIGKILL)
+    os.kill(until(lambda: stage_pid(pod), "the stage's process runs", 20), signal.SIGKILL)
 
 
 @contextmanager
-def held(pod: dict[str, Any]) -> Generator[None]:
-    """The stage's process stands still, so that it cannot end before something else has happened."""
-    pid = child_pid(container_pid(pod))
+def held(job: Submitted, stage: Stage) -> Generator[None]:
+    """The stage's process stands still from its start on, so that it cannot end before something else has happened."""
+    pid = job.until(lambda: next(filter(None, map(stage_pid, job.pods(stage))), None), f"{stage} has a process")
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

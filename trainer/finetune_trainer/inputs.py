@@ -1,7 +1,7 @@
 """What train reads: the plan, the base model's files, and the prepared arrays, each verified against its pin."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -120,8 +120,8 @@ def read_plan(store: Store, run_uri: str, digest: str | None) -> RunPlan:
     return plan
 
 
-def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, str]:
-    """Download the base model's files, pinned; returns file name -> "sha256:…".
+def fetch_model(store: Store, plan: RunPlan, folder: Path, after_file: Callable[[], None]) -> dict[str, str]:
+    """Download the base model's files, pinned; returns file name -> "sha256:…". `after_file` may raise to stop it.
 
     Raises MODEL_CHANGED when a file is not the one that was planned with.
     """
@@ -132,6 +132,7 @@ def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, str]:
         if name == record.uri or not parts or ".." in parts or parts[0] == "/":
             raise StageError(Fault.CONFIG_UNREADABLE, field="plan.model.files", problem="a file outside the model")
         digests[name] = _fetch(store, record, folder.joinpath(*parts), Fault.MODEL_CHANGED)
+        after_file()
     return digests
 
 

@@ -110,8 +110,13 @@ def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
     steps = inputs.fetch_steps(store, plan, prepared)
     _go_on(stop)
     model_folder = ctx.work_dir / "model"
-    digests = inputs.fetch_model(store, plan, model_folder)
-    _go_on(stop)
+
+    def after_file() -> None:
+        """A large model takes longer than a stage may stand still, or than a pod that is stopped has time."""
+        ctx.reporter.touch()
+        _go_on(stop)
+
+    digests = inputs.fetch_model(store, plan, model_folder, after_file)
     return _Fetched(plan, plan.digest(), model_folder, digests, rows, held_out, steps)
 
 
