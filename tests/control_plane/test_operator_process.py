@@ -404,6 +404,18 @@ def test_a_retryable_failure_leads_to_the_next_attempt_and_a_final_one_to_the_ve
     ]
 
 
+def test_the_children_of_a_finished_job_are_removed_in_time_and_its_verdict_stays(team: Team, operator: Operator):
+    team.submit(ttlSecondsAfterFinished=1)
+    team.prepared()
+    team.committed()
+    team.until("Succeeded", "True")
+    eventually(lambda: team.jobs() == [], "Kubernetes removes both Jobs")
+    before, resynced = team.get()["status"], operator.metric("finetune_last_resync_timestamp_seconds")
+    eventually(lambda: operator.metric("finetune_last_resync_timestamp_seconds") > resynced, "another resync")
+    assert team.jobs() == []
+    assert team.get()["status"] == before
+
+
 def test_a_foreign_job_under_our_name_is_named_and_left_alone(team: Team, operator: Operator):
     operator.kill()
     uid = team.submit()
