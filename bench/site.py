@@ -43,7 +43,10 @@ def apply(cluster: testbed.Cluster, body: dict[str, Any]) -> float:
 
 
 def remove(cluster: testbed.Cluster, kind: str, name: str) -> None:
+    """With the pods of all earlier measurements: one that is ending still holds the core that the next one needs."""
     cluster.kubectl("delete", kind, name, "-n", NAMESPACE, "--ignore-not-found", "--wait=true", timeout_s=200)
+    pods = ["get", "pods", "-n", NAMESPACE, "-o", "name", "--field-selector=status.phase!=Succeeded"]
+    until(lambda: not cluster.kubectl(*pods).strip(), "the node is free", timeout_s=200)
 
 
 def until(check: Callable[[], T | None], what: str, timeout_s: float = 1200) -> T:
