@@ -1,9 +1,12 @@
 """Base models: camelCase on the wire, snake_case in Python, bounded everywhere."""
 
-from typing import Annotated
+import math
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
+
+T = TypeVar("T")
 
 
 class ApiModel(BaseModel):
@@ -30,3 +33,14 @@ Uri = Annotated[str, StringConstraints(max_length=1024)]
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
+
+
+def finite(value: T) -> T | None:
+    """The value; None for a float that is not finite: JSON has no NaN, so such a figure is one that is not known."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """(field, what is wrong with it) of the first of the problems; never what was found there."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]

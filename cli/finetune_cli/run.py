@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune_api import layout
+from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import FAULTS, Fault, is_final, words
@@ -26,7 +27,6 @@ DEFAULT_MAX_RETRIES = 3
 RETRY_PAUSE_S = 5.0
 MAX_SAMPLES = 3
 MAX_SAMPLE_CHARS = 400
-MAX_PLAN_BYTES = 64 << 20
 
 
 def run(path: Path, work_dir: Path | None, console: Console) -> int:
@@ -77,9 +77,8 @@ def _config(job: dict[str, Any], uid: str, folder: Path) -> RunConfig:
     try:
         return local.run_config(job, uid, folder, local.this_machine(folder), os.environ)
     except ValidationError as error:  # such as a very long path, or no free disk
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CommandError(f"this machine cannot run it, {field}: {first['msg']}", Exit.USAGE) from error
+        field, problem = first_problem(error)
+        raise CommandError(f"this machine cannot run it, {field}: {problem}", Exit.USAGE) from error
 
 
 def _is_gone(result: RunResult, config: RunConfig) -> bool:
@@ -136,14 +135,13 @@ def _changed_data(config: RunConfig) -> list[str]:
 
     Asked at the end, when storage is known to answer: it could keep us waiting for minutes, deaf to Ctrl-C."""
     from finetune_trainer.data.reading import changed_files
-    from finetune_trainer.runplan import RunPlan
+    from finetune_trainer.runplan import read_plan
     from finetune_trainer.store import open_store
 
     store = open_store(config.storage)
     try:
-        content, _etag = store.read(layout.join(config.run_uri, layout.PLAN), max_bytes=MAX_PLAN_BYTES)
-        return changed_files(store, config.spec.datasets, RunPlan.model_validate_json(content).inputs)
-    except (StageError, ValueError):
+        return changed_files(store, config.spec.datasets, read_plan(store, config.run_uri, None).inputs)
+    except StageError:
         return []
 
 

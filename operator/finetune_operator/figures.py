@@ -1,9 +1,9 @@
 """Progress, figures and checkpoints, from what the trainer says to what the status shows. Pure."""
 
-import math
 from collections.abc import Sequence
 from datetime import datetime
 
+from finetune_api.base import finite
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
@@ -49,7 +49,7 @@ def is_stale(status: FineTuneJobStatus, seen: SeenProgress | None, interval_s: f
 
 def progress_status(said: Progress, at: datetime) -> ProgressStatus:
     total = said.total_steps
-    remaining = _finite(said.eta_seconds)
+    remaining = finite(said.eta_seconds)
     seconds = None if remaining is None else int(min(remaining, 10**9))
     return ProgressStatus(
         step=said.step,
@@ -75,14 +75,14 @@ def progress_of_report(
 
 def metrics_of_progress(old: MetricsStatus | None, said: Progress) -> MetricsStatus:
     names = ("train_loss", "eval_loss", "base_eval_loss", "learning_rate", "tokens_per_second")
-    return _merged(old, {name: _finite(getattr(said, name)) for name in names})
+    return _merged(old, {name: finite(getattr(said, name)) for name in names})
 
 
 def metrics_of_report(old: MetricsStatus | None, report: RunResult) -> MetricsStatus | None:
     if report.metrics is None:
         return old
     figures = report.metrics.model_dump(by_alias=False, exclude={"loss"})
-    return _merged(old, {name: _finite(value) for name, value in figures.items()})
+    return _merged(old, {name: finite(value) for name, value in figures.items()})
 
 
 def checkpoints(
@@ -109,8 +109,3 @@ def _merged(old: MetricsStatus | None, figures: dict[str, float | None]) -> Metr
     merged = (old or MetricsStatus()).model_copy(update=known)
     loss = merged.train_loss
     return merged.model_copy(update={"loss": None if loss is None else f"{loss:.3f}"[:64]})
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: a figure that is not finite is one that is not known."""
-    return value if value is not None and math.isfinite(value) else None

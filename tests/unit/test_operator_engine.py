@@ -18,6 +18,7 @@ from finetune_operator.engine import Engine
 from finetune_operator.hearing import Hearing
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
+from hand_clock import Clock
 from status_samples import SPEC
 
 
@@ -139,14 +140,6 @@ def test_what_kopf_tells_is_heard_with_its_generation(engine: Engine, monkeypatc
     arguments = {"namespace": "a", "name": "bot", "uid": "u", "meta": body.metadata, "type": "MODIFIED"}
     asyncio.run(cast(Any, handler.fn)(**arguments))
     assert told == [("a", "bot", "u", 3)]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
+from hand_clock import Clock
 
 OWNER = ("a", "job-1")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -176,11 +177,3 @@ def test_a_puller_that_has_died_grows_old():
     assert puller.age_s() == 0
     clock.now_s += 200
     assert puller.age_s() == 200
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s

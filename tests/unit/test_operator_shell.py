@@ -22,6 +22,7 @@ from finetune_operator.runtimes import Runtimes
 from finetune_operator.seen import JobEvent
 from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError, parse_runtimes
 from finetune_operator.view import view
+from hand_clock import Clock
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -108,14 +109,6 @@ class FakeApi:
         self.version += 1
         self.lease = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version)}}
         return self.lease
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def test_one_operator_holds_the_lease_and_another_takes_it_only_when_it_is_not_renewed():

@@ -6,6 +6,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import CONTRACT_VERSION, RunConfig
@@ -32,6 +33,5 @@ def load(path: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(found)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise StageError(Fault.CONFIG_UNREADABLE, field=field[:200], problem=first["msg"][:200]) from error
+        field, problem = first_problem(error)
+        raise StageError(Fault.CONFIG_UNREADABLE, field=field[:200], problem=problem[:200]) from error

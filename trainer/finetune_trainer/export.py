@@ -1,7 +1,6 @@
 """The adapter as others read it: a plain PEFT folder, reloaded and compared before anybody may trust it."""
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finetune_api.base import finite
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, join
 from finetune_api.reasons import Fault
@@ -123,7 +123,7 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
 
     return {
         "held_out": [
-            evaluation.model_dump() | {"loss": _finite(evaluation.loss), "perplexity": _finite(evaluation.perplexity)}
+            evaluation.model_dump() | {"loss": finite(evaluation.loss), "perplexity": finite(evaluation.perplexity)}
             for evaluation in found.held_out
         ],
         "samples": [
@@ -135,11 +135,6 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         "stop_ratio": {"base": stop_ratio(found.base_answers), "tuned": stop_ratio(found.tuned_answers)},
         "repetition_ratio": {"base": repetition(found.base_answers), "tuned": repetition(found.tuned_answers)},
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 def check_reload(lm: LanguageModel, adapted: PeftModel, folder: Path, batches: Sequence[Batch]) -> dict[str, float]:

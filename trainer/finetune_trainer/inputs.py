@@ -11,18 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from finetune_api.errors import StageError
-from finetune_api.layout import PLAN, join
+from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_trainer.attention import Segments
 from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
 from finetune_trainer.store import Store
 
 IntArray = npt.NDArray[np.int64]
-_MAX_PLAN_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -100,24 +98,6 @@ class StepPlan:
 
     def rows_of(self, step: int) -> list[int]:
         return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
-
-
-def read_plan(store: Store, run_uri: str, digest: str | None) -> RunPlan:
-    """The plan that prepare wrote. Raises CONFIG_CHANGED if it is not the one this attempt was told to follow."""
-    uri = join(run_uri, PLAN)
-    content, _ = store.read(uri, max_bytes=_MAX_PLAN_BYTES)
-    try:
-        plan = RunPlan.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise StageError(
-            Fault.CONFIG_UNREADABLE, field=f"plan.json {field}"[:256], problem=first["msg"][:256]
-        ) from error
-    found = plan.digest()
-    if digest is not None and found != digest:
-        raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=found, expected=digest)
-    return plan
 
 
 def fetch_model(store: Store, plan: RunPlan, folder: Path, after_file: Callable[[], None]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Figures for Prometheus beside those made from Progress (`serve`), and `metrics.jsonl` that outlives the pod."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -9,6 +8,8 @@ from typing import IO, Any
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from finetune_api.base import finite
 
 MAX_ROWS = 10_000
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -85,9 +86,7 @@ class MetricsFile:
         self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
 

@@ -22,15 +22,22 @@ How a step's rows are packed into forward passes is not part of the plan: it cha
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, ValidationError
 
-from finetune_api.base import Digest, Str64, Str256, Uri, WireModel
+from finetune_api.base import Digest, Str64, Str256, Uri, WireModel, first_problem
+from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
+from finetune_api.layout import PLAN, join
+from finetune_api.reasons import Fault
 from finetune_api.status import ResolvedValue
 
+if TYPE_CHECKING:  # the plan itself needs no storage client
+    from finetune_trainer.store import Store
+
 PLAN_VERSION = 1
+_MAX_PLAN_BYTES = 64 * 2**20
 FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
 
@@ -124,3 +131,18 @@ class RunPlan(WireModel):
         """SHA-256 of the canonical JSON of the plan."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_plan(store: "Store", run_uri: str, digest: str | None) -> RunPlan:
+    """The plan that prepare wrote. Raises CONFIG_CHANGED if it is not the one this attempt was told to follow."""
+    uri = join(run_uri, PLAN)
+    content, _ = store.read(uri, max_bytes=_MAX_PLAN_BYTES)
+    try:
+        plan = RunPlan.model_validate_json(content)
+    except ValidationError as error:
+        field, problem = first_problem(error)
+        raise StageError(Fault.CONFIG_UNREADABLE, field=f"plan.json {field}"[:256], problem=problem[:256]) from error
+    found = plan.digest()
+    if digest is not None and found != digest:
+        raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=found, expected=digest)
+    return plan

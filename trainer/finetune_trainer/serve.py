@@ -1,7 +1,6 @@
 """The window into a running stage: GET /progress for the operator, GET /metrics for Prometheus, nothing else."""
 
 import logging
-import math
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+from finetune_api.base import finite
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_trainer.logs import bind_step
@@ -60,21 +60,18 @@ class Reporter:
         does not have."""
         if unknown := fields.keys() - Progress.model_fields.keys():
             raise TypeError(f"Progress has no {', '.join(sorted(unknown))}")
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in fields.items()
-        }
+        known = {name: finite(value) for name, value in fields.items()}
         now_s = time.monotonic()
         with self._lock:
-            if "step" in finite and finite["step"] != self._fields.get("step"):
+            if "step" in known and known["step"] != self._fields.get("step"):
                 self._step_at_s = now_s
-                bind_step(cast("int", finite["step"]))
-            if "checkpoint" in finite and finite["checkpoint"] != self._fields.get("checkpoint"):
+                bind_step(cast("int", known["step"]))
+            if "checkpoint" in known and known["checkpoint"] != self._fields.get("checkpoint"):
                 self._checkpoint_at_s = now_s
-            if "activity" in finite and finite["activity"] != self._fields["activity"]:
+            if "activity" in known and known["activity"] != self._fields["activity"]:
                 self._add_activity(now_s)
                 self._step_at_s = now_s
-            self._fields.update(finite)
+            self._fields.update(known)
 
     def touch(self) -> None:
         """Something was done that is no step: the stage does not stand still."""

@@ -33,7 +33,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
 from finetune_trainer.recipes import recipe_of
-from finetune_trainer.runplan import RunPlan
+from finetune_trainer.runplan import RunPlan, read_plan
 from finetune_trainer.session import Session
 from finetune_trainer.stop import StopFlag
 
@@ -100,7 +100,7 @@ class _Fetched:
 def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
     ctx.reporter.update(activity="Reading")
     store = ctx.store
-    plan = inputs.read_plan(store, ctx.config.run_uri, ctx.plan_digest)
+    plan = read_plan(store, ctx.config.run_uri, ctx.plan_digest)
     prepared = ctx.work_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     rows = inputs.fetch_rows(store, plan.train, prepared / "train")
