@@ -21,7 +21,14 @@ class ApiModel(BaseModel):
 
 
 class WireModel(BaseModel):
-    """Part of the contract between operator and trainer. Unknown fields are errors: skew must be seen."""
+    """Part of the contract between operator and trainer. Unknown fields are ignored: see `finetune_api.run`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StoredModel(BaseModel):
+    """What decides a training and is read back by a later attempt. Unknown fields are errors: a reader that ignored
+    what it does not know would train otherwise than the writer decided."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -161,6 +161,7 @@ class Fault(StrEnum):
     BUG = "Bug"
     OBJECT_TOO_LARGE = "ObjectTooLarge"
     CONDITIONAL_WRITES_UNSUPPORTED = "ConditionalWritesUnsupported"
+    UNRECOGNISED = "Unrecognised"
 
 
 FAULTS: dict[Fault, FaultText] = {
@@ -314,6 +315,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "the store at {endpoint} does not honour conditional writes (If-None-Match), so two jobs could overwrite each "
         "other; use one that does, such as AWS S3, MinIO or Ceph",
+    ),
+    Fault.UNRECOGNISED: FaultText(
+        Reason.UNKNOWN,
+        "the trainer, which is newer than the operator, ended with {code}, which the operator has no words for; "
+        "the trainer's log says what it is",
     ),
 }
 

@@ -1,13 +1,29 @@
 """What the operator hands to the trainer (RunConfig) and what it gets back (RunResult, Progress).
 
 RunConfig lies as JSON in an immutable ConfigMap. RunResult is the container's termination message. Progress is
-answered by the running pod at GET /progress. All three are strict, so that version skew is seen, not guessed.
+answered by the running pod at GET /progress.
+
+The rule across versions
+------------------------
+Operator and trainer may be of different releases: an operator is upgraded while jobs run, and a started job keeps
+the image, the configuration and the plan that it began with.
+
+- Readers ignore fields that they do not know, so a field **with a default** may be added at any time. Fields are never
+  renamed, never given another meaning, and never lose their default.
+- CONTRACT_VERSION rises when a trainer that ignores what it does not know would do something else than it was told:
+  with every new field of the job or of RunConfig that the trainer has to obey.
+- A trainer refuses a RunConfig of a higher number (CONTRACT_SKEW) and obeys those of lower ones.
+- An operator reads results and progress of its own contract N and of N - 1; one message of each kind of contract N - 1
+  is kept in tests/support/contract_*. Of a newer trainer it takes what it can: a fault that it does not know becomes
+  Fault.UNRECOGNISED and the exit code decides, an activity becomes "Working", a stage makes a bad report.
+- `plan.json` has a version of its own (`finetune_trainer.runplan`): a plan that this trainer cannot follow is prepared
+  again while no step is finished, and ends the attempt by name afterwards.
 """
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec
@@ -15,9 +31,21 @@ from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
 
-CONTRACT_VERSION = 1  # from the first release on, every change of these models raises it
+CONTRACT_VERSION = 2
 MAX_RESULT_BYTES = 4000  # the kubelet keeps 4096 per container
 MAX_PROGRESS_BYTES = 16 * 1024
+_MAX_CODE_CHARS = 64
+_FAULT_CODES = frozenset(fault.value for fault in Fault)
+
+Activity = Literal[
+    "Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing", "Done", "Working"
+]
+
+
+def _known_activity(value: object) -> object:
+    """Return "Working" for a word of a newer trainer."""
+    return "Working" if isinstance(value, str) and value not in get_args(Activity) else value
+
 
 FaultArg = Annotated[str, StringConstraints(max_length=256)] | int | float
 
@@ -86,6 +114,18 @@ class RunResult(WireModel):
     resumed_from_step: Count | None = None
     log_uri: Uri | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recognise_fault(cls, data: Any) -> Any:
+        """Replace a fault of a newer trainer by UNRECOGNISED, with its code as the argument."""
+        if not isinstance(data, dict):
+            return data
+        fields = cast("dict[str, Any]", data)
+        code = fields.get("fault")
+        if not isinstance(code, str) or code in _FAULT_CODES:
+            return fields
+        return {**fields, "fault": Fault.UNRECOGNISED, "args": {"code": code[:_MAX_CODE_CHARS]}}
+
     def to_message(self) -> bytes:
         """JSON of at most MAX_RESULT_BYTES: when too long, the plan's resolved values go first, from the end."""
         result = self
@@ -105,7 +145,7 @@ class Progress(WireModel):
     contract_version: int = CONTRACT_VERSION
     stage: Stage
     attempt: int = Field(ge=1)
-    activity: Literal["Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing", "Done"]
+    activity: Annotated[Activity, BeforeValidator(_known_activity)]
     step: Count = 0
     total_steps: Count = 0
     resumed_from_step: Count | None = None

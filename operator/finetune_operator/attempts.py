@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, reason_of_exit, words
-from finetune_api.run import RunResult
+from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_api.status import AttemptStatus
 from finetune_operator.observed import ObservedJob, ObservedPod
 from finetune_operator.view import reason_of
@@ -88,13 +88,13 @@ def _completes(entry: AttemptStatus, report: RunResult | None) -> bool:
 
 
 def _matches(entry: AttemptStatus, pod: ObservedPod) -> bool:
-    """The exit code decides; a report that says otherwise is not believed."""
+    """Return True if the report is of this attempt and says what the exit code says, which decides."""
     report = pod.report
-    return (
-        report is not None
-        and (report.stage, report.attempt) == (entry.stage, entry.number)
-        and report.exit_code == pod.exit_code == EXIT_CODES[FAULTS[report.fault].reason]
-    )
+    if report is None or (report.stage, report.attempt) != (entry.stage, entry.number):
+        return False
+    if report.contract_version != CONTRACT_VERSION or report.fault == Fault.UNRECOGNISED:
+        return report.exit_code == pod.exit_code  # another release may give a fault another exit code
+    return report.exit_code == pod.exit_code == EXIT_CODES[FAULTS[report.fault].reason]
 
 
 def _with_container(

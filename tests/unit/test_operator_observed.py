@@ -99,8 +99,8 @@ def test_a_pod_tells_what_ended_it():
 @pytest.mark.parametrize(
     "message",
     [
-        "Traceback", "{}", '{"stage":"train"}', REPORT.replace("}", ',"new_field":1}'), "[" * 4000, "x" * 100_000,
-        REPORT.replace("Interrupted", "OfTheFuture"),
+        "Traceback", "{}", "[1]", '{"stage":"train"}', "[" * 4000, "x" * 100_000,
+        REPORT.replace('"Interrupted"', "7"), REPORT.replace("30", '"x"'),
     ],
 )  # fmt: skip
 def test_a_message_that_is_no_report_is_a_bad_report(message: str):

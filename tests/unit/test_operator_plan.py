@@ -832,3 +832,21 @@ def test_the_same_failure_twice_in_a_row_is_two_events():
     world = World().training().end("train-1", code=1).step()
     world.end("train-2", code=1).step()
     assert world.reasons().count("Unknown") == 2
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "reason", "ends"),
+    [(29, "Unknown", True), (49, "Unknown", False), (22, "ModelMismatch", True), (31, "StorageTransient", False)],
+)
+def test_after_a_fault_of_a_newer_trainer_the_exit_code_decides_and_the_words_name_it(
+    exit_code: int, reason: str, ends: bool
+) -> None:
+    world = World().training()
+    told = {"stage": "train", "attempt": 1, "fault": "OfTheFuture", "exit_code": exit_code, "contract_version": 99}
+    report = RunResult.model_validate(told)
+    world.end("train-1", code=exit_code)
+    world.pod("train-1", report=report).step()
+    first = world.status["attempts"][1]
+    assert (first["class"], first["reason"], first["exitCode"]) == ("Failure", reason, exit_code)
+    assert world.status["phase"] == ("Failed" if ends else "Training")
+    assert any("OfTheFuture" in event.message for event in world.events)

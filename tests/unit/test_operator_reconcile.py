@@ -1,5 +1,6 @@
 """One round against an API server that refuses, conflicts, or has something else under our name."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -9,8 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api import names
 from finetune_api.names import Stage
+from finetune_api.run import CONTRACT_VERSION
 from finetune_operator.children import Children, Owner
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.manifests import RUNTIME_FILE
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
 from finetune_operator.runtimes import Runtimes
@@ -211,6 +214,22 @@ def test_every_attempt_runs_in_the_image_of_the_first_whatever_the_runtime_is_by
     runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
     reconciler.reconcile(KEY)
     assert cluster.objects["jobs", FIRST] == first
+
+
+def test_a_job_begun_by_the_release_before_keeps_its_image_and_configuration(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    del cluster.objects["jobs", FIRST]
+    run = cluster.objects["configmaps", names.run_name("bot", UID)]
+    samples = Path(__file__).parents[1] / "support" / f"contract_{CONTRACT_VERSION - 1}"
+    before = {name: (samples / name).read_text() for name in (names.CONFIG_FILE, RUNTIME_FILE)}
+    run["data"] = dict(before)
+    reconciler.reconcile(KEY)
+    pod = cluster.objects["jobs", FIRST]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == json.loads(before[RUNTIME_FILE])["image"]
+    assert pod["volumes"][0]["configMap"]["name"] == run["metadata"]["name"]
+    assert run["data"] == before
 
 
 def test_an_event_that_is_not_taken_changes_nothing(reconciler: Reconciler, cluster: FakeCluster):

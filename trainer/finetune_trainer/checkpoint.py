@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune_api.base import Digest, WireModel
+from finetune_api.base import Digest, StoredModel
 from finetune_api.errors import StageError
 from finetune_api.layout import CHECKPOINTS, join
 from finetune_api.reasons import Fault
@@ -42,7 +42,7 @@ _MAX_LISTED = 10_000
 MAX_EVALUATIONS = 1000
 
 
-class Position(WireModel):
+class Position(StoredModel):
     """Where the loop stands; everything but the tensors."""
 
     step: int = Field(ge=0)  # finished steps
@@ -55,7 +55,7 @@ class Position(WireModel):
     kept_seconds: float = Field(default=0, ge=0)  # time spent in steps that are in this checkpoint
 
 
-class CheckpointManifest(WireModel):
+class CheckpointManifest(StoredModel):
     """What a whole checkpoint consists of."""
 
     version: int = 1

@@ -15,7 +15,9 @@ _MAX_CONFIG_BYTES = 1 << 20  # a ConfigMap's limit
 
 
 def load(path: Path) -> RunConfig:
-    """Raises StageError(CONTRACT_SKEW) when another version of the operator wrote it, CONFIG_UNREADABLE."""
+    """Read the configuration of this or an earlier contract, ignoring fields that this trainer does not know.
+
+    Raises StageError(CONTRACT_SKEW) when an operator of a later contract wrote it, CONFIG_UNREADABLE."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="larger than 1 MiB")
@@ -26,9 +28,8 @@ def load(path: Path) -> RunConfig:
         raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="not JSON") from error
     if not isinstance(found, dict):
         raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="not a JSON object")
-    # Before strict parsing: with another version, unknown fields are a symptom and not the cause.
     version = cast("dict[str, object]", found).get("contract_version")
-    if version != CONTRACT_VERSION:
+    if type(version) is not int or not 1 <= version <= CONTRACT_VERSION:  # True is an int, and no version
         raise StageError(Fault.CONTRACT_SKEW, operator=str(version)[:20], trainer=CONTRACT_VERSION)
     try:
         return RunConfig.model_validate(found)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetune_api.base import WireModel
+from finetune_api.base import StoredModel
 from finetune_trainer.inputs import Rows
 from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel
@@ -20,7 +20,7 @@ MAX_HELD_OUT_ROWS = 2000
 _NGRAM = 4
 
 
-class HeldOut(WireModel):
+class HeldOut(StoredModel):
     """Token-weighted loss on held-out rows after a number of steps; 0 is the base model."""
 
     # A loss that is not finite must be readable again: a checkpoint holds it.

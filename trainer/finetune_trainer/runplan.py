@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from finetune_api.base import Digest, Str64, Str256, Uri, WireModel, first_problem
+from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_api.layout import PLAN, join
@@ -41,7 +41,7 @@ _MAX_PLAN_BYTES = 64 * 2**20
 FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
 
-class FileRecord(WireModel):
+class FileRecord(StoredModel):
     """A file in the bucket, pinned."""
 
     uri: FileUri
@@ -50,7 +50,7 @@ class FileRecord(WireModel):
     sha256: Digest | None = None  # None: too large to read while planning; train fills it in the lineage
 
 
-class ModelFacts(WireModel):
+class ModelFacts(StoredModel):
     """What the base model is, read from its config.json and the headers of its weights."""
 
     uri: Uri
@@ -67,7 +67,7 @@ class ModelFacts(WireModel):
     packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
 
 
-class SplitFiles(WireModel):
+class SplitFiles(StoredModel):
     """One split's prepared rows."""
 
     rows: int
@@ -79,7 +79,7 @@ class SplitFiles(WireModel):
     offsets: FileRecord
 
 
-class Hyperparameters(WireModel):
+class Hyperparameters(StoredModel):
     """Every number of the loop, decided."""
 
     learning_rate: float
@@ -98,14 +98,14 @@ class Hyperparameters(WireModel):
     eval_interval_steps: int
 
 
-class SamplePrompt(WireModel):
+class SamplePrompt(StoredModel):
     """A prompt that base and tuned model answer at the end; its words are data and stay in the bucket."""
 
     text: str = Field(max_length=4000)
     token_ids: list[int] = Field(max_length=4096)
 
 
-class RunPlan(WireModel):
+class RunPlan(StoredModel):
     """The whole plan; the essence of it is in `status.plan`."""
 
     version: Literal[1] = PLAN_VERSION
