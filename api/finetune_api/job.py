@@ -241,23 +241,19 @@ class EvaluationSpec(ApiModel):
     )
 
 
-_MEMORY = "^[1-9][0-9]*(Mi|Gi|Ti)$"
+# At most 999Ti, so that its bytes fit into the 64 bits of a Kubernetes quantity.
+QUANTITY_PATTERN = "^([1-9][0-9]{0,7}Mi|[1-9][0-9]{0,5}Gi|[1-9][0-9]{0,2}Ti)$"
 _CPU = "^([1-9][0-9]{0,3}|[1-9][0-9]{1,5}m)$"
 Quantity = Annotated[
     str,
-    StringConstraints(pattern=_MEMORY, max_length=16),
-    matching(_MEMORY, "write a whole number of Mi, Gi or Ti, such as 16Gi"),
+    StringConstraints(pattern=QUANTITY_PATTERN, max_length=16),
+    matching(QUANTITY_PATTERN, "write a whole number of Mi, Gi or Ti up to 999Ti, such as 16Gi"),
 ]
 Cores = Annotated[int, Field(ge=1, le=9999)]
 Cpu = Annotated[str, StringConstraints(pattern=_CPU)]
 
 
-class ResourcesSpec(ApiModel):
-    """What the training pod gets. Requests equal limits."""
-
-    gpus_per_node: int | None = Field(
-        default=None, ge=0, le=1, description="0 trains on the CPU, 1 on one GPU. Absent: the runtime's default."
-    )
+class _PodResources(ApiModel):
     cpu: Cores | Cpu | None = Field(
         default=None,
         description='CPU cores, as 4 or "500m". Absent: the runtime\'s default.',
@@ -269,6 +265,33 @@ class ResourcesSpec(ApiModel):
         ),
     )
     memory: Quantity | None = Field(default=None, description="Memory, such as 16Gi. Absent: the runtime's default.")
+
+
+class PrepareResourcesSpec(_PodResources):
+    """What the pod that prepares the data gets. Requests equal limits; it never gets a GPU."""
+
+    disk: Quantity | None = Field(
+        default=None,
+        description="Local disk (ephemeral-storage), such as 20Gi: for the tokens of all rows, twice, 5 bytes each, "
+        "and for each Parquet file while it is read. Absent: the runtime's default.",
+    )
+
+
+class ResourcesSpec(_PodResources):
+    """What the training pod gets and, under prepare, the pod that prepares the data. Requests equal limits."""
+
+    disk: Quantity | None = Field(
+        default=None,
+        description="Local disk (ephemeral-storage), such as 50Gi, for the model, the prepared data and checkpoints. "
+        "What is needed is planned before training, and shown in status.plan.diskBytes; too little ends the job then. "
+        "Absent: the runtime's default.",
+    )
+    gpus_per_node: int | None = Field(
+        default=None, ge=0, le=1, description="0 trains on the CPU, 1 on one GPU. Absent: the runtime's default."
+    )
+    prepare: PrepareResourcesSpec | None = Field(
+        default=None, description="What the pod that prepares the data gets. Absent: the runtime's defaults."
+    )
 
 
 class CheckpointSpec(ApiModel):
@@ -403,7 +426,9 @@ class FineTuneJobSpec(ApiModel):
     preprocessing: PreprocessingSpec | None = Field(default=None, description="How rows become tokens.")
     hyperparameters: HyperparametersSpec | None = Field(default=None, description="Numbers of the training loop.")
     evaluation: EvaluationSpec | None = Field(default=None, description="What is measured on held-out rows.")
-    resources: ResourcesSpec | None = Field(default=None, description="What the training pod gets.")
+    resources: ResourcesSpec | None = Field(
+        default=None, description="What the pods get. Absent: the runtime's defaults."
+    )
     checkpoint: CheckpointSpec | None = Field(default=None, description="How often progress is made safe.")
     recovery: RecoverySpec | None = Field(default=None, description="How much may go wrong.")
     storage: StorageSpec | None = Field(default=None, description="How the pods reach object storage.")

@@ -3,7 +3,7 @@
 _UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
-def memory_bytes(quantity: str) -> int:
+def quantity_bytes(quantity: str) -> int:
     """Bytes of a quantity such as `512Mi` or `16Gi`.
 
     Raises ValueError for other units."""

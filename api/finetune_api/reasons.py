@@ -125,6 +125,7 @@ class Fault(StrEnum):
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
     UNSUPPORTED_MODEL = "UnsupportedModel"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
+    DISK_TOO_SMALL = "DiskTooSmall"
     BROKEN_ROW = "BrokenRow"
     BROKEN_FILE = "BrokenFile"
     WRONG_FORMAT = "WrongFormat"
@@ -205,6 +206,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "training needs about {needed_gib} GiB of memory, but resources.memory allows {limit_gib} GiB; "
         "raise it, or lower preprocessing.maxSequenceLength",
+    ),
+    Fault.DISK_TOO_SMALL: FaultText(
+        Reason.CONFIG_INVALID,
+        "training needs about {needed_gib} GiB of disk for model, data and checkpoints, but gets {limit_gib} GiB; "
+        "raise resources.disk, or free space where finetune run works",
     ),
     Fault.BROKEN_ROW: FaultText(
         Reason.DATA_INVALID,

@@ -26,8 +26,9 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
+from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
 
@@ -69,12 +70,24 @@ class StorageConfig(WireModel):
 
 
 class RunResources(WireModel):
-    """What the training pod may use."""
+    """What one pod may use."""
 
     cpu_count: float = Field(gt=0)
     memory_bytes: int = Field(gt=0)
     disk_bytes: int = Field(gt=0)
     gpus: int = Field(ge=0, le=1)
+
+    def with_asked(self, asked: ResourcesSpec | PrepareResourcesSpec | None) -> "RunResources":
+        """Return these defaults with what the job asks for in their place."""
+        if asked is None:
+            return self
+        gpus = asked.gpus_per_node if isinstance(asked, ResourcesSpec) else None
+        return RunResources(
+            cpu_count=self.cpu_count if asked.cpu is None else cpu_count(asked.cpu),
+            memory_bytes=self.memory_bytes if asked.memory is None else quantity_bytes(asked.memory),
+            disk_bytes=self.disk_bytes if asked.disk is None else quantity_bytes(asked.disk),
+            gpus=self.gpus if gpus is None else gpus,
+        )
 
 
 class RunConfig(WireModel):
@@ -86,7 +99,8 @@ class RunConfig(WireModel):
     run_uri: Uri  # output.uri/NAME-UID5
     image: Str256 | None = None  # as the runtime names it: a digest says what ran, a tag only what was asked for
     storage: StorageConfig
-    resources: RunResources
+    resources: RunResources  # of the train pod
+    prepare_resources: RunResources | None = None  # None: made by an operator without resources.prepare
     work_dir: Str256 = SCRATCH_DIR
     http_port: int = HTTP_PORT  # 0 = any free port
     grace_period_s: int = Field(default=120, ge=5, le=3600)

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,9 +16,8 @@ from pydantic import Field, ValidationError
 from finetune_api import layout
 from finetune_api.base import Digest, WireModel
 from finetune_api.crd import MUTABLE_FIELDS
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import Stage, run_name
-from finetune_api.quantity import cpu_count, memory_bytes
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_cli.errors import CommandError, Exit
 
@@ -29,7 +28,7 @@ _LOCK_FILE = "lock"
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has; the job's own resources come first."""
+    """What this machine has."""
 
     cpu_count: int
     memory_bytes: int
@@ -66,28 +65,34 @@ def run_config(job: dict[str, Any], uid: str, work_dir: Path, machine: Machine, 
     for every other tool on this machine; credentials come from the usual AWS places.
     """
     spec = FineTuneJobSpec.model_validate(job["spec"])
-    resources, storage = spec.resources, spec.storage
+    asked, storage = spec.resources, spec.storage
     endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or (storage and storage.endpoint) or None
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or (storage and storage.region) or "us-east-1"
     path_style = storage.path_style if storage and storage.path_style is not None else endpoint is not None
-    cpu = resources.cpu if resources else None
-    memory = resources.memory if resources else None
-    gpus = resources.gpus_per_node if resources else None
     return RunConfig(
         contract_version=CONTRACT_VERSION,
         job=JobRef(name=job["metadata"]["name"], namespace=NAMESPACE, uid=uid),
         spec=spec,
         run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], uid)),
         storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
-        resources=RunResources(
-            cpu_count=machine.cpu_count if cpu is None else cpu_count(cpu),
-            memory_bytes=machine.memory_bytes if memory is None else memory_bytes(memory),
-            disk_bytes=machine.disk_bytes,
-            gpus=machine.gpus if gpus is None else gpus,
-        ),
+        resources=_granted(machine, asked),
+        prepare_resources=_granted(replace(machine, gpus=0), asked and asked.prepare),
         work_dir=str(work_dir),
         http_port=0,
         termination_log=str(work_dir / "termination-log"),
+    )
+
+
+def _granted(machine: Machine, asked: ResourcesSpec | PrepareResourcesSpec | None) -> RunResources:
+    """Return what the job asks for, but never more than there is: what is planned with must be real."""
+    whole = RunResources(**asdict(machine))
+    wanted = whole.with_asked(asked)
+    return wanted.model_copy(
+        update={
+            "cpu_count": min(wanted.cpu_count, whole.cpu_count),
+            "memory_bytes": min(wanted.memory_bytes, whole.memory_bytes),
+            "disk_bytes": min(wanted.disk_bytes, whole.disk_bytes),
+        }
     )
 
 

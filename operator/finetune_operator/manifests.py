@@ -13,7 +13,7 @@ from finetune_api import names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
-from finetune_api.quantity import cpu_count, memory_bytes
+from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import FINAL_EXIT_CODES
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_operator.observed import ANNOTATION_GPUS
@@ -29,11 +29,7 @@ Manifest = dict[str, Any]
 
 def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
     """Every default of the platform decided, so that all attempts of the job run alike."""
-    asked, storage = spec.resources, spec.storage
-    defaults = runtime.defaults
-    cpu = asked.cpu if asked and asked.cpu is not None else defaults.cpu
-    memory = asked.memory if asked and asked.memory is not None else defaults.memory
-    gpus = asked.gpus_per_node if asked and asked.gpus_per_node is not None else defaults.gpus_per_node
+    storage = spec.storage
     endpoint = storage.endpoint if storage else None
     path_style = storage.path_style if storage else None
     return RunConfig(
@@ -49,14 +45,31 @@ def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConf
             credentials_dir=names.CREDENTIALS_DIR if storage and storage.secret_ref else None,
             ca_bundle_path=f"{names.CA_BUNDLE_DIR}/{names.CA_BUNDLE_KEY}" if storage and storage.ca_bundle else None,
         ),
-        resources=RunResources(
-            cpu_count=cpu_count(cpu),
-            memory_bytes=memory_bytes(memory),
-            disk_bytes=memory_bytes(defaults.ephemeral_storage),
-            gpus=gpus,
-        ),
+        resources=_default_resources(runtime, Stage.TRAIN).with_asked(spec.resources),
+        prepare_resources=_prepare_resources(spec, runtime),
         grace_period_s=runtime.termination_grace_period_seconds,
     )
+
+
+def _default_resources(runtime: Runtime, stage: Stage) -> RunResources:
+    defaults = runtime.defaults if stage == Stage.TRAIN else runtime.prepare
+    return RunResources(
+        cpu_count=cpu_count(defaults.cpu),
+        memory_bytes=quantity_bytes(defaults.memory),
+        disk_bytes=quantity_bytes(defaults.ephemeral_storage),
+        gpus=runtime.defaults.gpus_per_node if stage == Stage.TRAIN else 0,
+    )
+
+
+def _prepare_resources(spec: FineTuneJobSpec, runtime: Runtime) -> RunResources:
+    return _default_resources(runtime, Stage.PREPARE).with_asked(spec.resources and spec.resources.prepare)
+
+
+def _resources_of(config: RunConfig, runtime: Runtime, stage: Stage) -> RunResources:
+    """Return what the stage's pod may use. Only configurations of an earlier operator say nothing of prepare."""
+    if stage == Stage.TRAIN:
+        return config.resources
+    return config.prepare_resources or _prepare_resources(config.spec, runtime)
 
 
 def config_map(job: JobView, config: RunConfig, runtime: Runtime) -> Manifest:
@@ -82,7 +95,7 @@ def job_manifest(
     """The Kubernetes Job of one attempt. `plan_digest` belongs to train alone: it trains what was prepared."""
     labels = names.child_labels(job.name, job.uid, stage, attempt)
     meta = _metadata(job, names.child_name(job.name, job.uid, stage, attempt), labels)
-    gpus = config.resources.gpus if stage == Stage.TRAIN else 0
+    gpus = _resources_of(config, runtime, stage).gpus
     ignore = {"type": "DisruptionTarget", "status": "True"}
     exit_codes = {"containerName": names.CONTAINER, "operator": "In", "values": list(FINAL_EXIT_CODES)}
     return {
@@ -148,7 +161,7 @@ def _pod_spec(
     args = [stage.value, f"--config={names.CONFIG_DIR}/{names.CONFIG_FILE}", f"--attempt={attempt}"]
     if plan_digest is not None:
         args.append(f"--plan-digest={plan_digest}")
-    limits = _limits(config, runtime, stage, gpus)
+    limits = _limits(_resources_of(config, runtime, stage), runtime)
     gpu_selector = runtime.gpu.node_selector if gpus else {}
     spec: Manifest = {
         "restartPolicy": "Never",  # required by podFailurePolicy
@@ -194,22 +207,17 @@ def _pod_spec(
     return spec
 
 
-def _limits(config: RunConfig, runtime: Runtime, stage: Stage, gpus: int) -> dict[str, str]:
-    if stage == Stage.PREPARE:
-        small = runtime.prepare
-        return {"cpu": str(small.cpu), "memory": small.memory, "ephemeral-storage": small.ephemeral_storage}
-    resources = config.resources
+def _limits(resources: RunResources, runtime: Runtime) -> dict[str, str]:
     limits = {
         "cpu": f"{round(resources.cpu_count * 1000)}m",
         "memory": f"{resources.memory_bytes // 2**20}Mi",
         "ephemeral-storage": f"{resources.disk_bytes // 2**20}Mi",
     }
-    return {**limits, runtime.gpu.resource_name: str(gpus)} if gpus else limits
+    return {**limits, runtime.gpu.resource_name: str(resources.gpus)} if resources.gpus else limits
 
 
 def _volumes(job: JobView, config: RunConfig, runtime: Runtime, stage: Stage) -> tuple[list[Manifest], list[Manifest]]:
-    prepare = stage == Stage.PREPARE
-    disk = runtime.prepare.ephemeral_storage if prepare else f"{config.resources.disk_bytes // 2**20}Mi"
+    disk = f"{_resources_of(config, runtime, stage).disk_bytes // 2**20}Mi"
     run = {"name": names.run_name(job.name, job.uid), "items": [{"key": names.CONFIG_FILE, "path": names.CONFIG_FILE}]}
     volumes: list[Manifest] = [
         {"name": "config", "configMap": run},
@@ -219,7 +227,7 @@ def _volumes(job: JobView, config: RunConfig, runtime: Runtime, stage: Stage) ->
         {"name": "config", "mountPath": names.CONFIG_DIR, "readOnly": True},
         {"name": "scratch", "mountPath": names.SCRATCH_DIR},
     ]
-    if not prepare:
+    if stage == Stage.TRAIN:
         # The default of 64 MiB breaks data loaders; what is used counts in the memory limit.
         memory = {"medium": "Memory", "sizeLimit": runtime.defaults.shared_memory}
         volumes.append({"name": "shm", "emptyDir": memory})

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from finetune_api import names
 from finetune_api.names import Stage
-from finetune_api.quantity import memory_bytes
+from finetune_api.quantity import quantity_bytes
 from finetune_api.run import MAX_RESULT_BYTES, RunResult
 from finetune_operator.clock import parse_time
 
@@ -186,7 +186,7 @@ def _memory_limit(body: Body) -> str:
     trainer = next((c for c in containers if c.get("name") == names.CONTAINER), {})
     limit = _text(_dict(_dict(trainer, "resources"), "limits").get("memory")) or ""
     try:
-        return f"{memory_bytes(limit) / 2**30:g}"
+        return f"{quantity_bytes(limit) / 2**30:g}"
     except ValueError:
         return "?"
 

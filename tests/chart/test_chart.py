@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from finetune_api.crd import custom_resource_definition
+from finetune_api.job import QUANTITY_PATTERN
 from testbed import binaries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,15 +225,23 @@ def test_every_value_is_explained_and_in_the_schema():
         assert nested or above.startswith("#"), name
 
 
-def test_no_object_of_the_schema_is_open():
-    def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        yield node
-        for child in node.get("properties", {}).values():
-            yield from walk(child)
-        for key in ("items", "additionalProperties"):
-            if isinstance(node.get(key), dict):
-                yield from walk(node[key])
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("properties", {}).values():
+        yield from walk(child)
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            yield from walk(node[key])
 
+
+def test_the_schema_takes_the_quantities_that_the_operator_takes():
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    patterns = [node["pattern"] for node in walk(schema) if "Gi" in node.get("pattern", "")]
+    assert len(patterns) == 5
+    assert set(patterns) == {QUANTITY_PATTERN}
+
+
+def test_no_object_of_the_schema_is_open():
     schema = json.loads((CHART / "values.schema.json").read_text())
     for node in walk(schema):
         if "properties" in node:

@@ -18,7 +18,7 @@ from rich.console import Console
 import spec_cases
 from data_run import chats, jsonl, prepare_run, put
 from finetune_api.names import PORT_FILE, Stage
-from finetune_api.run import Progress, RunConfig
+from finetune_api.run import Progress, RunConfig, RunResources
 from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
 
@@ -395,8 +395,20 @@ def test_absent_resources_are_those_of_the_machine_and_written_ones_win():
         "disk_bytes": 100 * GIB,
         "gpus": 1,
     }
-    asked = configured(resources={"cpu": "500m", "memory": "4Gi", "gpusPerNode": 0}).resources
-    assert (asked.cpu_count, asked.memory_bytes, asked.gpus) == (0.5, 4 * GIB, 0)
+    asked = configured(resources={"cpu": "500m", "memory": "4Gi", "disk": "5Gi", "gpusPerNode": 0}).resources
+    assert asked.model_dump() == {"cpu_count": 0.5, "memory_bytes": 4 * GIB, "disk_bytes": 5 * GIB, "gpus": 0}
+
+
+def test_prepare_has_resources_of_its_own_and_no_gpu():
+    config = configured(resources={"memory": "4Gi", "prepare": {"memory": "3Gi", "disk": "2Gi"}})
+    assert config.prepare_resources == RunResources(cpu_count=8, memory_bytes=3 * GIB, disk_bytes=2 * GIB, gpus=0)
+    assert config.resources.memory_bytes == 4 * GIB
+
+
+def test_no_more_is_planned_with_than_this_machine_has():
+    config = configured(resources={"cpu": 64, "memory": "1Ti", "disk": "2Ti", "prepare": {"disk": "3Ti"}})
+    assert config.resources.model_dump() == configured().resources.model_dump()
+    assert config.prepare_resources == configured().prepare_resources
 
 
 @pytest.mark.parametrize(

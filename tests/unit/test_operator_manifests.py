@@ -131,8 +131,8 @@ def test_prepare_never_claims_a_gpu():
     spec = rendered(Stage.PREPARE)["spec"]["template"]["spec"]
     assert spec["containers"][0]["resources"]["limits"] == {
         "cpu": "500m",
-        "memory": "2Gi",
-        "ephemeral-storage": "5Gi",
+        "memory": "2048Mi",
+        "ephemeral-storage": "5120Mi",
     }
     assert spec["nodeSelector"] == {"pool": "train"}
     assert "nvidia.com/gpu" not in json.dumps(spec)
@@ -151,6 +151,39 @@ def test_train_on_a_gpu_gets_the_device_the_nodes_and_the_shared_memory():
     assert {"key": "spot", "operator": "Exists"} in spec["tolerations"]
     shm = next(v for v in spec["volumes"] if v["name"] == "shm")
     assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+
+
+def limits_and_scratch(manifest: dict[str, Any]) -> tuple[dict[str, str], str]:
+    volumes = manifest["spec"]["template"]["spec"]["volumes"]
+    scratch = next(volume for volume in volumes if volume["name"] == "scratch")
+    return container(manifest)["resources"]["limits"], scratch["emptyDir"]["sizeLimit"]
+
+
+def test_what_the_job_asks_for_beats_the_runtime_for_each_pod_alone():
+    asked = {"disk": "70Gi", "gpusPerNode": 0, "prepare": {"cpu": 3, "memory": "6Gi", "disk": "9Gi"}}
+    train, train_scratch = limits_and_scratch(rendered(Stage.TRAIN, resources=asked))
+    assert (train, train_scratch) == (
+        {"cpu": "8000m", "memory": "65536Mi", "ephemeral-storage": "71680Mi"}, "71680Mi"
+    )  # fmt: skip
+    prepare, prepare_scratch = limits_and_scratch(rendered(Stage.PREPARE, resources=asked))
+    assert (prepare, prepare_scratch) == (
+        {"cpu": "3000m", "memory": "6144Mi", "ephemeral-storage": "9216Mi"}, "9216Mi"
+    )  # fmt: skip
+
+
+def test_the_training_pods_size_is_not_that_of_prepare():
+    asked = {"cpu": 2, "memory": "128Gi", "disk": "1Ti"}
+    assert limits_and_scratch(rendered(Stage.PREPARE, resources=asked)) == limits_and_scratch(rendered(Stage.PREPARE))
+
+
+def test_a_configuration_without_resources_of_prepare_is_still_rendered():
+    of = job(resources={"prepare": {"disk": "9Gi"}})
+    assert of.spec is not None
+    config = run_config(of, of.spec, GPU_RUNTIME)
+    earlier = config.model_copy(update={"prepare_resources": None})
+    assert job_manifest(of, earlier, GPU_RUNTIME, Stage.PREPARE, 1, None) == rendered(
+        Stage.PREPARE, resources={"prepare": {"disk": "9Gi"}}
+    )
 
 
 def test_the_job_may_ask_for_the_cpu_instead_and_for_its_own_size():

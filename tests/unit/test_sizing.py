@@ -222,7 +222,10 @@ def test_a_gpu_is_filled_with_more_tokens() -> None:
 def test_too_little_disk_is_told_before_training() -> None:
     with pytest.raises(StageError) as caught:
         sized(spec(), data(prepared_bytes=200 * GIB))
-    assert caught.value.fault is Fault.DISK_FULL
+    assert caught.value.fault is Fault.DISK_TOO_SMALL
+    assert caught.value.args_by_name["limit_gib"] == 100.0
+    assert float(caught.value.args_by_name["needed_gib"]) > 200
+    assert "raise resources.disk" in str(caught.value)
 
 
 def test_more_rows_than_can_be_planned_are_refused_by_the_field() -> None:

@@ -90,7 +90,7 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
 def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts, resources: RunResources) -> Sizing:
     """Decide every number of the run. `family` is the model_type of config.json.
 
-    Raises MEMORY_TOO_SMALL or DISK_FULL when what is granted clearly does not suffice.
+    Raises MEMORY_TOO_SMALL or DISK_TOO_SMALL when what is granted clearly does not suffice.
     """
     choices = Choices()
     cpt = spec.method.type is MethodType.CPT
@@ -130,8 +130,11 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     micro, memory = _micro_batch(choices, model, data, rank, batch, resources)
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
-        needed_gib = round((disk - resources.disk_bytes) / GIB, 1)
-        raise StageError(Fault.DISK_FULL, what="the model, the data and checkpoints", needed_gib=needed_gib)
+        raise StageError(
+            Fault.DISK_TOO_SMALL,
+            needed_gib=round(disk / GIB, 1),
+            limit_gib=round(resources.disk_bytes / GIB, 1),
+        )
     return Sizing(
         hyperparameters=Hyperparameters(
             learning_rate=learning_rate,
