@@ -38,7 +38,7 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         raise CommandError('training needs more packages: pip install "finetune-operator[trainer,cli]"', Exit.USAGE)
     uid = local.local_uid(path, job)
     folder = (work_dir or local.default_work_dir(path, job)).resolve()
-    with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, times)) as stop:
+    with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, stop, times)) as stop:
         state = local.load_state(folder, uid)
         config = _config(job, uid, folder)
         config_file = folder / "run.json"
@@ -46,6 +46,8 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         console.print(
             f"[bold]{config.job.name}[/] works in {escape(f'{folder} and writes to {config.run_uri}')}", soft_wrap=True
         )
+        if not stop.hears_ctrl_c:
+            console.print(f"It runs in the background: {_how_to_stop(stop)} stops it after a checkpoint, not Ctrl-C")
         stage_run = StageRun(config, config_file, Stage.PREPARE, 0, None, folder / "log", lock.fileno())
         while True:
             earlier = state.plan_digest is not None
@@ -126,8 +128,13 @@ def _failed(result: RunResult, stop: Stop, folder: Path, console: Console) -> in
     return result.exit_code
 
 
-def _say_stopping(console: Console, times: int) -> None:
-    console.print("Stopping after a checkpoint; Ctrl-C again stops at once" if times == 1 else "Stopping at once")
+def _how_to_stop(stop: Stop) -> str:
+    return "Ctrl-C" if stop.hears_ctrl_c else f"`kill {os.getpid()}`"
+
+
+def _say_stopping(console: Console, stop: Stop, times: int) -> None:
+    again = f"Stopping after a checkpoint; {_how_to_stop(stop)} again stops at once"
+    console.print(again if times == 1 else "Stopping at once")
 
 
 def _changed_data(config: RunConfig) -> list[str]:

@@ -46,7 +46,12 @@ class StageRun:
 
 
 class Stop:
-    """The wish to stop: the first Ctrl-C or SIGTERM lets the stage checkpoint and end, the second ends it."""
+    """Hear a request to stop: the first Ctrl-C or SIGTERM lets the stage checkpoint and end, the second ends it.
+
+    What is ignored at the start stays ignored: `nohup` ignores SIGHUP, and a shell ignores SIGINT for what it starts
+    with `&`, as the terminal's Ctrl-C is then meant for another program. SIGTERM alone is always heard, so that
+    something is left that stops with a checkpoint.
+    """
 
     def __init__(self, on_stop: Callable[[int], None]) -> None:
         self.times = 0
@@ -57,7 +62,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup finetune run` is to go on without its terminal
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -68,6 +73,11 @@ class Stop:
     @property
     def requested(self) -> bool:
         return self.times > 0
+
+    @property
+    def hears_ctrl_c(self) -> bool:
+        """Return False where SIGINT was ignored from the start; only inside the `with` block."""
+        return signal.SIGINT in self._before
 
     def watch(self, child: subprocess.Popen[bytes] | None) -> None:
         """From now on the wish goes to this process."""

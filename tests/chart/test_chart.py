@@ -39,7 +39,7 @@ def helm() -> str:
     built = Path(binaries.binary("helm"))
     found = str(built) if built.exists() else shutil.which("helm")
     if found is None:
-        pytest.skip("no helm: PYTHONPATH=tests/cluster python3 -m testbed build")
+        pytest.skip("no helm; run: make testbed")
     return found
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 import testbed
-from e2e_lab import Lab, Submitted, until
+from built import require_testbed
+from e2e_lab import PATIENCE_S, Lab, Submitted, until
 from e2e_site import LONG_RUN, set_up, take_away
 
 
@@ -15,6 +16,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The node with the operator installed by Helm."""
     if os.geteuid() != 0:
         pytest.skip("a node needs root")
+    require_testbed(node=True)
     was_up = testbed.find() is not None
     cluster = testbed.up()
     try:
@@ -37,7 +39,7 @@ def in_training(lab: Lab) -> Submitted:
     job = Submitted(lab, "in-training")
     if not job.progress():
         job.delete()
-        until(lambda: not job.body(), "the job of an earlier test is gone", 60)
+        until(lambda: not job.body(), "the job of an earlier test is gone", PATIENCE_S)
         lab.submit(job.name, **LONG_RUN)
     job.until_training_beyond(1)
     return job

@@ -11,10 +11,10 @@ import pytest
 
 from e2e_faults import Memory, kill_trainer, send
 from e2e_lab import Lab, Submitted
-from e2e_site import LONG_RUN
+from e2e_site import LONG_RUN, LONG_RUN_S
 from finetune_api.names import Stage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 Pod = dict[str, Any]
 
@@ -80,8 +80,8 @@ def test_memory_that_runs_out_is_named_and_counted_and_the_job_resumes(disturbed
 
 
 def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed: Submitted, disturbed: Submitted):
-    undisturbed.until_succeeded(400)
-    status = disturbed.until_succeeded(400)
+    undisturbed.until_succeeded(LONG_RUN_S)
+    status = disturbed.until_succeeded(LONG_RUN_S)
     attempts = disturbed.attempts()
     assert [entry["number"] for entry in attempts] == list(range(1, len(attempts) + 1))
     # An attempt that is killed before the operator has asked it takes the knowledge with it.

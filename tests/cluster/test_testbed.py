@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import testbed
+from built import require_testbed
 from testbed import host
 from testbed.instance import Instance, containerd_root
 from testbed.processes import marked_pids
@@ -44,6 +45,7 @@ RESTRICTED = {
 def _clean_machine() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     if os.geteuid() != 0:
         pytest.skip("a node needs root")
+    require_testbed(node=True)
     testbed.down(INSTANCE.name)
     yield
     testbed.down(INSTANCE.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import testbed
+from built import require_testbed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[testbed.Cluster]:
     """API server, controllers and S3 with the FineTuneJob CRD installed."""
+    require_testbed(node=False)
     shared = os.environ.get("FINETUNE_TESTBED_INSTANCE")
     name = shared or f"pytest-{os.getpid()}"
     cluster = testbed.up(name, node=False)
     try:
         cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/finetunejobs.yaml"))
-        cluster.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s")
+        cluster.kubectl(
+            "wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=120s", timeout_s=130
+        )
         yield cluster
     finally:
         if not shared:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,11 @@ from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 pytestmark = pytest.mark.control_plane
 
 FOREIGN_PODS = 5_000
+PATIENCE_S = 200.0  # for what takes seconds on an idle machine
 T = TypeVar("T")
 
 
-def eventually(found: Callable[[], T | None], what: str, timeout_s: float = 90) -> T:
+def eventually(found: Callable[[], T | None], what: str, timeout_s: float = PATIENCE_S) -> T:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         value = found()
@@ -81,20 +83,36 @@ class Operator:
         """As a node failure would: nothing is said, the lease is not given back."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self.process = None
 
     def end(self) -> int:
         """As Kubernetes stops it; its exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         self.process = None
         return code
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-            return answer.read().decode()
+        """The first answer: on a busy machine the server starts late and answers slowly."""
+
+        def answered() -> str | None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+                    return answer.read().decode()
+            except urllib.error.HTTPError:
+                raise
+            except OSError:
+                return None
+
+        return eventually(answered, f"{path} answers")
+
+    def looks_at_everything(self) -> None:
+        """Wait for two resyncs from now on: what the operator had to do for what it knew is then done."""
+        for _ in range(2):
+            before_s = self.metric("finetune_last_resync_timestamp_seconds")
+            eventually(lambda at=before_s: self.metric("finetune_last_resync_timestamp_seconds") > at, "a resync")
 
     def metric(self, line_start: str) -> float:
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(line_start)]
@@ -200,14 +218,12 @@ class Team:
         conditions = (self.get(name).get("status") or {}).get("conditions", [])
         return next(((c["status"], c["reason"]) for c in conditions if c["type"] == kind), None)
 
-    def until(
-        self, kind: str, status: str, reason: str | None = None, name: str = "bot", timeout_s: float = 90
-    ) -> None:
+    def until(self, kind: str, status: str, reason: str | None = None, name: str = "bot") -> None:
         def holds() -> bool:
             found = self.condition(kind, name)
             return found is not None and found[0] == status and reason in (None, found[1])
 
-        eventually(holds, f"{kind}={status} ({reason}); now {self.condition(kind, name)}", timeout_s)
+        eventually(holds, f"{kind}={status} ({reason}); now {self.condition(kind, name)}")
 
     def holds(self, pod: Any) -> None:
         """A pod on a node stays until the kubelet lets it go; one without a node needs a finalizer for that."""
@@ -296,10 +312,11 @@ def test_nothing_but_the_lease_is_written_at_rest(team: Team, operator: Operator
     team.ends("prepare", 1, Fault.BROKEN_ROW, "done", args={"file": "a.jsonl", "row": 3})
     team.until("Finished", "True", name="done")
     eventually(lambda: operator.metric('finetune_api_writes_total{resource="jobs",verb="patch"') >= 1, "TTL")
+    operator.looks_at_everything()
     before = (team.get("running"), team.get("done"), operator.metric("finetune_api_writes_total"))
     leases = operator.metric('finetune_api_writes_total{resource="leases"')
-    resync = operator.metric("finetune_last_resync_timestamp_seconds")
-    eventually(lambda: operator.metric("finetune_last_resync_timestamp_seconds") > resync + 5, "three resyncs")
+    operator.looks_at_everything()
+    operator.looks_at_everything()
     written = operator.metric('finetune_api_writes_total{resource="leases"') - leases
     after = (team.get("running"), team.get("done"), operator.metric("finetune_api_writes_total") - written)
     assert after == before
@@ -410,8 +427,8 @@ def test_the_children_of_a_finished_job_are_removed_in_time_and_its_verdict_stay
     team.committed()
     team.until("Succeeded", "True")
     eventually(lambda: team.jobs() == [], "Kubernetes removes both Jobs")
-    before, resynced = team.get()["status"], operator.metric("finetune_last_resync_timestamp_seconds")
-    eventually(lambda: operator.metric("finetune_last_resync_timestamp_seconds") > resynced, "another resync")
+    before = team.get()["status"]
+    operator.looks_at_everything()
     assert team.jobs() == []
     assert team.get()["status"] == before
 
@@ -427,14 +444,14 @@ def test_a_foreign_job_under_our_name_is_named_and_left_alone(team: Team, operat
     team.until("Degraded", "True", "NameCollision")
     team.batch.delete_namespaced_job(name, team.namespace, propagation_policy="Background")
     team.runs("prepare", 1)
-    team.until("Degraded", "False", "Healthy", timeout_s=90)
+    team.until("Degraded", "False", "Healthy")
 
 
 def test_a_quota_that_is_used_up_is_a_wait_with_words_and_not_a_failure(team: Team, operator: Operator):
     quota = {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
     team.core.create_namespaced_resource_quota(team.namespace, quota)
     team.submit()
-    team.until("Admitted", "False", "QuotaExceeded", timeout_s=60)
+    team.until("Admitted", "False", "QuotaExceeded")
     team.core.delete_namespaced_resource_quota("none", team.namespace)
 
 

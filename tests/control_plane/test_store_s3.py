@@ -187,7 +187,7 @@ def test_of_two_processes_writing_at_once_exactly_one_wins_every_time(endpoint: 
     finally:
         for racer in racers.values():
             racer.kill()
-            racer.wait(10)
+            racer.wait(60)
 
 
 def _check_round(store: Store, uri: str, outcomes: dict[str, dict[str, object]]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from e2e_lab import Submitted, until
+from e2e_lab import PATIENCE_S, Submitted, until
 from finetune_api.names import Stage
 from testbed.images import ctr
 
@@ -56,16 +56,28 @@ def send(pod: dict[str, Any], number: signal.Signals) -> None:
     os.kill(container_pid(pod), number)
 
 
+def freeze(pid: int, timeout_s: float = PATIENCE_S) -> None:
+    """Stop a process, and wait until it stands still: on a busy machine its threads run on after SIGSTOP was sent."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: is_frozen(pid), f"process {pid} stands still", timeout_s, lambda: _proc(pid, "status"))
+
+
+def is_frozen(pid: int) -> bool:
+    """Return True if every thread of the process is stopped."""
+    stats = [_proc(pid, f"task/{thread.name}/stat") for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[:1] == ["T"] for stat in stats)
+
+
 def kill_trainer(pod: dict[str, Any]) -> None:
     """SIGKILL the stage's process; its supervisor lives and can tell."""
-    os.kill(until(lambda: stage_pid(pod), "the stage's process runs", 20), signal.SIGKILL)
+    os.kill(until(lambda: stage_pid(pod), "the stage's process runs", PATIENCE_S), signal.SIGKILL)
 
 
 @contextmanager
 def held(job: Submitted, stage: Stage) -> Generator[None]:
     """The stage's process stands still from its start on, so that it cannot end before something else has happened."""
     pid = job.until(lambda: next(filter(None, map(stage_pid, job.pods(stage))), None), f"{stage} has a process")
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         yield
     finally:
@@ -91,7 +103,7 @@ class Memory:
         except OSError:
             return None
 
-    def run_out(self, timeout_s: float = 60) -> None:
+    def run_out(self, timeout_s: float = PATIENCE_S) -> None:
         """Lower the limit until the kernel kills for memory.
 
         v2 kills at once. v1 refuses a limit below what is in use (EBUSY): so it is kept a little above, and the

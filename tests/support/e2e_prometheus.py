@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2e_lab import Lab, fetch, until, write_json
+from e2e_lab import PATIENCE_S, Lab, fetch, until, write_json
 from finetune_api.names import LABEL_JOB_NAME, LABEL_STAGE
 from testbed.instance import free_ports
 
@@ -65,14 +65,14 @@ def running(lab: Lab, folder: Path) -> Generator[Prometheus]:
     try:
         prometheus = Prometheus(f"http://127.0.0.1:{port}")
         log_text = (folder / "prometheus.log").read_text
-        until(lambda: fetch(f"{prometheus.url}/-/ready"), "Prometheus is ready", 30, log_text)
+        until(lambda: fetch(f"{prometheus.url}/-/ready"), "Prometheus is ready", PATIENCE_S, log_text)
         yield prometheus
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def lint(metrics: str) -> str:
     """What `promtool check metrics` has against the text; empty when it is clean."""
-    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, timeout=60)
     return (done.stdout + done.stderr).strip() or ("" if done.returncode == 0 else f"exit code {done.returncode}")

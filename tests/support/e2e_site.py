@@ -9,7 +9,7 @@ import boto3
 
 import testbed
 from e2e_assets import broken_files, chat_rows, jsonl, model_files, text_rows
-from e2e_lab import Lab, until, write_json
+from e2e_lab import PATIENCE_S, Lab, until, write_json
 from testbed import binaries
 from testbed.processes import run
 
@@ -25,6 +25,7 @@ LONG_RUN: dict[str, object] = {
     "hyperparameters": {"maxSteps": 1500, "globalBatchSize": 4, "learningRate": 1e-3},
     "recovery": {"maxRetries": 6},
 }
+LONG_RUN_S = 600.0  # with other work beside it
 
 
 def set_up(cluster: testbed.Cluster, folder: Path) -> Lab:
@@ -103,10 +104,10 @@ def _prepare_namespaces(lab: Lab) -> None:
         lab.secret("guest-credentials", *GUEST),
     )
     account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default"
-    until(lambda: lab.api.get(account), "the namespace's ServiceAccount", 30)
+    until(lambda: lab.api.get(account), "the namespace's ServiceAccount", PATIENCE_S)
     lab.kubectl("delete", "ftj", "--all", "--wait=true", "--timeout=60s", check=False, timeout_s=70)
     pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
-    until(lambda: not lab.api.items(pods), "pods of an earlier session are gone", 90)
+    until(lambda: not lab.api.items(pods), "pods of an earlier session are gone", PATIENCE_S)
 
 
 def _install_chart(lab: Lab, folder: Path) -> None:

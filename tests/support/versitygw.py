@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import binaries
+from built import require_program
 from testbed.processes import run
 
 ACCESS_KEY = "test-access"
@@ -31,33 +31,31 @@ def certificate(folder: Path, host: str) -> Certificate:
     made = Certificate(folder / "ca.crt", folder / "tls.key")
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(made.key))
     name = ("-subj", "/CN=private-store", "-addext", f"subjectAltName=IP:{host}", "-days", "30")
-    run(["openssl", "req", "-x509", *key, *name, "-out", str(made.file)], timeout_s=30)
+    run(["openssl", "req", "-x509", *key, *name, "-out", str(made.file)], timeout_s=120)
     return made
 
 
 @contextlib.contextmanager
 def versitygw(folder: Path, host: str = "127.0.0.1", tls: Certificate | None = None) -> Generator[str]:
-    """Its endpoint; `bucket` exists. The program is built once into the cache."""
-    program = Path(binaries.binary("versitygw"))
-    if not program.exists():
-        binaries.build(node=False)
+    """Its endpoint; `bucket` exists."""
+    program = require_program("versitygw")
     (folder / "data" / "bucket").mkdir(parents=True)
     port = _free_port(host)
-    command = [str(program), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{host}:{port}", "--quiet"]
+    command = [program, "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{host}:{port}", "--quiet"]
     if tls:
         command += ["--cert", str(tls.file), "--key", str(tls.key)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, "posix", str(folder / "data")], stdout=log, stderr=log)
         try:
-            _wait_for(host, port, process, time.monotonic() + 30)
+            _wait_for(host, port, process, time.monotonic() + 120)
             yield f"{'https' if tls else 'http'}://{host}:{port}"
         finally:
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
 
 
 def environment() -> dict[str, str]:

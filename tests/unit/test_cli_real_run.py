@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from demo import assets
+from signals import disposition
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1500)]
 
@@ -40,7 +41,7 @@ def job(tmp_path: Path) -> Path:
 
 
 def start(job: Path, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as output:
+    with log.open("wb") as output, disposition(signal.SIGINT, signal.default_int_handler):
         return subprocess.Popen(
             [sys.executable, "-m", "finetune_cli.main", "run", str(job)],
             stdout=output,

@@ -21,6 +21,7 @@ from finetune_api.names import PORT_FILE, Stage
 from finetune_api.run import Progress, RunConfig, RunResources
 from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
+from signals import disposition
 
 DIGEST = "sha256:" + "a" * 64
 GIB = 2**30
@@ -41,13 +42,13 @@ if "progress" in part:
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (work / "port").write_text(f"{server.server_port}\\n")
-if part.get("hangs_up"):
-    os.kill(os.getppid(), signal.SIGHUP)
+if "sends" in part:
+    os.kill(os.getppid(), part["sends"])
 if part.get("waits"):
     seen = threading.Event()
     signal.signal(signal.SIGTERM, lambda *a: seen.set())
     (work / "waiting").touch()
-    seen.wait(20)
+    seen.wait(120)
 print("a line of the stage")
 if "result" in part:
     pathlib.Path(config["termination_log"]).write_text(
@@ -288,33 +289,48 @@ def test_bars_on_a_terminal_show_where_a_stage_is():
     assert "training, step 3/20, loss 1.250" in output.getvalue()
 
 
-def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
+def _send_once_the_stage_waits(play: Play, number: signal.Signals) -> threading.Thread:
     def interrupt() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not (play.work / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     asker = threading.Thread(target=interrupt)
     asker.start()
-    before = signal.getsignal(signal.SIGINT)
-    assert play.run(prepare_1=PREPARED, train_1=INTERRUPTED) == Exit.INTERRUPTED
-    asker.join()
-    assert signal.getsignal(signal.SIGINT) is before
+    return asker
+
+
+def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
+    with disposition(signal.SIGINT, signal.default_int_handler):
+        asker = _send_once_the_stage_waits(play, signal.SIGINT)
+        assert play.run(prepare_1=PREPARED, train_1=INTERRUPTED) == Exit.INTERRUPTED
+        asker.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "Ctrl-C again stops at once" in play.said
     assert "Stopped at step 7" in play.said
     assert play.run(train_2=play.committed()) == 0
 
 
-def test_a_run_under_nohup_goes_on_without_its_terminal(play: Play):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert play.run(prepare_1={**PREPARED, "hangs_up": True}, train_1=play.committed()) == 0
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_in_the_background_goes_on_without_its_terminal(play: Play, number: signal.Signals):
+    """`nohup` ignores SIGHUP, and a shell ignores SIGINT for what it starts with `&`."""
+    with disposition(number, signal.SIG_IGN):
+        assert play.run(prepare_1={**PREPARED, "sends": number}, train_1=play.committed()) == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
     assert play.played() == ["prepare-1", "train-1"]
     assert "Stopping" not in play.said
+
+
+def test_a_run_that_cannot_hear_ctrl_c_says_what_stops_it_and_that_does(play: Play):
+    with disposition(signal.SIGINT, signal.SIG_IGN), disposition(signal.SIGTERM, signal.SIG_IGN):
+        asker = _send_once_the_stage_waits(play, signal.SIGTERM)
+        assert play.run(prepare_1=PREPARED, train_1=INTERRUPTED) == Exit.INTERRUPTED
+        asker.join()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert f"`kill {os.getpid()}` stops it after a checkpoint" in play.said
+    assert f"`kill {os.getpid()}` again stops at once" in play.said
+    assert "Stopped at step 7" in play.said
 
 
 def test_two_runs_of_a_job_do_not_mix(play: Play):

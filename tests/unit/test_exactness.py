@@ -146,7 +146,7 @@ def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Ran
         return False
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    process.join(10)
+    process.join(60)
     return process.exitcode == -signal.SIGKILL
 
 

@@ -42,7 +42,7 @@ class QuietCluster:
         """The names that were looked at, up to this one."""
         found: list[str] = []
         while not found or found[-1] != name:
-            found.append(self.rounds.get(timeout=10))
+            found.append(self.rounds.get(timeout=60))
         return found
 
     def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -175,11 +175,11 @@ def test_healthz_fails_with_words_and_metrics_are_served():
     server = HttpServer(0, metrics.registry, lambda: wrong)
     try:
         base = f"http://127.0.0.1:{server.port}"
-        assert urllib.request.urlopen(f"{base}/healthz", timeout=5).read() == b"ok"
-        assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=5).read()
+        assert urllib.request.urlopen(f"{base}/healthz", timeout=60).read() == b"ok"
+        assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=60).read()
         wrong.append("resync: nothing for 200 s")
         with pytest.raises(urllib.error.HTTPError) as refusal:
-            urllib.request.urlopen(f"{base}/healthz", timeout=5)
+            urllib.request.urlopen(f"{base}/healthz", timeout=60)
         assert refusal.value.code == 503
         assert refusal.value.read() == b"resync: nothing for 200 s"
     finally:

@@ -91,10 +91,14 @@ def search_path() -> str:
     return f"{ours}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+def missing(*, node: bool = True) -> list[Tool]:
+    """Tools that are not built yet, in the order in which `build` makes them."""
+    return [tool for tool in TOOLS if (node or not tool.node_only) and not tool.directory().is_dir()]
+
+
 def build(*, node: bool = True, timeout_s: float = 3600) -> None:
     """Build what is missing, one tool at a time. Nothing to do takes milliseconds."""
-    wanted = [tool for tool in TOOLS if node or not tool.node_only]
-    if all(tool.directory().is_dir() for tool in wanted):
+    if not missing(node=node):
         return
     if shutil.which("go") is None:
         raise TestbedError("Go 1.26 or newer is needed to build the cluster's programs: https://go.dev/doc/install")
@@ -102,9 +106,8 @@ def build(*, node: bool = True, timeout_s: float = 3600) -> None:
     with file_lock(tools / ".lock", timeout_s, f"another build is running (lock {tools / '.lock'})"):
         for leftover in tools.glob("*.partial"):
             shutil.rmtree(leftover)
-        for tool in wanted:
-            if not tool.directory().is_dir():
-                _build_one(tool, timeout_s)
+        for tool in missing(node=node):
+            _build_one(tool, timeout_s)
 
 
 def _build_one(tool: Tool, timeout_s: float) -> None:

@@ -100,6 +100,11 @@ class Cluster:
         )
 
 
+def missing(*, node: bool = True) -> list[str]:
+    """What `up` would have to install and build first, which takes many minutes."""
+    return [*debian.missing(node=node), *(tool.name for tool in binaries.missing(node=node))]
+
+
 def up(name: str = "default", *, node: bool = True) -> Cluster:
     """Start a cluster, or return the healthy one that runs. Raises TestbedError when it belongs to another checkout."""
     if node and os.geteuid() != 0:

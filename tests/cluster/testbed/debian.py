@@ -35,17 +35,22 @@ _POLICY_TEXT = (
 )
 
 
-def ensure_packages(*, node: bool) -> None:
+def missing(*, node: bool) -> list[str]:
+    """Names of packages that are not installed yet."""
     wanted = CONTROL_PLANE | (NODE if node else {})
-    missing = [package for package, proof in wanted.items() if not Path(proof).exists()]
-    if not missing:
+    return [package for package, proof in wanted.items() if not Path(proof).exists()]
+
+
+def ensure_packages(*, node: bool) -> None:
+    wanted = missing(node=node)
+    if not wanted:
         return
-    command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
+    command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *wanted]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise TestbedError(f"packages are missing; as root on Debian 12 or newer: {' '.join(command)}")
-    print(f"installing Debian packages: {' '.join(missing)}", flush=True)
+    print(f"installing Debian packages: {' '.join(wanted)}", flush=True)
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    with _no_service_starts("prometheus" in missing):
+    with _no_service_starts("prometheus" in wanted):
         if run(command, timeout_s=900, env=env, check=False).returncode != 0:
             # Package lists that are absent or older than the mirror are the usual reason; one refresh, then it must
             # work.
