@@ -99,11 +99,6 @@ def reason_of_exit(exit_code: int) -> Reason:
     return REASON_BY_EXIT_CODE.get(exit_code, Reason.UNKNOWN)
 
 
-def is_final(reason: Reason) -> bool:
-    """Whether trying again without a change by the user is pointless."""
-    return EXIT_CODES.get(reason, 1) in FINAL_EXIT_CODES
-
-
 class FaultText(NamedTuple):
     """What a fault means: its reason, and a sentence with `{places}` for its arguments."""
 

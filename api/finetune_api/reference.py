@@ -3,22 +3,32 @@
 `make crds` writes it, and a test fails when the page is stale.
 """
 
-from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, is_final
+from finetune_api import retry
+from finetune_api.names import Stage
+from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason
 
-_HEAD = """# Reasons and exit codes
+_DELAYS = f"{retry.FIRST_DELAY_S:g}, {2 * retry.FIRST_DELAY_S:g} and then every {retry.MAX_DELAY_S:g} s"
+_HEAD = f"""# Reasons and exit codes
 
-Generated from `api/finetune_api/reasons.py` by `make crds`; do not edit.
+Generated from `reasons.py` and `retry.py` in `api/finetune_api` by `make crds`; do not edit.
 
 A condition's `reason` is one of the reasons below; its `message` is the sentence, with the places filled in.
-Exit codes are those of the trainer's container.
+Exit codes are those of the trainer's container. A first retry comes at once, the next ones after {_DELAYS}.
 
 """
 
 
 def _retry(reason: Reason) -> str:
+    """Return what the retry rule makes of an attempt that ends with this reason, in words."""
     if reason is Reason.COMMITTED:
         return "-"
-    return "no: change something first" if is_final(reason) else "yes, counted by `recovery.maxRetries`"
+    code = EXIT_CODES[reason]
+    if retry.failure_class(Stage.PREPARE, code) == "Waiting":
+        return f"in prepare for {retry.PATIENCE_S // 60} minutes (`finetune run`: no), in train no"
+    if code in FINAL_EXIT_CODES:
+        return "no: change something first"
+    counted = "counted by `recovery.maxRetries`"
+    return f"once in each stage, {counted}" if reason in retry.FINAL_SECOND_TIME else f"yes, {counted}"
 
 
 def page() -> str:
@@ -29,4 +39,10 @@ def page() -> str:
             if FAULTS[fault].reason is reason:
                 lines.append(f"| {code} | `{reason}` | {_retry(reason)} | `{fault}`: {FAULTS[fault].text} |")
     others = ", ".join(f"`{reason}`" for reason in Reason if reason not in EXIT_CODES)
-    return _HEAD + "\n".join(lines) + f"\n\nReasons of the operator itself, each with a message of its own: {others}.\n"
+    once = " and ".join(f"`{reason}`" for reason in retry.FINAL_SECOND_TIME)
+    return (
+        _HEAD
+        + "\n".join(lines)
+        + f"\n\nReasons of the operator itself, each with a message of its own: {others}.\n\n"
+        + f"{once} are tried again once: in the same stage, a second time ends the job, whatever retries are left.\n"
+    )

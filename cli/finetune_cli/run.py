@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,20 +11,21 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from finetune_api import layout
+from finetune_api import layout, retry
 from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_ATTEMPTS, Stage
-from finetune_api.reasons import FAULTS, Fault, is_final, words
+from finetune_api.reasons import Fault, reason_of_exit
 from finetune_api.run import RunConfig, RunResult
+from finetune_api.status import AttemptStatus
 from finetune_cli import local, show
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.load import load_job
 from finetune_cli.stages import StageRun, Stop, run_stage
 from finetune_cli.validate import problems
 
-DEFAULT_MAX_RETRIES = 3
-RETRY_PAUSE_S = 5.0
+# A pod waits for data and grants that may be on their way; at a terminal, somebody fixes them and calls again.
+PATIENCE_S = 0.0
 MAX_SAMPLES = 3
 MAX_SAMPLE_CHARS = 400
 
@@ -49,19 +50,22 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         if not stop.hears_ctrl_c:
             console.print(f"It runs in the background: {_how_to_stop(stop)} stops it after a checkpoint, not Ctrl-C")
         stage_run = StageRun(config, config_file, Stage.PREPARE, 0, None, folder / "log", lock.fileno())
+        attempts: tuple[AttemptStatus, ...] = ()
         while True:
             earlier = state.plan_digest is not None
             if earlier:
                 show.show_prepared_earlier(console)
             else:
-                state, result = _with_retries(stage_run, state, stop, console)
+                ran = _with_retries(stage_run, state, attempts, stop, console)
+                state, attempts, result = ran.state, ran.attempts, ran.result
                 if result.exit_code != 0 or result.plan is None or result.data is None:
                     return _failed(result, stop, folder, console)
                 show.show_prepared(console, result.data, result.plan)
                 state = state.model_copy(update={"plan_digest": result.plan.digest})
                 local.save_state(folder, state)
             train = replace(stage_run, stage=Stage.TRAIN, plan_digest=state.plan_digest)
-            state, result = _with_retries(train, state, stop, console)
+            ran = _with_retries(train, state, attempts, stop, console)
+            state, attempts, result = ran.state, ran.attempts, ran.result
             if result.exit_code == 0:
                 break
             if not (earlier and _is_gone(result, config)):
@@ -89,12 +93,21 @@ def _is_gone(result: RunResult, config: RunConfig) -> bool:
     return result.fault is Fault.OBJECT_NOT_FOUND and str(result.args.get("uri")).startswith(prepared)
 
 
-def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Console) -> tuple[local.State, RunResult]:
-    """Attempts until one succeeds, its failure is final, the retries are used up, or we are asked to stop."""
-    recovery = run.config.spec.recovery
-    retries = DEFAULT_MAX_RETRIES if recovery is None or recovery.max_retries is None else recovery.max_retries
+@dataclass(frozen=True)
+class _Ran:
+    """Where the attempts at a stage have led."""
+
+    state: local.State
+    attempts: tuple[AttemptStatus, ...]  # of this call, all stages: an earlier call's failures were a person's to judge
+    result: RunResult
+
+
+def _with_retries(
+    run: StageRun, state: local.State, attempts: tuple[AttemptStatus, ...], stop: Stop, console: Console
+) -> _Ran:
+    """Make attempts until one succeeds, the retry rule ends the job, or we are asked to stop."""
+    limits = retry.Limits.of(run.config.spec.recovery, PATIENCE_S)
     folder = Path(run.config.work_dir)
-    failures = 0
     while True:
         state = state.next_attempt(run.stage)
         attempt = state.attempts[run.stage]
@@ -104,14 +117,29 @@ def _with_retries(run: StageRun, state: local.State, stop: Stop, console: Consol
         run = replace(run, attempt=attempt, log_file=log_file(folder, run.stage, attempt))
         with show.StageView(console, run.stage, attempt) as view:
             result = run_stage(run, stop, view.update)
-        failures += 1
-        if stop.requested or result.exit_code == 0 or is_final(FAULTS[result.fault].reason) or failures > retries:
-            return state, result
-        why = escape(words(result.fault, result.args))
-        console.print(f"[yellow]Retry[/]   {failures} of {retries}: {why}", soft_wrap=True)
-        stop.pause(RETRY_PAUSE_S)
+        attempts = (*attempts, _ended(result))
+        failures = sum(each.attempt_class == "Failure" for each in attempts)
+        over = result.exit_code == 0 or retry.job_end(attempts, failures=failures, waited_s=0, limits=limits)
+        if stop.requested or over:
+            return _Ran(state, attempts, result)
+        delay_s = retry.delay_s(attempts)
+        show.show_retry(console, result, failures, limits.max_retries, delay_s)
+        stop.pause(delay_s)
         if stop.requested:
-            return state, result
+            return _Ran(state, attempts, result)
+
+
+def _ended(result: RunResult) -> AttemptStatus:
+    ended_as = "Succeeded" if result.exit_code == 0 else retry.failure_class(result.stage, result.exit_code)
+    return AttemptStatus.model_validate(
+        {
+            "number": result.attempt,
+            "stage": result.stage.value,
+            "class": ended_as,
+            "reason": reason_of_exit(result.exit_code).value,
+            "exit_code": result.exit_code,
+        }
+    )
 
 
 def log_file(folder: Path, stage: Stage, attempt: int) -> Path:

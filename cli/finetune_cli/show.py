@@ -10,7 +10,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from finetune_api.names import Stage
-from finetune_api.reasons import words
+from finetune_api.reasons import reason_of_exit, words
+from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import DataStatus, PlanStatus
 
@@ -128,6 +129,14 @@ def show_changed_data(console: Console, uris: list[str]) -> None:
         "what was there before; to train on what is there now, give the job another metadata.name",
         soft_wrap=True,
     )
+
+
+def show_retry(console: Console, result: RunResult, failures: int, max_retries: int, delay_s: float) -> None:
+    """Say why an attempt ended, how many more may follow, and when the next one comes."""
+    once = reason_of_exit(result.exit_code) in FINAL_SECOND_TIME
+    count = "once" if once else f"{failures} of {max_retries}"
+    when = f" in {duration(delay_s)}" if delay_s else ""
+    console.print(f"[yellow]Retry[/]   {count}{when}: {escape(words(result.fault, result.args))}", soft_wrap=True)
 
 
 def show_failure(console: Console, result: RunResult, log_file: str) -> None:

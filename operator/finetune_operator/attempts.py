@@ -7,6 +7,7 @@ from typing import Literal
 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, reason_of_exit, words
+from finetune_api.retry import failure_class
 from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_api.status import AttemptStatus
 from finetune_operator.observed import ObservedJob, ObservedPod
@@ -16,8 +17,6 @@ AttemptClass = Literal["Succeeded", "Failure", "Disruption", "Suspended", "Super
 
 # A running attempt with one of these reasons is being stopped by us; the reason is written before the Job is deleted.
 STOPPING = (Reason.SUSPENDED, Reason.NO_PROGRESS)
-STORAGE_REASONS = (Reason.DATA_NOT_FOUND, Reason.ACCESS_DENIED)
-ONCE_REASONS = (Reason.HOST_OOM, Reason.DISK_LIMIT)  # a second time in one stage is final
 NO_MESSAGE = (Reason.POD_LOST, Reason.BAD_REPORT)
 
 
@@ -69,15 +68,6 @@ def judge(
     return Ended(attempt_class, reason, message, pod.exit_code, report, finished_at)
 
 
-def is_final(entry: AttemptStatus, earlier: Sequence[AttemptStatus]) -> bool:
-    """Whether a failed attempt ends the job, whatever retries are left."""
-    if entry.attempt_class != "Failure":
-        return False
-    reason = reason_of(entry.reason)
-    before = [e for e in earlier if e.stage == entry.stage and reason_of(e.reason) == reason]
-    return entry.exit_code in FINAL_EXIT_CODES or (reason in ONCE_REASONS and bool(before))
-
-
 def _completes(entry: AttemptStatus, report: RunResult | None) -> bool:
     """Whether a report of success brings what its stage is for."""
     if report is None or report.stage != entry.stage or report.attempt != entry.number or report.exit_code != 0:
@@ -109,8 +99,7 @@ def _with_container(
     told = words(report.fault, report.args) if report is not None else ""
     by_code = reason_of_exit(code)
     if code in FINAL_EXIT_CODES:
-        waits = entry.stage == Stage.PREPARE and by_code in STORAGE_REASONS
-        return ("Waiting" if waits else "Failure", by_code, told or f"the trainer ended with exit code {code}")
+        return (failure_class(entry.stage, code), by_code, told or f"the trainer ended with exit code {code}")
     if is_stopping(entry):
         return _stopped(entry)
     if pod.disrupted:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from finetune_api import retry
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
@@ -115,7 +116,7 @@ def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> t
     last, status = folded.last, folded.status
     if suspend or (last is not None and is_open(last)) or not _is_quiet(folded, seen):
         return folded, None
-    wait_s = retry_delay_s(status.attempts)
+    wait_s = retry.delay_s(status.attempts)
     ended_at = parse_time(last.finished_at) if last is not None else None
     if ended_at is not None:
         passed_s = max(0.0, (now - ended_at).total_seconds())  # another clock may be ahead of ours
@@ -130,21 +131,6 @@ def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> t
     entry = running_entry(stage, number)
     attempts = [*status.attempts, entry][-MAX_ENTRIES:]
     return Folded(status.model_copy(update={"attempts": attempts}), folded.ended, None, ()), None
-
-
-def retry_delay_s(entries: list[AttemptStatus]) -> float:
-    """15, 30, 60 s between tries at storage that is not there; the first retry of a failure comes at once."""
-    last_class = entries[-1].attempt_class if entries else None
-    count = 0
-    for entry in reversed(entries):
-        if entry.attempt_class != last_class:
-            break
-        count += 1
-    if last_class == "Failure":
-        count -= 1
-    elif last_class != "Waiting":
-        return 0.0
-    return min(60.0, 15.0 * 2 ** (count - 1)) if count > 0 else 0.0
 
 
 def _own_action(folded: Folded, seen: Seen) -> tuple[Action, ...]:

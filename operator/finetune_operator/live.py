@@ -7,13 +7,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api.reasons import Reason
+from finetune_api.retry import PATIENCE_S
 from finetune_api.status import AttemptStatus
 from finetune_operator.attempts import is_stopping
 from finetune_operator.observed import ObservedJob, ObservedPod
 from finetune_operator.seen import Blocked
 
 # Waits that end the job after a while: somebody has to mend something that no cluster mends by itself.
-PATIENCE = timedelta(minutes=15)
+PATIENCE = timedelta(seconds=PATIENCE_S)
 IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
 # Refused creations show only when they are tried, so the last answer stands until the Job exists.
 REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND)

@@ -3,42 +3,34 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from finetune_api import defaults, retry
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.names import MAX_ATTEMPTS
 from finetune_api.reasons import Fault, Reason, words
+from finetune_api.retry import JobEnd
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
-from finetune_operator.attempts import is_final, is_open
+from finetune_operator.attempts import is_open
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.conditions import Claim, find, with_claims
 from finetune_operator.fold import Folded, used
-from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, Look
+from finetune_operator.live import IMPATIENT_REASONS, Look
 from finetune_operator.seen import Blocked
 from finetune_operator.view import reason_of
-
-MAX_RETRIES = 3
-MAX_DISRUPTIONS = 20
 
 
 @dataclass(frozen=True)
 class Limits:
     """The job's own bounds, with the defaults of absent fields."""
 
-    max_retries: int
-    max_disruptions: int
+    retry: retry.Limits
     progress_deadline_s: int
     deadline_s: int | None
 
 
 def limits_of(spec: FineTuneJobSpec) -> Limits:
-    recovery = spec.recovery
-
-    def chosen(value: int | None, default: int) -> int:
-        return default if value is None else value
-
+    deadline_s = spec.recovery.progress_deadline_seconds if spec.recovery else None
     return Limits(
-        max_retries=chosen(recovery.max_retries if recovery else None, MAX_RETRIES),
-        max_disruptions=chosen(recovery.max_disruptions if recovery else None, MAX_DISRUPTIONS),
-        progress_deadline_s=chosen(recovery.progress_deadline_seconds if recovery else None, 1800),
+        retry=retry.Limits.of(spec.recovery),
+        progress_deadline_s=defaults.given(deadline_s, defaults.PROGRESS_DEADLINE_S),
         deadline_s=spec.active_deadline_seconds,
     )
 
@@ -63,25 +55,30 @@ def failure(folded: Folded, look: Look, limits: Limits, now: datetime) -> Blocke
     if look.wait is not None and look.wait.reason == Reason.INVALID_MANIFEST:
         return look.wait
     spent = None
-    if record is not None and record.disruptions > limits.max_disruptions:
-        text = f"pods were evicted or preempted {record.disruptions} times, {limits.max_disruptions} are allowed"
+    allowed = limits.retry.max_disruptions
+    if record is not None and record.disruptions > allowed:
+        text = f"pods were evicted or preempted {record.disruptions} times, {allowed} are allowed"
         spent = Blocked(Reason.DISRUPTION_BUDGET, f"{text} (recovery.maxDisruptions)")
     if last is None:
         return spent
     since = parse_time(record.storage_wait_since) if record else None
-    impatient = since is not None and now >= since + PATIENCE
-    if impatient and is_open(last) and look.wait is not None and look.wait.reason in IMPATIENT_REASONS:
-        return Blocked(look.wait.reason, f"{look.wait.message} (waited 15 minutes)")
-    if impatient and last.attempt_class == "Waiting":
-        return Blocked(reason_of(last.reason), f"{ended_words(folded)} (tried for 15 minutes)")
-    if is_final(last, status.attempts[:-1]):
-        return Blocked(reason_of(last.reason), ended_words(folded))
-    if spent is not None or is_open(last):
+    waited_s = (now - since).total_seconds() if since is not None else None
+    minutes = retry.PATIENCE_S // 60
+    if is_open(last):
+        impatient = waited_s is not None and waited_s >= limits.retry.patience_s
+        if impatient and look.wait is not None and look.wait.reason in IMPATIENT_REASONS:
+            return Blocked(look.wait.reason, f"{look.wait.message} (waited {minutes} minutes)")
         return spent
-    if status.failures > limits.max_retries or last.number >= MAX_ATTEMPTS:
-        text = f"{status.failures} attempts failed and recovery.maxRetries is {limits.max_retries}"
-        return Blocked(Reason.RETRIES_EXHAUSTED, f"{text}; the last one ({last.reason}): {ended_words(folded)}")
-    return None
+    match retry.job_end(status.attempts, failures=status.failures, waited_s=waited_s, limits=limits.retry):
+        case JobEnd.PATIENCE:
+            return Blocked(reason_of(last.reason), f"{ended_words(folded)} (tried for {minutes} minutes)")
+        case JobEnd.FINAL:
+            return Blocked(reason_of(last.reason), ended_words(folded))
+        case JobEnd.RETRIES if spent is None:
+            text = f"{status.failures} attempts failed and recovery.maxRetries is {limits.retry.max_retries}"
+            return Blocked(Reason.RETRIES_EXHAUSTED, f"{text}; the last one ({last.reason}): {ended_words(folded)}")
+        case _:
+            return spent
 
 
 def ended_words(folded: Folded) -> str:

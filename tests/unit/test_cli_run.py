@@ -17,6 +17,7 @@ from rich.console import Console
 
 import spec_cases
 from data_run import chats, jsonl, prepare_run, put
+from finetune_api import retry
 from finetune_api.names import PORT_FILE, Stage
 from finetune_api.run import Progress, RunConfig, RunResources
 from finetune_cli import local, run, show, stages
@@ -141,7 +142,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
         return [sys.executable, str(script), self.stage.value, str(self.attempt), str(self.config_file), *digest]
 
     monkeypatch.setattr(stages.StageRun, "command", command)
-    monkeypatch.setattr(run, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.0)
     monkeypatch.setattr(stages, "POLL_S", 0.05)
     return Play(tmp_path)
 

@@ -7,7 +7,7 @@ import pytest
 
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
-from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, is_final, reason_of_exit, words
+from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, words
 from finetune_api.run import MAX_RESULT_BYTES, RunResult
 from finetune_api.status import PlanStatus, ResolvedValue
 
@@ -25,7 +25,6 @@ def test_every_exit_code_can_be_reached_by_a_fault() -> None:
 
 @pytest.mark.parametrize(("code", "final"), [(0, False), (1, False), (10, True), (22, True), (30, False), (137, False)])
 def test_only_exit_codes_10_to_29_are_final(code: int, final: bool) -> None:
-    assert is_final(reason_of_exit(code)) is final
     assert (code in FINAL_EXIT_CODES) is final
 
 
