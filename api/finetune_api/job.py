@@ -319,7 +319,8 @@ class RecoverySpec(ApiModel):
         default=None,
         ge=30,
         le=86400,
-        description="A training pod that finishes no step for so long is restarted. Absent: 1800.",
+        description="A training pod that gets no further for so long, not by one forward and backward pass, is "
+        "restarted. Absent: 1800.",
     )
 
 

@@ -162,9 +162,10 @@ class Progress(WireModel):
     activity: Annotated[Activity, BeforeValidator(_known_activity)]
     step: Count = 0
     total_steps: Count = 0
+    step_tokens: Count = 0  # tokens of the running step that have gone through the model
     resumed_from_step: Count | None = None
     eta_seconds: float | None = Field(default=None, ge=0)
-    seconds_since_step: Seconds = 0
+    seconds_since_step: Seconds = 0  # since anything moved: a step, a pass within it, a part of a file
     seconds_since_checkpoint: Seconds = 0
     train_loss: float | None = None
     eval_loss: float | None = None

@@ -38,7 +38,8 @@ def describe(progress: Progress) -> str:
     if progress.rows_read:
         parts.append(f"{progress.rows_read:,} rows")
     if progress.total_steps:
-        parts.append(f"step {progress.step}/{progress.total_steps}")
+        within = f" + {progress.step_tokens:,} tokens" if progress.step_tokens else ""
+        parts.append(f"step {progress.step}/{progress.total_steps}{within}")
     if progress.resumed_from_step:
         parts.append(f"resumed at {progress.resumed_from_step}")
     if progress.train_loss is not None:

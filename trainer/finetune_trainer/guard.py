@@ -83,22 +83,29 @@ class OomRetry:
             torch.cuda.empty_cache()
 
 
-def stall_limit_s(step_seconds: list[float]) -> float:
-    """How long a step may take: ten times the median so far, and never less than five minutes.
+def stall_limit_s(pass_seconds: Sequence[float], first_limit_s: float = FIRST_STALL_S) -> float:
+    """Return how long a forward and backward pass may take: ten times the median so far, at least five minutes.
 
-    The first may take half an hour: on a CPU a step of 64k tokens takes longer than five minutes."""
-    return max(STALL_FLOOR_S, STALL_FACTOR * statistics.median(step_seconds)) if step_seconds else FIRST_STALL_S
+    Nothing is known of the first one but what was planned: it may take `first_limit_s`."""
+    return max(STALL_FLOOR_S, STALL_FACTOR * statistics.median(pass_seconds)) if pass_seconds else first_limit_s
 
 
 class Watchdog:
-    """Notices that no step ends any more, dumps all stacks to stderr and calls `on_stall(step, seconds)`, once.
+    """Notices that no pass ends any more, dumps all stacks to stderr and calls `on_stall(step, seconds)`, once.
 
+    Passes are watched, not steps: a step has as many of them as its batch needs, and one pass knows no other's number.
     The main thread is stuck then, perhaps in a kernel, and cannot be interrupted: `on_stall` has to end the process.
     """
 
-    def __init__(self, on_stall: Callable[[int, float], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        on_stall: Callable[[int, float], None],
+        clock: Callable[[], float] = time.monotonic,
+        first_limit_s: float = FIRST_STALL_S,
+    ) -> None:
         self._on_stall = on_stall
         self._clock = clock
+        self._first_limit_s = first_limit_s
         self._durations: deque[float] = deque(maxlen=100)
         self._lock = threading.Lock()
         self._last_s: float | None = None  # None: not watching
@@ -114,20 +121,27 @@ class Watchdog:
         with self._lock:
             self._step, self._last_s = step, self._clock()
 
+    def beat(self) -> None:
+        """A pass of the running step has ended."""
+        with self._lock:
+            if self._last_s is not None:
+                now_s = self._clock()
+                self._durations.append(now_s - self._last_s)
+                self._last_s = now_s
+
     def end(self) -> None:
         """A step has ended; nothing is watched until the next one begins."""
         with self._lock:
-            if self._last_s is not None:
-                self._durations.append(self._clock() - self._last_s)
             self._last_s = None
 
     def overdue(self) -> tuple[int, float] | None:
-        """(step, seconds) if the running step takes too long."""
+        """Return (step, seconds) if the running pass takes too long."""
         with self._lock:
             if self._last_s is None:
                 return None
             elapsed_s = self._clock() - self._last_s
-            return (self._step, elapsed_s) if elapsed_s > stall_limit_s(list(self._durations)) else None
+            limit_s = stall_limit_s(list(self._durations), self._first_limit_s)
+            return (self._step, elapsed_s) if elapsed_s > limit_s else None
 
     def close(self) -> None:
         self._closed.set()
@@ -138,7 +152,7 @@ class Watchdog:
         while not self._closed.wait(1.0):
             if late := self.overdue():
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-                log.error("no step finished for %.0f s after step %d", late[1], late[0])
+                log.error("no forward or backward pass finished for %.0f s after step %d", late[1], late[0])
                 self._on_stall(*late)
                 return
 

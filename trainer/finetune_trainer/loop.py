@@ -1,4 +1,4 @@
-"""The step, nothing else: forward, backward, clip, AdamW. No step waits for the device.
+"""The step, nothing else: forward, backward, clip, AdamW. The device always has a pass to work on.
 
 The loss of a step is the sum over its label tokens divided by their planned number, so accumulation over forward
 passes changes nothing but rounding, however the rows are packed.
@@ -6,7 +6,8 @@ passes changes nothing but rounding, however the rows are packed.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,20 @@ def passes(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int, pack
         yield [rows[place] for place in places]
 
 
+@dataclass(frozen=True)
+class StepPart:
+    """How far a running step has come."""
+
+    step: int
+    passes_done: int
+    passes: int
+    tokens_done: int
+
+
+class StepAbandonedError(Exception):
+    """The step was given up between two passes; parameters and moments are those of the step before."""
+
+
 @dataclass
 class Stepper:
     """Runs planned steps on one model; the only state is the optimizer's and the parameters'."""
@@ -60,19 +75,31 @@ class Stepper:
     steps: StepPlan
     hyper: Hyperparameters
     budget_tokens: int
+    after_pass: Callable[[StepPart], bool] = lambda _part: True  # False gives the step up, if passes are left
     data_wait_s: float = 0.0  # host time spent on making batches; whoever reads it sets it back
 
     def run(self, step: int) -> Tensor:
         """Train step `step`; returns (3,) fp64 on the device: loss in nats per label token, gradient norm before
         clipping, and 1 if both were finite. Where they were not, AdamW leaves everything as it was.
+
+        Raises StepAbandonedError when `after_pass` says so.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.lm.device)
         labels = max(1, int(self.steps.label_tokens[step]))
-        for batch in self._batches(step):
+        rows = self.steps.rows_of(step)
+        groups = list(passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing))
+        tokens_done = 0
+        running: deque[torch.cuda.Event] = deque()
+        for done, batch in enumerate(self._batches(groups), start=1):
             part = self.recipe.loss_sum(self.lm, batch) / labels
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
+            tokens_done += batch.tokens
+            self._let_run_ahead(running)
+            if not self.after_pass(StepPart(step, done, len(groups), tokens_done)) and done < len(groups):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise StepAbandonedError
         norm = nn.utils.clip_grad_norm_(self.parameters, self.hyper.max_grad_norm)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips on the device
@@ -81,10 +108,19 @@ class Stepper:
         self.optimizer.step()
         return torch.stack([loss, norm.double(), finite.double()])
 
-    def _batches(self, step: int) -> Iterator[Batch]:
+    def _let_run_ahead(self, running: deque[torch.cuda.Event]) -> None:
+        """Wait for the pass before this one on CUDA: the host is one pass ahead, and what it reports has happened."""
+        if self.lm.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        running.append(event)
+        if len(running) > 1:
+            running.popleft().synchronize()
+
+    def _batches(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
         began_s = time.perf_counter()
-        rows = self.steps.rows_of(step)
-        for group in passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing):
+        for group in groups:
             batch = self.rows.batch(group, self.lm.device)
             self.data_wait_s += time.perf_counter() - began_s
             yield batch

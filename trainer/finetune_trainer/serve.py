@@ -27,6 +27,7 @@ _MAX_CONNECTIONS = 8
 # Progress field -> metric name and its help.
 _TRAIN_GAUGES = {
     "step": ("finetune_train_step", "Finished optimizer steps."),
+    "step_tokens": ("finetune_train_running_step_tokens", "Tokens of the running step that are done."),
     "total_steps": ("finetune_train_planned_steps", "Optimizer steps of the plan."),
     "train_loss": ("finetune_train_loss", "Loss of the last step, nats per label token."),
     "eval_loss": ("finetune_train_eval_loss", "Last loss on held-out rows, nats per label token."),
@@ -34,7 +35,7 @@ _TRAIN_GAUGES = {
     "learning_rate": ("finetune_train_learning_rate", "Learning rate of the last step."),
     "tokens_per_second": ("finetune_train_tokens_per_second", "Real tokens per second."),
     "eta_seconds": ("finetune_train_eta_seconds", "Time left at the present speed."),
-    "seconds_since_step": ("finetune_train_since_step_seconds", "Time since the last step, or pass of an evaluation."),
+    "seconds_since_step": ("finetune_train_since_step_seconds", "Time since anything moved: a pass, a file."),
     "seconds_since_checkpoint": ("finetune_train_since_checkpoint_seconds", "Work not yet in a checkpoint."),
 }
 _TRAIN_COUNTERS = {"tokens_total": ("finetune_train_tokens", "Tokens trained on, by all attempts.")}

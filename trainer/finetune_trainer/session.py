@@ -17,7 +17,7 @@ from finetune_trainer.evaluate import held_out_loss
 from finetune_trainer.flops import ModelSize, step_flops
 from finetune_trainer.inputs import Rows
 from finetune_trainer.logs import bind_step
-from finetune_trainer.loop import Stepper, learning_rate
+from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learning_rate
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
@@ -83,6 +83,7 @@ class Session:
     _recent: deque[_Timed] = field(default_factory=partial(deque[_Timed], maxlen=_SPEED_WINDOW_STEPS))
     _losses: deque[float] = field(default_factory=partial(deque[float], maxlen=guard.SPIKE_WINDOW_STEPS))
     _step_began_s: float = 0.0
+    _running_since_s: float = 0.0
     _logged_s: float = 0.0
 
     def run(self) -> bool:
@@ -91,6 +92,7 @@ class Session:
         Raises NOT_FINITE, GPU_OOM, ADAPTER_NO_EFFECT, and what a checkpoint failed with.
         """
         total = self.stepper.hyper.total_steps
+        self.stepper.after_pass = self._after_pass
         if not self.position.evaluations:
             with self.adapted.disable_adapter():
                 self._evaluate()
@@ -122,7 +124,12 @@ class Session:
                 break
             self.checkpointer.check()
             self.watchdog.begin(step)
-            self._pending.append(_read_later(step, oom.run(step, self.stepper)))
+            self._running_since_s = time.monotonic()
+            try:
+                self._pending.append(_read_later(step, oom.run(step, self.stepper)))
+            except StepAbandonedError:
+                log.info("step %d would take longer than the stop leaves time for: it is left to the next attempt", step)
+                break
             self._account(keep=lag)
             self.watchdog.end()
             if step == first:
@@ -132,6 +139,20 @@ class Session:
                 self._save()
                 saved_s = time.monotonic()
         self._account(keep=0)
+        self.watchdog.end()
+
+    def _after_pass(self, part: StepPart) -> bool:
+        """Tell that the step moves; False gives it up, when a stop leaves no time for its other passes."""
+        self.watchdog.beat()
+        self.reporter.touch()
+        seconds = max(1e-9, time.monotonic() - self._running_since_s)
+        fields: dict[str, object] = {"step_tokens": part.tokens_done}
+        if not self._recent and part.passes_done < part.passes:  # the first step has no other speed to tell
+            speed = part.tokens_done / seconds
+            left = self.stepper.steps.total_tokens - self.position.tokens - part.tokens_done
+            fields |= {"tokens_per_second": speed, "eta_seconds": left / speed}
+        self.reporter.update(**fields)
+        return self.stop.leaves(seconds * (part.passes - part.passes_done) / part.passes_done)
 
     def _account(self, keep: int) -> None:
         """Take in the figures of all steps but the newest `keep`. Raises NOT_FINITE."""
@@ -170,6 +191,7 @@ class Session:
         rate = learning_rate(step, self.stepper.hyper)
         self.reporter.update(
             step=position.step,
+            step_tokens=0,
             train_loss=loss,
             learning_rate=rate,
             tokens_per_second=speed,

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 # Before Kubernetes kills the container, the supervisor kills the trainer, so that it can still report.
@@ -38,8 +39,9 @@ def done_after_s(grace_period_s: float) -> float:
 class StopFlag:
     """Set by SIGTERM or SIGINT. A second SIGINT interrupts at once, for people at a terminal."""
 
-    def __init__(self, grace_period_s: float) -> None:
+    def __init__(self, grace_period_s: float, clock: Callable[[], float] | None = None) -> None:
         self._grace_period_s = grace_period_s
+        self._clock = clock or time.monotonic
         self._event = threading.Event()
         self._deadline_s: float | None = None
 
@@ -51,7 +53,7 @@ class StopFlag:
     def set(self, now_s: float | None = None) -> None:
         """Ask to stop; the deadline counts from the first request. `now_s` is monotonic."""
         if self._deadline_s is None:
-            now_s = time.monotonic() if now_s is None else now_s
+            now_s = self._clock() if now_s is None else now_s
             self._deadline_s = now_s + done_after_s(self._grace_period_s)
         self._event.set()
 
@@ -65,7 +67,11 @@ class StopFlag:
 
     def remaining_s(self) -> float:
         """Seconds until the deadline, not below 0; infinite while nobody asked to stop."""
-        return float("inf") if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        return float("inf") if self._deadline_s is None else max(0.0, self._deadline_s - self._clock())
+
+    def leaves(self, seconds: float) -> bool:
+        """Return whether work of `seconds` fits before the deadline; half of the time left is kept for saving it."""
+        return seconds <= self.remaining_s() / 2
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.is_set():

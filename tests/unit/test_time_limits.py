@@ -1,0 +1,188 @@
+"""Limits of time know the size of the work: what is alive is seen to be, and a stop is heard in time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer import guard, recipes, session, train
+from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
+from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.stop import StopFlag, done_after_s
+from hand_clock import Clock
+from tiny_run import TinyRun, context, make_run
+
+PASS_S = 60.0
+PASSES = 4  # of a step, a row each
+
+
+def _run(folder: Path, **changes: Any) -> TinyRun:
+    return make_run(folder, steps=6, batch=PASSES, packing=False, **changes)
+
+
+def _stepper(run: TinyRun, folder: Path) -> Stepper:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, steps = fetch_rows(run.store, run.plan.train, folder / "train"), fetch_steps(run.store, run.plan, folder)
+    lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
+    parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
+    hyper = run.plan.hyperparameters
+    optimizer = make_optimizer(parameters, hyper)
+    return Stepper(lm, recipes.sft, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+
+
+def _state(stepper: Stepper) -> list[Tensor]:
+    moments = [stepper.optimizer.state[p][name] for p in stepper.parameters for name in ("exp_avg", "exp_avg_sq")]
+    return [tensor.detach().clone() for tensor in (*stepper.parameters, *moments)]
+
+
+def _slow_passes(patch: pytest.MonkeyPatch, clock: Clock, heard: list[int] | None = None) -> None:
+    """Every pass of training takes a minute of the hand-moved clock."""
+    original = recipes.sft.loss_sum
+
+    def loss_sum(lm: LanguageModel, batch: Batch) -> Tensor:
+        clock.now_s += PASS_S
+        if heard is not None:
+            heard.append(batch.tokens)
+        return original(lm, batch)
+
+    patch.setattr(recipes.sft, "loss_sum", loss_sum)
+    patch.setattr(session.time, "monotonic", clock)
+
+
+def test_a_step_given_up_between_two_passes_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    stepper, undisturbed = _stepper(run, tmp_path / "a"), _stepper(run, tmp_path / "b")
+    parts: list[StepPart] = []
+
+    def after_pass(part: StepPart) -> bool:
+        parts.append(part)
+        return part.passes_done < 2
+
+    for each in (stepper, undisturbed):
+        each.run(0)
+    before = _state(stepper)
+    stepper.after_pass = after_pass
+    with pytest.raises(StepAbandonedError):
+        stepper.run(1)
+    assert [(part.step, part.passes_done, part.passes) for part in parts] == [(1, 1, PASSES), (1, 2, PASSES)]
+    assert 0 < parts[0].tokens_done < parts[1].tokens_done < run.plan.train_tokens
+    assert all(torch.equal(now, then) for now, then in zip(_state(stepper), before, strict=True))
+    assert all(parameter.grad is None for parameter in stepper.parameters)
+    stepper.after_pass = lambda _part: True
+    for each in (stepper, undisturbed):
+        each.run(1)
+    assert all(torch.equal(a, b) for a, b in zip(_state(stepper), _state(undisturbed), strict=True))
+
+
+def test_a_step_whose_passes_are_all_done_is_finished_whatever_is_asked(tmp_path: Path) -> None:
+    stepper = _stepper(_run(tmp_path / "run"), tmp_path / "a")
+    stepper.after_pass = lambda part: part.passes_done < part.passes
+    assert stepper.run(0)[2] == 1
+
+
+def test_a_stop_with_less_time_than_a_step_takes_ends_in_a_checkpoint_within_that_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, stopped = (_run(tmp_path / name) for name in ("undisturbed", "stopped"))
+    train.run(context(undisturbed), StopFlag(60))
+    grace_s = 2 * PASS_S  # and a step takes twice as long
+    with monkeypatch.context() as patch:
+        clock, heard = Clock(1000.0), list[int]()
+        stop = StopFlag(grace_s, clock)
+        _slow_passes(patch, clock, heard)
+        original = session.Session._after_pass  # pyright: ignore[reportPrivateUsage]
+
+        def after_pass(self: session.Session, part: StepPart) -> bool:
+            if (part.step, part.passes_done) == (3, 1):
+                stop.set()
+            return original(self, part)
+
+        patch.setattr(session.Session, "_after_pass", after_pass)
+        ctx = context(stopped)
+        with pytest.raises(StageError) as caught:
+            train.run(ctx, stop)
+        assert len(heard) == 3 * PASSES + 1, "no pass more"
+        assert stop.remaining_s() == done_after_s(grace_s), "all of the time is left for the checkpoint"
+    assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 3})
+    saved = ctx.reporter.progress().checkpoint
+    assert saved is not None
+    assert saved.step == 3
+    result = train.run(context(stopped, attempt=2), StopFlag(60))
+    assert (result.resumed_from_step, result.step) == (3, 6)
+    assert stopped.adapter_bytes() == undisturbed.adapter_bytes()
+
+
+def test_a_stop_with_time_enough_lets_the_running_step_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(1000.0)
+    stop = StopFlag(60 * PASS_S, clock)
+    _slow_passes(monkeypatch, clock)
+    original = session.Session._after_pass  # pyright: ignore[reportPrivateUsage]
+
+    def after_pass(self: session.Session, part: StepPart) -> bool:
+        if (part.step, part.passes_done) == (3, 1):
+            stop.set()
+        return original(self, part)
+
+    monkeypatch.setattr(session.Session, "_after_pass", after_pass)
+    with pytest.raises(StageError) as caught:
+        train.run(context(_run(tmp_path)), stop)
+    assert caught.value.args_by_name == {"step": 4}
+
+
+def test_what_happens_within_a_step_is_told_pass_by_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, clock = _run(tmp_path), Clock(1000.0)
+    ctx = context(run)
+    _slow_passes(monkeypatch, clock)
+    loss_sum = recipes.sft.loss_sum
+    seen: list[tuple[int, int, float, float | None]] = []
+
+    def looked_at(lm: LanguageModel, batch: Batch) -> Tensor:
+        loss = loss_sum(lm, batch)  # as if the operator asked just before the pass ends
+        progress = ctx.reporter.progress()
+        seen.append((progress.step, progress.step_tokens, progress.seconds_since_step, progress.eta_seconds))
+        return loss
+
+    monkeypatch.setattr(recipes.sft, "loss_sum", looked_at)
+    train.run(ctx, StopFlag(60))
+    assert max(seconds for _, _, seconds, _ in seen) == PASS_S, "never as long as a step"
+    first = [(step, tokens, eta) for step, tokens, _, eta in seen[:PASSES]]
+    assert [step for step, _, _ in first] == [0] * PASSES
+    assert [tokens for _, tokens, _ in first] == sorted({tokens for _, tokens, _ in first}), "more with every pass"
+    assert first[0] == (0, 0, None)
+    assert all(eta is not None and eta > 0 for _, _, eta in first[1:]), "the first step has a time left, too"
+    assert seen[PASSES][1] == 0, "and the next one begins anew"
+    assert ctx.reporter.progress().step_tokens == 0
+
+
+def test_the_watchdog_watches_passes_however_many_a_step_has() -> None:
+    clock = Clock()
+    watchdog = guard.Watchdog(lambda _step, _seconds: None, clock=clock, first_limit_s=7200.0)
+    watchdog.begin(0)
+    clock.now_s += 7199.0  # the first pass of a slow machine, as planned
+    assert watchdog.overdue() is None
+    watchdog.beat()
+    for _ in range(9):
+        clock.now_s += 100.0
+        assert watchdog.overdue() is None
+        watchdog.beat()
+    watchdog.end()
+    watchdog.begin(1)
+    for _ in range(100):  # ten thousand seconds: ten times as long as the step before
+        clock.now_s += 100.0
+        assert watchdog.overdue() is None
+        watchdog.beat()
+    clock.now_s += 1001.0
+    assert watchdog.overdue() == (1, 1001.0)
+
+
+@pytest.mark.parametrize(("seconds", "fits"), [(0.0, True), (40.0, True), (60.0, False)])
+def test_half_of_the_time_after_a_stop_is_kept_for_saving(seconds: float, fits: bool) -> None:
+    stop = StopFlag(120, Clock())
+    assert stop.leaves(1e9), "nobody asked"
+    stop.set()
+    assert stop.leaves(seconds) is fits
