@@ -55,6 +55,7 @@ def data(rows: int = 1000, **fields: Any) -> DataFacts:
         "tokens": rows * 100,
         "label_tokens": rows * 40,
         "longest_row": 300,
+        "longest_of_all": 300,
         "prepared_bytes": rows * 500,
         "too_long_rows": 0,
         "sequence_limit": 2048,
@@ -170,6 +171,31 @@ def test_packing_is_off_for_a_family_that_was_not_shown_to_keep_rows_apart() -> 
     found = sized(spec(), data(), SMALL.model_copy(update={"packing_safe": False}), "mamba")
     assert not found.hyperparameters.packing
     assert reason(found, "preprocessing.packing") == "mamba is not known to keep packed rows apart"
+
+
+PHI = SMALL.model_copy(update={"frequencies_change_after": 4096})
+
+
+@pytest.mark.parametrize(("longest_of_all", "packing"), [(4096, True), (4097, False)])
+def test_rows_that_are_read_with_other_frequencies_are_not_packed(longest_of_all: int, packing: bool) -> None:
+    found = sized(spec(), data(longest_of_all=longest_of_all), PHI, "phi3")
+    assert found.hyperparameters.packing is packing
+    if not packing:
+        assert "above 4,096 tokens with other frequencies" in reason(found, "preprocessing.packing")
+
+
+@pytest.mark.parametrize(
+    ("base", "longest_of_all"), [(PHI, 4097), (SMALL.model_copy(update={"packing_safe": False}), 300)]
+)
+def test_packing_that_would_mix_up_rows_is_refused_before_anything_is_spent(
+    base: ModelFacts, longest_of_all: int
+) -> None:
+    with pytest.raises(StageError, match="write false, or leave it out") as caught:
+        sized(spec(preprocessing={"packing": True}), data(longest_of_all=longest_of_all), base, "phi3")
+    assert (caught.value.fault, caught.value.args_by_name["field"]) == (
+        Fault.CONFIG_UNREADABLE,
+        "spec.preprocessing.packing",
+    )
 
 
 @pytest.mark.parametrize(("asked", "limit"), [(None, 2048), (16, 16), (8192, 8192)])

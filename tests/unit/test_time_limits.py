@@ -1,5 +1,6 @@
 """Limits of time know the size of the work: what is alive is seen to be, and a stop is heard in time."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_a_stop_with_less_time_than_a_step_takes_ends_in_a_checkpoint_within_tha
     train.run(context(undisturbed), StopFlag(60))
     grace_s = 2 * PASS_S  # and a step takes twice as long
     with monkeypatch.context() as patch:
-        clock, heard = Clock(1000.0), list[int]()
+        clock, heard = Clock(time.monotonic()), list[int]()
         stop = StopFlag(grace_s, clock)
         _slow_passes(patch, clock, heard)
         original = session.Session._after_pass  # pyright: ignore[reportPrivateUsage]
@@ -108,8 +109,8 @@ def test_a_stop_with_less_time_than_a_step_takes_ends_in_a_checkpoint_within_tha
             train.run(ctx, stop)
         assert len(heard) == 3 * PASSES + 1, "no pass more"
         assert stop.remaining_s() == done_after_s(grace_s), "all of the time is left for the checkpoint"
+        saved = ctx.reporter.progress().checkpoint
     assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 3})
-    saved = ctx.reporter.progress().checkpoint
     assert saved is not None
     assert saved.step == 3
     result = train.run(context(stopped, attempt=2), StopFlag(60))
@@ -118,7 +119,7 @@ def test_a_stop_with_less_time_than_a_step_takes_ends_in_a_checkpoint_within_tha
 
 
 def test_a_stop_with_time_enough_lets_the_running_step_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(1000.0)
+    clock = Clock(time.monotonic())
     stop = StopFlag(60 * PASS_S, clock)
     _slow_passes(monkeypatch, clock)
     original = session.Session._after_pass  # pyright: ignore[reportPrivateUsage]
@@ -135,7 +136,7 @@ def test_a_stop_with_time_enough_lets_the_running_step_end(tmp_path: Path, monke
 
 
 def test_what_happens_within_a_step_is_told_pass_by_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, clock = _run(tmp_path), Clock(1000.0)
+    run, clock = _run(tmp_path), Clock(time.monotonic())
     ctx = context(run)
     _slow_passes(monkeypatch, clock)
     loss_sum = recipes.sft.loss_sum

@@ -23,6 +23,7 @@ from finetune_trainer.runplan import RunPlan
 
 # Largest log-probability difference between our pass and the model's own, by dtype: rounding, nothing else.
 _SAME_LOGPROB = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+_CHECKED_WINDOW = 4
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in the configuration of a mixture
 
 
@@ -102,7 +103,28 @@ def _logit_scale(config: Any) -> float:
 
 @torch.no_grad()
 def _check_our_pass(lm: LanguageModel, plan: RunPlan) -> None:
-    """Put our attention in place and compare our log-probabilities of two short rows with the model's own."""
+    """Put our attention in place and compare our log-probabilities of two short rows with the model's own.
+
+    Sliding windows are made shorter than the rows meanwhile, so that they count whatever their size."""
+    with _small_windows(lm.causal):
+        _compare_passes(lm, plan)
+
+
+@contextmanager
+def _small_windows(causal: PreTrainedModel) -> Generator[None]:
+    """Make sliding windows _CHECKED_WINDOW tokens long: in the configuration, and where layers have copied it."""
+    holders: list[Any] = [causal.config, *causal.modules()]
+    found = [(each, each.sliding_window) for each in holders if isinstance(getattr(each, "sliding_window", None), int)]
+    try:
+        for each, _ in found:
+            each.sliding_window = _CHECKED_WINDOW
+        yield
+    finally:
+        for each, window in found:
+            each.sliding_window = window
+
+
+def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, plan.model.vocabulary_size, length) for length in (9, 6)]
     labels = [np.arange(len(row)) > 0 for row in rows]

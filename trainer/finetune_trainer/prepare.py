@@ -278,6 +278,7 @@ def _data_facts(stage: _Stage, train: Any, lengths: Any) -> DataFacts:
         tokens=int(train["tokens"].sum(dtype=np.int64)),
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
         longest_row=int(train["tokens"].max()),
+        longest_of_all=int(lengths.max()),
         prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
         sequence_limit=stage.limit,

@@ -65,6 +65,7 @@ class ModelFacts(StoredModel):
     lora_parameters_per_rank: int  # sum of d_in + d_out over all linear layers
     target_modules: list[Str64] = Field(max_length=64)
     packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
+    frequencies_change_after: int | None = None  # tokens of a row; see families.frequencies_change_after
 
 
 class SplitFiles(StoredModel):

@@ -42,6 +42,7 @@ class DataFacts:
     tokens: int
     label_tokens: int
     longest_row: int
+    longest_of_all: int  # held-out rows included, which are packed as well
     prepared_bytes: int
     too_long_rows: int
     sequence_limit: int  # the length rows were dropped or split at
@@ -90,7 +91,8 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
 def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts, resources: RunResources) -> Sizing:
     """Decide every number of the run. `family` is the model_type of config.json.
 
-    Raises MEMORY_TOO_SMALL or DISK_TOO_SMALL when what is granted clearly does not suffice.
+    Raises MEMORY_TOO_SMALL or DISK_TOO_SMALL when what is granted clearly does not suffice, CONFIG_UNREADABLE for
+    packing that would mix up rows.
     """
     choices = Choices()
     cpt = spec.method.type is MethodType.CPT
@@ -119,14 +121,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     )
     weight_decay = choices.pick("hyperparameters.weightDecay", hyper.weight_decay, 0.0, "LoRA needs none")
     seed = choices.pick("hyperparameters.seed", hyper.seed, 42, "fixed, so that a rerun repeats the order")
-    packing = choices.pick(
-        "preprocessing.packing",
-        preprocessing.packing,
-        model.packing_safe,
-        f"{family} passes the packed = unpacked test"
-        if model.packing_safe
-        else f"{family} is not known to keep packed rows apart",
-    )
+    packing = _packing(choices, preprocessing, model, family, data)
     micro, memory = _micro_batch(choices, model, data, rank, batch, resources)
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
@@ -167,6 +162,23 @@ def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFact
         source = "the model's context length" if data.sequence_limit == model.context_length else "the default limit"
         reason = f"{source}; longer texts are split"
     return choices.pick("preprocessing.maxSequenceLength", spec.max_sequence_length, data.longest_row, reason)
+
+
+def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, family: str, data: DataFacts) -> bool:
+    """Decide whether rows share a pass. Raises CONFIG_UNREADABLE when they are to although they would see each other."""
+    changes_after = model.frequencies_change_after
+    same_frequencies = changes_after is None or data.longest_of_all <= changes_after
+    if not model.packing_safe:
+        reason = f"{family} is not known to keep packed rows apart"
+    elif not same_frequencies:
+        reason = f"{family} reads rows above {changes_after:,} tokens with other frequencies, and all rows of a pass alike"
+    else:
+        reason = f"{family} passes the packed = unpacked test"
+    safe = model.packing_safe and same_frequencies
+    if spec.packing and not safe:
+        problem = f"{reason}; write false, or leave it out"
+        raise StageError(Fault.CONFIG_UNREADABLE, field="spec.preprocessing.packing", problem=problem)
+    return choices.pick("preprocessing.packing", spec.packing, safe, reason)
 
 
 def _adapter(

@@ -15,7 +15,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokens import RowTokenizer, special_tokens
-from finetune_trainer.families import PACKING_FAMILIES
+from finetune_trainer.families import PACKING_FAMILIES, frequencies_change_after
 from finetune_trainer.runplan import FileRecord, ModelFacts
 from finetune_trainer.store import ObjectInfo, PreconditionFailed, Store, spec_field
 
@@ -240,6 +240,7 @@ def _facts(
         lora_parameters_per_rank=sum(sum(shape) for _, shape in linear.values()),
         target_modules=sorted({module for module, _ in linear.values()}),
         packing_safe=family in PACKING_FAMILIES,
+        frequencies_change_after=frequencies_change_after(config, family),
     )
 
 
