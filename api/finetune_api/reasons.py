@@ -297,7 +297,9 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.CORRUPT_TRANSFER: FaultText(
         Reason.STORAGE_TRANSIENT, "{uri} arrived with a wrong size or digest {tries} times"
     ),
-    Fault.STALLED: FaultText(Reason.DISTRIBUTED_FAULT, "no forward or backward pass finished for {seconds} s after step {step}"),
+    Fault.STALLED: FaultText(
+        Reason.DISTRIBUTED_FAULT, "no forward or backward pass finished for {seconds} s after step {step}"
+    ),
     Fault.GPU_FAULT: FaultText(Reason.GPU_FAULT, "the GPU failed at step {step}"),
     Fault.SUPERSEDED: FaultText(
         Reason.SUPERSEDED, "a newer attempt (epoch {newer}) has taken over from this one (epoch {own})"

@@ -181,7 +181,7 @@ def test_rows_that_are_read_with_other_frequencies_are_not_packed(longest_of_all
     found = sized(spec(), data(longest_of_all=longest_of_all), PHI, "phi3")
     assert found.hyperparameters.packing is packing
     if not packing:
-        assert "above 4,096 tokens with other frequencies" in reason(found, "preprocessing.packing")
+        assert "a row above 4,096 tokens with other frequencies" in reason(found, "preprocessing.packing")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer import guard, recipes, session, train
+from finetune_api.run import StorageConfig
+from finetune_trainer import commit, evaluate, guard, recipes, serve, session, train
 from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag, done_after_s
+from finetune_trainer.store import Store, open_store
 from hand_clock import Clock
 from tiny_run import TinyRun, context, make_run
 
@@ -187,3 +189,149 @@ def test_half_of_the_time_after_a_stop_is_kept_for_saving(seconds: float, fits: 
     assert stop.leaves(1e9), "nobody asked"
     stop.set()
     assert stop.leaves(seconds) is fits
+
+
+READ_IN_ORDER = [
+    *(f"{split}/{name}" for split in ("train", "held_out") for name in ("tokens", "labels", "offsets")),
+    *("batches.safetensors", "config.json", "model.safetensors"),
+]
+
+
+def _on_open(patch: pytest.MonkeyPatch, then: Any) -> list[str]:
+    """Call `then(uri)` for every object that is opened to be read whole; returns the URIs so far."""
+    opened: list[str] = []
+    original = Store._open  # pyright: ignore[reportPrivateUsage]
+
+    def open_and_tell(self: Store, uri: str, if_match: str | None) -> Any:
+        opened.append(uri)
+        then(uri)
+        return original(self, uri, if_match)
+
+    patch.setattr(Store, "_open", open_and_tell)
+    return opened
+
+
+@pytest.mark.parametrize("name", READ_IN_ORDER)
+def test_a_stop_is_heard_within_whatever_file_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopFlag(60)
+    opened = _on_open(monkeypatch, lambda uri: stop.set() if uri.endswith(name) else None)
+    with pytest.raises(StageError) as caught:
+        train.run(context(make_run(tmp_path)), stop)
+    assert caught.value.fault is Fault.STOPPED
+    assert opened[-1].endswith(name), "no other file is begun"
+
+
+def test_a_stop_is_heard_while_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = make_run(tmp_path), StopFlag(60)
+    original = Stepper.run
+
+    def run_and_stop(self: Stepper, step: int) -> Tensor:
+        stop.set()
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "run", run_and_stop)
+        with pytest.raises(StageError):
+            train.run(context(run), stop)
+    again = StopFlag(60)
+    opened = _on_open(monkeypatch, lambda uri: again.set() if uri.endswith("state.safetensors") else None)
+    with pytest.raises(StageError) as caught:
+        train.run(context(run, attempt=2), again)
+    assert (caught.value.fault, opened[-1].rpartition("/")[2]) == (Fault.STOPPED, "state.safetensors")
+
+
+def test_reading_many_slow_files_never_looks_like_standing_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = make_run(tmp_path), Clock(time.monotonic())
+    ctx = context(run)
+    waited: list[float] = []
+
+    def slow(_uri: str) -> None:
+        clock.now_s += 1000.0
+        waited.append(ctx.reporter.progress().seconds_since_step)
+
+    opened = _on_open(monkeypatch, slow)
+    monkeypatch.setattr(serve.time, "monotonic", clock)
+    train.run(ctx, StopFlag(10**6, clock))
+    assert len(opened) > len(READ_IN_ORDER)
+    assert max(waited) < 1001.0, "one file's time, not that of all before it"
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("transfer", ["upload", "download", "digest"])
+def test_every_part_of_a_large_object_is_told_and_what_is_raised_then_leaves_nothing(
+    transfer: str, tmp_path: Path
+) -> None:
+    told: list[int] = []
+    last = 4
+
+    def beat() -> None:
+        told.append(1)
+        if len(told) == last:
+            raise EnoughError
+
+    quiet, source, target = open_store(StorageConfig()), tmp_path / "source", tmp_path / "to" / "object"
+    source.write_bytes(bytes(3 * 2**20 + 1))  # four parts
+    store = quiet.telling(beat)
+    run = {
+        "upload": lambda: store.upload(source, target.as_uri()),
+        "download": lambda: store.download(source.as_uri(), target),
+        "digest": lambda: store.digest(source.as_uri()),
+    }[transfer]
+    with pytest.raises(EnoughError):
+        run()
+    assert not target.parent.exists() or list(target.parent.iterdir()) == []
+    told.clear()
+    last = 99
+    run()
+    assert len(told) == 4
+    quiet.digest(source.as_uri())
+    assert len(told) == 4, "the store it was made from stays silent"
+
+
+def test_a_checkpoint_that_is_uploaded_counts_as_progress_only_while_the_loop_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(time.monotonic())
+    ctx = context(make_run(tmp_path))
+    monkeypatch.setattr(serve.time, "monotonic", clock)
+    for activity, seconds in (("Training", 50.0), ("Saving", 0.0)):
+        ctx.reporter.update(activity=activity)
+        clock.now_s += 50.0
+        ctx.reporter.touch("Saving")
+        assert ctx.reporter.progress().seconds_since_step == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("grace_s", "ends"), [(60, True), (3600, False)])
+def test_a_stop_after_the_last_step_ends_in_time_or_lets_the_rest_be_done(
+    grace_s: int, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = make_run(tmp_path), Clock(time.monotonic())
+    stop, tokens = StopFlag(grace_s, clock), list[float]()
+    original = evaluate._EveryToken.__call__  # pyright: ignore[reportPrivateUsage]
+
+    def slow(self: Any, *args: Any, **other: Any) -> Any:
+        stop.set()
+        clock.now_s += 1.0
+        tokens.append(stop.remaining_s())
+        return original(self, *args, **other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate._EveryToken, "__call__", slow)  # pyright: ignore[reportPrivateUsage]
+        if ends:
+            with pytest.raises(StageError) as caught:
+                train.run(context(run), stop)
+            assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 12})
+            assert len(tokens) == done_after_s(grace_s), "all of its time, and no more"
+            assert commit.read_commit(run.store, run.run_uri) is None
+        else:
+            assert train.run(context(run), stop).exit_code == 0
+    if ends:
+        result = train.run(context(run, attempt=2), StopFlag(60))
+        assert (result.exit_code, result.resumed_from_step) == (0, 12)

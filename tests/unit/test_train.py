@@ -17,13 +17,11 @@ from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
-from finetune_trainer import checkpoint, commit, inputs, session, train
+from finetune_trainer import checkpoint, commit, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
-from finetune_trainer.runplan import FileRecord
 from finetune_trainer.stop import StopFlag
-from finetune_trainer.store import Store
 from tiny_run import STOP_ID, TinyRun, context, make_run
 
 
@@ -180,29 +178,6 @@ def test_a_stop_while_loading_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         train.run(context(make_run(tmp_path)), stop)
     assert (caught.value.fault, caught.value.exit_code) == (Fault.STOPPED, 30)
-
-
-def test_every_file_of_the_model_counts_as_progress_and_a_stop_is_heard_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ctx, stop = context(make_run(tmp_path)), StopFlag(60)
-    fetched: list[str] = []
-    touched: list[int] = []
-    fetch = inputs._fetch  # pyright: ignore[reportPrivateUsage]
-
-    def fetch_and_stop(store: Store, record: FileRecord, path: Path, changed: Fault) -> str:
-        digest = fetch(store, record, path, changed)
-        if changed is Fault.MODEL_CHANGED:
-            fetched.append(path.name)
-            stop.set()
-        return digest
-
-    monkeypatch.setattr(inputs, "_fetch", fetch_and_stop)
-    monkeypatch.setattr(ctx.reporter, "touch", lambda: touched.append(len(fetched)))
-    with pytest.raises(StageError) as caught:
-        train.run(ctx, stop)
-    assert caught.value.fault is Fault.STOPPED
-    assert len(fetched) == len(touched) == 1
 
 
 def test_checkpoints_are_written_as_time_goes_by_and_only_the_last_is_left(

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.base import StoredModel
 from finetune_trainer.inputs import Rows
@@ -78,11 +79,26 @@ def held_out_loss(
     return HeldOut(step=step, loss=float(total) / max(1, labels), rows=len(rows), label_tokens=labels)
 
 
+class _EveryToken(StoppingCriteria):
+    """Calls a function after every token of an answer, and stops nothing itself."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002 (transformers' calling convention)
+        self._beat()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def answers(
-    lm: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[SamplePrompt], stop_ids: list[int]
+    lm: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[SamplePrompt],
+    stop_ids: list[int],
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """Greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another."""
+    """Greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another; `on_token` may raise."""
     padding = stop_ids[0] if stop_ids else 0
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=padding
@@ -92,7 +108,10 @@ def answers(
         ids = torch.tensor([prompt.token_ids], dtype=torch.int64, device=lm.device)
         with lm.own_attention(), lm.precision():
             output = lm.causal.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), generation_config=config
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_EveryToken(on_token)]),
             )
         new: list[int] = output[0, ids.shape[1] :].tolist()
         stopped = bool(new) and new[-1] in stop_ids

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -137,20 +137,26 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
     }
 
 
-def check_reload(lm: LanguageModel, adapted: PeftModel, folder: Path, batches: Sequence[Batch]) -> dict[str, float]:
+def check_reload(
+    lm: LanguageModel,
+    adapted: PeftModel,
+    folder: Path,
+    batches: Sequence[Batch],
+    on_pass: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Load the adapter from `folder` with plain PEFT and compare log-probabilities with the live model and the base.
 
     Ends the life of `adapted`: its layers are taken out of the base, whose weights are used again, as two bases may
     not fit. Raises RELOAD_MISMATCH or ADAPTER_NO_EFFECT.
     """
-    live = _logprobs(lm, batches)
+    live = _logprobs(lm, batches, on_pass)
     with adapted.disable_adapter():
-        base = _logprobs(lm, batches)
+        base = _logprobs(lm, batches, on_pass)
     bare = adapted.unload()  # type: ignore[operator]
     assert isinstance(bare, PreTrainedModel)
     reloaded_model = PeftModel.from_pretrained(bare, str(folder)).eval()
     assert reloaded_model.get_base_model() is lm.causal
-    reloaded = _logprobs(lm, batches)
+    reloaded = _logprobs(lm, batches, on_pass)
     mismatch = _largest_difference(reloaded, live)
     effect = _largest_difference(reloaded, base)
     if not mismatch <= _SAME_LOGPROB[lm.device.type]:
@@ -160,8 +166,12 @@ def check_reload(lm: LanguageModel, adapted: PeftModel, folder: Path, batches: S
     return {"reload_difference": mismatch, "effect": effect}
 
 
-def _logprobs(lm: LanguageModel, batches: Sequence[Batch]) -> Tensor:
-    return torch.cat([lm.token_logprobs(batch) for batch in batches])
+def _logprobs(lm: LanguageModel, batches: Sequence[Batch], on_pass: Callable[[], None]) -> Tensor:
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(lm.token_logprobs(batch))
+        on_pass()
+    return torch.cat(found)
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:

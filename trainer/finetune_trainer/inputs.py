@@ -1,7 +1,7 @@
 """What train reads: the plan, the base model's files, and the prepared arrays, each verified against its pin."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -100,8 +100,8 @@ class StepPlan:
         return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
 
 
-def fetch_model(store: Store, plan: RunPlan, folder: Path, after_file: Callable[[], None]) -> dict[str, str]:
-    """Download the base model's files, pinned; returns file name -> "sha256:…". `after_file` may raise to stop it.
+def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, str]:
+    """Download the base model's files, pinned; returns file name -> "sha256:…".
 
     Raises MODEL_CHANGED when a file is not the one that was planned with.
     """
@@ -112,7 +112,6 @@ def fetch_model(store: Store, plan: RunPlan, folder: Path, after_file: Callable[
         if name == record.uri or not parts or ".." in parts or parts[0] == "/":
             raise StageError(Fault.CONFIG_UNREADABLE, field="plan.model.files", problem="a file outside the model")
         digests[name] = _fetch(store, record, folder.joinpath(*parts), Fault.MODEL_CHANGED)
-        after_file()
     return digests
 
 

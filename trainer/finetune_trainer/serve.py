@@ -74,10 +74,11 @@ class Reporter:
                 self._step_at_s = now_s
             self._fields.update(known)
 
-    def touch(self) -> None:
-        """Something was done that is no step: the stage does not stand still."""
+    def touch(self, while_activity: str | None = None) -> None:
+        """Tell that something was done that is no step, if the stage does `while_activity`: it does not stand still."""
         with self._lock:
-            self._step_at_s = time.monotonic()
+            if while_activity in (None, self._fields["activity"]):
+                self._step_at_s = time.monotonic()
 
     def progress(self) -> Progress:
         """Where the stage is now. Raises pydantic.ValidationError for a field of a wrong type."""

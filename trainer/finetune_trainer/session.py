@@ -128,7 +128,9 @@ class Session:
             try:
                 self._pending.append(_read_later(step, oom.run(step, self.stepper)))
             except StepAbandonedError:
-                log.info("step %d would take longer than the stop leaves time for: it is left to the next attempt", step)
+                log.info(
+                    "step %d would take longer than the stop leaves time for: it is left to the next attempt", step
+                )
                 break
             self._account(keep=lag)
             self.watchdog.end()

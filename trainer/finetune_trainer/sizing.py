@@ -165,13 +165,15 @@ def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFact
 
 
 def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, family: str, data: DataFacts) -> bool:
-    """Decide whether rows share a pass. Raises CONFIG_UNREADABLE when they are to although they would see each other."""
+    """Decide whether rows share a pass. Raises CONFIG_UNREADABLE when they are to, but would be read differently then."""
     changes_after = model.frequencies_change_after
     same_frequencies = changes_after is None or data.longest_of_all <= changes_after
     if not model.packing_safe:
         reason = f"{family} is not known to keep packed rows apart"
     elif not same_frequencies:
-        reason = f"{family} reads rows above {changes_after:,} tokens with other frequencies, and all rows of a pass alike"
+        reason = (
+            f"{family} reads rows above {changes_after:,} tokens with other frequencies, and all rows of a pass alike"
+        )
     else:
         reason = f"{family} passes the packed = unpacked test"
     safe = model.packing_safe and same_frequencies

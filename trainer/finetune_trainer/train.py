@@ -8,7 +8,7 @@ what counts is published last and whole, and the next attempt goes on from there
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, read_plan
 from finetune_trainer.session import Session
 from finetune_trainer.stop import StopFlag
+from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,15 @@ def run(ctx: StageContext, stop: StopFlag) -> RunResult:
 
 def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     store, run_uri = ctx.store, ctx.config.run_uri
-    _go_on(stop)
-    committed = commit.read_commit(store, run_uri)
+
+    def beat() -> None:
+        """A large file takes longer than a stage may stand still, or than a pod that is stopped has time."""
+        ctx.reporter.touch()
+        _go_on(stop)
+
+    beat()
+    reading = store.telling(beat)
+    committed = commit.read_commit(reading, run_uri)
     commit.claim(store, run_uri, ctx.config.job.uid)
     fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
     if committed is not None:
@@ -66,8 +74,10 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
         commit.commit(store, fence, run_uri, committed)
         _tidy(ctx, committed)
         return _success(ctx, committed, None, None)
-    fetched = _fetch(ctx, stop)
+    fetched = _fetch(replace(ctx, store=reading))
+    beat()
     lm = _load(ctx, fetched)
+    beat()
     adapted = add_adapter(lm, fetched.plan)
     session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, stop)
     resumed_step = resumed_from.step if resumed_from else None
@@ -76,7 +86,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
             done = session.run()
         if not done:
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
-        artifact = _finish(ctx, fence, fetched, session, lm, adapted)
+        artifact = _finish(ctx, fence, fetched, session, lm, adapted, stop)
     finally:
         session.checkpointer.close()
         session.metrics_file.close()
@@ -88,6 +98,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
 class _Fetched:
     """The inputs, on disk and verified."""
 
+    store: Store  # that they were read from: it heeds a stop
     plan: RunPlan
     plan_digest: str
     model_folder: Path
@@ -97,7 +108,7 @@ class _Fetched:
     steps: StepPlan
 
 
-def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
+def _fetch(ctx: StageContext) -> _Fetched:
     ctx.reporter.update(activity="Reading")
     store = ctx.store
     plan = read_plan(store, ctx.config.run_uri, ctx.plan_digest)
@@ -108,16 +119,9 @@ def _fetch(ctx: StageContext, stop: StopFlag) -> _Fetched:
     if plan.held_out is not None and plan.held_out.rows:
         held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out")
     steps = inputs.fetch_steps(store, plan, prepared)
-    _go_on(stop)
     model_folder = ctx.work_dir / "model"
-
-    def after_file() -> None:
-        """A large model takes longer than a stage may stand still, or than a pod that is stopped has time."""
-        ctx.reporter.touch()
-        _go_on(stop)
-
-    digests = inputs.fetch_model(store, plan, model_folder, after_file)
-    return _Fetched(plan, plan.digest(), model_folder, digests, rows, held_out, steps)
+    digests = inputs.fetch_model(store, plan, model_folder)
+    return _Fetched(store, plan, plan.digest(), model_folder, digests, rows, held_out, steps)
 
 
 def _go_on(stop: StopFlag) -> None:
@@ -154,7 +158,7 @@ def _begin(
     parameters = adapter_parameters(adapted)
     optimizer = make_optimizer(list(parameters.values()), hyper)
     scratch = ctx.work_dir / "checkpoints"
-    found = checkpoint.newest(ctx.store, run_uri, fetched.plan_digest, scratch)
+    found = checkpoint.newest(fetched.store, run_uri, fetched.plan_digest, scratch)
     metrics = TrainMetrics(ctx.reporter.registry)
     if found is None:
         position = checkpoint.Position(step=0, tokens=0, label_tokens=0, first_started_at=time.time())
@@ -185,7 +189,8 @@ def _begin(
     uploader = Uploader(ctx.store, join(run_uri, JOB), [metrics_file.path])
     spec = ctx.config.spec.checkpoint
     checkpointer = checkpoint.Checkpointer(
-        ctx.store,
+        # Its thread counts as progress only while the loop waits for it: else it would hide a step that hangs.
+        ctx.store.telling(lambda: ctx.reporter.touch("Saving")),
         fence,
         run_uri,
         fetched.plan_digest,
@@ -245,15 +250,24 @@ def _finish(
     session: Session,
     lm: LanguageModel,
     adapted: PeftModel,
+    stop: StopFlag,
 ) -> Artifact:
-    """Export, prove and commit the adapter; from here on a stop request waits, as little is left to do."""
+    """Export, prove and commit the adapter. A stop request waits as long as it has time: often little is left to do.
+
+    The last step's checkpoint is saved: after a stop the next attempt begins here. Raises INTERRUPTED then."""
     plan, run_uri = fetched.plan, ctx.config.run_uri
+
+    def beat() -> None:
+        ctx.reporter.touch()
+        if not stop.remaining_s():
+            raise StageError(Fault.INTERRUPTED, step=session.position.step)
+
     ctx.reporter.update(activity="Evaluating")
     tokenizer = AutoTokenizer.from_pretrained(fetched.model_folder, local_files_only=True, trust_remote_code=False)
     stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder))
     with adapted.disable_adapter():
-        base_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids)
-    tuned_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids)
+        base_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids, beat)
+    tuned_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids, beat)
     lineage = Lineage(
         ctx.config.job.name,
         fetched.plan_digest,
@@ -268,9 +282,9 @@ def _finish(
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, found)
     rows = fetched.held_out or fetched.rows
     batches = [rows.batch([row], lm.device) for row in range(min(_RELOAD_ROWS, len(rows)))]
-    checks = export.check_reload(lm, adapted, folder, batches)
+    checks = export.check_reload(lm, adapted, folder, batches, beat)
     log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
-    artifact = export.upload(ctx.store, fence, run_uri, folder, plan, lineage, checks)
+    artifact = export.upload(ctx.store.telling(beat), fence, run_uri, folder, plan, lineage, checks)
     commit.commit(ctx.store, fence, run_uri, artifact)
     standing = commit.read_commit(ctx.store, run_uri) or artifact
     log.info("committed %s", standing.uri)

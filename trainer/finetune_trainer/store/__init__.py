@@ -5,12 +5,13 @@ conditional write has one winner, a stream is one version of an object from its 
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import os
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -53,6 +54,14 @@ class Store:
     def __init__(self, storage: StorageConfig) -> None:
         self._storage = storage
         self._lock = threading.Lock()
+        self._beat: Callable[[], None] = lambda: None
+
+    def telling(self, beat: Callable[[], None]) -> "Store":
+        """Return the same store, which calls `beat` in the caller's thread with every part of an object that it has
+        read or written. What `beat` raises ends the transfer, and nothing of it is left."""
+        other = copy.copy(self)
+        other._beat = beat
+        return other
 
     def list(self, prefix_uri: str, limit: int = 10_000) -> Objects:
         """All objects whose URI begins with `prefix_uri`, sorted by URI.
@@ -107,6 +116,7 @@ class Store:
                     while chunk := stream.read(_MIB):
                         digest.update(chunk)
                         staged.write(chunk)
+                        self._beat()
                     if staged.tell() != info.size_bytes:
                         raise StageError(Fault.CORRUPT_TRANSFER, uri=uri, tries=1)
                     staged.flush()
@@ -123,8 +133,12 @@ class Store:
     def digest(self, uri: str) -> tuple[str, int]:
         """ "sha256:…" over the object's content, and its size in bytes; nothing is kept."""
         stream, info = self._open(uri, None)
+        digest = hashlib.sha256()
         with stream:
-            return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}", info.size_bytes
+            while chunk := stream.read(_MIB):
+                digest.update(chunk)
+                self._beat()
+        return f"sha256:{digest.hexdigest()}", info.size_bytes
 
     def put(self, uri: str, data: bytes, *, if_none_match: bool = False, if_match: str | None = None) -> str:
         """Write a small object; returns its ETag.
@@ -137,7 +151,7 @@ class Store:
         """Copy a file of any size to `uri` and verify its size there; keys are expected to be unique.
 
         Raises as `put`, and StageError(CORRUPT_TRANSFER)."""
-        return self._files(uri).upload(path, uri, if_none_match=if_none_match)
+        return self._files(uri).upload(path, uri, if_none_match=if_none_match, beat=self._beat)
 
     def delete(self, uri: str) -> None:
         """Remove the object; no error when it does not exist."""

@@ -10,7 +10,7 @@ import fcntl
 import io
 import os
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -94,10 +94,11 @@ class LocalFiles:
             staged.write(data)
             return _publish(staged, target, uri, if_none_match=if_none_match, if_match=if_match)
 
-    def upload(self, path: Path, uri: str, *, if_none_match: bool) -> ObjectInfo:
+    def upload(self, path: Path, uri: str, *, if_none_match: bool, beat: Callable[[], None]) -> ObjectInfo:
         with path.open("rb") as source, self._staged(uri, path.stat().st_size) as (staged, target):
             while chunk := source.read(_COPY_BYTES):
                 staged.write(chunk)
+                beat()
             size_bytes = staged.tell()
             etag = _publish(staged, target, uri, if_none_match=if_none_match, if_match=None)
             return ObjectInfo(uri, size_bytes, etag)

@@ -28,8 +28,18 @@ def part_bytes(size_bytes: int) -> int:
     return max(PART_BYTES, -(-size_bytes // MAX_PARTS))
 
 
-def send(s3: "S3Client", bucket: str, key: str, path: Path, size_bytes: int, conditions: dict[str, Any]) -> str:
-    """Upload `path`; returns the ETag. On failure the parts are given up, so that they cost nothing."""
+def send(
+    s3: "S3Client",
+    bucket: str,
+    key: str,
+    path: Path,
+    size_bytes: int,
+    conditions: dict[str, Any],
+    beat: Callable[[], None],
+) -> str:
+    """Upload `path`, calling `beat` after every part; returns the ETag.
+
+    On failure, also of `beat`, the parts are given up, so that they cost nothing."""
     upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     step = part_bytes(size_bytes)
 
@@ -41,7 +51,10 @@ def send(s3: "S3Client", bucket: str, key: str, path: Path, size_bytes: int, con
 
     try:
         with ThreadPoolExecutor(PARALLEL_PARTS, thread_name_prefix="upload") as pool:
-            parts = list(pool.map(send_part, range(-(-size_bytes // step))))
+            parts: list[CompletedPartTypeDef] = []
+            for part in pool.map(send_part, range(-(-size_bytes // step))):
+                parts.append(part)
+                beat()
         return _complete(s3, bucket, key, upload_id, parts, conditions)
     except BaseException:
         with contextlib.suppress(ClientError, BotoCoreError):  # the reason of the failure is the news

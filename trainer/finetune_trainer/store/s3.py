@@ -88,14 +88,14 @@ class S3Files:
             conditional=bool(conditions),
         )
 
-    def upload(self, path: Path, uri: str, *, if_none_match: bool) -> ObjectInfo:
+    def upload(self, path: Path, uri: str, *, if_none_match: bool, beat: Callable[[], None]) -> ObjectInfo:
         bucket, key = s3_location(uri)
         size_bytes = path.stat().st_size
         conditions = _conditions(if_none_match, None)
 
         def send(s3: "S3Client") -> str:
             if size_bytes > MULTIPART_THRESHOLD_BYTES:
-                return multipart.send(s3, bucket, key, path, size_bytes, conditions)
+                return multipart.send(s3, bucket, key, path, size_bytes, conditions, beat)
             with path.open("rb") as body:
                 return s3.put_object(Bucket=bucket, Key=key, Body=body, **conditions)["ETag"]
 
