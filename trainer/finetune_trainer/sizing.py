@@ -165,7 +165,7 @@ def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFact
 
 
 def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, family: str, data: DataFacts) -> bool:
-    """Decide whether rows share a pass. Raises CONFIG_UNREADABLE when they are to, but would be read differently then."""
+    """Decide whether rows share a pass. Raises CONFIG_UNREADABLE when they are to, but must not."""
     changes_after = model.frequencies_change_after
     same_frequencies = changes_after is None or data.longest_of_all <= changes_after
     if not model.packing_safe:
