@@ -171,9 +171,7 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
     if not model.packing_safe:
         reason = f"{family} is not known to keep packed rows apart"
     elif not same_frequencies:
-        reason = (
-            f"{family} reads rows above {changes_after:,} tokens with other frequencies, and all rows of a pass alike"
-        )
+        reason = f"{family} reads a pass with a row above {changes_after:,} tokens with other frequencies"
     else:
         reason = f"{family} passes the packed = unpacked test"
     safe = model.packing_safe and same_frequencies
