@@ -1,6 +1,7 @@
 """Limits of time know the size of the work: what is alive is seen to be, and a stop is heard in time."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ READ_IN_ORDER = [
 ]
 
 
-def _on_open(patch: pytest.MonkeyPatch, then: Any) -> list[str]:
+def _on_open(patch: pytest.MonkeyPatch, then: Callable[[str], object]) -> list[str]:
     """Call `then(uri)` for every object that is opened to be read whole; returns the URIs so far."""
     opened: list[str] = []
     original = Store._open  # pyright: ignore[reportPrivateUsage]
