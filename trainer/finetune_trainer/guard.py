@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.loop import Stepper
+from finetune_trainer.world import release_memory
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class OomRetry:
             self.on_retry()
             stepper.budget_tokens = max(1, stepper.budget_tokens // 2)
             log.warning("GPU memory ran out at step %d; passes of %d tokens from now on", step, stepper.budget_tokens)
-            torch.cuda.empty_cache()
+            release_memory()
 
 
 def stall_limit_s(pass_seconds: Sequence[float], first_limit_s: float = FIRST_STALL_S) -> float:

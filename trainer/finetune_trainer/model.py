@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer import attention
+from finetune_trainer import attention, world
 from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
 from finetune_trainer.logprobs import nll_sum, token_logprobs
@@ -41,8 +41,8 @@ class LanguageModel:
         return cast(nn.Linear, self.causal.get_output_embeddings())
 
     def precision(self) -> AbstractContextManager[object]:
-        """bf16 autocast on CUDA: without it PEFT computes the fp32 adapter, and what follows, in fp32."""
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        """Return the context in which the model is called."""
+        return world.autocast(self.device, self.head.weight.dtype)
 
     def predicting_states(self, batch: Batch) -> Tensor:
         """(N, h) hidden states that predict the batch's N label tokens."""
@@ -82,10 +82,13 @@ def load_base(folder: Path, plan: RunPlan, device: torch.device) -> LanguageMode
     Raises UNSUPPORTED_MODEL when transformers has no such model, or computes something else than our pass.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         causal = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            folder,
+            dtype=world.weight_dtype(device),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (ValueError, KeyError, OSError) as error:
         raise _unsupported(plan, f"transformers could not load it ({type(error).__name__})") from error

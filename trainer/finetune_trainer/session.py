@@ -21,6 +21,7 @@ from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learnin
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
+from finetune_trainer.world import device_memory
 
 log = logging.getLogger(__name__)
 
@@ -213,9 +214,9 @@ class Session:
             self.metrics.mfu_ratio.set(sum(timed.flops for timed in self._recent) / recent_s / self.peak_flops)
         self.metrics.epoch_ratio.set(steps.step_offsets[step + 1] / max(1, len(self.stepper.rows)))
         self.metrics.goodput_ratio.set(position.kept_seconds / max(1e-9, time.time() - position.first_started_at))
-        if self.stepper.lm.device.type == "cuda":
-            self.metrics.gpu_memory_peak.set(torch.cuda.max_memory_allocated())
-            self.metrics.gpu_memory_reserved.set(torch.cuda.memory_reserved())
+        if memory := device_memory(self.stepper.lm.device):
+            self.metrics.gpu_memory_peak.set(memory.peak_bytes)
+            self.metrics.gpu_memory_reserved.set(memory.reserved_bytes)
         self.metrics_file.step(
             position.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4)
         )

@@ -21,7 +21,7 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResult
 from finetune_api.status import Artifact, CheckpointStatus
-from finetune_trainer import checkpoint, commit, export, inputs, results
+from finetune_trainer import checkpoint, commit, export, inputs, results, world
 from finetune_trainer.card import Evaluations, Lineage
 from finetune_trainer.context import StageContext
 from finetune_trainer.evaluate import answers
@@ -132,16 +132,7 @@ def _go_on(stop: StopFlag) -> None:
 
 def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
-    # The sum of a product depends on how many threads share it: without a fixed number resumes are not bit-equal.
-    # Rounded down: a thread beyond the CPU quota makes all others wait for it at every barrier.
-    torch.set_num_threads(max(1, int(ctx.config.resources.cpu_count)))
-    if not ctx.config.resources.gpus:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    elif not torch.cuda.is_available():
-        raise StageError(Fault.GPU_FAULT, step=0)
-    device = torch.device("cuda" if ctx.config.resources.gpus else "cpu")
-    return load_base(fetched.model_folder, fetched.plan, device)
+    return load_base(fetched.model_folder, fetched.plan, world.join(ctx.config.resources).device)
 
 
 def _begin(
@@ -210,6 +201,7 @@ def _begin(
         hyper,
         hyper.micro_batch_tokens,
     )
+    gpu_name = world.device_name(lm.device)
     session = Session(
         stepper,
         adapted,
@@ -224,7 +216,7 @@ def _begin(
         metrics_file,
         Watchdog(lambda step, seconds: _end_stalled(ctx, step, seconds)),
         model_size(lm, adapted),
-        peak_flops(torch.cuda.get_device_name(lm.device)) if lm.device.type == "cuda" else None,
+        peak_flops(gpu_name) if gpu_name else None,
     )
     return session, uploader, resumed_from
 
