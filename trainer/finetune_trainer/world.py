@@ -38,7 +38,7 @@ def join(resources: RunResources) -> World:
         problem = f"is {processes}, and this release trains in one process"
         raise StageError(Fault.CONFIG_UNREADABLE, field="the environment's WORLD_SIZE", problem=problem)
     state = PartialState(cpu=not resources.gpus)
-    device = state.device if resources.gpus else torch.device("cpu")
+    device = torch.device(state.device or "cpu") if resources.gpus else torch.device("cpu")
     if resources.gpus and device.type != "cuda":
         raise StageError(Fault.GPU_FAULT, step=0)
     # The sum of a product depends on how many threads share it: without a fixed number resumes are not bit-equal.
