@@ -33,6 +33,7 @@ class Reason(StrEnum):
     GPU_FAULT = "GpuFault"
     SUPERSEDED = "Superseded"
     HOST_OOM = "HostOOM"
+    PLAN_OUTDATED = "PlanOutdated"
     UNKNOWN = "Unknown"
     # The operator's: progress.
     ACCEPTED = "Accepted"
@@ -89,6 +90,7 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.GPU_FAULT: 33,
     Reason.SUPERSEDED: 34,
     Reason.HOST_OOM: 35,
+    Reason.PLAN_OUTDATED: 36,
 }
 REASON_BY_EXIT_CODE: dict[int, Reason] = {code: reason for reason, code in EXIT_CODES.items()}
 FINAL_EXIT_CODES = range(10, 30)  # also those of a newer trainer, which have no name here
@@ -158,6 +160,8 @@ class Fault(StrEnum):
     OBJECT_TOO_LARGE = "ObjectTooLarge"
     CONDITIONAL_WRITES_UNSUPPORTED = "ConditionalWritesUnsupported"
     UNRECOGNISED = "Unrecognised"
+    PLAN_OUTDATED = "PlanOutdated"
+    PLAN_OF_OTHER_RELEASE = "PlanOfOtherRelease"
 
 
 FAULTS: dict[Fault, FaultText] = {
@@ -323,6 +327,16 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.UNKNOWN,
         "the trainer, which is newer than the operator, ended with {code}, which the operator has no words for; "
         "the trainer's log says what it is",
+    ),
+    Fault.PLAN_OUTDATED: FaultText(
+        Reason.PLAN_OUTDATED,
+        "the plan is of version {found}, and this trainer follows plans of version {expected}; no step is finished, so "
+        "the job is prepared again",
+    ),
+    Fault.PLAN_OF_OTHER_RELEASE: FaultText(
+        Reason.CONFIG_INVALID,
+        "the plan is of version {found}, and this trainer follows plans of version {expected}, but {step} steps are "
+        "finished by the old plan; go on with the release that began the job, or create a new job",
     ),
 }
 

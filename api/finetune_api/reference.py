@@ -23,10 +23,12 @@ def _retry(reason: Reason) -> str:
     if reason is Reason.COMMITTED:
         return "-"
     code = EXIT_CODES[reason]
-    if retry.failure_class(Stage.PREPARE, code) == "Waiting":
+    if retry.failure_class(Stage.PREPARE, code, ()) == "Waiting":
         return f"in prepare for {retry.PATIENCE_S // 60} minutes (`finetune run`: no), in train no"
     if code in FINAL_EXIT_CODES:
         return "no: change something first"
+    if retry.failure_class(Stage.TRAIN, code, ()) == "Superseded":
+        return "yes, from prepare on; counted by `recovery.maxRetries` from the second time on"
     counted = "counted by `recovery.maxRetries`"
     return f"once in each stage, {counted}" if reason in retry.FINAL_SECOND_TIME else f"yes, {counted}"
 

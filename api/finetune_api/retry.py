@@ -48,10 +48,18 @@ class Limits:
         )
 
 
-def failure_class(stage: Stage | str, exit_code: int) -> Literal["Failure", "Waiting"]:
-    """Return what a failed attempt counts as: Waiting uses up no retry, as somebody may still put the data there."""
-    waits = stage == Stage.PREPARE and reason_of_exit(exit_code) in STORAGE_REASONS
-    return "Waiting" if waits else "Failure"
+def failure_class(
+    stage: Stage | str, exit_code: int, earlier: Sequence[AttemptStatus]
+) -> Literal["Failure", "Waiting", "Superseded"]:
+    """Return what a failed attempt counts as; only Failure uses up a retry.
+
+    Waiting: somebody may still put the data there. Superseded: its plan was of another release, and the job is prepared
+    again; a second time that did not help, as when nodes hold different images.
+    """
+    reason = reason_of_exit(exit_code)
+    if reason == Reason.PLAN_OUTDATED and all(each.reason != reason for each in earlier):
+        return "Superseded"
+    return "Waiting" if stage == Stage.PREPARE and reason in STORAGE_REASONS else "Failure"
 
 
 def job_end(

@@ -23,7 +23,7 @@ the image, the configuration and the plan that it began with.
 import json
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, model_validator
 
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
@@ -52,11 +52,14 @@ FaultArg = Annotated[str, StringConstraints(max_length=256)] | int | float
 
 
 class JobRef(WireModel):
-    """Which FineTuneJob this run belongs to."""
+    """Which FineTuneJob this run belongs to.
+
+    created_at: what `strftime_now` tells a chat template, so that every prepare of the job renders the same."""
 
     name: Str64
     namespace: Str64
     uid: Str64
+    created_at: AwareDatetime | None = None  # None: a configuration of contract 1
 
 
 class StorageConfig(WireModel):

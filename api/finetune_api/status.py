@@ -7,6 +7,8 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Count, Digest, Str64, Uri
 
+MAX_RESOLVED = 20  # chosen values in the status; the plan holds all
+
 
 class Phase(StrEnum):
     """For people and printer columns; code reads conditions."""
@@ -56,14 +58,17 @@ class ResolvedValue(ApiModel):
 class PlanStatus(ApiModel):
     """The essence of the plan; the whole of it lies at `uri`."""
 
-    uri: Uri = Field(description="plan.json in the bucket.")
-    digest: Digest = Field(description="SHA-256 of the plan's content.")
+    uri: Uri = Field(description="The plan in the bucket, under its digest.")
+    digest: Digest = Field(description="SHA-256 of the plan's content, ETags left out.")
     steps: Count = Field(description="Optimizer steps.")
     train_tokens: Count = Field(description="Tokens read over all steps.")
     label_tokens: Count = Field(description="Tokens learned over all steps.")
     memory_bytes: Count = Field(description="Memory the training pod is expected to need.")
     disk_bytes: Count = Field(description="Disk the training pod is expected to need.")
-    resolved: list[ResolvedValue] = Field(max_length=20, description="Values chosen, with reasons.")
+    resolved: list[ResolvedValue] = Field(
+        max_length=MAX_RESOLVED,
+        description="Values chosen, with reasons, those that people change first; all are in the plan.",
+    )
 
 
 class DroppedRows(ApiModel):

@@ -8,10 +8,11 @@ import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from finetune_api import layout
 from finetune_api.base import Digest, WireModel
@@ -37,9 +38,10 @@ class Machine:
 
 
 class State(WireModel):
-    """What a later call has to know of the earlier ones."""
+    """What a later call has to know of the earlier ones. Read across releases, as the messages of a trainer are."""
 
     uid: str
+    created_at: AwareDatetime | None = None  # of the first call; None: of a release that did not keep it
     attempts: dict[Stage, int] = Field(default_factory=dict[Stage, int])
     plan_digest: Digest | None = None  # prepare has succeeded
 
@@ -58,7 +60,9 @@ def default_work_dir(path: Path, job: dict[str, Any]) -> Path:
     return path.resolve().parent / ".finetune" / run_name(job["metadata"]["name"], local_uid(path, job))
 
 
-def run_config(job: dict[str, Any], uid: str, work_dir: Path, machine: Machine, env: Mapping[str, str]) -> RunConfig:
+def run_config(
+    job: dict[str, Any], state: State, work_dir: Path, machine: Machine, env: Mapping[str, str]
+) -> RunConfig:
     """The configuration for all stages. Pure.
 
     The endpoint in the file is written for pods, so AWS_ENDPOINT_URL_S3 and AWS_REGION win over it here, as they do
@@ -71,9 +75,9 @@ def run_config(job: dict[str, Any], uid: str, work_dir: Path, machine: Machine, 
     path_style = storage.path_style if storage and storage.path_style is not None else endpoint is not None
     return RunConfig(
         contract_version=CONTRACT_VERSION,
-        job=JobRef(name=job["metadata"]["name"], namespace=NAMESPACE, uid=uid),
+        job=JobRef(name=job["metadata"]["name"], namespace=NAMESPACE, uid=state.uid, created_at=state.created_at),
         spec=spec,
-        run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], uid)),
+        run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], state.uid)),
         storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
         resources=_granted(machine, asked),
         prepare_resources=_granted(replace(machine, gpus=0), asked and asked.prepare),
@@ -125,11 +129,11 @@ def locked(work_dir: Path) -> Generator[IO[str]]:
         yield handle
 
 
-def load_state(work_dir: Path, uid: str) -> State:
-    """What is known of the job; a new job knows nothing. Raises CommandError when the folder is another job's."""
+def load_state(work_dir: Path, uid: str, now: datetime) -> State:
+    """What is known of the job; a new job begins now. Raises CommandError when the folder is another job's."""
     path = work_dir / _STATE_FILE
     if not path.exists():
-        return State(uid=uid)
+        return State(uid=uid, created_at=now)
     try:
         state = State.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
@@ -139,7 +143,7 @@ def load_state(work_dir: Path, uid: str) -> State:
             f"{work_dir} belongs to another job, or to this one before its spec changed; choose another --work-dir",
             Exit.USAGE,
         )
-    return state
+    return state if state.created_at is not None else state.model_copy(update={"created_at": now})
 
 
 def save_state(work_dir: Path, state: State) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,8 +41,8 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     uid = local.local_uid(path, job)
     folder = (work_dir or local.default_work_dir(path, job)).resolve()
     with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, stop, times)) as stop:
-        state = local.load_state(folder, uid)
-        config = _config(job, uid, folder)
+        state = local.load_state(folder, uid, datetime.now(UTC))
+        config = _config(job, state, folder)
         config_file = folder / "run.json"
         config_file.write_text(config.to_json())
         console.print(
@@ -68,20 +69,23 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
             state, attempts, result = ran.state, ran.attempts, ran.result
             if result.exit_code == 0:
                 break
-            if not (earlier and _is_gone(result, config)):
+            if not (earlier and (result.fault is Fault.PLAN_OUTDATED or _is_gone(result, config))):
                 return _failed(result, stop, folder, console)
-            show.show_gone(console, config.run_uri)
+            if result.fault is Fault.PLAN_OUTDATED:
+                show.show_outdated(console)
+            else:
+                show.show_gone(console, config.run_uri)
             state = state.model_copy(update={"plan_digest": None})
             local.save_state(folder, state)
     show.show_success(console, result, _samples(config, result), layout.join(config.run_uri, layout.METRICS))
-    if earlier and (changed := _changed_data(config)):
+    if earlier and (changed := _changed_data(config, state.plan_digest)):
         show.show_changed_data(console, changed)
     return Exit.SUCCEEDED
 
 
-def _config(job: dict[str, Any], uid: str, folder: Path) -> RunConfig:
+def _config(job: dict[str, Any], state: local.State, folder: Path) -> RunConfig:
     try:
-        return local.run_config(job, uid, folder, local.this_machine(folder), os.environ)
+        return local.run_config(job, state, folder, local.this_machine(folder), os.environ)
     except ValidationError as error:  # such as a very long path, or no free disk
         field, problem = first_problem(error)
         raise CommandError(f"this machine cannot run it, {field}: {problem}", Exit.USAGE) from error
@@ -117,10 +121,11 @@ def _with_retries(
         run = replace(run, attempt=attempt, log_file=log_file(folder, run.stage, attempt))
         with show.StageView(console, run.stage, attempt) as view:
             result = run_stage(run, stop, view.update)
-        attempts = (*attempts, _ended(result))
+        attempts = (*attempts, _ended(result, attempts))
         failures = sum(each.attempt_class == "Failure" for each in attempts)
         over = result.exit_code == 0 or retry.job_end(attempts, failures=failures, waited_s=0, limits=limits)
-        if stop.requested or over:
+        # The same plan again would end the same: the caller prepares.
+        if stop.requested or over or result.fault is Fault.PLAN_OUTDATED:
             return _Ran(state, attempts, result)
         delay_s = retry.delay_s(attempts)
         show.show_retry(console, result, failures, limits.max_retries, delay_s)
@@ -129,8 +134,8 @@ def _with_retries(
             return _Ran(state, attempts, result)
 
 
-def _ended(result: RunResult) -> AttemptStatus:
-    ended_as = "Succeeded" if result.exit_code == 0 else retry.failure_class(result.stage, result.exit_code)
+def _ended(result: RunResult, earlier: tuple[AttemptStatus, ...]) -> AttemptStatus:
+    ended_as = "Succeeded" if result.exit_code == 0 else retry.failure_class(result.stage, result.exit_code, earlier)
     return AttemptStatus.model_validate(
         {
             "number": result.attempt,
@@ -165,7 +170,7 @@ def _say_stopping(console: Console, stop: Stop, times: int) -> None:
     console.print(again if times == 1 else "Stopping at once")
 
 
-def _changed_data(config: RunConfig) -> list[str]:
+def _changed_data(config: RunConfig, plan_digest: str | None) -> list[str]:
     """Files that are not what prepare read; none when it cannot be told, as the adapter counts.
 
     Asked at the end, when storage is known to answer: it could keep us waiting for minutes, deaf to Ctrl-C."""
@@ -175,7 +180,7 @@ def _changed_data(config: RunConfig) -> list[str]:
 
     store = open_store(config.storage)
     try:
-        return changed_files(store, config.spec.datasets, read_plan(store, config.run_uri, None).inputs)
+        return changed_files(store, config.spec.datasets, read_plan(store, config.run_uri, plan_digest).plan.inputs)
     except StageError:
         return []
 

@@ -122,6 +122,10 @@ def show_gone(console: Console, run_uri: str) -> None:
     )
 
 
+def show_outdated(console: Console) -> None:
+    console.print("[yellow]Plan[/]    it is of another release of the trainer, and no step is finished: prepared again")
+
+
 def show_changed_data(console: Console, uris: list[str]) -> None:
     """That the adapter is of other data than lies there now, and how to train on that."""
     first = uris[0] if len(uris) == 1 else f"{uris[0]} and {len(uris) - 1} more files"

@@ -99,7 +99,7 @@ def _with_container(
     told = words(report.fault, report.args) if report is not None else ""
     by_code = reason_of_exit(code)
     if code in FINAL_EXIT_CODES:
-        return (failure_class(entry.stage, code), by_code, told or f"the trainer ended with exit code {code}")
+        return (failure_class(entry.stage, code, earlier), by_code, told or f"the trainer ended with exit code {code}")
     if is_stopping(entry):
         return _stopped(entry)
     if pod.disrupted:
@@ -112,6 +112,9 @@ def _with_container(
         return _without_message(pod, earlier, entry)
     if job is None:
         return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
+    if by_code == Reason.PLAN_OUTDATED:
+        told = told or "the plan is of another release of the trainer"
+        return failure_class(entry.stage, code, earlier), by_code, told
     if told:
         return "Failure", by_code, told
     if code > 128:

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
-from finetune_api.reasons import Fault
+from finetune_api.reasons import Fault, Reason
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
 from finetune_operator.attempts import Ended, belongs, is_open, judge
 from finetune_operator.clock import format_time, parse_time
@@ -127,7 +127,9 @@ def _close(
     }
     if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
         update |= {"plan": report.plan, "data": report.data}
-    if report is not None and entry.stage == Stage.TRAIN:
+    if ended.reason == Reason.PLAN_OUTDATED:
+        update |= {"plan": None, "data": None}  # so the next attempt prepares
+    elif report is not None and entry.stage == Stage.TRAIN:
         update["metrics"] = metrics_of_report(status.metrics, report)
         update["checkpoints"] = checkpoints(status.checkpoints, report.checkpoint, spec)
         update["progress"] = progress_of_report(status.progress, status.plan, report, finished)

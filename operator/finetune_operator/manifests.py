@@ -34,7 +34,7 @@ def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConf
     path_style = storage.path_style if storage else None
     return RunConfig(
         contract_version=CONTRACT_VERSION,
-        job=JobRef(name=job.name, namespace=job.namespace, uid=job.uid),
+        job=JobRef(name=job.name, namespace=job.namespace, uid=job.uid, created_at=job.created_at),
         spec=spec,
         run_uri=join(spec.output.uri, names.run_name(job.name, job.uid)),
         image=runtime.image,

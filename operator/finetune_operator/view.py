@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from finetune_api import names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator.clock import parse_time
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
@@ -28,6 +30,7 @@ class JobView:
     spec: FineTuneJobSpec | None
     problem: str
     status: FineTuneJobStatus
+    created_at: datetime | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -68,6 +71,7 @@ def view(body: Mapping[str, Any]) -> JobView:
         spec=spec,
         problem=problem[:1024],
         status=read_status(body.get("status")),
+        created_at=parse_time(meta.get("creationTimestamp")),
     )
 
 

@@ -1,13 +1,18 @@
 """A small S3 in memory that fails as a test tells it to: for what a real server cannot be made to do."""
 
+import base64
 import contextlib
 import hashlib
+import itertools
 import threading
+import zlib
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,27 @@ class StubS3:
     requests: list[str] = field(default_factory=list[str])
     parts: dict[int, bytes] = field(default_factory=dict[int, bytes])
     ignores_conditions: bool = False
+    random_etags: bool = False  # every write of the same bytes gets another one, as with encryption
+    etags: dict[str, str] = field(default_factory=dict[str, str])  # those that are not made of the content
+    tells_checksums: bool = False
+    checksum_type: str = "FULL_OBJECT"
+    retags_after_list: bool = False
     accepted_keys: set[str] | None = None  # access keys that work; None = all
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tag(self, name: str) -> str:
+        return self.etags.get(name) or etag(self.objects[name])
+
+    def retag(self) -> None:
+        """Give every object another ETag, as if all were written again with the same bytes."""
+        for name in self.objects:
+            self.etags[name] = f'"of-no-content-{next(_NUMBERS)}"'
+
+    def write(self, name: str, content: bytes) -> None:
+        self.objects[name] = content
+        self.etags.pop(name, None)
+        if self.random_etags:
+            self.etags[name] = f'"of-no-content-{next(_NUMBERS)}"'
 
     def take_trouble(self, method: str) -> Trouble | None:
         for trouble in self.troubles:
@@ -110,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self._act(name, query, body, trouble)
             if trouble and trouble.then_write is not None:
-                self.s3.objects[name] = trouble.then_write
+                self.s3.write(name, trouble.then_write)
 
     def _act(self, name: str, query: dict[str, list[str]], body: bytes, trouble: Trouble | None) -> None:
         bucket, _, key = name.partition("/")
@@ -140,34 +164,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "NoSuchUpload")
         else:
             content = b"".join(self.s3.parts[number] for number in sorted(self.s3.parts))
-            self.s3.objects[name] = content
+            self.s3.write(name, content)
             self.s3.parts.clear()
-            answer = f"<CompleteMultipartUploadResult><ETag>{etag(content)}</ETag></CompleteMultipartUploadResult>"
+            answer = f"<CompleteMultipartUploadResult><ETag>{self.s3.tag(name)}</ETag></CompleteMultipartUploadResult>"
             self._answer(200, answer.encode(), "", trouble)
 
     def _put(self, name: str, body: bytes, trouble: Trouble | None) -> None:
         present = self.s3.objects.get(name)
         wanted = self.headers.get("If-Match")
         lost = (self.headers.get("If-None-Match") == "*" and present is not None) or (
-            wanted is not None and (present is None or etag(present) != wanted)
+            wanted is not None and (present is None or self.s3.tag(name) != wanted)
         )
         if lost and not self.s3.ignores_conditions:
             self._error(412, "PreconditionFailed")
             return
-        self.s3.objects[name] = body
-        self._answer(200, b"", etag(body), trouble)
+        self.s3.write(name, body)
+        self._answer(200, b"", self.s3.tag(name), trouble)
 
     def _get(self, name: str, trouble: Trouble | None) -> None:
         content = self.s3.objects.get(name)
         if content is None:
             self._error(404, "NoSuchKey")
-        elif self.headers.get("If-Match", etag(content)) != etag(content):
+            return
+        tag = self.s3.tag(name)
+        if self.headers.get("If-Match", tag) != tag:
             self._error(412, "PreconditionFailed")
         elif wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            self._answer(206, content[start:], etag(content), trouble, start, len(content))
+            start, _, last = wanted.removeprefix("bytes=").partition("-")
+            part = content[int(start) : int(last) + 1 if last else None]
+            self._answer(206, part, tag, trouble, int(start), len(content))
         else:
-            self._answer(200, content, etag(content), trouble)
+            self._answer(200, content, tag, trouble)
 
     def _list(self, bucket: str, query: dict[str, list[str]]) -> None:
         """Two keys a page, so that paging is tested too."""
@@ -176,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         keys = [key for key in keys if key > after]
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key><Size>{len(self.s3.objects[f'{bucket}/{key}'])}</Size>"
-            f"<ETag>{etag(self.s3.objects[f'{bucket}/{key}'])}</ETag></Contents>"
+            f"<ETag>{self.s3.tag(f'{bucket}/{key}')}</ETag></Contents>"
             for key in keys[:2]
         )
         more = (
@@ -185,6 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
             else "<IsTruncated>false</IsTruncated>"
         )
         self._answer(200, f"<ListBucketResult>{more}{entries}</ListBucketResult>".encode(), "", None)
+        if self.s3.retags_after_list:
+            self.s3.retag()
 
     def _answer(
         self, status: int, body: bytes, tag: str, trouble: Trouble | None, start: int = 0, total: int | None = None
@@ -197,7 +226,10 @@ class _Handler(BaseHTTPRequestHandler):
         if tag:
             self.send_header("ETag", tag)
         if total is not None:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{total}")
+        if self.command == "HEAD" and self.s3.tells_checksums and self.headers.get("x-amz-checksum-mode"):
+            self.send_header("x-amz-checksum-type", self.s3.checksum_type)
+            self.send_header("x-amz-checksum-crc32", base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode())
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body if trouble is None else body[: trouble.cut_after])

@@ -21,6 +21,7 @@ from finetune_trainer.loop import ADAM_BETAS
 from finetune_trainer.store import Store, open_store
 
 PLAN, OTHER_PLAN = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+BASE = {"model.safetensors": "sha256:" + "3" * 64}
 
 
 class Saved:
@@ -47,6 +48,7 @@ class Saved:
         resumed_from: CheckpointStatus | None = None,
         plan: str = PLAN,
         before_publishing: Callable[[], None] = lambda: None,
+        base: dict[str, str] | None = None,
     ) -> Checkpointer:
         fence = raise_epoch(self.store, self.run_uri, attempt, f"pod-{attempt}")
         scratch = self.folder / "out"
@@ -55,6 +57,7 @@ class Saved:
             fence,
             self.run_uri,
             plan,
+            base or BASE,
             scratch,
             keep_last,
             resumed_from,
@@ -73,8 +76,8 @@ class Saved:
         checkpointer.start(snapshot(self.parameters, self.optimizer, position))
         checkpointer.wait()
 
-    def newest(self, plan: str = PLAN) -> checkpoint.Restored | None:
-        return newest(self.store, self.run_uri, plan, self.folder / "in")
+    def newest(self, plan: str = PLAN, base: dict[str, str] | None = None) -> checkpoint.Restored | None:
+        return newest(self.store, self.run_uri, plan, base or BASE, self.folder / "in")
 
     def steps(self) -> list[int]:
         return [step for step, _, _ in checkpoint.manifests(self.store, self.run_uri)]
@@ -156,6 +159,15 @@ def test_a_checkpoint_of_another_plan_is_refused(saved: Saved) -> None:
     with pytest.raises(StageError, match="the plan differs from what step 5") as caught:
         saved.newest(OTHER_PLAN)
     assert (caught.value.fault, caught.value.exit_code) == (Fault.CONFIG_CHANGED, 10)
+
+
+def test_a_checkpoint_of_another_base_model_is_refused_and_the_file_is_named(saved: Saved) -> None:
+    checkpointer = saved.checkpointer()
+    saved.save(checkpointer, 5)
+    with pytest.raises(StageError, match=r"model\.safetensors of the base model changed") as caught:
+        saved.newest(base={"model.safetensors": "sha256:" + "4" * 64})
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.MODEL_CHANGED, 22)
+    assert saved.newest(base={**BASE, "a_file_more.json": "sha256:" + "5" * 64}) is not None
 
 
 @pytest.mark.parametrize("change", ["name", "shape"])

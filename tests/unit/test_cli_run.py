@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,8 @@ def test_data_that_changed_since_an_earlier_call_prepared_it_is_told_at_the_end(
     plan_file = Path(run_uri.removeprefix("file://"), ".job", "plan.json")
     plan_file.parent.mkdir(parents=True)
     plan_file.write_text(plan.model_dump_json())
+    state = json.loads((play.work / "state.json").read_text())
+    (play.work / "state.json").write_text(json.dumps(state | {"plan_digest": plan.digest()}))
     change(tmp_path / "data")
     assert play.run(train_2=play.committed()) == 0
     assert "as an earlier call prepared it" in play.said
@@ -270,6 +273,25 @@ def test_data_is_prepared_again_when_somebody_has_emptied_the_output(play: Play,
     again = ["prepare-2", "train-3"] if code == 0 else []
     assert play.played() == ["prepare-1", "train-1", "train-2", *again]
     assert ("prepared again" in play.said) is (code == 0)
+
+
+def test_a_plan_of_another_release_is_prepared_again_by_the_next_call_and_tried_once(play: Play):
+    outdated = {"exit": 36, "result": {"fault": "PlanOutdated", "args": {"found": "1", "expected": 2}}}
+    assert play.run(prepare_1=PREPARED, train_1=REFUSED) == 11
+    assert play.run(train_2=outdated, prepare_2=PREPARED, train_3=outdated) == 36
+    assert play.played() == ["prepare-1", "train-1", "train-2", "prepare-2", "train-3"]
+    assert "another release of the trainer, and no step is finished: prepared again" in play.said
+
+
+def test_the_state_of_an_earlier_release_is_gone_on_with_and_gets_a_creation_time_that_stays(play: Play):
+    path = Path(__file__).parents[1] / "support" / "contract_1" / "state.json"
+    earlier = json.loads(path.read_text()) | {"uid": local.local_uid(play.file, play.job)}
+    (play.work / "state.json").write_text(json.dumps(earlier | {"of_the_future": 1}))
+    assert play.run(train_1=REFUSED) == 11
+    assert play.played() == ["train-1"]
+    created = json.loads((play.work / "run.json").read_text())["job"]["created_at"]
+    assert play.run(train_2=play.committed()) == 0
+    assert json.loads((play.work / "run.json").read_text())["job"]["created_at"] == created
 
 
 def test_what_is_gone_at_once_after_it_was_prepared_ends_the_run(play: Play):
@@ -359,7 +381,7 @@ def test_a_work_folder_of_another_job_is_refused(play: Play, tmp_path: Path):
 def test_progress_is_read_from_the_port_that_the_stage_chose(play: Play):
     progress = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=3, total_steps=20, train_loss=1.25)
     part = INTERRUPTED | {"progress": json.loads(progress.model_dump_json())}
-    config = local.run_config(play.job, "0" * 36, play.work, local.Machine(2, GIB, GIB, 0), {})
+    config = local.run_config(play.job, local.State(uid="0" * 36), play.work, local.Machine(2, GIB, GIB, 0), {})
     (play.work / "run.json").write_text(config.to_json())
     (play.work / "play.json").write_text(json.dumps({"train-1": part}))
     seen: list[Progress] = []
@@ -386,7 +408,7 @@ def test_a_port_file_that_leads_nowhere_is_no_progress(tmp_path: Path, text: str
 
 
 def test_the_entrypoint_is_the_one_of_the_image(tmp_path: Path):
-    config = local.run_config(spec_cases.base(), "0" * 36, tmp_path, local.Machine(2, GIB, GIB, 0), {})
+    config = local.run_config(spec_cases.base(), local.State(uid="0" * 36), tmp_path, local.Machine(2, GIB, GIB, 0), {})
     stage_run = stages.StageRun(config, tmp_path / "run.json", Stage.TRAIN, 2, DIGEST, tmp_path / "log", 0)
     assert stage_run.command()[1:] == [
         *("-m", "finetune_trainer.supervisor", "train", "--config", str(tmp_path / "run.json")),
@@ -402,7 +424,8 @@ MACHINE = local.Machine(cpu_count=8, memory_bytes=64 * GIB, disk_bytes=100 * GIB
 def configured(env: dict[str, str] | None = None, **parts: Any) -> RunConfig:
     job = spec_cases.base()
     job["spec"] |= parts
-    return local.run_config(job, "1a2b3c4d-0000-0000-0000-000000000000", Path("/w"), MACHINE, env or {})
+    state = local.State(uid="1a2b3c4d-0000-0000-0000-000000000000", created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    return local.run_config(job, state, Path("/w"), MACHINE, env or {})
 
 
 def test_absent_resources_are_those_of_the_machine_and_written_ones_win():

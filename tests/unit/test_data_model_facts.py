@@ -29,7 +29,7 @@ def test_facts_come_from_the_config_and_the_headers(tmp_path: Path) -> None:
     assert facts.packing_safe
     names = [record.uri.rpartition("/")[2] for record in facts.files]
     assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert [record.sha256 is not None for record in facts.files] == [True, False, True, True]
+    assert all(record.sha256 for record in facts.files)  # weights of at most 4 MiB too
 
 
 def test_a_changed_file_changes_the_digest(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is created for a job: restricted, deterministic, and with nothing of the user in a place it does not belong."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -34,7 +35,13 @@ GPU_RUNTIME = Runtime.model_validate(
 def job(**spec: Any) -> JobView:
     return view(
         {
-            "metadata": {"name": "bot", "namespace": "team-a", "uid": "1a2b3c4d-5e6f", "generation": 1},
+            "metadata": {
+                "name": "bot",
+                "namespace": "team-a",
+                "uid": "1a2b3c4d-5e6f",
+                "generation": 1,
+                "creationTimestamp": "2026-01-02T03:04:05Z",
+            },
             "spec": {
                 "model": {"uri": "s3://models/m"},
                 "method": {"type": "SFT"},
@@ -69,6 +76,7 @@ def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_att
     assert config.resources.gpus == 1
     assert config.resources.memory_bytes == 64 * 2**30
     assert config.contract_version == CONTRACT_VERSION
+    assert config.job.created_at == of.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     made = config_map(of, config, GPU_RUNTIME)
     assert made["immutable"] is True
     assert RunConfig.model_validate_json(made["data"][names.CONFIG_FILE]) == config

@@ -850,3 +850,19 @@ def test_after_a_fault_of_a_newer_trainer_the_exit_code_decides_and_the_words_na
     assert (first["class"], first["reason"], first["exitCode"]) == ("Failure", reason, exit_code)
     assert world.status["phase"] == ("Failed" if ends else "Training")
     assert any("OfTheFuture" in event.message for event in world.events)
+
+
+def test_an_old_plan_without_finished_steps_is_prepared_again_and_counts_as_no_retry():
+    world = World(recovery={"maxRetries": 0}).training()
+    world.end("train-1", fault=Fault.PLAN_OUTDATED, args={"found": "1", "expected": 2}).step()
+    first = world.status["attempts"][1]
+    assert (first["class"], first["reason"], world.status.get("failures", 0)) == ("Superseded", "PlanOutdated", 0)
+    assert world.created[-1] == "prepare-2"
+    assert "plan" not in world.status
+    assert world.condition(ConditionType.PLANNED) == ("Unknown", "Preparing")
+    again = {**PLAN, "digest": "sha256:" + "b" * 64}
+    world.run("prepare-2").end("prepare-2", fault=Fault.PREPARED, plan=again, data=DATA).step()
+    assert world.created[-1] == "train-2"
+    assert world.status["plan"]["digest"] == again["digest"]
+    world.run("train-2").end("train-2", fault=Fault.PLAN_OUTDATED).step()
+    assert (world.status["phase"], world.condition(ConditionType.SUCCEEDED)[0]) == ("Failed", "False")

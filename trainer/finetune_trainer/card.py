@@ -1,9 +1,10 @@
 """README.md of an adapter: what it is, how well it does, how it was made, how to serve it. Pure; holds no data rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finetune_trainer.evaluate import Answer, HeldOut
+from finetune_trainer.identity import Evidence
 from finetune_trainer.runplan import RunPlan
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
@@ -19,6 +20,7 @@ class Lineage:
     base_files: dict[str, str]  # name -> sha256
     versions: dict[str, str]
     image: str | None  # of the trainer, as the runtime names it; None: it ran without a container
+    base_known_by: dict[str, str] = field(default_factory=dict[str, str])  # name -> identity.Evidence
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,20 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. Ask with the cha
                 ("training tokens", str(plan.train.tokens.sha256)),
                 ("training labels", str(plan.train.labels.sha256)),
                 ("base model", lineage.base_digest),
-                *((f"base model: {file}", digest) for file, digest in sorted(lineage.base_files.items())),
+                *((f"base model: {file}", _known(file, lineage)) for file in sorted(lineage.base_files)),
                 ("trainer image, as it was named", lineage.image or "none, it ran without a container"),
                 *((package, version) for package, version in sorted(lineage.versions.items())),
             ],
         ),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _known(file: str, lineage: Lineage) -> str:
+    digest = lineage.base_files[file]
+    if lineage.base_known_by.get(file) != Evidence.SAMPLE:
+        return digest
+    return f"{digest} (written since it was planned with, and compared by its size and a sample alone)"
 
 
 def _results(found: Evaluations) -> str:

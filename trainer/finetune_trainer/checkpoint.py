@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ class CheckpointManifest(StoredModel):
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
     plan_digest: Digest
+    base_files: dict[str, Digest] = Field(default_factory=dict[str, str], max_length=1000)  # of the model trained on
     files: list[ManifestFile] = Field(max_length=8)
 
 
@@ -138,35 +139,49 @@ def manifests(store: Store, run_uri: str) -> list[tuple[int, int, str]]:
     return sorted(found, reverse=True)
 
 
-def newest(store: Store, run_uri: str, plan_digest: str, scratch: Path) -> Restored | None:
+def newest(
+    store: Store, run_uri: str, plan_digest: str, base_files: Mapping[str, str], scratch: Path
+) -> Restored | None:
     """The newest whole checkpoint, every hash verified; None if nothing was ever saved.
 
-    Raises CONFIG_CHANGED when it belongs to another plan, NO_VALID_CHECKPOINT when there are some but none is whole.
+    base_files: SHA-256 of the base model's files, by name. Raises CONFIG_CHANGED when it belongs to another plan,
+    MODEL_CHANGED when it was trained on other files, NO_VALID_CHECKPOINT when there are some but none is whole.
     """
     listed = manifests(store, run_uri)
     for step, epoch, uri in listed:
         try:
-            restored = _read(store, uri, plan_digest, scratch)
+            restored = _read(store, uri, plan_digest, base_files, scratch)
+        except _OfOtherPlanError:
+            continue
         except (ValidationError, SafetensorError, _CorruptError) as error:
             log.warning("checkpoint %d-%d is not whole (%s), trying the one before", step, epoch, type(error).__name__)
             continue
         return restored
-    if listed:
+    if any(step > 0 for step, _, _ in listed):
         raise StageError(Fault.NO_VALID_CHECKPOINT, count=len(listed), uri=join(run_uri, CHECKPOINTS))
     return None
+
+
+class _OfOtherPlanError(Exception):
+    """It holds no finished step, and was made before the job was prepared again."""
 
 
 class _CorruptError(Exception):
     """A part is missing or is not what the manifest says."""
 
 
-def _read(store: Store, manifest_uri: str, plan_digest: str, scratch: Path) -> Restored:
+def _read(store: Store, manifest_uri: str, plan_digest: str, base_files: Mapping[str, str], scratch: Path) -> Restored:
     content, _ = store.read(manifest_uri)
     manifest = CheckpointManifest.model_validate_json(content)
+    if manifest.plan_digest != plan_digest and manifest.step == 0:
+        raise _OfOtherPlanError
     if manifest.plan_digest != plan_digest:
         raise StageError(
             Fault.CONFIG_CHANGED, what="the plan", step=manifest.step, found=plan_digest, expected=manifest.plan_digest
         )
+    for name, sha256 in manifest.base_files.items():
+        if base_files.get(name) != sha256:
+            raise StageError(Fault.MODEL_CHANGED, uri=f"{name} of the base model")
     if {record.path for record in manifest.files} != {TENSORS, STATE}:
         raise _CorruptError
     folder = manifest_uri.rsplit("/", 1)[0]
@@ -197,6 +212,7 @@ class Checkpointer:
         fence: Fence,
         run_uri: str,
         plan_digest: str,
+        base_files: dict[str, str],
         scratch: Path,
         keep_last: int,
         resumed_from: CheckpointStatus | None,
@@ -207,6 +223,7 @@ class Checkpointer:
         self._fence = fence
         self._run_uri = run_uri
         self._plan_digest = plan_digest
+        self._base_files = base_files
         self._scratch = scratch
         self._keep_last = keep_last
         self._resumed_from = resumed_from
@@ -252,7 +269,9 @@ class Checkpointer:
             for name in (TENSORS, STATE):
                 info = self._store.upload(local / name, join(folder, name))
                 files.append(ManifestFile(path=name, size_bytes=info.size_bytes, sha256=file_digest(local / name)))
-            manifest = CheckpointManifest(step=step, epoch=epoch, plan_digest=self._plan_digest, files=files)
+            manifest = CheckpointManifest(
+                step=step, epoch=epoch, plan_digest=self._plan_digest, base_files=self._base_files, files=files
+            )
             uri = join(folder, MANIFEST)
             self._before_publishing()
             digest = publish_manifest(self._store, self._fence, uri, manifest.model_dump(mode="json"))

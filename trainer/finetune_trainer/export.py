@@ -207,7 +207,12 @@ def upload(
         "step": plan.hyperparameters.total_steps,
         "epoch": fence.epoch,
         "plan_digest": lineage.plan_digest,
-        "base": {"uri": plan.model.uri, "digest": lineage.base_digest, "files": lineage.base_files},
+        "base": {
+            "uri": plan.model.uri,
+            "digest": lineage.base_digest,
+            "files": lineage.base_files,
+            "known_by": lineage.base_known_by,
+        },
         "versions": lineage.versions,
         "image": lineage.image,
         "checks": checks,

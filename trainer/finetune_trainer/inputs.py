@@ -1,11 +1,12 @@
 """What train reads: the plan, the base model's files, and the prepared arrays, each verified against its pin."""
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,14 @@ from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_trainer.attention import Segments
+from finetune_trainer.identity import SAMPLE_BYTES, Evidence, evidence, is_other, sample_of
 from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
 from finetune_trainer.store import Store
 
+log = logging.getLogger(__name__)
+
 IntArray = npt.NDArray[np.int64]
+_MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 
 @dataclass(frozen=True)
@@ -100,33 +105,57 @@ class StepPlan:
         return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
 
 
-def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, str]:
-    """Download the base model's files, pinned; returns file name -> "sha256:…".
+class ModelFile(NamedTuple):
+    """A file of the base model as it was downloaded."""
 
-    Raises MODEL_CHANGED when a file is not the one that was planned with.
+    sha256: str
+    known_by: Evidence
+
+
+def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, ModelFile]:
+    """Download the base model's files; returns them by name.
+
+    Raises MODEL_CHANGED when the content of a file is not the one that was planned with.
     """
-    digests: dict[str, str] = {}
+    fetched: dict[str, ModelFile] = {}
     for record in plan.model.files:
         name = record.uri.removeprefix(join(plan.model.uri, ""))
         parts = PurePosixPath(name).parts
         if name == record.uri or not parts or ".." in parts or parts[0] == "/":
             raise StageError(Fault.CONFIG_UNREADABLE, field="plan.model.files", problem="a file outside the model")
-        digests[name] = _fetch(store, record, folder.joinpath(*parts), Fault.MODEL_CHANGED)
-    return digests
+        fetched[name] = _fetch(store, record, folder.joinpath(*parts), Fault.MODEL_CHANGED)
+        if fetched[name].known_by is Evidence.SAMPLE:
+            log.warning(
+                "%s was written since the job was prepared, and the store keeps no checksum of it: its size and a "
+                "sample of %d MiB are what was planned with, the rest cannot be compared",
+                name,
+                SAMPLE_BYTES >> 20,
+            )
+    return fetched
 
 
-def _fetch(store: Store, record: FileRecord, path: Path, changed: Fault) -> str:
-    """Download one pinned file; returns its digest. Raises `changed` when ETag, size or digest differ."""
+def _fetch(store: Store, record: FileRecord, path: Path, changed: Fault) -> ModelFile:
+    """Download one file, all of one version. Raises `changed` when it has another content than was planned with.
+
+    A file that is written meanwhile is begun again: only its content says whether that matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        digest = store.download(record.uri, path, if_match=record.etag)
-    except StageError as error:
-        if error.fault is Fault.INPUT_CHANGED:
-            raise StageError(changed, uri=record.uri, file=record.uri) from error
-        raise
-    if path.stat().st_size != record.size_bytes or record.sha256 not in (None, digest):
-        raise StageError(changed, uri=record.uri, file=record.uri)
-    return digest
+    for tries_left in reversed(range(_MAX_DOWNLOADS)):
+        # The last try does without a pin, for stores whose ETags do not stay.
+        found = store.head(record.uri) if tries_left else None
+        if found is not None and is_other(record, found):
+            break
+        try:
+            sha256 = store.download(record.uri, path, if_match=found.etag if found else None)
+        except StageError as error:
+            if error.fault is Fault.INPUT_CHANGED:
+                continue
+            raise
+        same_size = path.stat().st_size == record.size_bytes
+        known_by = evidence(record, sha256, lambda: sample_of(path), found) if same_size else None
+        if known_by is not None:
+            return ModelFile(sha256, known_by)
+        break
+    raise StageError(changed, uri=record.uri, file=record.uri)
 
 
 def fetch_rows(store: Store, split: SplitFiles, folder: Path) -> Rows:
@@ -159,7 +188,7 @@ def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
     return steps
 
 
-def digest_of(digests: dict[str, str]) -> str:
+def digest_of(digests: Mapping[str, str]) -> str:
     """One digest over names and digests of files, whatever their order."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()

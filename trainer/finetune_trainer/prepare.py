@@ -21,7 +21,7 @@ from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, 
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
 from finetune_api.run import RunResult
-from finetune_api.status import DataStatus, PlanStatus
+from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
 from finetune_trainer import batches, sizing
 from finetune_trainer.commit import claim
 from finetune_trainer.context import StageContext
@@ -43,7 +43,7 @@ from finetune_trainer.data.spool import (
     write_split,
 )
 from finetune_trainer.data.template import plain_template
-from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles
+from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
         source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
     if source is None:
         return None
-    return source, Renderer(source, tokens, datetime.now(UTC), stage.loss_on is LossOn.ALL)
+    now = stage.ctx.config.job.created_at or datetime.now(UTC)
+    return source, Renderer(source, tokens, now, stage.loss_on is LossOn.ALL)
 
 
 def _read_datasets(stage: _Stage) -> None:
@@ -252,7 +253,7 @@ def _write(stage: _Stage, division: Division) -> RunResult:
             FileRecord(uri=each.uri, size_bytes=each.size_bytes, etag=each.etag, sha256=each.sha256)
             for each in ledger.files
         ],
-        resolved=[*sized.resolved, *stage.choices.resolved],
+        resolved=first_to_change([*sized.resolved, *stage.choices.resolved]),
         train_tokens=int(plan.tokens.sum()),
         label_tokens=int(plan.label_tokens.sum()),
         memory_bytes=sized.memory_bytes,
@@ -267,7 +268,9 @@ def _write(stage: _Stage, division: Division) -> RunResult:
     }
     store.put(join(run_uri, REPORT), _json(content))
     store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))
-    store.put(join(run_uri, PLAN), run_plan.model_dump_json().encode())
+    plan_bytes = run_plan.model_dump_json().encode()
+    store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
+    store.put(join(run_uri, PLAN), plan_bytes)
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
     return _result(ctx, run_plan, ledger, digest)
 
@@ -292,7 +295,7 @@ def _content_digest(written: dict[str, Written]) -> str:
 
 def _record(ctx: StageContext, path: Path, uri: str, sha256: str) -> FileRecord:
     info = ctx.store.upload(path, uri)
-    return FileRecord(uri=uri, size_bytes=info.size_bytes, etag=info.etag, sha256=sha256)
+    return FileRecord(uri=uri, size_bytes=info.size_bytes, sha256=sha256)
 
 
 def _upload_split(ctx: StageContext, written: Written, uri: str, sequences: Any) -> SplitFiles:
@@ -336,7 +339,7 @@ def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[S
 
 
 def _result(ctx: StageContext, plan: RunPlan, ledger: Ledger, digest: str) -> RunResult:
-    run_uri, hyper = ctx.config.run_uri, plan.hyperparameters
+    run_uri, hyper, plan_digest = ctx.config.run_uri, plan.hyperparameters, plan.digest()
     used = sum(account.used for account in ledger.files)
     return RunResult(
         stage=ctx.stage,
@@ -345,14 +348,14 @@ def _result(ctx: StageContext, plan: RunPlan, ledger: Ledger, digest: str) -> Ru
         args={"rows_used": used, "rows_in": ledger.rows_read, "steps": hyper.total_steps},
         exit_code=0,
         plan=PlanStatus(
-            uri=join(run_uri, PLAN),
-            digest=plan.digest(),
+            uri=plan_uri(run_uri, plan_digest),
+            digest=plan_digest,
             steps=hyper.total_steps,
             train_tokens=plan.train_tokens,
             label_tokens=plan.label_tokens,
             memory_bytes=plan.memory_bytes,
             disk_bytes=plan.disk_bytes,
-            resolved=plan.resolved[:20],
+            resolved=plan.resolved[:MAX_RESOLVED],
         ),
         data=DataStatus(
             files=len(ledger.files),

@@ -22,39 +22,62 @@ How a step's rows are packed into forward passes is not part of the plan: it cha
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field, StringConstraints, ValidationError
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
-from finetune_api.layout import PLAN, join
+from finetune_api.layout import PLAN, PLANS, join
 from finetune_api.reasons import Fault
 from finetune_api.status import ResolvedValue
 
 if TYPE_CHECKING:  # the plan itself needs no storage client
     from finetune_trainer.store import Store
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # rises with every change after which an older plan means something else, or lacks something
+FIRST_TO_CHANGE = (
+    "hyperparameters.epochs",
+    "hyperparameters.learningRate",
+    "hyperparameters.globalBatchSize",
+    "preprocessing.maxSequenceLength",
+    "peft.rank",
+    "method.sft.lossOn",
+    "evaluation.holdoutFraction",
+    "preprocessing.onBadRow",
+    "preprocessing.maxBrokenFraction",
+    "datasets[].format",
+    "preprocessing.packing",
+    "peft.alpha",
+    "hyperparameters.schedule",
+    "hyperparameters.warmupRatio",
+    "hyperparameters.weightDecay",
+    "hyperparameters.seed",
+    "peft.type",
+)
 _MAX_PLAN_BYTES = 64 * 2**20
 FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
 
 class FileRecord(StoredModel):
-    """A file in the bucket, pinned."""
+    """A file in the bucket, and what tells its content from another: see `finetune_trainer.identity`."""
 
     uri: FileUri
     size_bytes: int = Field(ge=0)
-    etag: Str256
     sha256: Digest | None = None  # None: too large to read while planning; train fills it in the lineage
+    sample: Digest | None = None  # of a file that was not read whole
+    checksum: Str256 | None = None  # the store's own, of a file that was not read whole
+    etag: Str256 | None = None  # of a version, not of a content: no part of the plan's digest
 
 
 class ModelFacts(StoredModel):
     """What the base model is, read from its config.json and the headers of its weights."""
 
     uri: Uri
-    digest: Digest  # over name, size and ETag of all files
+    digest: Digest  # over name, size and content of all files, as far as prepare reads them
     files: list[FileRecord] = Field(max_length=1000)
     architecture: Str256
     hidden_size: int
@@ -109,7 +132,7 @@ class SamplePrompt(StoredModel):
 class RunPlan(StoredModel):
     """The whole plan; the essence of it is in `status.plan`."""
 
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[2] = PLAN_VERSION
     method: MethodType
     loss_on: LossOn
     formats: list[DatasetFormat] = Field(max_length=20)
@@ -122,28 +145,81 @@ class RunPlan(StoredModel):
     batches: FileRecord
     sample_prompts: list[SamplePrompt] = Field(max_length=3)
     inputs: list[FileRecord] = Field(max_length=10_000)
-    resolved: list[ResolvedValue] = Field(max_length=30)
+    resolved: list[ResolvedValue] = Field(max_length=200)  # in the order of `first_to_change`
     train_tokens: int  # over all steps
     label_tokens: int
     memory_bytes: int
     disk_bytes: int
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of the plan."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+        """Return the plan's digest: equal for equal plans, whenever and how often the same inputs were written."""
+        return plan_digest(self.model_dump(mode="json"))
 
 
-def read_plan(store: "Store", run_uri: str, digest: str | None) -> RunPlan:
-    """The plan that prepare wrote. Raises CONFIG_CHANGED if it is not the one this attempt was told to follow."""
-    uri = join(run_uri, PLAN)
-    content, _ = store.read(uri, max_bytes=_MAX_PLAN_BYTES)
+def plan_digest(content: object) -> str:
+    """SHA-256 of a plan's canonical JSON without ETags."""
+    canonical = json.dumps(_without_etags(content), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_etags(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_without_etags(item) for item in cast("list[Any]", content)]
+    if isinstance(content, dict):
+        fields = cast("dict[str, Any]", content)
+        return {name: _without_etags(value) for name, value in fields.items() if name != "etag"}
+    return content
+
+
+def plan_uri(run_uri: str, digest: str) -> str:
+    """Where the plan of this digest lies."""
+    return join(run_uri, PLANS, f"{digest.removeprefix('sha256:')}.json")
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A plan as it was read, and its digest."""
+
+    plan: RunPlan
+    digest: str
+
+
+def read_plan(store: "Store", run_uri: str, digest: str | None) -> StoredPlan:
+    """Read the plan of this digest, or the last one that was written.
+
+    Raises PLAN_OUTDATED for one that another release of the trainer wrote, CONFIG_CHANGED if its content is not what
+    the digest says, OBJECT_NOT_FOUND.
+    """
+    content = _plan_bytes(store, run_uri, digest)
     try:
-        plan = RunPlan.model_validate_json(content)
-    except ValidationError as error:
-        field, problem = first_problem(error)
-        raise StageError(Fault.CONFIG_UNREADABLE, field=f"plan.json {field}"[:256], problem=problem[:256]) from error
-    found = plan.digest()
-    if digest is not None and found != digest:
-        raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=found, expected=digest)
-    return plan
+        found: Any = json.loads(content)
+    except ValueError as error:
+        raise StageError(Fault.CONFIG_UNREADABLE, field="plan.json", problem="not JSON") from error
+    version = cast("dict[str, Any]", found).get("version") if isinstance(found, dict) else None
+    if version != PLAN_VERSION:
+        raise StageError(Fault.PLAN_OUTDATED, found=str(version)[:20], expected=PLAN_VERSION)
+    stored_digest = plan_digest(found)
+    if digest is not None and stored_digest != digest:
+        raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=stored_digest, expected=digest)
+    try:
+        return StoredPlan(RunPlan.model_validate(found), stored_digest)
+    except ValidationError as error:  # it is what prepare wrote, so a trainer of another release wrote it
+        field, _problem = first_problem(error)
+        version = f"{PLAN_VERSION} with another {field}"[:256]
+        raise StageError(Fault.PLAN_OUTDATED, found=version, expected=PLAN_VERSION) from error
+
+
+def _plan_bytes(store: "Store", run_uri: str, digest: str | None) -> bytes:
+    if digest is not None:
+        try:
+            return store.read(plan_uri(run_uri, digest), max_bytes=_MAX_PLAN_BYTES)[0]
+        except StageError as error:
+            if error.fault is not Fault.OBJECT_NOT_FOUND:
+                raise
+    return store.read(join(run_uri, PLAN), max_bytes=_MAX_PLAN_BYTES)[0]  # also that of a release before
+
+
+def first_to_change(values: Iterable[ResolvedValue]) -> list[ResolvedValue]:
+    """Order chosen values: first those that people change first. The status has room for the beginning."""
+    places = {field: place for place, field in enumerate(FIRST_TO_CHANGE)}
+    return sorted(values, key=lambda value: places.get(value.field, len(places)))

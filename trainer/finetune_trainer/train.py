@@ -33,7 +33,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
 from finetune_trainer.recipes import recipe_of
-from finetune_trainer.runplan import RunPlan, read_plan
+from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.session import Session
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
@@ -102,16 +102,22 @@ class _Fetched:
     plan: RunPlan
     plan_digest: str
     model_folder: Path
-    model_digests: dict[str, str]
+    model_files: dict[str, inputs.ModelFile]
     rows: Rows
     held_out: Rows | None
     steps: StepPlan
+
+    @property
+    def model_digests(self) -> dict[str, str]:
+        """ "sha256:…" of the base model's files, by name."""
+        return {name: file.sha256 for name, file in self.model_files.items()}
 
 
 def _fetch(ctx: StageContext) -> _Fetched:
     ctx.reporter.update(activity="Reading")
     store = ctx.store
-    plan = read_plan(store, ctx.config.run_uri, ctx.plan_digest)
+    stored = _read_plan(ctx)
+    plan = stored.plan
     prepared = ctx.work_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     rows = inputs.fetch_rows(store, plan.train, prepared / "train")
@@ -120,8 +126,19 @@ def _fetch(ctx: StageContext) -> _Fetched:
         held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out")
     steps = inputs.fetch_steps(store, plan, prepared)
     model_folder = ctx.work_dir / "model"
-    digests = inputs.fetch_model(store, plan, model_folder)
-    return _Fetched(store, plan, plan.digest(), model_folder, digests, rows, held_out, steps)
+    model_files = inputs.fetch_model(store, plan, model_folder)
+    return _Fetched(store, plan, stored.digest, model_folder, model_files, rows, held_out, steps)
+
+
+def _read_plan(ctx: StageContext) -> StoredPlan:
+    """Read the plan this attempt was told to follow. Raises PLAN_OF_OTHER_RELEASE if that cannot be made anew."""
+    try:
+        return read_plan(ctx.store, ctx.config.run_uri, ctx.plan_digest)
+    except StageError as error:
+        saved = checkpoint.manifests(ctx.store, ctx.config.run_uri)
+        if error.fault is Fault.PLAN_OUTDATED and saved and saved[0][0] > 0:
+            raise StageError(Fault.PLAN_OF_OTHER_RELEASE, **error.args_by_name, step=saved[0][0]) from error
+        raise
 
 
 def _go_on(stop: StopFlag) -> None:
@@ -149,7 +166,7 @@ def _begin(
     parameters = adapter_parameters(adapted)
     optimizer = make_optimizer(list(parameters.values()), hyper)
     scratch = ctx.work_dir / "checkpoints"
-    found = checkpoint.newest(fetched.store, run_uri, fetched.plan_digest, scratch)
+    found = checkpoint.newest(fetched.store, run_uri, fetched.plan_digest, fetched.model_digests, scratch)
     metrics = TrainMetrics(ctx.reporter.registry)
     if found is None:
         position = checkpoint.Position(step=0, tokens=0, label_tokens=0, first_started_at=time.time())
@@ -185,6 +202,7 @@ def _begin(
         fence,
         run_uri,
         fetched.plan_digest,
+        fetched.model_digests,
         scratch,
         (spec and spec.keep_last) or _DEFAULT_KEEP_LAST,
         resumed_from,
@@ -267,6 +285,7 @@ def _finish(
         fetched.model_digests,
         export.package_versions(),
         ctx.config.image,
+        {name: file.known_by.value for name, file in fetched.model_files.items()},
     )
     ctx.reporter.update(activity="Committing")
     folder = ctx.work_dir / ADAPTER

@@ -48,15 +48,17 @@ def parquet_names(path: Path) -> list[str]:
 
 
 class HashingReader:
-    """Reads a stream in chunks and keeps the SHA-256 of what was read."""
+    """Reads a stream in chunks and keeps the SHA-256 and the size of what was read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._sha256 = hashlib.sha256()
+        self.size_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._stream.read(_CHUNK_BYTES):
             self._sha256.update(chunk)
+            self.size_bytes += len(chunk)
             yield chunk
 
     @property

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,11 +17,13 @@ from finetune_trainer.data.problems import place
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokens import RowTokenizer, special_tokens
 from finetune_trainer.families import PACKING_FAMILIES, frequencies_change_after
+from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord, ModelFacts
-from finetune_trainer.store import ObjectInfo, PreconditionFailed, Store, spec_field
+from finetune_trainer.store import ObjectInfo, Store, spec_field
 
 _MAX_HEADER_BYTES = 64 * 2**20
 _MAX_TOKENIZER_BYTES = 64 * 2**20
+_PARALLEL_SAMPLES = 8
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(?P<module>[^.]+)\.weight$")
@@ -39,7 +42,7 @@ class Model:
 
 
 class _Folder:
-    """The model's files, each read at the version that was listed."""
+    """The model's files; each is read whole at one version, or not at all."""
 
     def __init__(self, store: Store, uri: str) -> None:
         self.store, self.uri = store, uri
@@ -50,18 +53,42 @@ class _Folder:
                 for info in store.list(prefix)
                 if "/" not in info.uri.removeprefix(prefix)
             }
-        self.sha256: dict[str, str] = {}
+        self.records: dict[str, FileRecord] = {}  # of those that were read whole
 
     def read(self, name: str, max_bytes: int = 16 * 2**20) -> bytes | None:
         info = self.files.get(name)
         if info is None:
             return None
-        try:
-            content, _ = self.store.read(info.uri, max_bytes=max_bytes, if_match=info.etag)
-        except PreconditionFailed as error:
-            raise StageError(Fault.MODEL_CHANGED, uri=place(info.uri)) from error
-        self.sha256[name] = "sha256:" + hashlib.sha256(content).hexdigest()
+        content, etag = self.store.read(info.uri, max_bytes=max_bytes)
+        sha256 = "sha256:" + hashlib.sha256(content).hexdigest()
+        self.records[name] = FileRecord(uri=info.uri, size_bytes=len(content), sha256=sha256, etag=etag)
         return content
+
+    def identify(self, names: list[str]) -> list[FileRecord]:
+        """Return what tells the content of each file: of those that were not read, without reading them whole."""
+        with ThreadPoolExecutor(_PARALLEL_SAMPLES, thread_name_prefix="identify") as pool:
+            return list(pool.map(self._identify, names))
+
+    def _identify(self, name: str) -> FileRecord:
+        if name in self.records:
+            return self.records[name]
+        info = self.store.head(self.files[name].uri)
+        if info is None:
+            raise StageError(Fault.OBJECT_NOT_FOUND, uri=place(self.files[name].uri), field="model.uri")
+        blocks = [
+            self.store.read_range(info.uri, offset, length, if_match=info.etag)
+            for offset, length in sample_places(info.size_bytes)
+        ]
+        if info.size_bytes <= SAMPLE_BYTES:
+            sha256 = "sha256:" + hashlib.sha256(b"".join(blocks)).hexdigest()
+            return FileRecord(uri=info.uri, size_bytes=info.size_bytes, sha256=sha256, etag=info.etag)
+        return FileRecord(
+            uri=info.uri,
+            size_bytes=info.size_bytes,
+            sample=sample_digest(info.size_bytes, blocks),
+            checksum=info.checksum,
+            etag=info.etag,
+        )
 
     def json(self, name: str) -> dict[str, Any] | None:
         content = self.read(name)
@@ -84,7 +111,8 @@ class _Folder:
 def read_model(store: Store, uri: str) -> Model:
     """Read and judge the model at `uri`.
 
-    Raises OBJECT_NOT_FOUND, PICKLE_ONLY, REMOTE_CODE, UNSUPPORTED_MODEL, MODEL_CHANGED.
+    Raises OBJECT_NOT_FOUND, PICKLE_ONLY, REMOTE_CODE, UNSUPPORTED_MODEL, and INPUT_CHANGED for a file that is written
+    while it is read.
     """
     folder = _Folder(store, uri)
     config = folder.json("config.json")
@@ -149,7 +177,7 @@ def _shapes(folder: _Folder, weights: list[str]) -> dict[str, list[int]]:
 
 def _header(folder: _Folder, info: ObjectInfo) -> dict[str, Any]:
     damaged = folder.unsupported(f"{info.uri.rpartition('/')[2]} is not a safetensors file")
-    with folder.store.open(info.uri, if_match=info.etag) as stream:
+    with folder.store.open(info.uri) as stream:
         head = stream.read(8)
         size = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= size <= min(info.size_bytes - 8, _MAX_HEADER_BYTES):
@@ -218,19 +246,11 @@ def _facts(
     }
     if not linear:
         raise folder.unsupported("no linear layers are found in its weights", architecture)
-    names = sorted(weights + [name for name in folder.files if name.endswith(_SMALL_SUFFIXES)])
+    files = folder.identify(sorted(weights + [name for name in folder.files if name.endswith(_SMALL_SUFFIXES)]))
     return ModelFacts(
         uri=folder.uri,
-        digest=_digest([folder.files[name] for name in names]),
-        files=[
-            FileRecord(
-                uri=folder.files[name].uri,
-                size_bytes=folder.files[name].size_bytes,
-                etag=folder.files[name].etag,
-                sha256=folder.sha256.get(name),
-            )
-            for name in names
-        ],
+        digest=_digest(files),
+        files=files,
         architecture=architecture,
         hidden_size=_number(folder, config, "hidden_size", "n_embd", "d_model"),
         layers=_number(folder, config, "num_hidden_layers", "n_layer", "num_layers"),
@@ -251,6 +271,8 @@ def _elements(shape: list[int]) -> int:
     return product
 
 
-def _digest(files: list[ObjectInfo]) -> str:
-    lines = json.dumps([[info.uri.rpartition("/")[2], info.size_bytes, info.etag] for info in files])
+def _digest(files: list[FileRecord]) -> str:
+    lines = json.dumps(
+        [[file.uri.rpartition("/")[2], file.size_bytes, file.sha256 or [file.sample, file.checksum]] for file in files]
+    )
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()

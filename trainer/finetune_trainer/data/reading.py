@@ -23,6 +23,7 @@ _PEEK_BYTES = 32 * 2**20
 _MAX_BROKEN = 1000
 _MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
 _MAX_FILES = 10_000
+_MAX_REREAD_BYTES = 2**30
 
 
 class Checked(NamedTuple):
@@ -109,12 +110,24 @@ def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -
     return Inputs(range(first, first + len(kept)), others)
 
 
-def changed_files(store: Store, datasets: Sequence[DatasetSpec], pinned: Sequence[FileRecord]) -> list[str]:
-    """Files that were written, added or removed since they were read as `pinned`, by URI."""
+def changed_files(store: Store, datasets: Sequence[DatasetSpec], planned: Sequence[FileRecord]) -> list[str]:
+    """Return the URIs of files that were added, removed or given another content since they were read as `planned`.
+
+    A file with another ETag is read again, up to 1 GiB in all; of those beyond it cannot be told, and they are left
+    out."""
     found = [info for dataset in datasets for info in store.match(dataset.uri, _MAX_FILES)]
-    now = {info.uri: info.etag for info in found if info.uri.endswith(files.SUFFIXES)}
-    then = {file.uri: file.etag for file in pinned}
-    return sorted(uri for uri in now.keys() | then.keys() if now.get(uri) != then.get(uri))
+    now = {info.uri: info for info in found if info.uri.endswith(files.SUFFIXES)}
+    then = {file.uri: file for file in planned}
+    changed = list(now.keys() ^ then.keys())
+    unread_bytes = _MAX_REREAD_BYTES
+    for uri in sorted(now.keys() & then.keys()):
+        if now[uri].size_bytes != then[uri].size_bytes:
+            changed.append(uri)
+        elif now[uri].etag != then[uri].etag and now[uri].size_bytes <= unread_bytes:
+            unread_bytes -= now[uri].size_bytes
+            if store.digest(uri)[0] != then[uri].sha256:
+                changed.append(uri)
+    return sorted(changed)
 
 
 def checked_rows(
@@ -180,12 +193,13 @@ def _detect(ledger: Ledger, bad: BadRows, peeked: list[tuple[int, files.Decoded]
 
 
 def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) -> Iterator[tuple[int, files.Decoded]]:
-    """Rows of the files in order, each file pinned by its ETag. Only Parquet, which needs seeking, goes to disk."""
+    """Rows of the files in order, each file at one version. Only Parquet, which needs seeking, goes to disk."""
     for index in indices:
         account = ledger.files[index]
         if account.uri.endswith(".parquet"):
             path = work_dir / "input.parquet"
-            account.sha256 = store.download(account.uri, path, if_match=account.etag)
+            account.sha256 = store.download(account.uri, path)
+            account.size_bytes = path.stat().st_size
             rows = 0
             for item in files.parquet_rows(path, account.uri):
                 rows += 1
@@ -194,11 +208,11 @@ def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) 
                 ledger.ignore_fields([name for name in files.parquet_names(path) if name not in FIELDS], rows)
             path.unlink()
             continue
-        with store.open(account.uri, if_match=account.etag) as stream:
+        with store.open(account.uri) as stream:
             reader = files.HashingReader(stream)
             chunks = iter(reader)
             if account.uri.endswith(".gz"):
                 chunks = files.gunzip(chunks, account.uri)
             for item in files.jsonl_rows(chunks, account.uri):
                 yield index, item
-            account.sha256 = reader.digest
+            account.sha256, account.size_bytes = reader.digest, reader.size_bytes

@@ -6,7 +6,8 @@ untrusted templates must stay small.
 """
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, cast
 
@@ -84,6 +85,11 @@ def _raise_exception(message: object) -> None:
     raise jinja2.exceptions.TemplateError(str(message))
 
 
+def _first_of_shuffled(values: Sequence[Any]) -> Any:
+    """`random`, the same one each time: a job that is prepared twice must give the same plan."""
+    return random.Random(0).choice(values)
+
+
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -106,6 +112,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
+        environment.filters["random"] = _first_of_shuffled
+        del environment.globals["lipsum"]  # random words
         functions: dict[str, Any] = {
             "raise_exception": _raise_exception,
             "strftime_now": now.strftime,

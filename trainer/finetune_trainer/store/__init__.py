@@ -130,6 +130,15 @@ class Store:
             fail_local(error, "write", path.as_uri(), info.size_bytes)
         return f"sha256:{digest.hexdigest()}"
 
+    def read_range(self, uri: str, offset: int, size_bytes: int, *, if_match: str | None = None) -> bytes:
+        """Exactly `size_bytes` of the object from `offset` on; the object must hold as many.
+
+        Raises as `open`."""
+        try:
+            return self._files(uri).read_range(uri, offset, size_bytes, if_match)
+        except PreconditionFailed as error:
+            raise StageError(Fault.INPUT_CHANGED, file=uri) from error
+
     def digest(self, uri: str) -> tuple[str, int]:
         """ "sha256:…" over the object's content, and its size in bytes; nothing is kept."""
         stream, info = self._open(uri, None)

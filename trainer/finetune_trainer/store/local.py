@@ -89,6 +89,19 @@ class LocalFiles:
             raise PreconditionFailed(uri)
         return io.BufferedReader(file, _COPY_BYTES), ObjectInfo(uri, file.size_bytes, file.etag)
 
+    def read_range(self, uri: str, offset: int, size_bytes: int, if_match: str | None) -> bytes:
+        """Raises PreconditionFailed as `open`, INPUT_CHANGED when the file is shorter or written to."""
+        stream, _info = self.open(uri, if_match)
+        with stream:
+            try:
+                stream.seek(offset)
+                content = stream.read(size_bytes)
+            except OSError as error:
+                fail_local(error, "read", uri)
+        if len(content) < size_bytes:
+            raise StageError(Fault.INPUT_CHANGED, file=uri)
+        return content
+
     def put(self, uri: str, data: bytes, *, if_none_match: bool, if_match: str | None) -> str:
         with self._staged(uri, len(data)) as (staged, target):
             staged.write(data)

@@ -9,7 +9,8 @@ class ObjectInfo:
 
     uri: str
     size_bytes: int
-    etag: str  # opaque: equal means unchanged, and nothing else can be read from it
+    etag: str  # of this version of the object: another one says nothing about its content
+    checksum: str | None = None  # "ALGORITHM:base64" over the whole content, where `head` found that the store keeps it
 
 
 class PreconditionFailed(Exception):  # noqa: N818 (the name of the HTTP status, 412)

@@ -40,15 +40,19 @@ class ResumingReader(io.RawIOBase):
     """One object from its first to its last byte, all of the same version.
 
     A connection that breaks is replaced by a request for the rest (Range), on condition that the object is still
-    the same (If-Match). Raises StageError(INPUT_CHANGED) when it is not, STORAGE_UNAVAILABLE after MAX_CUTS."""
+    the same (If-Match). Raises StageError(INPUT_CHANGED) when it is not, STORAGE_UNAVAILABLE after MAX_CUTS.
+    `first` begins at byte `begin`; the stream ends before byte `end`, or with the object."""
 
-    def __init__(self, uri: str, first: Answer, reopen: Callable[[int, str], Answer]) -> None:
+    def __init__(
+        self, uri: str, first: Answer, reopen: Callable[[int, str], Answer], begin: int = 0, end: int | None = None
+    ) -> None:
         self._uri = uri
         self._answer = first
         self._reopen = reopen  # (offset, ETag) -> the rest
-        self._offset = 0
+        self._offset = begin
+        self._end = first.size_bytes if end is None else min(end, first.size_bytes)
         self._cuts = 0
-        self._offset_of_last_cut = 0
+        self._offset_of_last_cut = begin
         self._started_s = time.monotonic()
         self._window_s = 0.0  # time spent waiting for the network, without what the reader does in between
         self._window_bytes = 0
@@ -57,7 +61,7 @@ class ResumingReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        while self._offset < self._answer.size_bytes and len(buffer):
+        while self._offset < self._end and len(buffer):
             asked_s = time.monotonic()
             try:
                 count = self._answer.body.readinto(buffer)
@@ -68,7 +72,7 @@ class ResumingReader(io.RawIOBase):
                 self._resume("it ended early")
                 continue
             self._offset += count
-            if self._is_slow(time.monotonic() - asked_s, count) and self._offset < self._answer.size_bytes:
+            if self._is_slow(time.monotonic() - asked_s, count) and self._offset < self._end:
                 self._resume(f"slower than {SLOW_BYTES_PER_S >> 10} KiB/s")
             return count
         return 0

@@ -2,10 +2,11 @@
 
 import io
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -25,6 +26,8 @@ MULTIPART_THRESHOLD_BYTES = 64 << 20
 MAX_CONFLICTS = 6  # answers 409 to a conditional write: another one on the same key was under way
 _CONFLICT_PAUSE_S = 0.1
 _BUFFER_BYTES = 1 << 20
+_CHECKSUMS = ("SHA256", "CRC64NVME", "CRC32C", "CRC32", "SHA1")  # what a store may keep, the strongest first
+_WHOLE_CHECKSUM = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}")
 
 T = TypeVar("T")
 
@@ -56,14 +59,14 @@ class S3Files:
 
         def ask(s3: "S3Client") -> ObjectInfo | None:
             try:
-                found = s3.head_object(Bucket=bucket, Key=key)
+                found = s3.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
             except ClientError as error:
                 if faults.http_status(error) == 404:
                     return None
                 # Answers to HEAD have no body and so no code: a GET tells an expired token from a denial.
                 s3.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
                 raise
-            return ObjectInfo(uri, found["ContentLength"], found["ETag"])
+            return ObjectInfo(uri, found["ContentLength"], found["ETag"], _checksum(cast("dict[str, Any]", found)))
 
         found = self._call("read", uri, ask)
         if found is None:
@@ -77,6 +80,16 @@ class S3Files:
         first = self._get(uri, 0, if_match)
         reader = ResumingReader(uri, first, lambda offset, etag: self._get(uri, offset, etag))
         return io.BufferedReader(reader, _BUFFER_BYTES), ObjectInfo(uri, first.size_bytes, first.etag)
+
+    def read_range(self, uri: str, offset: int, size_bytes: int, if_match: str | None) -> bytes:
+        """Raises PreconditionFailed as `open`, INPUT_CHANGED when the object is shorter."""
+        end = offset + size_bytes
+        first = self._get(uri, offset, if_match, end)
+        if first.size_bytes < end:
+            raise StageError(Fault.INPUT_CHANGED, file=uri)
+        reader = ResumingReader(uri, first, lambda at, etag: self._get(uri, at, etag, end), offset, end)
+        with io.BufferedReader(reader, _BUFFER_BYTES) as stream:
+            return stream.read(size_bytes)
 
     def put(self, uri: str, data: bytes, *, if_none_match: bool, if_match: str | None) -> str:
         bucket, key = s3_location(uri)
@@ -119,13 +132,13 @@ class S3Files:
 
         self._call("delete", uri, remove)
 
-    def _get(self, uri: str, offset: int, if_match: str | None) -> Answer:
+    def _get(self, uri: str, offset: int, if_match: str | None, end: int | None = None) -> Answer:
         bucket, key = s3_location(uri)
         request: dict[str, Any] = {"Bucket": bucket, "Key": key}
         if if_match is not None:
             request["IfMatch"] = if_match
-        if offset:
-            request["Range"] = f"bytes={offset}-"
+        if offset or end is not None:
+            request["Range"] = f"bytes={offset}-" + ("" if end is None else str(end - 1))
 
         def ask(s3: "S3Client") -> Answer:
             try:
@@ -218,6 +231,18 @@ class S3Files:
 
     def _tried(self, action: str, uri: str, seconds: float) -> faults.Attempted:
         return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, self._region, seconds)
+
+
+def _checksum(found: dict[str, Any]) -> str | None:
+    """The best checksum over the whole object in an answer to HEAD; one over the parts' checksums depends on how the
+    object was sent, and says nothing about its content."""
+    if found.get("ChecksumType") == "COMPOSITE":
+        return None
+    for algorithm in _CHECKSUMS:
+        value = found.get(f"Checksum{algorithm}")
+        if isinstance(value, str) and _WHOLE_CHECKSUM.fullmatch(value):  # of parts: "base64-NUMBER"
+            return f"{algorithm}:{value}"
+    return None
 
 
 def _conditions(if_none_match: bool, if_match: str | None) -> dict[str, Any]:
