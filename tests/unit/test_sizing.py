@@ -10,6 +10,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_trainer.runplan import ModelFacts
 from finetune_trainer.sizing import DataFacts, Sizing, memory_estimate, sequence_limit, size
+from finetune_trainer.speed import slow_tokens_per_second
 
 GIB = 2**30
 DIGEST = "sha256:" + "0" * 64
@@ -113,7 +114,7 @@ def test_few_rows_are_read_more_often(method: str, rows: int, rows_read: int) ->
         (600, {}, 8),
         (1100, {}, 16),
         (5000, {}, 32),
-        (5000, {"tokens": 5000 * 3000}, 16),
+        (5000, {"tokens": 5000 * 3000}, 2),  # on 2 CPUs
         (2, {}, 2),
     ],
 )
@@ -171,6 +172,64 @@ def test_packing_is_off_for_a_family_that_was_not_shown_to_keep_rows_apart() -> 
     found = sized(spec(), data(), SMALL.model_copy(update={"packing_safe": False}), "mamba")
     assert not found.hyperparameters.packing
     assert reason(found, "preprocessing.packing") == "mamba is not known to keep packed rows apart"
+
+
+BILLION = model(
+    hidden_size=2048, layers=22, parameters=1_100_000_000, vocabulary_size=32_000, lora_parameters_per_rank=800_000
+)
+
+
+def _step_seconds(found: Sizing, base: ModelFacts, rows: DataFacts, **resources: Any) -> float:
+    """How long a planned step takes on a slow machine."""
+    granted = RunResources(**{"cpu_count": 2, "memory_bytes": GIB, "disk_bytes": GIB, "gpus": 0, **resources})
+    mean = rows.tokens // rows.rows
+    speed = slow_tokens_per_second(base, found.hyperparameters.lora_rank, mean, granted)
+    return found.hyperparameters.global_batch_size * mean / speed
+
+
+@pytest.mark.parametrize("deadline_s", [1800, 600, 86_400])
+@pytest.mark.parametrize(("cpu_count", "gpus"), [(1, 0), (4, 0), (64, 0), (4, 1)])
+def test_a_step_is_planned_so_small_that_a_slow_machine_ends_it_well_within_the_progress_deadline(
+    cpu_count: int, gpus: int, deadline_s: int
+) -> None:
+    rows = data(20_000, tokens=20_000 * 2000, longest_row=2048, longest_of_all=2048)
+    job = spec(recovery={"progressDeadlineSeconds": deadline_s})
+    found = sized(job, rows, BILLION, cpu_count=cpu_count, gpus=gpus)
+    batch = found.hyperparameters.global_batch_size
+    seconds = _step_seconds(found, BILLION, rows, cpu_count=cpu_count, gpus=gpus)
+    assert batch == 1 or seconds <= deadline_s / 4
+    assert batch == 32 or 2 * seconds > deadline_s / 4, "and no smaller than that"
+    if batch < 32:
+        machine = "this GPU" if gpus else f"{cpu_count} CPUs"
+        assert reason(found, "hyperparameters.globalBatchSize") == (
+            f"a step of more rows may take over {deadline_s / 240:.3g} min on {machine}"
+        )
+
+
+def test_a_machine_that_is_fast_enough_changes_no_batch() -> None:
+    assert sized(spec(), data(20_000)).hyperparameters.global_batch_size == 32
+    assert reason(sized(spec(), data(20_000)), "hyperparameters.globalBatchSize") == "small, for at least 200 steps"
+
+
+def test_a_batch_that_is_given_stays_as_it_is_however_long_it_takes() -> None:
+    job = spec(hyperparameters={"globalBatchSize": 512, "maxSteps": 10}, recovery={"progressDeadlineSeconds": 30})
+    rows = data(20_000, tokens=20_000 * 2000, longest_row=2048, longest_of_all=2048)
+    hyper = sized(job, rows, BILLION).hyperparameters
+    assert (hyper.global_batch_size, hyper.micro_batch_tokens) == (512, 2048), "its passes are what has to move"
+
+
+def test_a_pass_is_planned_smaller_where_the_machine_is_slow() -> None:
+    found = sized(spec(recovery={"progressDeadlineSeconds": 1200}), data(longest_row=300), BILLION, cpu_count=1)
+    assert 300 < found.hyperparameters.micro_batch_tokens < 2048
+    assert reason(found, "microBatchTokens") == "more may take long on 1 CPUs"
+
+
+def test_a_row_that_may_take_longer_than_the_deadline_is_told_with_what_to_write() -> None:
+    rows = data(tokens=1000 * 2000, longest_row=2048, longest_of_all=2048)
+    found = sized(spec(recovery={"progressDeadlineSeconds": 60}), rows, BILLION, cpu_count=1)
+    said = reason(found, "microBatchTokens")
+    assert said.startswith("the longest row; it may take ")
+    assert said.endswith(" s on 1 CPUs: set recovery.progressDeadlineSeconds above that")
 
 
 PHI = SMALL.model_copy(update={"frequencies_change_after": 4096})

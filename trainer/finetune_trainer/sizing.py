@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+from finetune_api.defaults import PROGRESS_DEADLINE_S, given
 from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, MethodType, PeftSpec, PreprocessingSpec, Schedule
 from finetune_api.reasons import Fault
@@ -16,6 +17,7 @@ from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
 from finetune_trainer.runplan import Hyperparameters, ModelFacts
+from finetune_trainer.speed import slow_tokens_per_second
 
 T = TypeVar("T")
 GIB = 2**30
@@ -31,6 +33,7 @@ _LR_FITTED_WIDTH = 2000  # the rule was fitted on models at least so wide
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
 _ACTIVATION_BYTES_PER_UNIT = 150  # fp32, per token, layer and unit of width: 141 measured on SmolLM2-135M, rank 16
 _HEAD_TILE_BYTES = 128 * 2**20  # logits are made in tiles, never whole
+_DEADLINE_SHARE = 0.25  # of recovery.progressDeadlineSeconds that a planned step may take on a slow machine
 _CLEARLY = 1.1  # an estimate is refused only when it is above the limit by more than its own error
 
 
@@ -101,7 +104,12 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     length = _sequence_length(choices, preprocessing, model, data, cpt)
     rank, alpha = _adapter(choices, spec.peft, model, data.label_tokens, cpt)
     epochs = _epochs(choices, hyper, data.rows, cpt)
-    batch = _batch_size(choices, hyper, data, epochs)
+    pace = _Pace(
+        tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
+        deadline_s=given(spec.recovery and spec.recovery.progress_deadline_seconds, PROGRESS_DEADLINE_S),
+        machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
+    )
+    batch = _batch_size(choices, hyper, data, epochs, pace)
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
     else:
@@ -122,7 +130,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     weight_decay = choices.pick("hyperparameters.weightDecay", hyper.weight_decay, 0.0, "LoRA needs none")
     seed = choices.pick("hyperparameters.seed", hyper.seed, 42, "fixed, so that a rerun repeats the order")
     packing = _packing(choices, preprocessing, model, family, data)
-    micro, memory = _micro_batch(choices, model, data, rank, batch, resources)
+    micro, memory = _micro_batch(choices, model, data, rank, batch, resources, pace)
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
@@ -217,13 +225,32 @@ def _epochs(choices: Choices, spec: HyperparametersSpec, rows: int, cpt: bool) -
     return choices.pick("hyperparameters.epochs", spec.epochs, epochs, reason)
 
 
-def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float) -> int:
+@dataclass(frozen=True)
+class _Pace:
+    """How much a slow machine of this kind does, and in what time something has to be done."""
+
+    tokens_per_s: float
+    deadline_s: int
+    machine: str
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step that stays well within the deadline."""
+        return int(self.tokens_per_s * self.deadline_s * _DEADLINE_SHARE)
+
+
+def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float, pace: _Pace) -> int:
     wanted = spec.max_steps or _WANTED_STEPS
     mean_tokens = max(1, data.tokens // data.rows)
     fitting = [b for b in (32, 16, 8) if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
-    value = min(fitting[0] if fitting else 4, data.rows)
+    value = fitting[0] if fitting else 4
     steps = f"at least {wanted} steps" if fitting else f"as many steps as {data.rows:,} rows allow"
-    return choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, value, f"small, for {steps}")
+    reason = f"small, for {steps}"
+    while value > 1 and value * mean_tokens > pace.step_tokens:
+        value //= 2
+        minutes = pace.deadline_s * _DEADLINE_SHARE / 60
+        reason = f"a step of more rows may take over {minutes:.3g} min on {pace.machine}"
+    return choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, min(value, data.rows), reason)
 
 
 def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int) -> float:
@@ -254,9 +281,15 @@ def memory_estimate(model: ModelFacts, rank: int, micro_batch_tokens: int, gpus:
 
 
 def _micro_batch(
-    choices: Choices, model: ModelFacts, data: DataFacts, rank: int, batch: int, resources: RunResources
+    choices: Choices,
+    model: ModelFacts,
+    data: DataFacts,
+    rank: int,
+    batch: int,
+    resources: RunResources,
+    pace: _Pace,
 ) -> tuple[int, int]:
-    """(tokens of one forward pass, bytes of memory): the most that fits, never less than the longest row."""
+    """(tokens of one forward pass, bytes of memory): the most that fits both, never less than the longest row."""
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
@@ -264,11 +297,17 @@ def _micro_batch(
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, data.longest_row)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
+    while tokens > data.longest_row and tokens > pace.step_tokens:
+        tokens = max(data.longest_row, tokens // 2)
+        reason = f"more may take long on {pace.machine}"
     while tokens > data.longest_row and needed(tokens) > resources.memory_bytes:
         tokens = max(data.longest_row, tokens // 2)
         reason = "what the memory allows"
     if tokens == data.longest_row:
         reason = "the longest row"
+    if tokens / pace.tokens_per_s > pace.deadline_s:
+        seconds = math.ceil(tokens / pace.tokens_per_s)
+        reason += f"; it may take {seconds:,} s on {pace.machine}: set recovery.progressDeadlineSeconds above that"
     if needed(tokens) > resources.memory_bytes * _CLEARLY:
         raise StageError(
             Fault.MEMORY_TOO_SMALL,

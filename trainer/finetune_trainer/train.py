@@ -19,14 +19,14 @@ from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, JOB, METRICS, join
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
-from finetune_api.run import RunResult
+from finetune_api.run import RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
 from finetune_trainer.card import Evaluations, Lineage
 from finetune_trainer.context import StageContext
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
-from finetune_trainer.guard import Watchdog, watching
+from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
 from finetune_trainer.inputs import Rows, StepPlan
 from finetune_trainer.logs import Uploader
 from finetune_trainer.loop import Stepper, make_optimizer
@@ -35,6 +35,7 @@ from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapte
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.session import Session
+from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 
@@ -232,11 +233,21 @@ def _begin(
         ctx.reporter,
         metrics,
         metrics_file,
-        Watchdog(lambda step, seconds: _end_stalled(ctx, step, seconds)),
+        Watchdog(
+            lambda step, seconds: _end_stalled(ctx, step, seconds),
+            first_limit_s=_first_pass_limit_s(plan, ctx.config.resources),
+        ),
         model_size(lm, adapted),
         peak_flops(gpu_name) if gpu_name else None,
     )
     return session, uploader, resumed_from
+
+
+def _first_pass_limit_s(plan: RunPlan, resources: RunResources) -> float:
+    """Return how long a pass may take before any is known: half an hour, or what a slow machine needs for it."""
+    tokens, rank = plan.hyperparameters.micro_batch_tokens, plan.hyperparameters.lora_rank
+    tokens_per_s = slow_tokens_per_second(plan.model, rank, plan.train.longest_row, resources)
+    return max(FIRST_STALL_S, max(tokens, plan.train.longest_row) / tokens_per_s)
 
 
 def _earlier_metrics(ctx: StageContext) -> bytes:
