@@ -321,6 +321,27 @@ def test_a_failed_large_upload_gives_its_parts_up(store: Store, server: StubS3, 
     assert any(request.startswith("DELETE") for request in server.requests)
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_every_part_of_a_large_upload_is_told_and_a_stop_gives_the_parts_up(
+    store: Store, server: StubS3, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(640))
+    told: list[int] = []
+
+    def beat() -> None:
+        told.append(1)
+        if len(told) == 13:
+            raise StageError(Fault.STOPPED)
+
+    telling = store.telling(beat)
+    telling.upload(tmp_path / "file", URI)
+    assert len(told) == 10
+    with pytest.raises(StageError):
+        telling.upload(tmp_path / "file", f"{URI}-2")
+    assert f"{NAME}-2" not in server.objects
+    assert any(request.startswith("DELETE") for request in server.requests)
+
+
 def test_a_file_that_arrives_with_another_size_is_refused(store: Store, server: StubS3, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     server.troubles = [Trouble("PUT", then_write=b"cont")]
