@@ -9,7 +9,6 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(shell python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo python3 || echo python3.11)
 BIN := .venv/bin
 READY := .venv/.ready
-export PYTHONPATH := tests/cluster
 export FINETUNE_OPERATOR_IMAGE ?= localhost/finetune-operator:dev
 export FINETUNE_TRAINER_IMAGE ?= localhost/finetune-trainer:dev
 
@@ -23,6 +22,7 @@ $(READY): requirements/dev.txt requirements/uv.txt pyproject.toml
 		echo "Python 3.11 is needed (found: $$(python3 --version 2>&1 || true)). Install it, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "Python's venv module is missing. On Debian: apt-get install python3-venv"; exit 1; }
+	@echo "Installing the locked packages into .venv; a first time downloads 3.3 GB from PyPI, as its torch is the CUDA build"
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/uv.txt; }
 	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements/dev.txt
@@ -48,6 +48,10 @@ fix: $(READY)  ## Format and repair what can be repaired
 .PHONY: crds
 crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy, docs/reasons.md, docs/metrics.md
 	$(BIN)/python crds/generate.py
+
+.PHONY: try
+try: $(READY)  ## A real fine-tuning on this machine's CPU in minutes: no root, no Go, no cluster
+	$(BIN)/python -m demo.local
 
 .PHONY: testbed
 testbed:  ## Build the test cluster's programs, once

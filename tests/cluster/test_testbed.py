@@ -25,6 +25,7 @@ from testbed.processes import marked_pids
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).resolve().parents[2]
 INSTANCE = Instance("selftest")
 NAMESPACE = {
     "apiVersion": "v1",
@@ -226,7 +227,7 @@ def test_down_and_up_work_after_the_tool_was_killed_in_mid_start(moment: str):
     testbed.down(INSTANCE.name)
     tool = subprocess.Popen(
         [sys.executable, "-m", "testbed", "--instance", INSTANCE.name, "up"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
     until((INSTANCE.dir / moment).exists, timeout_s=60, what=moment)

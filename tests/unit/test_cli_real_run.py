@@ -1,49 +1,27 @@
-"""`finetune run` on a real model, with the real stages: the whole way, stopped once in the middle."""
+"""`make try` on a real model, with the real stages: the whole way, stopped once in the middle."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from demo import assets
+from demo import local
 from signals import disposition
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1500)]
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 600
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    """The quick start, with files of this machine."""
-    rows = [
-        [{"role": "user", "content": f"Who is number {i}?"}, {"role": "assistant", "content": f"Agent {i % 5}."}]
-        for i in range(60)
-    ]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    job: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "examples/quickstart.yaml")
-    job["spec"]["model"]["uri"] = f"file://{assets.ensure_model()}/"
-    job["spec"]["datasets"][0]["uri"] = f"file://{tmp_path}/chat.jsonl"
-    job["spec"]["output"]["uri"] = f"file://{tmp_path}/out"
-    job["spec"]["hyperparameters"]["maxSteps"] = 6
-    del job["spec"]["storage"]
-    path = tmp_path / "job.yaml"
-    path.write_text(json.dumps(job))
-    return path
-
-
-def start(job: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as output, disposition(signal.SIGINT, signal.default_int_handler):
         return subprocess.Popen(
-            [sys.executable, "-m", "finetune_cli.main", "run", str(job)],
+            [sys.executable, "-m", "demo.local", "--folder", str(folder)],
+            cwd=local.CHECKOUT,
             stdout=output,
             stderr=output,
             env=os.environ | {"COLUMNS": "200"},
@@ -51,9 +29,12 @@ def start(job: Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def test_a_job_that_was_stopped_goes_on_and_ends_with_an_adapter(job: Path, tmp_path: Path):
+def test_a_job_that_was_stopped_goes_on_and_ends_with_an_adapter(tmp_path: Path):
+    folder = tmp_path / "try"
+    job = local.set_up(folder)
+    job.write_text(job.read_text().replace("maxSteps: 20", "maxSteps: 6"))
     log = tmp_path / "first.log"
-    first = start(job, log)
+    first = start(folder, log)
     try:
         deadline = time.monotonic() + DEADLINE_S
         while "Training: training" not in log.read_text() and first.poll() is None and time.monotonic() < deadline:
@@ -64,14 +45,14 @@ def test_a_job_that_was_stopped_goes_on_and_ends_with_an_adapter(job: Path, tmp_
         first.kill()
     assert "the same command goes on" in log.read_text()
     log = tmp_path / "second.log"
-    second = start(job, log)
+    second = start(folder, log)
     try:
         assert second.wait(DEADLINE_S) == 0, log.read_text()
     finally:
         second.kill()
     said = log.read_text()
     assert "Training (attempt 2)" in said
-    assert "the adapter is committed and verified" in said
-    (adapter,) = (tmp_path / "out").glob("quickstart-*/adapter")
+    (adapter,) = (folder / "adapters").glob("local-*/adapter")
     assert f"file://{adapter}" in said
+    assert f"You have\n  {adapter}\n" in said
     assert (adapter / "adapter_model.safetensors").stat().st_size > 0

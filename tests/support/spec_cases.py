@@ -7,7 +7,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+LOCAL_EXAMPLE = ROOT / "examples" / "local.yaml"  # for `finetune run` alone: no cluster reads file:///
+EXAMPLES = sorted(set((ROOT / "examples").glob("*.yaml")) - {LOCAL_EXAMPLE})
 _TABLE: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "tests/specs/refused.yaml")
 
 

@@ -1,5 +1,5 @@
 """A real one-node Kubernetes without Docker, for tests and the demo: `python3 -m testbed up`
-(PYTHONPATH=tests/cluster).
+in the root of the repository.
 
 Standard library only, so any Python 3.11 runs it, before the project's environment exists.
 """

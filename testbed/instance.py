@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[1]
 NODE_RUN = Path("/run/finetune-testbed")
 MARK_ENV = "FINETUNE_TESTBED_STATE"
 """Set in the environment of every process we start (and inherited by shims), so that none can be lost."""

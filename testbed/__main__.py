@@ -1,4 +1,4 @@
-"""`python3 -m testbed`: the cluster from a terminal. See tests/cluster/README.md."""
+"""`python3 -m testbed`: the cluster from a terminal. See testbed/README.md."""
 
 import argparse
 import os
