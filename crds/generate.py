@@ -1,8 +1,10 @@
-"""Writes what is made from the code (`make crds`): the CRD, the chart's copy of it, the pages of reasons and metrics.
+"""Writes what is made from the code (`make crds`): the CRD, the chart's copy of it, the generated pages in docs/.
 
 The chart's copy is a template and not in Helm's `crds/`, as Helm never upgrades what lies there.
 """
 
+import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,13 +35,47 @@ METRICS_HEAD = """\
 Generated from the code by `make crds`; do not edit. Names are as Prometheus stores them; a histogram has `_bucket`,
 `_sum` and `_count`. A figure that is not known, such as GPU memory on a CPU, has no sample.
 """
+FILES = ROOT / "docs/files.md"
+FILES_HEAD = """\
+# Files
+
+Generated from the first sentence of each module by `make crds`; do not edit. How the parts belong together stands in
+[architecture.md](architecture.md).
+"""
+PACKAGES = (
+    "api/finetune_api",
+    "operator/finetune_operator",
+    "trainer/finetune_trainer",
+    "cli/finetune_cli",
+    "demo",
+    "testbed",
+    "bench",
+)
+
+
+def _purpose(module: Path) -> str:
+    """The first sentence of its docstring. Raises ValueError if it has none."""
+    text = " ".join((ast.get_docstring(ast.parse(module.read_text())) or "").split("\n\n")[0].split())
+    if not text:
+        raise ValueError(f"{module} has no docstring")
+    return re.split(r"(?<=[a-z`)\"]\.) ", text)[0].replace("|", "\\|")
+
+
+def files_page() -> str:
+    """Every module with a phrase, as Markdown."""
+    parts = [FILES_HEAD]
+    for package in PACKAGES:
+        modules = sorted((ROOT / package).rglob("*.py"))
+        rows = [f"| `{path.relative_to(ROOT / package)}` | {_purpose(path)} |" for path in modules]
+        parts.append("\n".join([f"## {package}\n", "| file | what it is for |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
 
 
 def _rows(collectors: list[Collector]) -> Iterator[str]:
     yield "| metric | type | labels | meaning |"
     yield "|---|---|---|---|"
     for collector in collectors:
-        labels = collector._labelnames if isinstance(collector, MetricWrapperBase) else ()
+        labels = collector._labelnames if isinstance(collector, MetricWrapperBase) else ()  # pyright: ignore[reportPrivateUsage]
         for family in collector.collect():
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             seen = {label: 0 for sample in family.samples for label in sample.labels if label != "le"}
@@ -48,7 +84,7 @@ def _rows(collectors: list[Collector]) -> Iterator[str]:
 
 
 def _collectors(registry: CollectorRegistry) -> list[Collector]:
-    return list(registry._collector_to_names)
+    return list(registry._collector_to_names)  # pyright: ignore[reportPrivateUsage]
 
 
 def _reported(stage: Stage) -> list[Collector]:
@@ -93,6 +129,7 @@ def generated() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    for path, content in generated().items():
+    # Not in `generated`: nobody who adds a module has to wait for a page. Its test is in tests/unit/test_docs.py.
+    for path, content in (generated() | {FILES: files_page()}).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)

@@ -130,8 +130,8 @@ class DatasetSpec(ApiModel):
 
     name: DnsName | None = Field(default=None, description="Name in reports. Absent: main, or data-2 and so on.")
     uri: FilesUri = Field(
-        description="A file, a prefix ending in /, or a pattern with * and ?. Read are .jsonl, .jsonl.gz and .parquet. "
-        "Example: s3://data/chat/*.jsonl"
+        description="A file, a prefix ending in /, or a pattern with * and ?. Files that end in .jsonl, .jsonl.gz or "
+        ".parquet are read. Example: s3://data/chat/*.jsonl"
     )
     format: DatasetFormat | None = Field(
         default=None,

@@ -51,7 +51,7 @@ def uid5(uid: str) -> str:
 
 
 def run_name(job_name: str, uid: str) -> str:
-    """Name of one job's run: its ConfigMap, its headless Service and its folder below `output.uri`."""
+    """Name of one job's run: its ConfigMap and its folder below `output.uri`."""
     return f"{job_name}-{uid5(uid)}"
 
 

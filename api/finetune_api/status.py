@@ -84,7 +84,7 @@ class DataStatus(ApiModel):
     files: Count = Field(description="Files read.")
     rows_in: Count = Field(description="Rows read.")
     rows_used: Count = Field(
-        description="Rows in the training set; the plan's steps read each of them some times, see the plan."
+        description="Rows in the training set. How often the steps read each of them stands in plan.json."
     )
     rows_held_out: Count = Field(description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")

@@ -62,7 +62,7 @@ class UnreachableError(Exception):
 
 
 class Cluster:
-    """Thread-safe. `server` requests raise ApiError or UnreachableError, within REQUEST_TIMEOUT_S."""
+    """Thread-safe. What asks the API server raises ApiError or UnreachableError, within REQUEST_TIMEOUT_S."""
 
     def __init__(self, metrics: Metrics, pool_size: int) -> None:
         """In-cluster credentials, else those of KUBECONFIG."""

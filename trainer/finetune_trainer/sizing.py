@@ -1,6 +1,6 @@
 """Every value the spec left open, chosen from what the model and the data are, with the reason. Pure.
 
-The rules and their evidence are in training-engine.md §4: LoRA on all linear layers, rank by the number of tokens to
+The rules: LoRA on all linear layers, rank by the number of tokens to
 learn and learning rate by family and width (Thinking Machines, "LoRA Without Regret", 2025), small batches because
 LoRA pays for large ones at any rank.
 """

@@ -1,0 +1,113 @@
+"""Pages say what is so: files, links, commands, versions, variables."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune_cli.main import app
+from testbed import binaries
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "testbed/README.md"]
+# Their commands are run by tests/cluster/test_readme.py.
+RUN_ON_THE_NODE = {ROOT / "README.md", ROOT / "docs/operations.md"}
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "crds/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of all ```sh blocks of a page, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_map_of_files_is_current() -> None:
+    module = generator()
+    assert module.FILES.read_text() == module.files_page(), "docs/files.md is stale; run `make crds`"
+
+
+def test_every_product_module_is_in_the_map() -> None:
+    text = (ROOT / "docs/files.md").read_text()
+    for package in ("api/finetune_api", "operator/finetune_operator", "trainer/finetune_trainer", "cli/finetune_cli"):
+        section = text.partition(f"## {package}\n")[2].partition("\n## ")[0]
+        named = set(re.findall(r"^\| `([^`]+)` \| .{10}", section, re.MULTILINE))
+        assert named == {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_make_target_that_is_named_exists(page: Path) -> None:
+    assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= TARGETS
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [(page, command) for page in PAGES if page not in RUN_ON_THE_NODE for command in commands(page)],
+)
+def test_a_command_that_no_test_runs_names_things_that_exist(page: Path, command: str) -> None:
+    words = shlex.split(command, comments=True)
+    match words:
+        case ["make", target]:
+            assert target in TARGETS
+        case [".venv/bin/pytest", path, *rest]:
+            assert (ROOT / path).is_file()
+            if rest:
+                assert rest[0] == "-k"
+                assert re.search(rf"def test_\w*{rest[1]}", (ROOT / path).read_text()), f"-k {rest[1]} selects nothing"
+        case ["python3", "-m", "testbed", command_word]:
+            done = subprocess.run(
+                [sys.executable, "-m", "testbed", command_word, "--help"], cwd=ROOT, capture_output=True, timeout=200
+            )
+            assert done.returncode == 0
+        case ["eval", inner] | ["export", inner]:
+            assert "python3 -m testbed" in inner
+        case _:
+            assert words[:3] == ["kubectl", "get", "nodes"], f"{page}: what runs `{command}`?"
+
+
+@pytest.mark.parametrize("page", sorted(RUN_ON_THE_NODE), ids=lambda path: path.name)
+def test_the_subcommands_of_finetune_exist(page: Path) -> None:
+    known = {command.name for command in app.registered_commands}
+    assert set(re.findall(r"(?:^|`)finetune ([a-z]+)", page.read_text(), re.MULTILINE)) <= known
+
+
+def test_the_oldest_kubernetes_is_the_same_everywhere_and_the_tested_one_is_the_testbeds() -> None:
+    readme = re.search(r"Kubernetes \| ([\d.]+) and newer \(tested on ([\d.]+)\)", (ROOT / "README.md").read_text())
+    chart = re.search(r'kubeVersion: ">=([\d]+\.[\d]+)', (ROOT / "charts/finetune-operator/Chart.yaml").read_text())
+    assert readme is not None
+    assert chart is not None
+    assert readme[1] == chart[1]
+    assert binaries.KUBERNETES_VERSION.startswith(f"v{readme[2]}.")
+
+
+def test_every_variable_of_the_operator_is_explained() -> None:
+    code = (ROOT / "operator/finetune_operator/settings.py").read_text()
+    assert set(re.findall(r"FINETUNE_\w+", code)) == set(
+        re.findall(r"FINETUNE_\w+", (ROOT / "docs/operations.md").read_text())
+    )
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    for page in (*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"):
+        assert f"({page.relative_to(ROOT)})" in text
