@@ -48,6 +48,11 @@ class Limits:
         )
 
 
+def is_prepared_again(stage: Stage | str, exit_code: int) -> bool:
+    """Return True if an attempt to train has ended because its plan was of another release: prepare comes next."""
+    return stage == Stage.TRAIN and reason_of_exit(exit_code) == Reason.PLAN_OUTDATED
+
+
 def failure_class(
     stage: Stage | str, exit_code: int, earlier: Sequence[AttemptStatus]
 ) -> Literal["Failure", "Waiting", "Superseded"]:
@@ -57,7 +62,7 @@ def failure_class(
     again; a second time that did not help, as when nodes hold different images.
     """
     reason = reason_of_exit(exit_code)
-    if reason == Reason.PLAN_OUTDATED and all(each.reason != reason for each in earlier):
+    if is_prepared_again(stage, exit_code) and all(each.reason != reason for each in earlier):
         return "Superseded"
     return "Waiting" if stage == Stage.PREPARE and reason in STORAGE_REASONS else "Failure"
 

@@ -69,12 +69,12 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
             state, attempts, result = ran.state, ran.attempts, ran.result
             if result.exit_code == 0:
                 break
-            if not (earlier and (result.fault is Fault.PLAN_OUTDATED or _is_gone(result, config))):
-                return _failed(result, stop, folder, console)
-            if result.fault is Fault.PLAN_OUTDATED:
+            if ran.prepare_again:
                 show.show_outdated(console)
-            else:
+            elif earlier and _is_gone(result, config):
                 show.show_gone(console, config.run_uri)
+            else:
+                return _failed(result, stop, folder, console)
             state = state.model_copy(update={"plan_digest": None})
             local.save_state(folder, state)
     show.show_success(console, result, _samples(config, result), layout.join(config.run_uri, layout.METRICS))
@@ -104,6 +104,7 @@ class _Ran:
     state: local.State
     attempts: tuple[AttemptStatus, ...]  # of this call, all stages: an earlier call's failures were a person's to judge
     result: RunResult
+    prepare_again: bool = False  # the plan was of another release: prepare comes next, then another attempt
 
 
 def _with_retries(
@@ -124,8 +125,9 @@ def _with_retries(
         attempts = (*attempts, _ended(result, attempts))
         failures = sum(each.attempt_class == "Failure" for each in attempts)
         over = result.exit_code == 0 or retry.job_end(attempts, failures=failures, waited_s=0, limits=limits)
-        # The same plan again would end the same: the caller prepares.
-        if stop.requested or over or result.fault is Fault.PLAN_OUTDATED:
+        if not (stop.requested or over) and retry.is_prepared_again(run.stage, result.exit_code):
+            return _Ran(state, attempts, result, prepare_again=True)
+        if stop.requested or over:
             return _Ran(state, attempts, result)
         delay_s = retry.delay_s(attempts)
         show.show_retry(console, result, failures, limits.max_retries, delay_s)

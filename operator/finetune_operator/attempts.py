@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, reason_of_exit, words
-from finetune_api.retry import failure_class
+from finetune_api.retry import failure_class, is_prepared_again
 from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_api.status import AttemptStatus
 from finetune_operator.observed import ObservedJob, ObservedPod
@@ -112,7 +112,7 @@ def _with_container(
         return _without_message(pod, earlier, entry)
     if job is None:
         return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
-    if by_code == Reason.PLAN_OUTDATED:
+    if is_prepared_again(entry.stage, code):
         told = told or "the plan is of another release of the trainer"
         return failure_class(entry.stage, code, earlier), by_code, told
     if told:

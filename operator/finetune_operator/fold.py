@@ -127,7 +127,7 @@ def _close(
     }
     if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
         update |= {"plan": report.plan, "data": report.data}
-    if ended.reason == Reason.PLAN_OUTDATED:
+    if entry.stage == Stage.TRAIN and ended.reason == Reason.PLAN_OUTDATED:
         update |= {"plan": None, "data": None}  # so the next attempt prepares
     elif report is not None and entry.stage == Stage.TRAIN:
         update["metrics"] = metrics_of_report(status.metrics, report)

@@ -146,6 +146,9 @@ def test_the_page_of_reasons_says_how_often_is_tried(reason: Reason):
         assert (in_prepare, in_train) == (2, 2)
     elif said == {"yes, counted by `recovery.maxRetries`"}:
         assert (in_prepare, in_train) == (1 + MAX_RETRIES, 1 + MAX_RETRIES)
+    elif said == {"yes, from prepare on; counted by `recovery.maxRetries` from the second time on"}:
+        tried = [stage for stage, _ in by_operator({Stage.TRAIN: [reason]}, spec_with({}))]
+        assert tried == [Stage.PREPARE, Stage.TRAIN] * (2 + MAX_RETRIES)
     else:
         assert said == {"in prepare for 15 minutes (`finetune run`: no), in train no"}
         assert (in_prepare > 10, in_train) == (True, 1)
