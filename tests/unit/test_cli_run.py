@@ -301,6 +301,12 @@ def test_what_is_gone_at_once_after_it_was_prepared_ends_the_run(play: Play):
     assert play.played() == ["prepare-1", "train-1"]
 
 
+def test_within_a_long_step_a_person_sees_that_it_moves() -> None:
+    seen = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=0, total_steps=9, step_tokens=12_288)
+    assert show.describe(seen) == "training, step 0/9 + 12,288 tokens"
+    assert show.describe(seen.model_copy(update={"step": 1, "step_tokens": 0})) == "training, step 1/9"
+
+
 def test_bars_on_a_terminal_show_where_a_stage_is():
     output = io.StringIO()
     terminal = Console(file=output, force_terminal=True, width=120)
