@@ -91,7 +91,9 @@ def _reported(stage: Stage) -> list[Collector]:
     """Of a pod in this stage that knows everything it can report."""
     registry = CollectorRegistry()
     reporter = Reporter(stage, 1, registry)
-    reporter.update(**{name: 0 for name, value in reporter.progress() if value is None and name != "checkpoint"})
+    reporter.update(
+        **{name: 0 for name, value in reporter.progress() if value is None and name not in ("checkpoint", "quality")}
+    )
     if stage is Stage.TRAIN:
         TrainMetrics(registry)
     return _collectors(registry)

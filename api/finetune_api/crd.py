@@ -72,7 +72,7 @@ def object_schema() -> Schema:
     spec = structural(FineTuneJobSpec)
     spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *immutability(spec)]
     return {
-        "description": "Fine-tunes a language model and commits the adapter, verified, to object storage.",
+        "description": "Fine-tunes a language model and commits the adapter with its digests to object storage.",
         "type": "object",
         "required": ["spec"],
         "properties": {

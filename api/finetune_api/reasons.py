@@ -45,6 +45,12 @@ class Reason(StrEnum):
     RESUMED = "Resumed"
     HEALTHY = "Healthy"
     SUCCEEDED = "Succeeded"
+    # Of QualityConcern: what the trainer measured of the model; see quality.py.
+    WORSE_THAN_START = "WorseThanStart"
+    ANSWERS_DO_NOT_END = "AnswersDoNotEnd"
+    DIVERGING = "Diverging"
+    NO_CONCERN = "NoConcern"
+    NOT_MEASURED = "NotMeasured"
     # The operator's: waits that a person or the cluster can end.
     UNSCHEDULABLE = "Unschedulable"
     QUOTA_EXCEEDED = "QuotaExceeded"

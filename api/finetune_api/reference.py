@@ -5,6 +5,7 @@
 
 from finetune_api import retry
 from finetune_api.names import Stage
+from finetune_api.quality import meanings
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason
 
 _DELAYS = f"{retry.FIRST_DELAY_S:g}, {2 * retry.FIRST_DELAY_S:g} and then every {retry.MAX_DELAY_S:g} s"
@@ -40,6 +41,9 @@ def page() -> str:
         for fault in Fault:
             if FAULTS[fault].reason is reason:
                 lines.append(f"| {code} | `{reason}` | {_retry(reason)} | `{fault}`: {FAULTS[fault].text} |")
+    lines += ["", "What `QualityConcern` says of the model itself; the job goes on, and ends, as it would without:", ""]
+    lines += ["| reason | what was measured and what to do |", "|---|---|"]
+    lines += [f"| `{reason}` | {text} |" for reason, text in meanings().items()]
     others = ", ".join(f"`{reason}`" for reason in Reason if reason not in EXIT_CODES)
     once = " and ".join(f"`{reason}`" for reason in retry.FINAL_SECOND_TIME)
     return (

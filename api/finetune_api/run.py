@@ -28,6 +28,7 @@ from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, m
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
+from finetune_api.quality import Quality
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
@@ -130,6 +131,7 @@ class RunResult(WireModel):
     step: Count | None = None
     resumed_from_step: Count | None = None
     log_uri: Uri | None = None
+    quality: Quality | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -178,3 +180,4 @@ class Progress(WireModel):
     tokens_total: Count = 0
     rows_read: Count = 0
     checkpoint: CheckpointStatus | None = None
+    quality: Quality | None = None  # None while there is nothing to say

@@ -27,6 +27,7 @@ class ConditionType(StrEnum):
     RUNNING = "Running"
     SUSPENDED = "Suspended"
     DEGRADED = "Degraded"
+    QUALITY_CONCERN = "QualityConcern"
     SUCCEEDED = "Succeeded"
     FINISHED = "Finished"
     READY = "Ready"
@@ -61,8 +62,10 @@ class PlanStatus(ApiModel):
     uri: Uri = Field(description="The plan in the bucket, under its digest.")
     digest: Digest = Field(description="SHA-256 of the plan's content, ETags left out.")
     steps: Count = Field(description="Optimizer steps.")
+    rows: Count | None = Field(default=None, description="Rows read over all steps, again in every epoch.")
+    distinct_rows: Count | None = Field(default=None, description="Different rows among them.")
     train_tokens: Count = Field(description="Tokens read over all steps.")
-    label_tokens: Count = Field(description="Tokens learned over all steps.")
+    label_tokens: Count = Field(description="Tokens learned from over all steps.")
     memory_bytes: Count = Field(description="Memory the training pod is expected to need.")
     disk_bytes: Count = Field(description="Disk the training pod is expected to need.")
     resolved: list[ResolvedValue] = Field(
@@ -84,7 +87,7 @@ class DataStatus(ApiModel):
     files: Count = Field(description="Files read.")
     rows_in: Count = Field(description="Rows read.")
     rows_used: Count = Field(
-        description="Rows in the training set. How often the steps read each of them stands in plan.json."
+        description="Rows in the training set. How many of them the steps read, and how often, is in the plan."
     )
     rows_held_out: Count = Field(description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
@@ -117,7 +120,7 @@ class MetricsStatus(ApiModel):
 
 
 class CheckpointStatus(ApiModel):
-    """A checkpoint that was verified in the bucket."""
+    """A checkpoint that was published in the bucket, or found whole there by its digests."""
 
     step: Count = Field(description="Finished steps in it.")
     uri: Uri = Field(description="Its manifest.")
@@ -182,7 +185,7 @@ class FineTuneJobStatus(ApiModel):
     conditions: list[Condition] = Field(
         default_factory=list[Condition],
         max_length=12,
-        description="Planned, Admitted, Running, Suspended, Degraded, Succeeded, Finished, Ready, Stalled.",
+        description=", ".join(ConditionType) + ".",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     plan: PlanStatus | None = Field(default=None, description="What will be done, known before training.")
@@ -190,7 +193,9 @@ class FineTuneJobStatus(ApiModel):
     progress: ProgressStatus | None = Field(default=None, description="Where the training is.")
     metrics: MetricsStatus | None = Field(default=None, description="Last known figures.")
     checkpoints: list[CheckpointStatus] = Field(
-        default_factory=list[CheckpointStatus], max_length=5, description="Newest checkpoints."
+        default_factory=list[CheckpointStatus],
+        max_length=5,
+        description="The checkpoint that the next attempt would continue at; earlier ones may lie beside it.",
     )
     attempts: list[AttemptStatus] = Field(
         default_factory=list[AttemptStatus], max_length=10, description="The last ten attempts."

@@ -6,13 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetune_cli.wait import line
+from finetune_cli.wait import line, say_concern
 
 
 def describe(job: dict[str, Any], console: Console) -> None:
     """Where the job is, why, what was chosen, what became of the rows, what was tried, and what came out."""
     status: dict[str, Any] = job.get("status") or {}
     console.print(f"[bold]{job['metadata']['name']}[/]  {escape(line(job))}", soft_wrap=True)
+    say_concern(job, console)
     _table(
         console,
         ("condition", "is", "reason", "message"),
@@ -20,7 +21,10 @@ def describe(job: dict[str, Any], console: Console) -> None:
     )
     plan: dict[str, Any] = status.get("plan") or {}
     if plan:
-        console.print(f"\n[bold]Plan[/]  {plan['steps']:,} steps, {plan['trainTokens']:,} tokens; {plan['uri']}")
+        rows = f" read {plan['rows']:,} rows ({plan['distinctRows']:,} different ones)" if "rows" in plan else ""
+        learned = f"{plan['labelTokens']:,} of them learned from"
+        tokens = f"{plan['trainTokens']:,} tokens, {learned}"
+        console.print(f"\n[bold]Plan[/]  {plan['steps']:,} steps{rows}, {tokens}; {plan['uri']}", soft_wrap=True)
         _table(
             console,
             ("chosen for you", "value", "because"),

@@ -10,6 +10,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from finetune_api.names import Stage
+from finetune_api.quality import Quality, concern_words, verdict
 from finetune_api.reasons import reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.run import Progress, RunResult
@@ -103,8 +104,9 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
     for drop in data.dropped:
         _more(console, drop.reason, f"{drop.rows:,}")
     _more(console, "report", data.report_uri)
-    learned = f"{plan.label_tokens:,} of them learned"
-    console.print(f"[bold]Plan[/]    {plan.steps:,} steps, {plan.train_tokens:,} tokens, {learned}")
+    rows = "" if plan.rows is None else f" read {plan.rows:,} rows ({plan.distinct_rows or 0:,} different ones)"
+    learned = f"{plan.label_tokens:,} of them learned from"
+    console.print(f"[bold]Plan[/]    {plan.steps:,} steps{rows}, {plan.train_tokens:,} tokens, {learned}")
     if plan.resolved:
         table = Table("chosen for you", "value", "because", box=None, padding=(0, 2, 0, 0))
         for item in plan.resolved:
@@ -164,13 +166,26 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
         console.print(table)
     artifact = result.artifact
     if artifact is not None:
-        console.print("[bold green]Done[/]    the adapter is committed and verified")
+        console.print(
+            "[bold green]Done[/]    the adapter is committed: reloaded from its files, it computed what was trained"
+        )
         _more(console, "adapter", artifact.uri)
         _more(console, "digest", artifact.digest)
         _more(console, "manifest", artifact.manifest_uri)
+    show_quality(console, result.quality)
     if result.log_uri:
         _more(console, "metrics", metrics_uri)
         _more(console, "log", result.log_uri)
+
+
+def show_quality(console: Console, quality: Quality | None) -> None:
+    """Say what speaks against the model, in red, or that nothing was measured to say so."""
+    if quality is None:
+        return
+    for reason, sentence in zip(quality.concerns, concern_words(quality), strict=True):
+        console.print(f"[bold red]{reason}[/] {escape(sentence)}", soft_wrap=True)
+    if not quality.measured:
+        console.print(f"[yellow]Note[/]    {escape(verdict(quality).message)}", soft_wrap=True)
 
 
 def _more(console: Console, name: str, value: str) -> None:

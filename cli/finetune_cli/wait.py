@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from finetune_cli.cluster import Cluster, UnavailableError
 from finetune_cli.errors import CommandError, Exit
@@ -72,12 +73,20 @@ def wait(
                     console.print(f"{name}: {text}", markup=False, soft_wrap=True)
                     said = phase
                 if ended is not None:
+                    say_concern(job, console)
                     _show_artifacts(job, console)
                     return ended
             if timeout_s is not None and clock() - started_s >= timeout_s:
                 console.print(f"{name}: not ended after {timeout_s:.0f} s", markup=False)
                 return Exit.TIMEOUT
             sleep(POLL_S)
+
+
+def say_concern(job: dict[str, Any], console: Console) -> None:
+    """Say in red what speaks against the model; a job with a concern succeeds all the same."""
+    found = condition(job, "QualityConcern")
+    if found.get("status") == "True":
+        console.print(f"[bold red]{escape(found['reason'])}[/] {escape(found['message'])}", soft_wrap=True)
 
 
 def _show_artifacts(job: dict[str, Any], console: Console) -> None:

@@ -9,6 +9,8 @@ from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.clock import format_time
 
 MAX_MESSAGE = 1024
+# Words that change all the time: the scheduler's with every node of the cluster, a divergence's with every step.
+_FIRST_WORDS_STAY = (Reason.UNSCHEDULABLE, Reason.DIVERGING)
 Answer = Literal["True", "False", "Unknown"]
 
 
@@ -38,8 +40,8 @@ def with_claims(status: FineTuneJobStatus, claims: list[Claim], generation: int,
 def _condition(old: Condition | None, claim: Claim, generation: int, now: datetime) -> Condition:
     message = one_line(claim.message)
     same_answer = old is not None and old.status == claim.status
-    if old is not None and same_answer and old.reason == claim.reason and claim.reason == Reason.UNSCHEDULABLE:
-        message = old.message  # the scheduler's words change with every node of the cluster
+    if old is not None and same_answer and old.reason == claim.reason and claim.reason in _FIRST_WORDS_STAY:
+        message = old.message
     return Condition(
         type=claim.type,
         status=claim.status,

@@ -35,7 +35,7 @@ def decide(job: JobView, spec: FineTuneJobSpec, folded: Folded, seen: Seen, now:
     folded = _with_wait_clock(folded, seen_as, suspend, now)
     deletions = _leftovers(folded, seen)
     if is_success(folded):
-        return Decision(succeeded(folded.status, job.generation, now), deletions)
+        return Decision(succeeded(folded, job.generation, now), deletions)
     why = failure(folded, seen_as, limits, now)
     if why is not None:
         all_live = tuple(DeleteJob(j.name, j.uid) for j in seen.jobs if j.live and not j.deleting)
@@ -44,9 +44,11 @@ def decide(job: JobView, spec: FineTuneJobSpec, folded: Folded, seen: Seen, now:
     folded, due_s = _next_attempt(folded, seen, suspend, now)
     seen_as = _look(folded, seen, now)
     actions = (*deletions, *_own_action(folded, seen))
-    status = _figures(folded, seen, seen_as, spec, now)
+    status = _figures(folded, seen, seen_as, now)
     folded = replace(folded, status=status)
-    status = describe(job, folded, seen_as, suspend, quiet=_is_quiet(folded, seen), now=now)
+    answer = seen.answer_of(folded.last) if folded.last is not None and seen_as.running else None
+    said = answer.progress if answer is not None else None
+    status = describe(job, folded, seen_as, suspend, quiet=_is_quiet(folded, seen), said=said, now=now)
     return Decision(status, actions, _requeue(folded, seen_as, limits, due_s, now))
 
 
@@ -155,13 +157,13 @@ def _is_quiet(folded: Folded, seen: Seen) -> bool:
     return not any(own is None or not belongs(own, child) for child in children)
 
 
-def _figures(folded: Folded, seen: Seen, seen_as: Look, spec: FineTuneJobSpec, now: datetime) -> FineTuneJobStatus:
+def _figures(folded: Folded, seen: Seen, seen_as: Look, now: datetime) -> FineTuneJobStatus:
     status, last, interval_s = folded.status, folded.last, seen.progress_write_interval_s
     if last is None or not seen_as.running:
         return status
     said = seen.answer_of(last)
     if said is not None and is_write_due(status, said, interval_s):
-        status = with_progress(status, said, spec)
+        status = with_progress(status, said)
     if status.progress is not None and last.stage == Stage.TRAIN:
         stale = is_stale(status, said, interval_s, now)
         status = status.model_copy(update={"progress": status.progress.model_copy(update={"stale": stale})})

@@ -4,18 +4,15 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_api.base import finite
-from finetune_api.job import FineTuneJobSpec
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.seen import SeenProgress
 
-MAX_CHECKPOINTS = 5
-DEFAULT_KEEP_LAST = 3
 STALE_AFTER_S = 120
 
 
-def with_progress(status: FineTuneJobStatus, seen: SeenProgress, spec: FineTuneJobSpec) -> FineTuneJobStatus:
+def with_progress(status: FineTuneJobStatus, seen: SeenProgress) -> FineTuneJobStatus:
     """The status with the pod's answer in it; the newest attempt is the one that answered."""
     said = seen.progress
     entry = status.attempts[-1].model_copy(update={"last_step": said.step, "resumed_from_step": said.resumed_from_step})
@@ -24,7 +21,7 @@ def with_progress(status: FineTuneJobStatus, seen: SeenProgress, spec: FineTuneJ
             "attempts": [*status.attempts[:-1], entry],
             "progress": progress_status(said, seen.at),
             "metrics": metrics_of_progress(status.metrics, said),
-            "checkpoints": checkpoints(status.checkpoints, said.checkpoint, spec),
+            "checkpoints": checkpoints(status.checkpoints, said.checkpoint),
         }
     )
 
@@ -85,13 +82,12 @@ def metrics_of_report(old: MetricsStatus | None, report: RunResult) -> MetricsSt
     return _merged(old, {name: finite(value) for name, value in figures.items()})
 
 
-def checkpoints(
-    old: Sequence[CheckpointStatus], new: CheckpointStatus | None, spec: FineTuneJobSpec
-) -> list[CheckpointStatus]:
-    """Newest last, one for each step; as many as the trainer keeps in the bucket."""
-    keep_last = (spec.checkpoint and spec.checkpoint.keep_last) or DEFAULT_KEEP_LAST
-    by_step = {c.step: c for c in old} | ({new.step: new} if new is not None else {})
-    return [by_step[step] for step in sorted(by_step)][-min(keep_last, MAX_CHECKPOINTS) :]
+def checkpoints(old: Sequence[CheckpointStatus], new: CheckpointStatus | None) -> list[CheckpointStatus]:
+    """Return the checkpoint that the trainer relies on now, or what is known if it names none.
+
+    It is the only one that is known to be there: what lies beside it is removed as the trainer saves others, which
+    are not all seen here."""
+    return list(old)[-1:] if new is None else [new]
 
 
 def human_seconds(seconds: int) -> str:

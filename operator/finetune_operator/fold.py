@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault, Reason
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
@@ -31,7 +30,7 @@ class Folded:
         return self.status.attempts[-1] if self.status.attempts else None
 
 
-def fold(status: FineTuneJobStatus, spec: FineTuneJobSpec, seen: Seen, now: datetime) -> Folded:
+def fold(status: FineTuneJobStatus, seen: Seen, now: datetime) -> Folded:
     status = _adopt(status, seen.jobs)
     status = _count_disruptions(status, seen.pods)
     entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
@@ -51,7 +50,7 @@ def fold(status: FineTuneJobStatus, spec: FineTuneJobSpec, seen: Seen, now: date
     ended = judge(entry, job, pods, entries[:-1])
     if ended is None:
         return Folded(status, None, job, pods)
-    return Folded(_close(spec, status, ended, pods, seen, now), ended, job, pods)
+    return Folded(_close(status, ended, pods, seen, now), ended, job, pods)
 
 
 def _adopt(status: FineTuneJobStatus, jobs: Sequence[ObservedJob]) -> FineTuneJobStatus:
@@ -93,7 +92,6 @@ def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -
 
 
 def _close(
-    spec: FineTuneJobSpec,
     status: FineTuneJobStatus,
     ended: Ended,
     pods: Sequence[ObservedPod],
@@ -131,7 +129,9 @@ def _close(
         update |= {"plan": None, "data": None}  # so the next attempt prepares
     elif report is not None and entry.stage == Stage.TRAIN:
         update["metrics"] = metrics_of_report(status.metrics, report)
-        update["checkpoints"] = checkpoints(status.checkpoints, report.checkpoint, spec)
+        # After the commit all are removed but the last, which an attempt that only found the commit does not name.
+        known = [] if ended.attempt_class == "Succeeded" else status.checkpoints
+        update["checkpoints"] = checkpoints(known, report.checkpoint)
         update["progress"] = progress_of_report(status.progress, status.plan, report, finished)
         if report.artifact is not None and ended.attempt_class == "Succeeded":
             update["artifacts"] = [report.artifact]

@@ -5,7 +5,9 @@ Labels are bounded: the namespace and name of jobs that exist, and words of fixe
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from finetune_api.status import FineTuneJobStatus, Phase
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
+from finetune_operator.conditions import find
+from finetune_operator.quality import CONCERNS
 
 _JOB = ("namespace", "name")
 
@@ -49,6 +51,9 @@ class Metrics:
             "last_progress_timestamp_seconds": gauge(
                 "finetune_job_last_progress_timestamp_seconds", "When the pod last answered.", _JOB
             ),
+            "quality_concern": gauge(
+                "finetune_job_quality_concern", "1 for what speaks against the model, once measured.", (*_JOB, "reason")
+            ),
             "phase": Gauge("finetune_job_phase", "1 for the job's phase.", (*_JOB, "phase"), registry=registry),
         }
 
@@ -74,8 +79,16 @@ class Metrics:
                 self.job_figures[key].labels(namespace, name).set(value)
             elif key == "remaining_seconds":  # of all figures the one that is wrong once it is old
                 self.job_figures[key].remove(namespace, name)
+        self._export_quality(namespace, name, status)
         for phase in Phase:
             self.job_figures["phase"].labels(namespace, name, phase.value).set(float(status.phase == phase))
+
+    def _export_quality(self, namespace: str, name: str, status: FineTuneJobStatus) -> None:
+        """Nothing was measured: no sample, as 0 would say that the model is good."""
+        found = find(status, ConditionType.QUALITY_CONCERN)
+        for reason in CONCERNS if found is not None and found.status != "Unknown" else ():
+            holds = found is not None and found.status == "True" and found.reason == reason
+            self.job_figures["quality_concern"].labels(namespace, name, reason.value).set(float(holds))
 
     def forget(self, namespace: str, name: str) -> None:
         """The job is deleted: its series end."""
@@ -83,6 +96,9 @@ class Metrics:
             if key == "phase":
                 for phase in Phase:
                     metric.remove(namespace, name, phase.value)
+            elif key == "quality_concern":
+                for reason in CONCERNS:
+                    metric.remove(namespace, name, reason.value)
             else:
                 metric.remove(namespace, name)
 

@@ -31,7 +31,7 @@ def plan(job: JobView, seen: Seen, now: datetime) -> Plan:
         status = _rejected(job, now)
         return Plan(status, (), transitions(job.status, status, None))
     accepted = _accepted(job, now)
-    folded = fold(accepted.status, job.spec, seen, now)
+    folded = fold(accepted.status, seen, now)
     made = decide(accepted, job.spec, folded, seen, now)
     status = bounded(made.status)
     return Plan(status, made.actions, transitions(job.status, status, folded.ended), made.requeue_after_s)

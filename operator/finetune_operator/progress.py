@@ -14,6 +14,7 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from finetune_api.names import HTTP_PORT
+from finetune_api.quality import Concern
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
@@ -153,10 +154,19 @@ class ProgressPuller:
 
     def _keep(self, owner: Owner, answer: SeenProgress) -> None:
         with self._lock:
-            self._answers[owner] = answer
+            before, self._answers[owner] = self._answers.get(owner), answer
             looked_at = self._looked_at.get(owner)
-            is_due = looked_at is None or (answer.at - looked_at).total_seconds() >= self.interval_s()
+            is_due = (
+                looked_at is None
+                or _concerns(before) != _concerns(answer)
+                or (answer.at - looked_at).total_seconds() >= self.interval_s()
+            )
             if is_due:
                 self._looked_at[owner] = answer.at
         if is_due:
             self._due(owner)
+
+
+def _concerns(answer: SeenProgress | None) -> list[Concern]:
+    quality = answer.progress.quality if answer is not None else None
+    return quality.concerns if quality is not None else []

@@ -4,7 +4,9 @@ from datetime import datetime
 
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
+from finetune_api.run import Progress
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
+from finetune_operator import quality
 from finetune_operator.attempts import is_open, is_stopping
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.conditions import Claim, find, with_claims
@@ -20,9 +22,9 @@ _NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED)
 
 
 def describe(
-    job: JobView, folded: Folded, look: Look, suspend: bool, *, quiet: bool, now: datetime
+    job: JobView, folded: Folded, look: Look, suspend: bool, *, quiet: bool, said: Progress | None, now: datetime
 ) -> FineTuneJobStatus:
-    """`quiet`: nothing of other attempts is alive."""
+    """`quiet`: nothing of other attempts is alive. `said`: the last answer of the pod, if it runs."""
     status, last = folded.status, folded.last
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     doing = Reason.TRAINING if stage == Stage.TRAIN else Reason.PREPARING
@@ -33,6 +35,7 @@ def describe(
         _running(job.status, folded, look, suspended, doing),
         _suspended(job.status, suspend, suspended),
         _degraded(job.status, folded, look),
+        quality.while_running(job.status, said),
         Claim(ConditionType.SUCCEEDED, "Unknown", doing),
         Claim(ConditionType.FINISHED, "False", doing),
         Claim(ConditionType.READY, "True", Reason.ACCEPTED),

@@ -22,6 +22,13 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | N
         before, after = find(old, kind), find(new, kind)
         return after is not None and (before is None or (before.status, before.reason) != (after.status, after.reason))
 
+    def tell_quality() -> None:
+        before, concern = find(old, ConditionType.QUALITY_CONCERN), find(new, ConditionType.QUALITY_CONCERN)
+        if concern is None or not changed(ConditionType.QUALITY_CONCERN):
+            return
+        if concern.status == "True" or (before is not None and before.status == "True"):
+            tell(concern.status == "True", reason_of(concern.reason), concern.message)
+
     finished = is_finished(new)
     ready, running = find(new, ConditionType.READY), find(new, ConditionType.RUNNING)
     if ready is not None and changed(ConditionType.READY) and ready.reason == Reason.ACCEPTED:
@@ -35,6 +42,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | N
     if finished and verdict is not None:
         if changed(ConditionType.SUCCEEDED):
             tell(verdict.status != "True", reason_of(verdict.reason), verdict.message)
+        tell_quality()
         return tuple(events.values())
     suspended = find(new, ConditionType.SUSPENDED)
     if suspended is not None and changed(ConditionType.SUSPENDED) and suspended.reason != Reason.ACCEPTED:
@@ -45,6 +53,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | N
             tell(True, reason_of(degraded.reason), degraded.message)
         elif find(old, ConditionType.DEGRADED) is not None:
             tell(False, Reason.HEALTHY, "what was missing is there, the job goes on")
+    tell_quality()
     if running is not None and (changed(ConditionType.RUNNING) or ended is not None):
         reason = reason_of(running.reason)
         if running.status == "True":

@@ -8,6 +8,7 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Fault, Reason, words
 from finetune_api.retry import JobEnd
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
+from finetune_operator import quality
 from finetune_operator.attempts import is_open
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.conditions import Claim, find, with_claims
@@ -93,7 +94,8 @@ def ended_words(folded: Folded) -> str:
     return ended.message + (f"; log: {log_uri}" if log_uri else "")
 
 
-def succeeded(status: FineTuneJobStatus, generation: int, now: datetime) -> FineTuneJobStatus:
+def succeeded(folded: Folded, generation: int, now: datetime) -> FineTuneJobStatus:
+    status, report = folded.status, folded.ended.report if folded.ended is not None else None
     artifact = status.artifacts[0]
     message = words(Fault.COMMITTED, {"uri": artifact.uri})
     claims = [
@@ -105,6 +107,8 @@ def succeeded(status: FineTuneJobStatus, generation: int, now: datetime) -> Fine
         Claim(ConditionType.READY, "True", Reason.SUCCEEDED, message),
         Claim(ConditionType.STALLED, "False", Reason.HEALTHY),
     ]
+    of_quality = quality.at_the_end(report.quality) if report is not None else None
+    claims += [of_quality] if of_quality is not None else []
     return _over(with_claims(status, claims, generation, now), Phase.SUCCEEDED, now)
 
 

@@ -29,11 +29,24 @@ def test_steps_cut_the_epochs_and_count_their_tokens() -> None:
     assert plan.steps == 4
     assert plan.step_offsets.tolist() == [0, 2, 4, 6, 7]
     assert plan.rows[:3].tolist() == epoch_order(3, 0, 0).tolist()
-    assert plan.rows[3:6].tolist() == epoch_order(3, 0, 1).tolist()
+    # Step 1 has read row 0 at the end of the epoch before.
+    assert (epoch_order(3, 0, 1).tolist(), plan.rows[3:6].tolist()) == ([0, 1, 2], [1, 0, 2])
+    whole = plan_batches(lengths, labels, total_rows=6, global_batch_size=3, seed=0)
+    assert whole.rows[3:].tolist() == epoch_order(3, 0, 1).tolist()
     for step in range(plan.steps):
         rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
         assert plan.tokens[step] == lengths[rows].sum()
         assert plan.label_tokens[step] == labels[rows].sum()
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40), st.integers(0, 3))
+def test_no_step_reads_a_row_twice_unless_it_is_larger_than_the_data(
+    rows: int, total: int, batch: int, seed: int
+) -> None:
+    plan = plan_batches(np.ones(rows), np.ones(rows), total, batch, seed)
+    for step in range(plan.steps):
+        read = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
+        assert len(set(read.tolist())) == min(len(read), rows) or batch > rows
 
 
 @given(st.integers(1, 40), st.integers(1, 120), st.integers(1, 16), st.integers(0, 3))

@@ -20,6 +20,7 @@ import spec_cases
 from data_run import chats, jsonl, prepare_run, put
 from finetune_api import retry
 from finetune_api.names import PORT_FILE, Stage
+from finetune_api.quality import Quality
 from finetune_api.run import Progress, RunConfig, RunResources
 from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
@@ -497,3 +498,24 @@ def test_a_job_is_known_again_by_file_name_and_spec(tmp_path: Path):
     assert local.local_uid(tmp_path / "a.yaml", suspended) == uid
     changed = {**job, "spec": job["spec"] | {"hyperparameters": {"seed": 1}}}
     assert local.local_uid(tmp_path / "a.yaml", changed) != uid
+
+
+def test_what_speaks_against_the_model_is_said_in_red_beside_the_adapter(play: Play) -> None:
+    committed = play.committed()
+    quality = {"concerns": ["WorseThanStart"], "held_out_rows": 39, "start_loss": 3.19, "loss": 28.0}
+    committed["result"]["quality"] = quality
+    assert play.run(prepare_1=PREPARED, train_1=committed) == Exit.SUCCEEDED
+    assert "WorseThanStart on 39 held-out rows the loss is 28.000" in play.said
+    assert "verified" not in play.said
+    output = io.StringIO()
+    show.show_quality(
+        Console(file=output, force_terminal=True, color_system="standard"), Quality.model_validate(quality)
+    )
+    assert output.getvalue().startswith("\x1b[1;31mWorseThanStart")
+
+
+def test_a_model_that_was_not_measured_is_not_passed_over_in_silence(play: Play) -> None:
+    committed = play.committed()
+    committed["result"]["quality"] = {}
+    play.run(prepare_1=PREPARED, train_1=committed)
+    assert "no rows were held out" in play.said

@@ -150,3 +150,15 @@ def test_describe_shows_a_job_without_status():
     output = io.StringIO()
     describe({"metadata": {"name": "bot"}}, Console(file=output))
     assert "Waiting for the operator" in output.getvalue()
+
+
+def test_what_speaks_against_the_model_is_said_by_wait_and_describe():
+    found = job("Succeeded", "True")
+    concern = {"type": "QualityConcern", "status": "True", "reason": "WorseThanStart", "message": "28 [nats]"}
+    found["status"]["conditions"].append(concern)
+    played = Played(found)
+    assert played.wait() == Exit.SUCCEEDED
+    assert "WorseThanStart 28 [nats]" in played.said
+    output = io.StringIO()
+    describe(found, Console(file=output, width=200))
+    assert "WorseThanStart 28 [nats]" in output.getvalue().splitlines()[1]

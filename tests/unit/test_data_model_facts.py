@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from data_run import HIDDEN, LAYERS, write_model
 from finetune_api.errors import StageError
@@ -30,6 +32,27 @@ def test_facts_come_from_the_config_and_the_headers(tmp_path: Path) -> None:
     names = [record.uri.rpartition("/")[2] for record in facts.files]
     assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert all(record.sha256 for record in facts.files)  # weights of at most 4 MiB too
+
+
+@pytest.mark.parametrize(
+    ("names", "shape"),
+    [
+        (["mlp.experts.0.up_proj.weight", "mlp.experts.1.up_proj.weight"], (4, 5)),  # as Qwen3 MoE stores them
+        (["mlp.experts.down_proj"], (2, 4, 5)),  # GPT-OSS
+        (["block_sparse_moe.input_linear.weight"], (2, 4, 5)),  # Granite
+    ],
+)
+def test_the_weights_of_experts_are_counted_and_none_of_them_is_adapted(
+    tmp_path: Path, names: list[str], shape: tuple[int, ...]
+) -> None:
+    write_model(tmp_path / "m", config={"num_local_experts": 2})
+    path = tmp_path / "m" / "model.safetensors"
+    experts = {f"model.layers.0.{name}": np.zeros(shape, dtype=np.float32) for name in names}
+    before = read(tmp_path / "m").facts
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path) | experts, path)
+    facts = read(tmp_path / "m").facts
+    assert (before.expert_parameters, facts.expert_parameters) == (0, 40)
+    assert facts.target_modules == ["q_proj", "v_proj"]
 
 
 def test_a_changed_file_changes_the_digest(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
     rows = RowTokenizer(with_begin_token(), "<|im_end|>")
     (ids,) = rows.texts(["the fox"])
     assert rows.decode(ids.tolist()) == "<|im_start|>the fox<|im_end|>"
+    assert rows.stop_ids == {rows.eos_id}, "the end of a document is trained"
     (tokens,) = rows.completions([Completion("the", " fox")], learn_all=False)
     assert rows.decode(tokens.ids.tolist()) == "<|im_start|>the fox<|im_end|>"
     assert learned(tokens, rows) == [" fox<|im_end|>"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, HeldOut, answers, held_out_loss, repetition_ratio
 from finetune_trainer.inputs import fetch_rows
@@ -37,8 +38,9 @@ def test_the_held_out_loss_weighs_every_label_token_alike(
             logprobs = lm.causal(input_ids=ids[None]).logits[0].log_softmax(-1)
             total -= float(logprobs[:-1].gather(1, ids[1:, None])[labels[1:]].sum())
             count += int(labels.sum())
-    found = held_out_loss(lm, rows, budget_tokens, packing, 3, StopFlag(60))
-    assert found is not None
+    measured = held_out_loss(lm, rows, budget_tokens, packing, 3, StopFlag(60))
+    assert measured is not None
+    found = measured.held_out
     assert (found.step, found.rows, found.label_tokens) == (3, 10, count)
     assert found.loss == pytest.approx(total / count, abs=1e-5)
 
@@ -62,6 +64,21 @@ def test_answers_are_greedy_bounded_and_equal_the_model_s_own(run: TinyRun, lm: 
         with lm.own_attention(), torch.no_grad():
             best = lm.causal(input_ids=torch.tensor([ids])).logits[0].argmax(-1)
         assert best[len(prompt.token_ids) - 1 : -1].tolist() == answer.token_ids
+
+
+@pytest.mark.parametrize("habit", [{"repetition_penalty": 50.0}, {"no_repeat_ngram_size": 1}])
+def test_the_base_model_s_own_way_of_generating_does_not_change_an_answer(
+    run: TinyRun, lm: LanguageModel, habit: dict[str, float]
+) -> None:
+    own = lm.causal.generation_config
+    expected = answers(lm, byte_tokenizer(), run.plan.sample_prompts, [STOP_ID])
+    assert any(answer.repetition_ratio for answer in expected), "nothing that a penalty could change"
+    lm.causal.generation_config = habitual = GenerationConfig(**habit)
+    try:
+        assert answers(lm, byte_tokenizer(), run.plan.sample_prompts, [STOP_ID]) == expected
+        assert lm.causal.generation_config is habitual
+    finally:
+        lm.causal.generation_config = own
 
 
 def test_an_answer_that_ends_with_a_stop_token_says_so(run: TinyRun, lm: LanguageModel) -> None:

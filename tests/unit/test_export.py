@@ -1,6 +1,7 @@
 """The exported folder is what it says, or it is not committed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER, join
-from finetune_api.reasons import Fault
+from finetune_api.quality import Quality
+from finetune_api.reasons import Fault, Reason
 from finetune_api.status import ResolvedValue
 from finetune_trainer import commit, export
-from finetune_trainer.card import Evaluations, Lineage, model_card, vllm_rank
+from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, vllm_rank
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch, fetch_rows
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
@@ -30,7 +32,9 @@ FOUND = Evaluations(
     [HeldOut(step=0, loss=3.0, rows=2, label_tokens=9), HeldOut(step=4, loss=1.0, rows=2, label_tokens=9)],
     [Answer("secret words", [1, 2, 3], stopped=False)] * 3,
     [Answer("other words", [1, 2], stopped=True)] * 3,
+    Quality(held_out_rows=2, start_loss=3.0, loss=1.0),
 )
+LEARNED = Learned(rows=80, distinct_rows=48, tokens=8484, label_tokens=3020, skipped_steps=0)
 
 
 class Trained:
@@ -51,7 +55,7 @@ class Trained:
 
     def write(self) -> Path:
         model = self.run.folder / "model"
-        export.write_adapter(self.adapted, self.folder, model, self.run.plan, [STOP_ID], LINEAGE, FOUND)
+        export.write_adapter(self.adapted, self.folder, model, self.run.plan, [STOP_ID], LINEAGE, LEARNED, FOUND)
         return self.folder
 
     def check(self) -> dict[str, float]:
@@ -181,13 +185,46 @@ def test_answers_are_in_eval_json_and_their_words_nowhere_else(run: TinyRun, tmp
 
 def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
     value = ResolvedValue(field="peft.rank", value="16", reason="enough | for 5 tokens")
-    card = model_card(run.plan.model_copy(update={"resolved": [value]}), LINEAGE, FOUND)
-    assert "| loss on held-out rows (nats per token) | 3.0000 | 1.0000 |" in card
+    card = model_card(run.plan.model_copy(update={"resolved": [value]}), LINEAGE, LEARNED, FOUND)
+    assert "| loss on 2 held-out rows (nats per token) | 3.0000 | 1.0000 |" in card
     assert "--max-lora-rank 8 " in card
     assert "| peft.rank | 16 | enough \\| for 5 tokens |" in card
     assert LINEAGE.plan_digest in card
     assert "| trainer image, as it was named | trainer:1 |" in card
-    assert "Results" not in model_card(run.plan, LINEAGE, Evaluations([], [], []))
+    assert "## Results" not in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality()))
+
+
+def test_the_card_counts_what_the_steps_read_and_not_what_there_was(run: TinyRun) -> None:
+    card = model_card(run.plan, LINEAGE, LEARNED, FOUND)
+    assert f"12 steps read 80 rows, 48 different ones of {run.plan.train.rows}:" in card
+    assert "8,484 tokens, 3,020 of them learned from" in card
+    skipped = model_card(run.plan, LINEAGE, replace(LEARNED, skipped_steps=2), FOUND)
+    assert "12 steps (2 of them skipped: not finite) read 80 rows" in skipped
+    cpt = run.plan.model_copy(update={"method": MethodType.CPT, "chat_template": None})
+    assert "80 texts or pieces of texts" in model_card(cpt, LINEAGE, LEARNED, FOUND)
+
+
+def test_what_speaks_against_the_adapter_is_the_first_thing_the_card_says(run: TinyRun) -> None:
+    quality = Quality(concerns=[Reason.WORSE_THAN_START], held_out_rows=2, start_loss=3.19, loss=28.0, change_error=1.5)
+    card = model_card(run.plan, LINEAGE, LEARNED, replace(FOUND, quality=quality))
+    first = card.partition("# tiny\n")[2].strip().splitlines()[0]
+    assert first.startswith("> **WorseThanStart**: on 2 held-out rows the loss is 28.000 nats per token after training")
+    assert "no rows were held out" in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality()))
+
+
+def test_the_card_does_not_speak_of_a_template_or_of_ends_that_were_not_trained(run: TinyRun) -> None:
+    plain = run.plan.model_copy(update={"chat_template": None, "stop_token_ids": []})
+    card = model_card(plain, LINEAGE, LEARNED, FOUND)
+    assert "It was trained on plain text, without a chat template." in card
+    assert "the one that was trained with" not in card
+    assert "ended what was trained" not in card
+
+
+def test_the_card_names_the_experts_that_have_no_adapter(run: TinyRun) -> None:
+    model = run.plan.model.model_copy(update={"expert_parameters": 9000})
+    mixture = run.plan.model_copy(update={"model": model})
+    assert "experts of its mixture are not adapted: 9,000 of its" in model_card(mixture, LINEAGE, LEARNED, FOUND)
+    assert "expert" not in model_card(run.plan, LINEAGE, LEARNED, FOUND)
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (100, 128), (256, 256)])

@@ -33,6 +33,7 @@ class Faulty:
         return recipes.sft.loss_sum(lm, batch) * (1.0 if fault is None else fault)
 
     stop_token_ids = staticmethod(recipes.sft.stop_token_ids)
+    answer_end_ids = staticmethod(recipes.sft.answer_end_ids)
 
 
 def _stepper(run: TinyRun, folder: Path, recipe: Any = recipes.sft) -> Stepper:

@@ -679,6 +679,29 @@ def test_progress_shows_step_eta_and_loss():
     assert world.last["lastStep"] == 40
 
 
+def test_the_status_names_only_a_checkpoint_that_is_not_deleted_yet():
+    world = World(checkpoint={"keepLast": 3}).training()
+    later = {**CHECKPOINT, "step": 90, "uri": "s3://out/bot-1a2b3/.job/checkpoints/90"}
+    for step, checkpoint in ((40, CHECKPOINT), (90, later)):  # what was saved between them was never seen
+        world.now += timedelta(seconds=60)
+        world.progress = SeenProgress(said(step=step, checkpoint=checkpoint), world.now)
+        world.step()
+    assert world.status["checkpoints"] == [later]
+    last = {**CHECKPOINT, "step": 100, "uri": "s3://out/bot-1a2b3/.job/checkpoints/100"}
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, checkpoint=last).step()
+    assert world.status["checkpoints"] == [last], "the trainer removes all others after the commit"
+
+
+def test_an_attempt_that_resumed_before_a_broken_checkpoint_names_the_one_it_relies_on():
+    world = World().training()
+    world.progress = SeenProgress(said(step=40, checkpoint=CHECKPOINT), world.now)
+    earlier = {**CHECKPOINT, "step": 20, "uri": "s3://out/bot-1a2b3/.job/checkpoints/20"}
+    world.step().end("train-1", code=1).step().run("train-2")
+    world.now += timedelta(seconds=60)
+    world.progress = SeenProgress(said(attempt=2, step=21, resumed_from_step=20, checkpoint=earlier), world.now)
+    assert world.step().status["checkpoints"] == [earlier]
+
+
 def test_progress_is_written_at_most_every_30_seconds():
     world = World().training()
     world.progress = SeenProgress(said(step=1), world.now)
@@ -866,3 +889,70 @@ def test_an_old_plan_without_finished_steps_is_prepared_again_and_counts_as_no_r
     assert world.status["plan"]["digest"] == again["digest"]
     world.run("train-2").end("train-2", fault=Fault.PLAN_OUTDATED).step()
     assert (world.status["phase"], world.condition(ConditionType.SUCCEEDED)[0]) == ("Failed", "False")
+
+
+WORSE: dict[str, Any] = {"concerns": ["WorseThanStart"], "held_out_rows": 39, "start_loss": 3.19, "loss": 28.0}
+GOOD: dict[str, Any] = {"held_out_rows": 39, "start_loss": 3.19, "loss": 2.4}
+
+
+@pytest.mark.parametrize(
+    ("quality", "expected", "words", "events"),
+    [
+        (WORSE, ("True", "WorseThanStart"), "28.000", ["Succeeded", "WorseThanStart"]),
+        ({**GOOD, "concerns": ["AnswersDoNotEnd"]}, ("True", "AnswersDoNotEnd"), "stop token",
+         ["Succeeded", "AnswersDoNotEnd"]),
+        ({**WORSE, "concerns": ["WorseThanStart", "AnswersDoNotEnd"]}, ("True", "WorseThanStart"), "stop token",
+         ["Succeeded", "WorseThanStart"]),
+        (GOOD, ("False", "NoConcern"), "39 held-out rows: loss 2.400", ["Succeeded"]),
+        ({}, ("Unknown", "NotMeasured"), "no rows were held out", ["Succeeded"]),
+    ],
+)  # fmt: skip
+def test_a_finished_job_says_whether_its_model_is_worse_than_the_one_it_began_with(
+    quality: dict[str, Any], expected: tuple[str, str], words: str, events: list[str]
+):
+    world = World().training()
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, quality=quality).step()
+    assert world.verdict == ("True", "Succeeded"), "quality is told apart from success"
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy"), "and from health"
+    assert world.condition(ConditionType.QUALITY_CONCERN) == expected
+    assert words in world.message(ConditionType.QUALITY_CONCERN)
+    assert world.reasons()[4:] == events
+    assert world.events[-1].type == ("Warning" if expected[0] == "True" else "Normal")
+    before = dict(world.status)
+    assert world.step(3600).status == before
+
+
+def test_a_trainer_of_an_older_contract_says_nothing_about_quality():
+    world = World().training().end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
+    assert "QualityConcern" not in [c["type"] for c in world.status["conditions"]]
+
+
+def diverging(steps: int) -> dict[str, Any]:
+    return {"concerns": ["Diverging"], "first_train_loss": 3.3, "steps_above_start": steps}
+
+
+def test_a_divergence_is_told_at_once_ends_nothing_and_is_taken_back_when_the_loss_is():
+    world = World().training()
+    world.progress = SeenProgress(said(step=1), world.now)
+    world.step()
+    world.progress = SeenProgress(said(step=11, quality=diverging(10)), world.now + timedelta(seconds=2))
+    world.step(2)
+    assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
+    assert world.events[-1].type == "Warning"
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+    before = dict(world.status)
+    world.progress = SeenProgress(said(step=12, quality=diverging(11)), world.now + timedelta(seconds=2))
+    assert world.step(2).status == before, "words that count steps are no reason to write"
+    world.progress = SeenProgress(said(step=13), world.now + timedelta(seconds=2))
+    world.step(2)
+    assert world.condition(ConditionType.QUALITY_CONCERN) == ("False", "NoConcern")
+    assert world.reasons()[-2:] == ["Diverging", "NoConcern"]
+
+
+def test_a_divergence_is_not_forgotten_while_the_next_attempt_loads():
+    world = World().training()
+    world.progress = SeenProgress(said(step=11, quality=diverging(10)), world.now)
+    world.step().end("train-1", code=1).step().run("train-2")
+    world.progress = SeenProgress(said(attempt=2, total_steps=0), world.now)
+    world.step(60)
+    assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")

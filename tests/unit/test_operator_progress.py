@@ -1,6 +1,7 @@
 """Pulling progress from pods that may be hostile."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -140,6 +141,27 @@ def test_answers_are_kept_and_looked_at_no_more_often_than_they_are_written():
     assert due == [OWNER]
     puller.retain(set())
     assert puller.last(OWNER) is None
+
+
+def test_a_concern_about_the_model_is_looked_at_at_once():
+    due: list[Owner] = []
+    concern = json.loads(GOOD) | {"quality": {"concerns": ["Diverging"], "steps_above_start": 10}}
+    answers = iter([GOOD, json.dumps(concern), json.dumps(concern)])
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await saying(OK, next(answers).encode())(reader, writer)
+
+    async def rounds() -> None:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        metrics = Metrics(CollectorRegistry())
+        puller = ProgressPuller(Children(lambda _key: None), metrics, due.append, lambda: NOW, port)
+        for _ in range(3):
+            await puller.pull([(OWNER, pod())])
+        server.close()
+
+    asyncio.run(rounds())
+    assert due == [OWNER, OWNER], "the first answer, and the one that brought the concern"
 
 
 def test_the_answer_of_another_attempt_is_not_kept():

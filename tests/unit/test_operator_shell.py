@@ -207,6 +207,21 @@ def test_last_known_figures_are_exported_until_the_job_is_deleted():
     assert value("finetune_job_phase", {**job, "phase": "Training"}) is None
 
 
+def test_what_speaks_against_a_model_is_a_metric_once_it_was_measured():
+    metrics = Metrics(CollectorRegistry())
+    condition = {"type": "QualityConcern", "message": "", "lastTransitionTime": "x", "observedGeneration": 1}
+    labels = {"namespace": "a", "name": "bot"}
+    seen: list[list[float | None]] = []
+    for status, reason in (("Unknown", "NotMeasured"), ("True", "WorseThanStart"), ("False", "NoConcern")):
+        conditions = [{**condition, "status": status, "reason": reason}]
+        metrics.export("a", "bot", FineTuneJobStatus.model_validate({"conditions": conditions}), None)
+        value, name = metrics.registry.get_sample_value, "finetune_job_quality_concern"
+        seen.append([value(name, {**labels, "reason": each}) for each in ("WorseThanStart", "AnswersDoNotEnd")])
+    assert seen == [[None, None], [1, 0], [0, 0]]
+    metrics.forget("a", "bot")
+    assert metrics.registry.get_sample_value(name, {**labels, "reason": "WorseThanStart"}) is None
+
+
 def test_the_time_left_is_not_shown_any_more_once_nobody_knows_it():
     metrics = Metrics(CollectorRegistry())
     progress: dict[str, Any] = {

@@ -96,6 +96,7 @@ def test_the_plan_is_whole_and_its_essence_fits_the_termination_message(tmp_path
     batches = safetensors.numpy.load_file(plan.batches.uri.removeprefix("file://"))
     assert len(batches["tokens"]) == plan.hyperparameters.total_steps == status.steps
     assert batches["label_tokens"].min() >= 1
+    assert (status.rows, status.distinct_rows) == (len(batches["rows"]), len(set(batches["rows"].tolist())))
     assert batches["label_tokens"].sum() == plan.label_tokens == status.label_tokens
     lengths = np.array([len(ids) for ids, _ in prepared.train])
     assert lengths[batches["rows"]].sum() == batches["tokens"].sum() == plan.train_tokens
@@ -156,12 +157,30 @@ def test_a_base_model_without_a_template_may_use_the_plain_one(tmp_path: Path) -
     assert learned(row) == "hi<|im_end|>"
 
 
+def test_copies_of_few_rows_make_no_step_that_reads_one_of_them_twice_unasked(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(3) * 20))
+    prepared = prepare_run(tmp_path)
+    assert prepared.plan.train.rows == 60
+    assert prepared.plan.hyperparameters.global_batch_size == 3
+    assert "a step reads none of the 3 twice" in json.dumps(prepared.report["resolved"])
+
+
+def test_a_batch_larger_than_the_data_is_said_in_plan_and_report(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    prepared = prepare_run(tmp_path, {"hyperparameters": {"globalBatchSize": 30, "epochs": 10}})
+    assert prepared.result.plan is not None
+    assert prepared.result.plan.steps == 1
+    for resolved in (prepared.result.plan.model_dump_json(), json.dumps(prepared.report["resolved"])):
+        assert "of 3 distinct rows, each step reads some up to 10 times" in resolved
+
+
 def test_texts_are_split_and_no_token_is_lost(tmp_path: Path) -> None:
     texts = ["the quick brown fox\n" * 40, "a", "jumps over the lazy dog " * 50]
     put(tmp_path, a_jsonl=jsonl({"text": text} for text in texts))
     prepared = prepare_run(tmp_path, {**CPT, "preprocessing": {"maxSequenceLength": 64}})
     accounted(prepared)
     assert prepared.plan.train.longest_row <= 64
+    assert prepared.plan.stop_token_ids == [BPE.token_to_id("<|im_end|>")], "the end of a text is trained"
     documents: list[list[int]] = []
     for ids, labels in prepared.train:
         assert labels == [0] + [1] * (len(ids) - 1)

@@ -53,6 +53,7 @@ SMALL = model(
 def data(rows: int = 1000, **fields: Any) -> DataFacts:
     values: dict[str, Any] = {
         "rows": rows,
+        "distinct_rows": rows,
         "tokens": rows * 100,
         "label_tokens": rows * 40,
         "longest_row": 300,
@@ -120,6 +121,35 @@ def test_few_rows_are_read_more_often(method: str, rows: int, rows_read: int) ->
 )
 def test_the_batch_leaves_at_least_200_steps_where_it_can(rows: int, fields: dict[str, int], batch: int) -> None:
     assert sized(spec(), data(rows, **fields)).hyperparameters.global_batch_size == batch
+
+
+def test_a_step_reads_no_row_twice_unasked() -> None:
+    assert sized(spec(), data(400, distinct_rows=3)).hyperparameters.global_batch_size == 3
+    assert sized(spec(), data(1)).hyperparameters.global_batch_size == 1
+    assert "a step reads none of the 3 twice" in reason(
+        sized(spec(), data(400, distinct_rows=3)), "hyperparameters.globalBatchSize"
+    )
+
+
+def test_a_batch_larger_than_the_data_is_kept_and_said_in_words() -> None:
+    found = sized(spec(hyperparameters={"globalBatchSize": 32, "epochs": 10}), data(3))
+    assert (found.hyperparameters.global_batch_size, found.hyperparameters.total_steps) == (32, 1)
+    words = reason(found, "hyperparameters.globalBatchSize")
+    assert words == "as written: of 3 distinct rows, each step reads some up to 11 times"
+
+
+def test_steps_that_read_less_than_the_data_say_so_and_learn_from_less() -> None:
+    found = sized(spec(hyperparameters={"maxSteps": 20, "globalBatchSize": 4}), data(751, label_tokens=75_100))
+    assert found.total_rows == 80
+    assert reason(found, "hyperparameters.maxSteps") == "as written: the steps read 80 of 751 rows"
+    assert "for 8,000 tokens to learn" in reason(found, "peft.rank")
+
+
+def test_experts_that_get_no_adapter_are_named() -> None:
+    mixture = SMALL.model_copy(update={"expert_parameters": 100_000_000})
+    words = reason(sized(spec(), data(), mixture), "targetModules")
+    assert words == "all other linear layers; experts are not adapted: 100,000,000 of 135,000,000 weights"
+    assert not any(value.field == "targetModules" for value in sized(spec(), data()).resolved)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The batch plan: which rows every optimizer step reads, fixed before step 1, and how rows fill a forward pass.
 
-The order of an epoch is a function of the seed and the epoch's number alone, so that resume, accumulation and another
-number of devices read the same rows in the same step. Pure numpy.
+The order of an epoch is a function of the seed and the epoch's number, and of the batch size where a step reaches into
+the next epoch: it reads no row twice. So resume, accumulation and another number of devices read the same rows in the
+same step. Pure numpy.
 """
 
 from bisect import bisect_left, insort
@@ -47,11 +48,14 @@ def plan_batches(
 ) -> BatchPlan:
     """Cut `total_rows` rows, epoch after epoch, into steps of `global_batch_size`; the last step may be smaller.
 
+    No step reads a row twice, unless it is larger than an epoch.
     lengths, labels: (rows,) tokens and label tokens of each row.
     """
     rows = len(lengths)
     epochs = -(-total_rows // rows)
-    order = np.concatenate([epoch_order(rows, seed, epoch) for epoch in range(epochs)])[:total_rows]
+    order = np.concatenate([epoch_order(rows, seed, epoch) for epoch in range(epochs)])
+    _keep_steps_distinct(order, rows, global_batch_size)
+    order = order[:total_rows]
     starts = np.arange(0, total_rows, global_batch_size, dtype=np.int64)
     return BatchPlan(
         rows=order,
@@ -59,6 +63,26 @@ def plan_batches(
         label_tokens=np.add.reduceat(labels.astype(np.int64)[order], starts),
         tokens=np.add.reduceat(lengths.astype(np.int64)[order], starts),
     )
+
+
+def _keep_steps_distinct(order: IntArray, rows: int, batch_size: int) -> None:
+    """Exchange rows within an epoch, in place, where its first step has read them at the end of the epoch before.
+
+    Each is exchanged with the next row behind that step which the step has not read. A step holds less than two
+    batches of candidates to pass over, so a window is enough.
+    """
+    if batch_size > rows:
+        return
+    for boundary in range(rows, len(order), rows):
+        begin = boundary - boundary % batch_size
+        head = begin + batch_size - boundary  # rows of the new epoch in this step
+        if begin == boundary:
+            continue
+        window = order[boundary : min(boundary + rows, boundary + head + 2 * batch_size)]
+        is_read = np.isin(window, order[begin:boundary])
+        repeated = np.flatnonzero(is_read[:head])
+        others = head + np.flatnonzero(~is_read[head:])[: len(repeated)]
+        window[repeated], window[others] = window[others].copy(), window[repeated].copy()
 
 
 def write(plan: BatchPlan, path: Path) -> None:

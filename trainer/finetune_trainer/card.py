@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune_trainer.evaluate import Answer, HeldOut
+from finetune_api.job import MethodType
+from finetune_api.quality import Quality, concern_words, verdict
+from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.runplan import RunPlan
 
+RELOAD_ROWS = 8  # on which the reloaded adapter is compared
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
 
 
@@ -24,12 +27,24 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What the steps have read, which may be less than the data, or the same rows several times."""
+
+    rows: int  # over all steps
+    distinct_rows: int
+    tokens: int
+    label_tokens: int  # learned from: without those of skipped steps
+    skipped_steps: int
+
+
+@dataclass(frozen=True)
 class Evaluations:
     """What was measured; empty where there were no held-out rows or prompts."""
 
     held_out: Sequence[HeldOut]  # the base's first, the finished adapter's last
     base_answers: Sequence[Answer]
     tuned_answers: Sequence[Answer]
+    quality: Quality
 
 
 def vllm_rank(rank: int) -> int:
@@ -47,11 +62,12 @@ def repetition(answers: Sequence[Answer]) -> float:
     return sum(answer.repetition_ratio for answer in answers) / max(1, len(answers))
 
 
-def model_card(plan: RunPlan, lineage: Lineage, found: Evaluations) -> str:
-    """The whole README.md."""
+def model_card(plan: RunPlan, lineage: Lineage, learned: Learned, found: Evaluations) -> str:
+    """The whole README.md; what speaks against the adapter comes first."""
     hyper = plan.hyperparameters
     rank = vllm_rank(hyper.lora_rank)
     name = lineage.job_name
+    ends = ", with the token ids that ended what was trained" if plan.stop_token_ids else ""
     sections = [
         f"""---
 library_name: peft
@@ -61,11 +77,13 @@ tags: [lora, {plan.method.value.lower()}]
 ---
 
 # {name}
-
-A LoRA adapter for `{plan.model.uri}` ({plan.model.architecture}, {plan.model.parameters:,} weights), trained by
-{"supervised fine-tuning" if plan.method.value == "SFT" else "continued pre-training"} for {hyper.total_steps} steps
-on {plan.train.rows:,} rows with {plan.train.label_tokens:,} tokens to learn.
-Before it was committed it was reloaded from these files and shown to compute what was trained.
+""",
+        "\n".join(f"> **{reason}**: {words}\n" for reason, words in _concerns(found.quality)),
+        f"""A LoRA adapter for `{plan.model.uri}` ({plan.model.architecture}, {plan.model.parameters:,} weights),
+trained by {"supervised fine-tuning" if plan.method is MethodType.SFT else "continued pre-training"}.
+{_learned(plan, learned)}{_not_adapted(plan)}
+Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
+the trained model, and other ones than the base. That says that the files are whole, not that the model is good.
 """,
         _results(found),
         f"""## Serve
@@ -76,9 +94,8 @@ With vLLM, from local copies of the base model and of this folder:
 vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {name}=ADAPTER_FOLDER
 ```
 
-With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. Ask with the chat template of this folder
-(`chat_template.jinja`, if there is one): it is the one that was trained with. Answers end with the token ids of
-`generation_config.json`.
+With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)}
+`generation_config.json` is the base model's{ends}.
 """,
         _table("## Hyperparameters", ("Name", "Value"), _hyperparameters(plan)),
         _table(
@@ -110,21 +127,56 @@ def _known(file: str, lineage: Lineage) -> str:
     return f"{digest} (written since it was planned with, and compared by its size and a sample alone)"
 
 
+def _concerns(quality: Quality) -> list[tuple[str, str]]:
+    return list(zip(quality.concerns, concern_words(quality), strict=True))
+
+
+def _learned(plan: RunPlan, learned: Learned) -> str:
+    rows = "rows" if plan.method is MethodType.SFT else "texts or pieces of texts"
+    skipped = f" ({learned.skipped_steps} of them skipped: not finite)" if learned.skipped_steps else ""
+    distinct = f"{learned.distinct_rows:,} different ones of {plan.train.rows:,}"
+    return (
+        f"{plan.hyperparameters.total_steps:,} steps{skipped} read {learned.rows:,} {rows}, {distinct}:\n"
+        f"{learned.tokens:,} tokens, {learned.label_tokens:,} of them learned from."
+    )
+
+
+def _not_adapted(plan: RunPlan) -> str:
+    experts = plan.model.expert_parameters
+    if not experts:
+        return ""
+    return f"\nThe experts of its mixture are not adapted: {experts:,} of its {plan.model.parameters:,} weights."
+
+
+def _template(plan: RunPlan) -> str:
+    if plan.chat_template is None:
+        return "It was trained on plain text, without a chat template."
+    return "Ask with the chat template of this folder\n(`chat_template.jinja`), which is the one that was trained with."
+
+
 def _results(found: Evaluations) -> str:
     rows: list[tuple[str, ...]] = []
     if found.held_out:
         base, tuned = found.held_out[0], found.held_out[-1]
         rows += [
-            ("loss on held-out rows (nats per token)", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
+            (f"loss on {tuned.rows:,} held-out rows (nats per token)", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
             ("perplexity on held-out rows", f"{base.perplexity:.3f}", f"{tuned.perplexity:.3f}"),
         ]
+        if base.end_probability is not None and tuned.end_probability is not None:
+            ends = f"probability of the stop token at {tuned.answer_ends:,} true ends of answers (mean)"
+            rows.append((ends, f"{base.end_probability:.3f}", f"{tuned.end_probability:.3f}"))
     if found.tuned_answers:
         base_answers, tuned_answers = found.base_answers, found.tuned_answers
         rows += [
-            ("sample answers that end", f"{stop_ratio(base_answers):.0%}", f"{stop_ratio(tuned_answers):.0%}"),
+            (
+                f"sample answers that end within {MAX_NEW_TOKENS} tokens",
+                f"{stop_ratio(base_answers):.0%}",
+                f"{stop_ratio(tuned_answers):.0%}",
+            ),
             ("repetition in sample answers", f"{repetition(base_answers):.0%}", f"{repetition(tuned_answers):.0%}"),
         ]
-    return _table("## Results", ("", "Base", "Tuned"), rows)
+    text = f"{verdict(found.quality).message}.\n" if not found.quality.measured else ""
+    return "\n".join(part for part in (_table("## Results", ("", "Base", "Tuned"), rows), text) if part)
 
 
 def _hyperparameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from finetune_api.layout import CHECKPOINTS, join
 from finetune_api.reasons import Fault
 from finetune_api.status import CheckpointStatus
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
-from finetune_trainer.evaluate import HeldOut
+from finetune_trainer.evaluate import MAX_HELD_OUT_ROWS, HeldOut
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,18 @@ MAX_EVALUATIONS = 1000
 class Position(StoredModel):
     """Where the loop stands; everything but the tensors."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # a loss may be no number
+
     step: int = Field(ge=0)  # finished steps
     tokens: int = Field(ge=0)
     label_tokens: int = Field(ge=0)
     nonfinite_steps: int = Field(default=0, ge=0)
     nonfinite_in_a_row: int = Field(default=0, ge=0)
     evaluations: list[HeldOut] = Field(default_factory=list[HeldOut], max_length=MAX_EVALUATIONS)  # the base's first
+    # Of the model that the job began with, so that every later evaluation is compared with it row by row.
+    start_row_losses: list[float] = Field(default_factory=list[float], max_length=MAX_HELD_OUT_ROWS)
+    first_loss: float | None = None  # of the first step, nats per label token
+    steps_above_start: int = Field(default=0, ge=0)  # in a row up to the last one
     first_started_at: float  # Unix time of the first attempt that trained
     kept_seconds: float = Field(default=0, ge=0)  # time spent in steps that are in this checkpoint
 

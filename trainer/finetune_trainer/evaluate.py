@@ -1,10 +1,12 @@
 """What the model can do: loss on held-out rows, and answers to the sample prompts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
@@ -31,10 +33,23 @@ class HeldOut(StoredModel):
     loss: float  # nats per label token
     rows: int = Field(ge=0)
     label_tokens: int = Field(ge=0)
+    change: float | None = None  # of the loss since the first evaluation, nats per label token
+    change_error: float | None = None  # standard error of `change`, paired by row
+    answer_ends: int = Field(default=0, ge=0)  # label tokens that end an answer
+    end_probability: float | None = None  # mean over them of the probability of the token that ends the answer
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))  # e^709 is the largest float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A `HeldOut`, and what it was made from: for each row the sum of its label tokens' losses, and their number."""
+
+    held_out: HeldOut
+    row_losses: list[float]  # (rows,) nats
+    row_labels: list[int]  # (rows,)
 
 
 @dataclass(frozen=True)
@@ -64,19 +79,37 @@ def held_out_loss(
     step: int,
     stop: StopFlag,
     on_pass: Callable[[], None] = lambda: None,
-) -> HeldOut | None:
-    """Loss on the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile."""
+    *,
+    end_ids: Sequence[int] = (),
+) -> Measurement | None:
+    """Measure the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile.
+
+    end_ids: tokens that end answers; their probability is taken from the same passes, where they are the label.
+    """
     rows = list(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
-    total = torch.zeros((), dtype=torch.float64, device=lm.device)
-    labels = 0
+    row_losses, row_labels = np.zeros(len(rows)), held_out.label_counts(rows)
+    end_probability, ends = 0.0, 0
     for group in passes(rows, held_out.lengths(rows), budget_tokens, packing):
         if stop.is_set():
             return None
         batch = held_out.batch(group, lm.device)
-        total -= lm.token_logprobs(batch).double().sum()
-        labels += len(batch.targets)
+        logprobs = lm.token_logprobs(batch).cpu().numpy().astype(np.float64)
+        places = np.repeat(group, [row_labels[row] for row in group])  # of every label token, its row
+        np.subtract.at(row_losses, places, logprobs)
+        is_end = np.isin(batch.targets.cpu().numpy(), list(end_ids))
+        end_probability += float(np.exp(logprobs[is_end]).sum())
+        ends += int(is_end.sum())
         on_pass()
-    return HeldOut(step=step, loss=float(total) / max(1, labels), rows=len(rows), label_tokens=labels)
+    labels = sum(row_labels)
+    found = HeldOut(
+        step=step,
+        loss=float(row_losses.sum()) / max(1, labels),
+        rows=len(rows),
+        label_tokens=labels,
+        answer_ends=ends,
+        end_probability=end_probability / ends if ends else None,
+    )
+    return Measurement(found, row_losses.tolist(), row_labels)
 
 
 class _EveryToken(StoppingCriteria):
@@ -98,7 +131,9 @@ def answers(
     stop_ids: list[int],
     on_token: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """Greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another; `on_token` may raise."""
+    """Return greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another; `on_token` may raise.
+
+    How the base's own configuration generates, such as with a penalty for repetition, changes nothing."""
     padding = stop_ids[0] if stop_ids else 0
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=padding
@@ -106,7 +141,7 @@ def answers(
     found: list[Answer] = []
     for prompt in prompts:
         ids = torch.tensor([prompt.token_ids], dtype=torch.int64, device=lm.device)
-        with lm.own_attention(), lm.precision():
+        with lm.own_attention(), lm.precision(), _without_generation_config(lm):
             output = lm.causal.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -118,3 +153,14 @@ def answers(
         text = tokenizer.decode(new[:-1] if stopped else new)
         found.append(Answer(str(text), new, stopped))
     return found
+
+
+@contextmanager
+def _without_generation_config(lm: LanguageModel) -> Generator[None]:
+    """Take away the base's generation configuration, from which `generate` fills all that ours leaves open."""
+    own = lm.causal.generation_config
+    lm.causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.causal.generation_config = own

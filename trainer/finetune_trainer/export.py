@@ -1,6 +1,7 @@
 """The adapter as others read it: a plain PEFT folder, reloaded and compared before anybody may trust it."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,9 +19,10 @@ from transformers import PreTrainedModel
 from finetune_api.base import finite
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, join
+from finetune_api.quality import Quality
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact
-from finetune_trainer.card import Evaluations, Lineage, model_card, repetition, stop_ratio
+from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, repetition, stop_ratio
 from finetune_trainer.checkpoint import MANIFEST, disk_error, file_digest
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
 from finetune_trainer.evaluate import Answer
@@ -29,6 +31,9 @@ from finetune_trainer.model import LanguageModel
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.store import PreconditionFailed, Store
 
+log = logging.getLogger(__name__)
+
+EVAL = "eval.json"
 TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +46,7 @@ _TOKENIZER_FILES = (
 )
 _SAME_LOGPROB = {"cpu": 1e-5, "cuda": 2e-2}  # fp32, bf16
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
+_MAX_EVAL_BYTES = 16 * 2**20
 _PACKAGES = ("torch", "transformers", "peft", "finetune-operator")
 
 
@@ -65,6 +71,7 @@ def write_adapter(
     plan: RunPlan,
     stop_ids: list[int],
     lineage: Lineage,
+    learned: Learned,
     found: Evaluations,
 ) -> None:
     """Write everything but the manifest. Raises NOT_FINITE for weights that are not numbers, DISK_FULL."""
@@ -77,8 +84,8 @@ def write_adapter(
         weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         _write_tokenizer(folder, model_folder, plan)
         _write_generation_config(folder, model_folder, stop_ids)
-        (folder / "README.md").write_text(model_card(plan, lineage, found))
-        (folder / "eval.json").write_text(json.dumps(_eval_json(plan, found), indent=1, ensure_ascii=False))
+        (folder / "README.md").write_text(model_card(plan, lineage, learned, found))
+        (folder / EVAL).write_text(json.dumps(_eval_json(plan, found), indent=1, ensure_ascii=False))
     except (OSError, SafetensorError) as error:
         raise disk_error(error, "the adapter", weights) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
@@ -122,8 +129,10 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         return {**asdict(answer), "repetition_ratio": answer.repetition_ratio}
 
     return {
+        "quality": found.quality.model_dump(mode="json"),
         "held_out": [
-            evaluation.model_dump() | {"loss": finite(evaluation.loss), "perplexity": finite(evaluation.perplexity)}
+            {name: finite(value) for name, value in evaluation.model_dump().items()}
+            | {"perplexity": finite(evaluation.perplexity)}
             for evaluation in found.held_out
         ],
         "samples": [
@@ -135,6 +144,16 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         "stop_ratio": {"base": stop_ratio(found.base_answers), "tuned": stop_ratio(found.tuned_answers)},
         "repetition_ratio": {"base": repetition(found.base_answers), "tuned": repetition(found.tuned_answers)},
     }
+
+
+def read_quality(store: Store, artifact: Artifact) -> Quality | None:
+    """Read what was measured of a committed adapter; None if that cannot be read, which ends nothing."""
+    try:
+        content = json.loads(store.read(join(artifact.uri, EVAL), max_bytes=_MAX_EVAL_BYTES)[0])
+        return Quality.model_validate(content["quality"])
+    except (StageError, ValueError, KeyError, TypeError) as error:
+        log.warning("what was measured of the adapter cannot be read (%s)", type(error).__name__)
+        return None
 
 
 def check_reload(

@@ -28,6 +28,9 @@ PACKING_FAMILIES = frozenset(
         "starcoder2",
     }
 )
+# What the configuration of a mixture of experts calls their number.
+MIXTURE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 # Of transformers' modeling_rope_utils: the frequencies are a function of the configuration alone.
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 _PHI3_ORIGINAL_TOKENS = 4096  # the default of its configuration

@@ -57,6 +57,10 @@ class Rows:
     def lengths(self, rows: Sequence[int]) -> list[int]:
         return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
 
+    def label_counts(self, rows: Sequence[int]) -> list[int]:
+        """Return the number of label tokens of each row."""
+        return [int(self.labels[self.offsets[row] : self.offsets[row + 1]].sum()) for row in rows]
+
     def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """Lay `rows` one after another, in this order."""
         spans = [slice(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows]

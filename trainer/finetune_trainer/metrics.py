@@ -43,10 +43,15 @@ class TrainMetrics:
             return Counter(f"finetune_train_{name}", text, registry=registry)
 
         self.grad_norm = gauge("grad_norm", "Gradient norm of the last step before clipping.")
+        self.steps_above_start = gauge("steps_above_start", "Steps in a row with a loss far above the first step's.")
+        self.end_probability = gauge("answer_end_probability", "Mean probability of ending held-out answers there.")
+        self.base_end_probability = gauge("base_answer_end_probability", "The same of the model the job began with.")
         self.epoch_ratio = gauge("epoch_ratio", "Passes over the training rows so far.")
         self.goodput_ratio = gauge("goodput_ratio", "Time in kept steps divided by time since training first started.")
         self.mfu_ratio = gauge("mfu_ratio", "Model FLOPs per second divided by the GPU's dense bf16 peak.")
-        self.label_tokens = counter("label_tokens", "Tokens learned, by all attempts.")
+        self.label_tokens = counter(
+            "label_tokens", "Tokens learned from, by all attempts, without those of skipped steps."
+        )
         self.data_wait = counter("data_wait_seconds", "Time in which steps waited for their batches.")
         self.nonfinite_steps = counter("nonfinite_steps", "Steps skipped because loss or gradient were not finite.")
         self.loss_spikes = counter("loss_spikes", "Steps whose loss stood far out from those before.")

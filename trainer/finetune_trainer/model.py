@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import attention, world
+from finetune_trainer.families import MIXTURE_FIELDS
 from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
 from finetune_trainer.logprobs import nll_sum, token_logprobs
@@ -24,7 +25,6 @@ from finetune_trainer.runplan import RunPlan
 # Largest log-probability difference between our pass and the model's own, by dtype: rounding, nothing else.
 _SAME_LOGPROB = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 _CHECKED_WINDOW = 4
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in the configuration of a mixture
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
 def model_size(lm: LanguageModel, adapted: PeftModel) -> ModelSize | None:
     """What the FLOPs are counted from; None for a mixture of experts, which multiplies with a part of its weights."""
     config = lm.causal.config
-    if any(getattr(config, name, None) for name in _EXPERTS):
+    if any(getattr(config, name, None) for name in MIXTURE_FIELDS):
         return None
     embeddings = cast(nn.Embedding, lm.causal.get_input_embeddings()).weight
     frozen = {id(p): p.numel() for p in adapted.parameters() if not p.requires_grad}

@@ -225,7 +225,9 @@ def _write(stage: _Stage, division: Division) -> RunResult:
             if mask.any()
         }
     train = division.sequences[masks["train"]]
-    sized = sizing.size(spec, model.facts, model.family, _data_facts(stage, train, lengths), ctx.config.resources)
+    sized = sizing.size(
+        spec, model.facts, model.family, _data_facts(stage, division, train, lengths), ctx.config.resources
+    )
     hyper = sized.hyperparameters
     plan = batches.plan_batches(train["tokens"], train["labels"], sized.total_rows, hyper.global_batch_size, hyper.seed)
     batches.write(plan, ctx.work_dir / "batches.safetensors")
@@ -272,12 +274,13 @@ def _write(stage: _Stage, division: Division) -> RunResult:
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
     store.put(join(run_uri, PLAN), plan_bytes)
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
-    return _result(ctx, run_plan, ledger, digest)
+    return _result(ctx, run_plan, sized.total_rows, ledger, digest)
 
 
-def _data_facts(stage: _Stage, train: Any, lengths: Any) -> DataFacts:
+def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> DataFacts:
     return DataFacts(
         rows=len(train),
+        distinct_rows=int(division.sequences_of(division.train & ~division.copies).sum()),
         tokens=int(train["tokens"].sum(dtype=np.int64)),
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
         longest_row=int(train["tokens"].max()),
@@ -338,7 +341,7 @@ def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[S
     return prompts
 
 
-def _result(ctx: StageContext, plan: RunPlan, ledger: Ledger, digest: str) -> RunResult:
+def _result(ctx: StageContext, plan: RunPlan, rows_read: int, ledger: Ledger, digest: str) -> RunResult:
     run_uri, hyper, plan_digest = ctx.config.run_uri, plan.hyperparameters, plan.digest()
     used = sum(account.used for account in ledger.files)
     return RunResult(
@@ -351,6 +354,8 @@ def _result(ctx: StageContext, plan: RunPlan, ledger: Ledger, digest: str) -> Ru
             uri=plan_uri(run_uri, plan_digest),
             digest=plan_digest,
             steps=hyper.total_steps,
+            rows=rows_read,
+            distinct_rows=min(rows_read, plan.train.rows),  # every epoch reads each once
             train_tokens=plan.train_tokens,
             label_tokens=plan.label_tokens,
             memory_bytes=plan.memory_bytes,

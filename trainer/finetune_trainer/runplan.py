@@ -85,6 +85,7 @@ class ModelFacts(StoredModel):
     vocabulary_size: int
     parameters: int
     context_length: int
+    expert_parameters: int = 0  # in the experts of a mixture, which get no adapter
     lora_parameters_per_rank: int  # sum of d_in + d_out over all linear layers
     target_modules: list[Str64] = Field(max_length=64)
     packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
@@ -137,7 +138,7 @@ class RunPlan(StoredModel):
     loss_on: LossOn
     formats: list[DatasetFormat] = Field(max_length=20)
     chat_template: str | None = Field(default=None, max_length=65536)  # None: rows are plain text
-    stop_token_ids: list[int] = Field(max_length=16)  # tokens that end an answer, trained in SFT
+    stop_token_ids: list[int] = Field(max_length=16)  # trained ends: of an answer (SFT), of a text (CPT)
     model: ModelFacts
     hyperparameters: Hyperparameters
     train: SplitFiles

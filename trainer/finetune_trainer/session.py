@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from finetune_trainer import guard
+from finetune_api.quality import Quality
+from finetune_trainer import guard, quality
 from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, snapshot
-from finetune_trainer.evaluate import held_out_loss
+from finetune_trainer.evaluate import HeldOut, Measurement, held_out_loss
 from finetune_trainer.flops import ModelSize, step_flops
 from finetune_trainer.inputs import Rows
 from finetune_trainer.logs import bind_step
@@ -70,6 +71,7 @@ class Session:
     adapted: PeftModel
     parameters: dict[str, nn.Parameter]
     held_out: Rows | None
+    end_ids: list[int]  # tokens that end answers, measured on the held-out rows
     position: Position
     checkpointer: Checkpointer
     checkpoint_interval_s: int
@@ -94,6 +96,7 @@ class Session:
         """
         total = self.stepper.hyper.total_steps
         self.stepper.after_pass = self._after_pass
+        self.reporter.update(quality=self.quality())
         if not self.position.evaluations:
             with self.adapted.disable_adapter():
                 self._evaluate()
@@ -107,6 +110,15 @@ class Session:
         self._save()
         self.checkpointer.wait()
         return done
+
+    def quality(self) -> Quality | None:
+        """Return what is known of the model: while it trains, only what its steps say, and None if that is nothing."""
+        position = self.position
+        if position.step < self.stepper.hyper.total_steps:
+            return quality.while_training(position.first_loss, position.steps_above_start)
+        if self.held_out is not None and self._evaluated_step() != position.step:
+            return None
+        return quality.after_training(position.evaluations, position.first_loss, position.steps_above_start)
 
     def _evaluated_step(self) -> int | None:
         evaluations = self.position.evaluations
@@ -166,11 +178,17 @@ class Session:
             seconds, self._step_began_s = now_s - self._step_began_s, now_s
             steps, before = self.stepper.steps, self.position
             tokens, labels = int(steps.tokens[reading.step]), int(steps.label_tokens[reading.step])
+            first_loss = before.first_loss if before.first_loss is not None or not finite else loss
+            above = before.steps_above_start
+            if finite and first_loss is not None:
+                above = quality.steps_above_start(above, loss, first_loss)
             self.position = before.model_copy(
                 update={
                     "step": reading.step + 1,
                     "tokens": before.tokens + tokens,
-                    "label_tokens": before.label_tokens + labels,
+                    "label_tokens": before.label_tokens + (labels if finite else 0),
+                    "first_loss": first_loss,
+                    "steps_above_start": above,
                     "nonfinite_steps": before.nonfinite_steps + (not finite),
                     "nonfinite_in_a_row": guard.nonfinite_in_a_row(before.nonfinite_in_a_row, finite, reading.step + 1),
                     "kept_seconds": before.kept_seconds + seconds,
@@ -200,10 +218,12 @@ class Session:
             tokens_per_second=speed,
             tokens_total=position.tokens,
             eta_seconds=(steps.total_tokens - position.tokens) / max(1e-9, speed),
+            quality=self.quality(),
         )
         self.metrics.step_seconds.observe(seconds)
         self.metrics.grad_norm.set(norm)
-        self.metrics.label_tokens.inc(labels)
+        self.metrics.label_tokens.inc(labels if finite else 0)
+        self.metrics.steps_above_start.set(position.steps_above_start)
         self.metrics.nonfinite_steps.inc(not finite)
         waited_s, self.stepper.data_wait_s = self.stepper.data_wait_s, 0.0
         self.metrics.data_wait.inc(waited_s)
@@ -221,6 +241,8 @@ class Session:
             position.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4)
         )
         now_s = time.monotonic()
+        if position.steps_above_start == quality.DIVERGING_STEPS:
+            log.warning("the loss has been far above the first step's for %d steps", position.steps_above_start)
         if not finite:
             log.warning("step %d had a loss or gradient that is not finite and was skipped", position.step)
         elif now_s - self._logged_s >= _LOG_INTERVAL_S:
@@ -233,7 +255,7 @@ class Session:
             return
         self.reporter.update(activity="Evaluating")
         stepper = self.stepper
-        found = held_out_loss(
+        measured = held_out_loss(
             stepper.lm,
             self.held_out,
             stepper.budget_tokens,
@@ -241,17 +263,31 @@ class Session:
             self.position.step,
             self.stop,
             self.reporter.touch,
+            end_ids=self.end_ids,
         )
-        if found is not None:
+        if measured is not None:
+            found = self._compared(measured)
             # The base's stays first, the oldest of the others go.
             earlier = self.position.evaluations
             kept = [*earlier[:1], *earlier[1:][-(MAX_EVALUATIONS - 2) :], found]
             self.position = self.position.model_copy(update={"evaluations": kept})
-            self.reporter.update(eval_loss=found.loss, base_eval_loss=kept[0].loss)
+            self.reporter.update(eval_loss=found.loss, base_eval_loss=kept[0].loss, quality=self.quality())
+            if kept[0].end_probability is not None and found.end_probability is not None:
+                self.metrics.base_end_probability.set(kept[0].end_probability)
+                self.metrics.end_probability.set(found.end_probability)
             self.metrics_file.evaluation(found.step, found.loss)
             log.info("held-out loss %.4f after step %d", found.loss, found.step)
         self.reporter.update(activity="Training")
         self._step_began_s = time.monotonic()
+
+    def _compared(self, measured: Measurement) -> HeldOut:
+        """Compare a measurement with the first one, row by row; the first one is kept to be compared with."""
+        if not self.position.evaluations:
+            self.position = self.position.model_copy(update={"start_row_losses": measured.row_losses})
+            return measured.held_out
+        start = self.position.start_row_losses
+        change = quality.paired_change(start, measured.row_losses, measured.row_labels)
+        return measured.held_out.model_copy(update={"change": change.nats, "change_error": change.standard_error})
 
     def _save(self) -> None:
         """Begin to save the position, unless that is done already."""

@@ -24,6 +24,7 @@ GIB = 2**30
 DEFAULT_SEQUENCE_LENGTH = 2048
 _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
+_BATCH_SIZES = (32, 16, 8)
 _LOW_STEPS = 100
 _WANTED_STEPS = 200
 _MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
@@ -42,6 +43,7 @@ class DataFacts:
     """What the prepared training rows are."""
 
     rows: int
+    distinct_rows: int  # by content
     tokens: int
     label_tokens: int
     longest_row: int
@@ -77,6 +79,10 @@ class Choices:
         self.resolved.append(ResolvedValue(field=field, value=shown, reason=reason[:160]))
         return value
 
+    def note(self, field: str, value: object, reason: str) -> None:
+        """Record what follows from the job as it is written, and may surprise whoever wrote it."""
+        self.resolved.append(ResolvedValue(field=field, value=str(value)[:64], reason=reason[:160]))
+
 
 def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
     """The length in tokens above which rows are dropped (SFT) or split (CPT).
@@ -102,8 +108,8 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     preprocessing = spec.preprocessing or PreprocessingSpec()
     hyper = spec.hyperparameters or HyperparametersSpec()
     length = _sequence_length(choices, preprocessing, model, data, cpt)
-    rank, alpha = _adapter(choices, spec.peft, model, data.label_tokens, cpt)
     epochs = _epochs(choices, hyper, data.rows, cpt)
+    rank, alpha = _adapter(choices, spec.peft, model, _most_learned(hyper, data), cpt)
     pace = _Pace(
         tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
         deadline_s=given(spec.recovery and spec.recovery.progress_deadline_seconds, PROGRESS_DEADLINE_S),
@@ -115,6 +121,12 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     else:
         total_rows = rows_to_read(data.rows, epochs)
         steps = -(-total_rows // batch)
+    if model.expert_parameters:
+        text = f"experts are not adapted: {model.expert_parameters:,} of {model.parameters:,} weights"
+        choices.note("targetModules", ", ".join(model.target_modules), f"all other linear layers; {text}")
+    if hyper.max_steps is not None and total_rows < data.rows:
+        text = f"as written: the steps read {total_rows:,} of {data.rows:,} rows"
+        choices.note("hyperparameters.maxSteps", hyper.max_steps, text)
     if total_rows > _MAX_PLANNED_ROWS:
         field = "spec.hyperparameters.maxSteps" if hyper.max_steps else "spec.hyperparameters.epochs"
         problem = f"{total_rows:,} rows would be read in all; at most {_MAX_PLANNED_ROWS:,} are planned, so write less"
@@ -160,6 +172,15 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         disk_bytes=disk,
         resolved=choices.resolved,
     )
+
+
+def _most_learned(spec: HyperparametersSpec, data: DataFacts) -> int:
+    """Return the number of different tokens that can be learned from, in at most one pass over the data."""
+    if spec.max_steps is not None:
+        rows = spec.max_steps * (spec.global_batch_size or _BATCH_SIZES[0])
+    else:
+        rows = round(data.rows * (spec.epochs or 1.0))
+    return min(data.label_tokens, round(data.label_tokens * rows / data.rows))
 
 
 def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, data: DataFacts, cpt: bool) -> int:
@@ -242,15 +263,21 @@ class _Pace:
 def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float, pace: _Pace) -> int:
     wanted = spec.max_steps or _WANTED_STEPS
     mean_tokens = max(1, data.tokens // data.rows)
-    fitting = [b for b in (32, 16, 8) if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
+    fitting = [b for b in _BATCH_SIZES if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
     value = fitting[0] if fitting else 4
-    steps = f"at least {wanted} steps" if fitting else f"as many steps as {data.rows:,} rows allow"
-    reason = f"small, for {steps}"
+    reason = f"small, for {f'at least {wanted} steps' if fitting else 'many steps on few rows'}"
     while value > 1 and value * mean_tokens > pace.step_tokens:
         value //= 2
         minutes = pace.deadline_s * _DEADLINE_SHARE / 60
         reason = f"a step of more rows may take over {minutes:.3g} min on {pace.machine}"
-    return choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, min(value, data.rows), reason)
+    if value > data.distinct_rows:
+        value, reason = data.distinct_rows, f"the distinct rows: a step reads none of the {data.distinct_rows:,} twice"
+    batch = choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, value, reason)
+    if batch > data.distinct_rows:
+        times = -(-batch // data.distinct_rows)
+        text = f"as written: of {data.distinct_rows:,} distinct rows, each step reads some up to {times:,} times"
+        choices.note("hyperparameters.globalBatchSize", batch, text)
+    return batch
 
 
 def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int) -> float:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
@@ -18,11 +19,12 @@ from transformers import AutoTokenizer
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, JOB, METRICS, join
 from finetune_api.names import Stage
+from finetune_api.quality import Quality, concern_words
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
-from finetune_trainer.card import Evaluations, Lineage
+from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.context import StageContext
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
@@ -43,7 +45,6 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_CHECKPOINT_INTERVAL_S = 600
 _DEFAULT_KEEP_LAST = 3
-_RELOAD_ROWS = 8
 _MAX_METRICS_BYTES = 16 * 2**20
 
 
@@ -74,7 +75,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
         # The attempt that committed may have died before it moved latest.json.
         commit.commit(store, fence, run_uri, committed)
         _tidy(ctx, committed)
-        return _success(ctx, committed, None, None)
+        return _success(ctx, committed, export.read_quality(store, committed), None, None)
     fetched = _fetch(replace(ctx, store=reading))
     beat()
     lm = _load(ctx, fetched)
@@ -87,12 +88,12 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
             done = session.run()
         if not done:
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
-        artifact = _finish(ctx, fence, fetched, session, lm, adapted, stop)
+        artifact, quality = _finish(ctx, fence, fetched, session, lm, adapted, stop)
     finally:
         session.checkpointer.close()
         session.metrics_file.close()
         uploader.close(stop.remaining_s() if stop.is_set() else 60)
-    return _success(ctx, artifact, session, resumed_step)
+    return _success(ctx, artifact, quality, session, resumed_step)
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ def _begin(
         adapted,
         parameters,
         fetched.held_out,
+        recipe_of(plan.method).answer_end_ids(plan),
         position,
         checkpointer,
         (spec and spec.interval_seconds) or _DEFAULT_CHECKPOINT_INTERVAL_S,
@@ -272,8 +274,10 @@ def _finish(
     lm: LanguageModel,
     adapted: PeftModel,
     stop: StopFlag,
-) -> Artifact:
-    """Export, prove and commit the adapter. A stop request waits as long as it has time: often little is left to do.
+) -> tuple[Artifact, Quality | None]:
+    """Export, prove and commit the adapter; returns what counts as committed, and what was measured of it.
+
+    A stop request waits as long as it has time: often little is left to do.
 
     The last step's checkpoint is saved: after a stop the next attempt begins here. Raises INTERRUPTED then."""
     plan, run_uri = fetched.plan, ctx.config.run_uri
@@ -300,10 +304,14 @@ def _finish(
     )
     ctx.reporter.update(activity="Committing")
     folder = ctx.work_dir / ADAPTER
-    found = Evaluations(session.position.evaluations, base_answers, tuned_answers)
-    export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, found)
+    quality = session.quality() or Quality()
+    found = Evaluations(session.position.evaluations, base_answers, tuned_answers, quality)
+    learned = _learned(session)
+    export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
+    for words in concern_words(quality):
+        log.warning("%s", words)
     rows = fetched.held_out or fetched.rows
-    batches = [rows.batch([row], lm.device) for row in range(min(_RELOAD_ROWS, len(rows)))]
+    batches = [rows.batch([row], lm.device) for row in range(min(RELOAD_ROWS, len(rows)))]
     checks = export.check_reload(lm, adapted, folder, batches, beat)
     log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
     artifact = export.upload(ctx.store.telling(beat), fence, run_uri, folder, plan, lineage, checks)
@@ -312,7 +320,19 @@ def _finish(
     log.info("committed %s", standing.uri)
     session.checkpointer.wait()
     _tidy(ctx, standing)
-    return standing
+    # Another attempt's adapter may stand: then its own figures count.
+    return standing, quality if standing == artifact else export.read_quality(ctx.store, standing)
+
+
+def _learned(session: Session) -> Learned:
+    position, rows = session.position, session.stepper.steps.rows
+    return Learned(
+        rows=len(rows),
+        distinct_rows=int(np.count_nonzero(np.bincount(rows))),
+        tokens=position.tokens,
+        label_tokens=position.label_tokens,
+        skipped_steps=position.nonfinite_steps,
+    )
 
 
 def _tidy(ctx: StageContext, committed: Artifact) -> None:
@@ -322,7 +342,11 @@ def _tidy(ctx: StageContext, committed: Artifact) -> None:
 
 
 def _success(
-    ctx: StageContext, artifact: Artifact, session: Session | None, resumed_from_step: int | None
+    ctx: StageContext,
+    artifact: Artifact,
+    quality: Quality | None,
+    session: Session | None,
+    resumed_from_step: int | None,
 ) -> RunResult:
     ctx.reporter.update(activity="Done")
     progress = ctx.reporter.progress()
@@ -337,4 +361,5 @@ def _success(
         artifact=artifact,
         step=session.position.step if session else None,
         resumed_from_step=resumed_from_step,
+        quality=quality,
     )

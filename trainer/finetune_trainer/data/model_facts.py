@@ -16,7 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokens import RowTokenizer, special_tokens
-from finetune_trainer.families import PACKING_FAMILIES, frequencies_change_after
+from finetune_trainer.families import MIXTURE_FIELDS, PACKING_FAMILIES, frequencies_change_after
 from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord, ModelFacts
 from finetune_trainer.store import ObjectInfo, Store, spec_field
@@ -256,12 +256,19 @@ def _facts(
         layers=_number(folder, config, "num_hidden_layers", "n_layer", "num_layers"),
         vocabulary_size=_number(folder, config, "vocab_size"),
         parameters=sum(_elements(shape) for shape in shapes.values()),
+        expert_parameters=sum(_elements(shape) for name, shape in shapes.items() if _is_expert(name, shape, config)),
         context_length=_number(folder, config, "max_position_embeddings", "n_positions", "max_sequence_length"),
         lora_parameters_per_rank=sum(sum(shape) for _, shape in linear.values()),
         target_modules=sorted({module for module, _ in linear.values()}),
         packing_safe=family in PACKING_FAMILIES,
         frequencies_change_after=frequencies_change_after(config, family),
     )
+
+
+def _is_expert(name: str, shape: list[int], config: dict[str, Any]) -> bool:
+    """Return whether a weight is of one or all experts of a layer: by its name, or three-dimensional in a mixture."""
+    is_mixture = any(config.get(field) for field in MIXTURE_FIELDS)
+    return ".experts." in name or (is_mixture and len(shape) == 3)
 
 
 def _elements(shape: list[int]) -> int:

@@ -74,6 +74,7 @@ class Division:
     first_sequence: npt.NDArray[np.int64]  # (rows + 1,)
     held_out: npt.NDArray[np.bool_]  # (rows,)
     dropped: npt.NDArray[np.bool_]  # (rows,) copies of held-out rows
+    copies: npt.NDArray[np.bool_]  # (rows,) of a row that was read before
     distinct: int
 
     def sequences_of(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -110,7 +111,10 @@ def divide(folder: Path, fraction: float | None) -> Division:
     in_held_group = np.zeros(len(firsts), dtype=np.bool_)
     in_held_group[group[chosen]] = True
     first_sequence = np.concatenate([[0], np.cumsum(rows["sequences"].astype(np.int64))])
-    return Division(rows, sequences, first_sequence, held_out, in_held_group[group] & ~held_out, len(firsts))
+    copies = np.ones(len(rows), dtype=np.bool_)
+    copies[firsts] = False
+    dropped = in_held_group[group] & ~held_out
+    return Division(rows, sequences, first_sequence, held_out, dropped, copies, len(firsts))
 
 
 def _held_out_count(distinct: int, fraction: float | None) -> int:

@@ -68,7 +68,7 @@ class RowTokenizer:
         begins = full.index(bare[0]) if bare and bare[0] in full else 0
         self.prefix_ids: list[int] = full[:begins]  # usually [] or the begin-of-text token
         self._breaks: npt.NDArray[np.bool_] | None = None
-        self.stop_ids: set[int] = set()  # tokens seen to end an answer
+        self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
 
     @property
     def vocabulary_size(self) -> int:
@@ -126,6 +126,7 @@ class RowTokenizer:
         if not texts:
             return []
         assert self.eos_id is not None
+        self.stop_ids.add(self.eos_id)
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
 

@@ -22,6 +22,10 @@ class Recipe(Protocol):
         """Tokens that end an answer of the tuned model."""
         ...
 
+    def answer_end_ids(self, plan: RunPlan) -> list[int]:
+        """Tokens whose probability at the end of held-out answers tells whether the model ends them."""
+        ...
+
 
 def recipe_of(method: MethodType) -> Recipe:
     """The module of a method."""

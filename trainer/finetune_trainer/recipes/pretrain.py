@@ -15,3 +15,8 @@ def loss_sum(lm: LanguageModel, batch: Batch) -> Tensor:
 def stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
     """Text teaches no new end of an answer: what the base model stops at stays, besides the end of a document."""
     return list(dict.fromkeys([*plan.stop_token_ids, *model_stop_ids]))
+
+
+def answer_end_ids(plan: RunPlan) -> list[int]:  # noqa: ARG001 (every method has it)
+    """None: a text is no answer, and most of its pieces end nowhere."""
+    return []

@@ -15,3 +15,8 @@ def loss_sum(lm: LanguageModel, batch: Batch) -> Tensor:
 def stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
     """The tokens that training put at the end of answers; an answer ends nowhere else."""
     return plan.stop_token_ids or model_stop_ids
+
+
+def answer_end_ids(plan: RunPlan) -> list[int]:
+    """The tokens that training put at the end of answers; none if the chat template writes none."""
+    return plan.stop_token_ids

@@ -1,0 +1,93 @@
+"""What a trained model is worth beside the model it began with: the figures, the concerns they raise, and the words.
+
+The trainer measures and judges, as it alone has the figures of every row. Operator, command and model card say the same
+of it: a concern never ends a job and is told apart from `Degraded`, which is about running.
+"""
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from finetune_api.base import Count, WireModel
+from finetune_api.reasons import Reason
+
+Concern = Literal[Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING]
+
+_TEXTS: dict[Reason, str] = {
+    Reason.WORSE_THAN_START: "on {held_out_rows:,} held-out rows the loss is {loss:.3f} nats per token after training "
+    "and was {start_loss:.3f} before (standard error of the difference {change_error:.3f}): the model has become "
+    "worse at this data. The adapter is kept, but try it before it serves anybody; train with a lower "
+    "hyperparameters.learningRate or fewer hyperparameters.epochs",
+    Reason.ANSWERS_DO_NOT_END: "at the {answer_ends:,} true ends of held-out answers the model gives the stop token a "
+    "mean probability of {end_probability:.3f} (before training {start_end_probability:.3f}): its answers will run on "
+    "until a length limit. Train for more hyperparameters.epochs, or choose a preprocessing.chatTemplate whose answers "
+    "end with a stop token that the model knows",
+    Reason.DIVERGING: "the training loss has been far above {first_train_loss:.3f}, where it began, for at least "
+    "{steps_above_start:,} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
+}
+
+
+class Quality(WireModel):
+    """What was measured of the model, beside the model that the job began with. What is absent was not measured.
+
+    Losses are in nats per label token, weighted by token; probabilities are means over the true ends of answers.
+    """
+
+    concerns: list[Concern] = Field(default_factory=list[Concern], max_length=3)  # the worst first
+    held_out_rows: Count = 0
+    start_loss: float | None = None
+    loss: float | None = None
+    change_error: float | None = None  # standard error of loss - start_loss, paired by row
+    answer_ends: Count = 0  # stop tokens that were learned, in the held-out rows
+    start_end_probability: float | None = None
+    end_probability: float | None = None
+    first_train_loss: float | None = None
+    steps_above_start: Count = 0  # in a row up to the last step, with a loss far above the first
+
+    @property
+    def measured(self) -> bool:
+        """Whether the model was compared with the one it began with."""
+        return self.held_out_rows > 0 or bool(self.concerns)
+
+
+class Verdict(NamedTuple):
+    """What a condition, a card or a command says about quality."""
+
+    reason: Reason  # of the worst concern, else NoConcern or NotMeasured
+    message: str
+
+
+def verdict(quality: Quality) -> Verdict:
+    """Return the reason and the words for what was measured; the words hold figures, never data."""
+    if quality.concerns:
+        return Verdict(quality.concerns[0], ". ".join(concern_words(quality)))
+    if not quality.measured:
+        text = "no rows were held out, so nothing says whether the model is better than the one it began with"
+        return Verdict(Reason.NOT_MEASURED, f"{text}; see evaluation.holdoutFraction")
+    return Verdict(Reason.NO_CONCERN, figure_words(quality))
+
+
+def concern_words(quality: Quality) -> list[str]:
+    """Return a sentence for each concern: what was measured, and what to do."""
+    figures = quality.model_dump(exclude={"concerns"})
+    shown = {name: float("nan") if value is None else value for name, value in figures.items()}
+    return [_TEXTS[concern].format_map(shown) for concern in quality.concerns]
+
+
+def figure_words(quality: Quality) -> str:
+    """Return what was measured, without judging it."""
+    parts: list[str] = []
+    if quality.loss is not None and quality.start_loss is not None:
+        loss = f"loss {quality.loss:.3f} nats per token, {quality.start_loss:.3f} before training"
+        parts.append(f"{quality.held_out_rows:,} held-out rows: {loss}")
+    if quality.end_probability is not None and quality.start_end_probability is not None:
+        ends = f"mean probability of the stop token at {quality.answer_ends:,} true ends of answers"
+        parts.append(f"{ends} {quality.end_probability:.3f}, {quality.start_end_probability:.3f} before training")
+    elif quality.held_out_rows:
+        parts.append("whether answers end was not measured: no stop token was learned in the held-out rows")
+    return "; ".join(parts)
+
+
+def meanings() -> dict[Reason, str]:
+    """Return the sentence of every concern, with the places of its figures, for the page of reasons."""
+    return dict(_TEXTS)

@@ -1,0 +1,35 @@
+"""What a job's QualityConcern says: the model, as the trainer has measured it, and never how the job runs. Pure."""
+
+from finetune_api.quality import Quality, verdict
+from finetune_api.reasons import Reason
+from finetune_api.run import Progress
+from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator.conditions import Answer, Claim, find
+
+CONCERNS = (Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING)
+_STATUS: dict[Reason, Answer] = {Reason.NO_CONCERN: "False", Reason.NOT_MEASURED: "Unknown"}
+
+
+def while_running(status: FineTuneJobStatus, said: Progress | None) -> Claim | None:
+    """Return the condition that the running pod's answer asks for; None keeps the one that is stored.
+
+    A pod that does not know its place yet knows nothing of the model either."""
+    if said is None or said.total_steps == 0:
+        return None
+    if said.quality is not None and said.quality.concerns:
+        return _claim(said.quality)
+    before = find(status, ConditionType.QUALITY_CONCERN)
+    if before is None or before.status != "True":
+        return None
+    message = "the training loss is no longer far above where it began"
+    return Claim(ConditionType.QUALITY_CONCERN, "False", Reason.NO_CONCERN, message)
+
+
+def at_the_end(quality: Quality | None) -> Claim | None:
+    """Return what is said of the finished model; None, which keeps what is stored, for a trainer that did not tell."""
+    return None if quality is None else _claim(quality)
+
+
+def _claim(quality: Quality) -> Claim:
+    reason, message = verdict(quality)
+    return Claim(ConditionType.QUALITY_CONCERN, _STATUS.get(reason, "True"), reason, message)

@@ -1,0 +1,174 @@
+"""Whether a trained model is worse than the one it began with: the judgement, and a model that was destroyed."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune_api.quality import Quality, concern_words, figure_words, verdict
+from finetune_api.reasons import Reason
+from finetune_trainer import quality, train
+from finetune_trainer.evaluate import HeldOut
+from finetune_trainer.stop import StopFlag
+from tiny_run import TinyRun, context, make_run
+
+WORSE, RUN_ON, DIVERGING = Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING
+
+
+def held_out(loss: float, rows: int = 100, **more: float | None) -> HeldOut:
+    return HeldOut.model_validate({"step": 0, "loss": loss, "rows": rows, "label_tokens": 10 * rows, **more})
+
+
+def test_the_change_of_a_token_weighted_mean_has_the_error_of_rows_drawn_at_random() -> None:
+    generator = np.random.default_rng(7)
+    labels = generator.integers(1, 60, 200)
+    before = labels * generator.gamma(4, 0.5, 200)
+    after = before + labels * generator.normal(0.1, 0.4, 200)
+    found = quality.paired_change(before.tolist(), after.tolist(), labels.tolist())
+    assert found.nats == pytest.approx((after.sum() - before.sum()) / labels.sum())
+    draws = generator.integers(0, 200, (4000, 200))  # the bootstrap over rows needs no formula
+    changes = (after[draws].sum(1) - before[draws].sum(1)) / labels[draws].sum(1)
+    assert found.standard_error == pytest.approx(changes.std(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "nats", "error"),
+    [
+        ([2.0, 4.0], [2.0, 4.0], 0.0, 0.0),
+        ([2.0], [3.0], 0.5, math.inf),
+        ([], [], 0.0, math.inf),
+        ([2.0, 4.0], [math.inf, 4.0], math.inf, math.inf),
+    ],
+)
+def test_the_change_is_defined_for_every_number_of_rows(
+    before: list[float], after: list[float], nats: float, error: float
+) -> None:
+    found = quality.paired_change(before, after, [2] * len(before))
+    assert (found.nats, found.standard_error) == (nats, error)
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "worse"),
+    [
+        (held_out(3.19), held_out(28.0, change=24.81, change_error=1.0), True),
+        (held_out(3.0), held_out(3.02, change=0.02, change_error=0.009), True),
+        (held_out(3.0), held_out(3.02, change=0.02, change_error=0.011), False),
+        (held_out(3.0), held_out(2.9, change=-0.1, change_error=0.01), False),
+        (held_out(3.0, 49), held_out(3.4, 49, change=0.4, change_error=0.01), False),
+        (held_out(3.0, 49), held_out(3.6, 49, change=0.6, change_error=9.0), True),
+        (held_out(3.0), held_out(3.6), True),  # resumed from a checkpoint without the rows of the start
+        (held_out(3.0), held_out(3.4), False),
+        (held_out(3.0), held_out(math.nan, change=math.nan, change_error=math.inf), True),
+        (held_out(3.0), held_out(math.inf, change=math.inf, change_error=math.inf), True),
+        (held_out(math.nan), held_out(2.0, change=math.nan, change_error=math.inf), False),
+    ],
+)
+def test_a_model_is_worse_beyond_two_standard_errors_or_half_a_nat_on_few_rows(
+    start: HeldOut, now: HeldOut, worse: bool
+) -> None:
+    assert quality.is_worse(start, now) is worse
+    found = quality.after_training([start, now], 3.0, 0)
+    assert (WORSE in found.concerns) is worse
+    Quality.model_validate_json(found.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("ends", "probability", "run_on"),
+    [(200, 0.001, True), (200, 0.05, False), (200, 0.9, False), (4, 0.001, False), (5, 0.001, True), (0, None, False)],
+)
+def test_answers_run_on_where_the_stop_token_has_become_next_to_impossible(
+    ends: int, probability: float | None, run_on: bool
+) -> None:
+    now = held_out(2.0, answer_ends=ends, end_probability=probability)
+    start = held_out(3.0, answer_ends=ends, end_probability=probability and 0.0001)
+    found = quality.after_training([start, now], None, 0)
+    assert found.concerns == ([RUN_ON] if run_on else []), "whether the base ended its answers does not matter"
+
+
+def test_ends_that_nobody_learned_are_said_to_be_unmeasured() -> None:
+    found = quality.after_training([held_out(3.0), held_out(2.0)], None, 0)
+    assert verdict(found).reason is Reason.NO_CONCERN
+    assert "whether answers end was not measured" in figure_words(found)
+
+
+def test_a_loss_far_above_the_start_for_ten_steps_in_a_row_is_a_divergence() -> None:
+    losses = [*[3.0] * 5, *[28.0] * 9, 3.0, *[4.4] * 50, *[28.0] * 10]
+    above, said = 0, list[bool]()
+    for loss in losses:
+        above = quality.steps_above_start(above, loss, 3.2)
+        said.append(quality.while_training(3.2, above) is not None)
+    assert said == [False] * (len(losses) - 1) + [True]
+
+
+def test_a_loss_that_was_small_may_rise_by_a_nat() -> None:
+    assert quality.steps_above_start(3, 1.0, 0.1) == 0
+    assert quality.steps_above_start(3, 1.2, 0.1) == 4
+
+
+def test_without_held_out_rows_the_steps_are_what_is_judged_by() -> None:
+    assert quality.after_training([], 3.0, 12).concerns == [DIVERGING]
+    nothing = quality.after_training([], 3.0, 0)
+    assert verdict(nothing).reason is Reason.NOT_MEASURED
+
+
+def test_every_concern_has_words_with_its_figures() -> None:
+    figures = {"held_out_rows": 39, "start_loss": 3.19, "loss": 28.0, "change_error": 1.5, "answer_ends": 60,
+               "start_end_probability": 0.71, "end_probability": 0.0001, "first_train_loss": 3.3,
+               "steps_above_start": 12}  # fmt: skip
+    found = Quality.model_validate({"concerns": [WORSE, RUN_ON, DIVERGING], **figures})
+    worse, run_on, diverging = concern_words(found)
+    assert "39 held-out rows" in worse
+    assert "28.000" in worse
+    assert "3.190" in worse
+    assert "60 true ends" in run_on
+    assert "0.710" in run_on
+    assert "12 steps" in diverging
+    assert "nan" in " ".join(concern_words(Quality(concerns=[WORSE, RUN_ON, DIVERGING]))), (
+        "a lost figure raises nothing"
+    )
+
+
+def contradict_held_out_rows(run: TinyRun) -> None:
+    """Teach the same token everywhere, so that training makes the model worse at the held-out rows."""
+    train_rows = run.plan.train
+    path = Path(train_rows.tokens.uri.removeprefix("file://"))
+    tokens = np.fromfile(path, "<u4")
+    tokens[np.fromfile(train_rows.labels.uri.removeprefix("file://"), "u1") == 1] = 7
+    tokens.tofile(path)
+    info = run.store.head(train_rows.tokens.uri)
+    assert info is not None
+    digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    record = train_rows.tokens.model_copy(update={"etag": info.etag, "sha256": digest})
+    run.write_plan(run.plan.model_copy(update={"train": train_rows.model_copy(update={"tokens": record})}))
+
+
+def test_a_destroyed_model_is_committed_with_the_concern_in_result_card_and_eval_json(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=20, learning_rate=5e-2)
+    contradict_held_out_rows(run)
+    ctx = context(run)
+    result = train.run(ctx, StopFlag(60))
+    assert result.exit_code == 0
+    assert result.quality is not None
+    assert result.quality.concerns == [WORSE, RUN_ON]
+    assert result.quality == ctx.reporter.progress().quality
+    assert result.quality.loss is not None
+    assert result.quality.start_loss is not None
+    assert result.quality.loss > result.quality.start_loss + quality.FEW_ROWS_NATS
+    found = json.loads(run.local("adapter", "eval.json").read_text())
+    assert Quality.model_validate(found["quality"]) == result.quality
+    assert found["held_out"][-1]["change"] == pytest.approx(result.quality.loss - result.quality.start_loss)
+    card = run.local("adapter", "README.md").read_text()
+    assert card.partition("# tiny\n")[2].strip().startswith("> **WorseThanStart**")
+    again = train.run(context(run, attempt=2), StopFlag(60))
+    assert again.quality == result.quality, "an attempt that only finds the commit says it too"
+
+
+def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=2)
+    sft = train.run(context(run), StopFlag(60)).quality
+    assert sft is not None
+    assert sft.answer_ends == 10, "every held-out row is one answer"
+    assert sft.start_end_probability is not None
