@@ -22,8 +22,8 @@ def describe(job: dict[str, Any], console: Console) -> None:
     plan: dict[str, Any] = status.get("plan") or {}
     if plan:
         rows = f" read {plan['rows']:,} rows ({plan['distinctRows']:,} different ones)" if "rows" in plan else ""
-        learned = f"{plan['labelTokens']:,} of them learned from"
-        tokens = f"{plan['trainTokens']:,} tokens, {learned}"
+        learned = f", {plan['labelTokens']:,} of them learned from" if "labelTokens" in plan else ""
+        tokens = f"{plan['trainTokens']:,} tokens{learned}"
         console.print(f"\n[bold]Plan[/]  {plan['steps']:,} steps{rows}, {tokens}; {plan['uri']}", soft_wrap=True)
         _table(
             console,

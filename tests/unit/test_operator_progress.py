@@ -61,7 +61,7 @@ def test_a_good_answer_is_read():
         (b"", "status"),
         (OK + b"{}", "schema"),
         (OK + b"[" * 5000, "schema"),
-        (OK + GOOD[:-1].encode() + b',"extra":1}', "schema"),
+        (OK + GOOD[:-1].encode() + b',"step":-1}', "schema"),
         (OK + b"\xff\xfe", "schema"),
         (OK + b" " * (MAX_PROGRESS_BYTES + 1), "size"),
     ],

@@ -131,8 +131,8 @@ def test_every_concern_has_words_with_its_figures() -> None:
     )
 
 
-def contradict_held_out_rows(run: TinyRun) -> None:
-    """Teach the same token everywhere, so that training makes the model worse at the held-out rows."""
+def teach_nonsense(run: TinyRun) -> None:
+    """Teach the same token everywhere, also where answers end."""
     train_rows = run.plan.train
     path = Path(train_rows.tokens.uri.removeprefix("file://"))
     tokens = np.fromfile(path, "<u4")
@@ -145,23 +145,24 @@ def contradict_held_out_rows(run: TinyRun) -> None:
     run.write_plan(run.plan.model_copy(update={"train": train_rows.model_copy(update={"tokens": record})}))
 
 
-def test_a_destroyed_model_is_committed_with_the_concern_in_result_card_and_eval_json(tmp_path: Path) -> None:
+def test_a_model_whose_answers_do_not_end_is_committed_with_the_concern_in_result_card_and_eval_json(
+    tmp_path: Path,
+) -> None:
     run = make_run(tmp_path, steps=20, learning_rate=5e-2)
-    contradict_held_out_rows(run)
+    teach_nonsense(run)
     ctx = context(run)
     result = train.run(ctx, StopFlag(60))
     assert result.exit_code == 0
     assert result.quality is not None
-    assert result.quality.concerns == [WORSE, RUN_ON]
+    assert result.quality.concerns == [RUN_ON]
     assert result.quality == ctx.reporter.progress().quality
     assert result.quality.loss is not None
     assert result.quality.start_loss is not None
-    assert result.quality.loss > result.quality.start_loss + quality.FEW_ROWS_NATS
     found = json.loads(run.local("adapter", "eval.json").read_text())
     assert Quality.model_validate(found["quality"]) == result.quality
     assert found["held_out"][-1]["change"] == pytest.approx(result.quality.loss - result.quality.start_loss)
     card = run.local("adapter", "README.md").read_text()
-    assert card.partition("# tiny\n")[2].strip().startswith("> **WorseThanStart**")
+    assert card.partition("# tiny\n")[2].strip().startswith("> **AnswersDoNotEnd**")
     again = train.run(context(run, attempt=2), StopFlag(60))
     assert again.quality == result.quality, "an attempt that only finds the commit says it too"
 
