@@ -1,12 +1,51 @@
-"""What stands in for fields that a job leaves out: each default once, for the code and for the field's own text."""
+"""What stands in for fields that a job leaves out: each default once, for the code and for the field's own text.
+
+What is chosen from the model and the data is computed in the trainer's `sizing`, from the constants below.
+"""
 
 from typing import TypeVar
 
 T = TypeVar("T")
 
+RUNTIME = "default"
+REGION = "us-east-1"
+
+LOSS_ON = "Assistant"
+LORA_RANKS = (16, 32, 64, 128)  # the smallest with enough weights is taken
+CPT_LORA_RANKS = (64, 128)
+LORA_ALPHA = 32
+
+SEQUENCE_LENGTH = 2048  # at most, in tokens
+ON_BAD_ROW = "Fail"
+MAX_BROKEN_FRACTION = 0.05
+
+MIN_EPOCHS = 1
+MAX_EPOCHS = 10
+BATCH_SIZES = (32, 16, 8, 4)  # the largest that leaves enough steps
+WANTED_STEPS = 200
+# "LoRA Without Regret" and the Tinker cookbook (2025): 5e-4 · (2000 / width)^p for families with a fitted p.
+LEARNING_RATE = 5e-4
+LEARNING_RATE_WIDTH = 2000
+LEARNING_RATE_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+OTHER_LEARNING_RATE = 2e-4
+SHORT_RUN_STEPS = 100  # a shorter run gets a higher learning rate
+SHORT_RUN_FACTOR = 1.5
+WARMUP_RATIO = 0.03
+SFT_SCHEDULE = "Linear"
+CPT_SCHEDULE = "Cosine"
+WEIGHT_DECAY = 0.0
+SEED = 42
+
+HOLDOUT_FRACTION = 0.02
+MAX_HELD_OUT_ROWS = 2000
+MIN_ROWS_TO_HOLD_OUT = 50  # of fewer distinct rows none are held out
+
+CHECKPOINT_INTERVAL_S = 600
+CHECKPOINTS_KEPT = 3
 MAX_RETRIES = 3
 MAX_DISRUPTIONS = 20
 PROGRESS_DEADLINE_S = 1800
+TTL_S = 86400
 
 
 def given(value: T | None, default: T) -> T:

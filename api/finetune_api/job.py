@@ -5,11 +5,13 @@ No field has a schema default. An absent field means "choose for me": the value 
 and are evaluated by the API server and, without a cluster, by the CLI.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
+from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
 
 
@@ -86,7 +88,7 @@ class SftSpec(ApiModel):
     loss_on: LossOn | None = Field(
         default=None,
         description="Which tokens are learned: Assistant (the answers and the token that ends them) or All. "
-        "Absent: Assistant.",
+        f"Absent: {defaults.LOSS_ON}.",
     )
 
 
@@ -105,6 +107,10 @@ class MethodSpec(ApiModel):
     sft: SftSpec | None = Field(default=None, description="Options of SFT; only with type: SFT.")
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(str(number) for number in numbers[:-1])} and {numbers[-1]}"
+
+
 class PeftSpec(ApiModel):
     """The adapter that is trained."""
 
@@ -113,10 +119,13 @@ class PeftSpec(ApiModel):
         default=None,
         ge=1,
         le=256,
-        description="Rank of the LoRA matrices. Absent: the smallest of 16, 32, 64 and 128 with at least as many "
-        "weights as there are tokens to learn. vLLM serves 8, 16, 32, 64, 128 and 256, up to its --max-lora-rank.",
+        description=f"Rank of the LoRA matrices. Absent: the smallest of {_listed(defaults.LORA_RANKS)} (CPT: of "
+        f"{_listed(defaults.CPT_LORA_RANKS)}) with at least as many weights as there are tokens to learn, or the "
+        "largest. vLLM serves 8, 16, 32, 64, 128 and 256, up to its --max-lora-rank.",
     )
-    alpha: int | None = Field(default=None, ge=1, le=1024, description="LoRA scale is alpha / rank. Absent: 32.")
+    alpha: int | None = Field(
+        default=None, ge=1, le=1024, description=f"LoRA scale is alpha / rank. Absent: {defaults.LORA_ALPHA}."
+    )
 
 
 class DatasetFormat(StrEnum):
@@ -128,7 +137,9 @@ class DatasetFormat(StrEnum):
 class DatasetSpec(ApiModel):
     """A set of files with rows."""
 
-    name: DnsName | None = Field(default=None, description="Name in reports. Absent: main, or data-2 and so on.")
+    name: DnsName | None = Field(
+        default=None, description="A name for people, different for each dataset. Absent: none."
+    )
     uri: FilesUri = Field(
         description="A file, a prefix ending in /, or a pattern with * and ?. Files that end in .jsonl, .jsonl.gz or "
         ".parquet are read. Example: s3://data/chat/*.jsonl"
@@ -166,7 +177,8 @@ class PreprocessingSpec(ApiModel):
         ge=16,
         le=131072,
         description="Longest sequence in tokens. Longer conversations are dropped as too_long and reported, never cut; "
-        "longer texts (CPT) are split. Absent: the longest row, at most 2048 and at most what the model was made for.",
+        f"longer texts (CPT) are split. Absent: the longest row, at most {defaults.SEQUENCE_LENGTH} and at most "
+        "what the model was made for.",
     )
     packing: bool | None = Field(
         default=None,
@@ -176,13 +188,14 @@ class PreprocessingSpec(ApiModel):
     on_bad_row: OnBadRow | None = Field(
         default=None,
         description="What to do with a row that is not valid: Fail ends the job, naming the row; Quarantine drops "
-        "the row and keeps its place and reason in the report. Absent: Fail.",
+        f"the row and keeps its place and reason in the report. Absent: {defaults.ON_BAD_ROW}.",
     )
     max_broken_fraction: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="With Quarantine: the job fails when a larger share of rows is broken. Absent: 0.05.",
+        description="With Quarantine: the job fails when a larger share of rows is broken. "
+        f"Absent: {defaults.MAX_BROKEN_FRACTION}.",
     )
 
 
@@ -201,32 +214,52 @@ class HyperparametersSpec(ApiModel):
         )
     )
     epochs: float | None = Field(
-        default=None, gt=0, le=1000, description="Passes over the data. Absent: by the number of rows, 1 to 10."
+        default=None,
+        gt=0,
+        le=1000,
+        description="Passes over the data. Absent: by the number of rows, "
+        f"{defaults.MIN_EPOCHS} to {defaults.MAX_EPOCHS} (CPT: 1).",
     )
     max_steps: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="Number of optimizer steps, instead of epochs."
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Number of optimizer steps, instead of epochs. Absent: as many as the epochs have.",
     )
     learning_rate: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Peak learning rate of AdamW, a number such as 2e-4. Absent: by the model's family and width "
-        "(about 2e-4 to 5e-4 for LoRA).",
+        description="Peak learning rate of AdamW, a number such as 2e-4. Absent: by the model's family and width: "
+        f"{defaults.LEARNING_RATE:.0e} for Llama and Qwen up to a width of {defaults.LEARNING_RATE_WIDTH}, less for "
+        f"wider ones, {defaults.OTHER_LEARNING_RATE:.0e} for other families; times {defaults.SHORT_RUN_FACTOR} for "
+        f"fewer than {defaults.SHORT_RUN_STEPS} steps.".replace("e-0", "e-"),
     )
     global_batch_size: int | None = Field(
         default=None,
         ge=1,
         le=65536,
-        description="Rows per optimizer step, over all GPUs. Absent: 4 to 32, so that there are at least 200 steps.",
+        description=f"Rows per optimizer step, over all GPUs. Absent: the most of "
+        f"{_listed(defaults.BATCH_SIZES[::-1])} that leaves at least {defaults.WANTED_STEPS} steps, else the least "
+        "of them.",
     )
     warmup_ratio: float | None = Field(
-        default=None, ge=0, le=1, description="Share of the steps over which the learning rate rises. Absent: 0.03."
+        default=None,
+        ge=0,
+        le=1,
+        description=f"Share of the steps over which the learning rate rises. Absent: {defaults.WARMUP_RATIO}.",
     )
     schedule: Schedule | None = Field(
-        default=None, description="How the learning rate falls after warm-up. Absent: Linear for SFT, Cosine for CPT."
+        default=None,
+        description="How the learning rate falls after warm-up. "
+        f"Absent: {defaults.SFT_SCHEDULE} for SFT, {defaults.CPT_SCHEDULE} for CPT.",
     )
-    weight_decay: float | None = Field(default=None, ge=0, le=1, description="AdamW weight decay. Absent: 0.")
-    seed: int | None = Field(default=None, ge=0, le=2**31 - 1, description="Seed of order and weights. Absent: 42.")
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=1, description=f"AdamW weight decay. Absent: {defaults.WEIGHT_DECAY:g}."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=2**31 - 1, description=f"Seed of order and weights. Absent: {defaults.SEED}."
+    )
 
 
 class EvaluationSpec(ApiModel):
@@ -237,7 +270,8 @@ class EvaluationSpec(ApiModel):
         ge=0,
         le=0.5,
         description="Share of rows held out, chosen by a hash of their content so that equal rows stay together. "
-        "Absent: 0.02, at most 2000 rows.",
+        f"Absent: {defaults.HOLDOUT_FRACTION}, at most {defaults.MAX_HELD_OUT_ROWS} rows; none of fewer than "
+        f"{defaults.MIN_ROWS_TO_HOLD_OUT}.",
     )
 
 
@@ -298,29 +332,42 @@ class CheckpointSpec(ApiModel):
     """How often progress is made safe."""
 
     interval_seconds: int | None = Field(
-        default=None, ge=1, le=86400, description="Seconds between checkpoints. Absent: 600."
+        default=None,
+        ge=1,
+        le=86400,
+        description=f"Seconds between checkpoints. Absent: {defaults.CHECKPOINT_INTERVAL_S}.",
     )
-    keep_last: int | None = Field(default=None, ge=1, le=20, description="Checkpoints kept while training. Absent: 3.")
+    keep_last: int | None = Field(
+        default=None,
+        ge=1,
+        le=20,
+        description=f"Checkpoints kept while training. Absent: {defaults.CHECKPOINTS_KEPT}.",
+    )
 
 
 class RecoverySpec(ApiModel):
     """How much may go wrong."""
 
     max_retries: int | None = Field(
-        default=None, ge=0, le=20, description="Attempts after a retryable failure. Absent: 3."
+        default=None,
+        ge=0,
+        le=20,
+        description="Attempts after retryable failures, over all stages; some reasons are tried again once only, see "
+        f"docs/reasons.md. Absent: {defaults.MAX_RETRIES}.",
     )
     max_disruptions: int | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="Evictions, preemptions and drains that do not count as retries. Absent: 20.",
+        description="Evictions, preemptions and drains that do not count as retries. "
+        f"Absent: {defaults.MAX_DISRUPTIONS}.",
     )
     progress_deadline_seconds: int | None = Field(
         default=None,
         ge=30,
         le=86400,
         description="A training pod that gets no further for so long, not by one forward and backward pass, is "
-        "restarted. Absent: 1800.",
+        f"restarted. Absent: {defaults.PROGRESS_DEADLINE_S}.",
     )
 
 
@@ -359,17 +406,20 @@ class StorageSpec(ApiModel):
     secret_ref: LocalObjectRef | None = Field(
         default=None,
         description="Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if needed, AWS_SESSION_TOKEN. It is "
-        "mounted as files in the pods; the operator never reads it.",
+        "mounted as files in the pods; the operator never reads it. "
+        "Absent: the cloud identity of the pods' ServiceAccount.",
     )
     endpoint: Endpoint | None = Field(
         default=None, description="URL of an S3-compatible server, such as https://minio.example:9000. Absent: AWS."
     )
-    region: Region | None = Field(default=None, description="Region of the buckets. Absent: us-east-1.")
+    region: Region | None = Field(default=None, description=f"Region of the buckets. Absent: {defaults.REGION}.")
     path_style: bool | None = Field(
         default=None,
         description="Whether the bucket is in the path instead of the host name. Absent: true with an endpoint.",
     )
-    ca_bundle: CaBundleSpec | None = Field(default=None, description="Certificates of a private endpoint.")
+    ca_bundle: CaBundleSpec | None = Field(
+        default=None, description="Certificates of a private endpoint. Absent: the usual authorities."
+    )
 
 
 class OutputSpec(ApiModel):
@@ -415,10 +465,12 @@ class FineTuneJobSpec(ApiModel):
     )
     suspend: bool | None = Field(
         default=None,
-        description="true checkpoints and frees the pod; false continues at the checkpoint. May change at any time.",
+        description="true checkpoints and frees the pod; false continues at the checkpoint. May change at any time. "
+        "Absent: false.",
     )
     runtime: DnsName | None = Field(
-        default=None, description="Name of a runtime that the platform team set up by Helm. Absent: default."
+        default=None,
+        description=f"Name of a runtime that the platform team set up by Helm. Absent: {defaults.RUNTIME}.",
     )
     model: ModelSpec = Field(description="The base model.")
     method: MethodSpec = Field(description="The training method.")
@@ -444,5 +496,6 @@ class FineTuneJobSpec(ApiModel):
         default=None,
         ge=0,
         le=31_536_000,
-        description="When a finished job's pods and Kubernetes Jobs are removed; the FineTuneJob stays. Absent: 86400.",
+        description="When a finished job's pods and Kubernetes Jobs are removed; the FineTuneJob stays. "
+        f"Absent: {defaults.TTL_S}.",
     )

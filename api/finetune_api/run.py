@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, model_validator
 
+from finetune_api import defaults
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
@@ -67,7 +68,7 @@ class StorageConfig(WireModel):
     """How to reach object storage, with every default decided."""
 
     endpoint: Str256 | None = None
-    region: Str64 = "us-east-1"
+    region: Str64 = defaults.REGION
     path_style: bool = False
     credentials_dir: Str256 | None = None  # files named like SECRET_KEYS; None = boto3's own chain
     ca_bundle_path: Str256 | None = None

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from finetune_api import layout
+from finetune_api import defaults, layout
 from finetune_api.base import Digest, WireModel
 from finetune_api.crd import MUTABLE_FIELDS
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
@@ -71,7 +71,8 @@ def run_config(
     spec = FineTuneJobSpec.model_validate(job["spec"])
     asked, storage = spec.resources, spec.storage
     endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or (storage and storage.endpoint) or None
-    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or (storage and storage.region) or "us-east-1"
+    asked_region = defaults.given(storage.region if storage else None, defaults.REGION)
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or asked_region
     path_style = storage.path_style if storage and storage.path_style is not None else endpoint is not None
     return RunConfig(
         contract_version=CONTRACT_VERSION,

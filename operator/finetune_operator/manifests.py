@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_api import names
+from finetune_api import defaults, names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
@@ -40,7 +40,7 @@ def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConf
         image=runtime.image,
         storage=StorageConfig(
             endpoint=endpoint,
-            region=(storage.region if storage else None) or "us-east-1",
+            region=defaults.given(storage.region if storage else None, defaults.REGION),
             path_style=endpoint is not None if path_style is None else path_style,
             credentials_dir=names.CREDENTIALS_DIR if storage and storage.secret_ref else None,
             ca_bundle_path=f"{names.CA_BUNDLE_DIR}/{names.CA_BUNDLE_KEY}" if storage and storage.ca_bundle else None,

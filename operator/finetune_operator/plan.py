@@ -7,6 +7,7 @@ Nothing is remembered elsewhere: what a later decision needs is in the status, t
 from dataclasses import replace
 from datetime import datetime
 
+from finetune_api import defaults
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, OperatorRecord, Phase
 from finetune_operator.clock import format_time
@@ -17,7 +18,6 @@ from finetune_operator.seen import Action, DeleteJob, Plan, Seen, SetTtl
 from finetune_operator.transitions import transitions
 from finetune_operator.view import JobView
 
-DEFAULT_TTL_S = 86400
 MAX_STATUS_BYTES = 8192
 
 
@@ -59,7 +59,7 @@ def _rejected(job: JobView, now: datetime) -> FineTuneJobStatus:
 def _after_verdict(job: JobView, seen: Seen) -> Plan:
     """The verdict is stored: only tidy up. A missing Job is never created again."""
     ttl = job.spec.ttl_seconds_after_finished if job.spec is not None else None
-    seconds = DEFAULT_TTL_S if ttl is None else ttl
+    seconds = defaults.given(ttl, defaults.TTL_S)
     actions: list[Action] = [DeleteJob(j.name, j.uid) for j in seen.jobs if j.live and not j.deleting]
     actions += [
         SetTtl(j.name, seconds) for j in seen.jobs if not j.live and not j.deleting and j.ttl_seconds != seconds

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from pydantic import ValidationError
 
-from finetune_api import names
+from finetune_api import defaults, names
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.run import RunConfig
@@ -32,7 +32,6 @@ from finetune_operator.view import JobView, view
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RUNTIME = "default"
 MAX_CONFLICTS = 5
 
 
@@ -168,7 +167,7 @@ class Reconciler:
         stored = self._cluster.get("configmaps", job.namespace, names.run_name(job.name, job.uid))
         if stored is None:
             assert job.spec is not None
-            name = job.spec.runtime or DEFAULT_RUNTIME
+            name = defaults.given(job.spec.runtime, defaults.RUNTIME)
             runtime = self._runtimes.get(name)
             if runtime is None:
                 text = f"this cluster has no runtime {name}: ask the platform team, or name another in a new job"

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.base import StoredModel
+from finetune_api.defaults import MAX_HELD_OUT_ROWS
 from finetune_trainer.inputs import Rows
 from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel
@@ -19,7 +20,6 @@ from finetune_trainer.runplan import SamplePrompt
 from finetune_trainer.stop import StopFlag
 
 MAX_NEW_TOKENS = 64
-MAX_HELD_OUT_ROWS = 2000
 _NGRAM = 4
 
 

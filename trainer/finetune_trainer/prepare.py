@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_api import defaults
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
@@ -34,8 +35,6 @@ from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.reading import BadRows, checked_rows, find_files
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.spool import (
-    DEFAULT_HOLDOUT,
-    MIN_ROWS_TO_HOLD_OUT,
     Division,
     Spool,
     Written,
@@ -48,7 +47,6 @@ from finetune_trainer.sizing import Choices, DataFacts
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_MAX_BROKEN = 0.05
 _SAMPLES = 3
 _MAX_SAMPLE_TOKENS = 4096
 _MAX_SAMPLE_CHARACTERS = 4000
@@ -113,16 +111,18 @@ def _loss_on(stage: _Stage) -> LossOn:
         return LossOn.ALL
     given = method.sft.loss_on if method.sft else None
     reason = "the answers and the token that ends them"
-    return stage.choices.pick("method.sft.lossOn", given, LossOn.ASSISTANT, reason)
+    return stage.choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
 
 
 def _bad_rows(stage: _Stage) -> BadRows:
     given, fraction = stage.preprocessing.on_bad_row, stage.preprocessing.max_broken_fraction
-    policy = stage.choices.pick("preprocessing.onBadRow", given, OnBadRow.FAIL, "no row is left out unasked")
+    policy = stage.choices.pick(
+        "preprocessing.onBadRow", given, OnBadRow(defaults.ON_BAD_ROW), "no row is left out unasked"
+    )
     if policy is OnBadRow.FAIL:
         return BadRows(stage.ledger, quarantine=False, max_broken_fraction=0.0)
     reason = "if more are broken, something else is wrong"
-    fraction = stage.choices.pick("preprocessing.maxBrokenFraction", fraction, _DEFAULT_MAX_BROKEN, reason)
+    fraction = stage.choices.pick("preprocessing.maxBrokenFraction", fraction, defaults.MAX_BROKEN_FRACTION, reason)
     return BadRows(stage.ledger, quarantine=True, max_broken_fraction=fraction)
 
 
@@ -178,8 +178,8 @@ def _divide(stage: _Stage) -> Division:
     held_out = int(division.held_out.sum())
     reason = f"{held_out:,} of {division.distinct:,} distinct rows"
     if not held_out:
-        reason = f"fewer than {MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
-    default = DEFAULT_HOLDOUT if held_out else 0.0
+        reason = f"fewer than {defaults.MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
+    default = defaults.HOLDOUT_FRACTION if held_out else 0.0
     stage.choices.pick("evaluation.holdoutFraction", evaluation.holdout_fraction, default, reason)
     for record in division.rows[division.dropped]:
         ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT)

@@ -1,6 +1,6 @@
 """Every value the spec left open, chosen from what the model and the data are, with the reason. Pure.
 
-The rules: LoRA on all linear layers, rank by the number of tokens to
+The rules, with their constants in `finetune_api.defaults`: LoRA on all linear layers, rank by the number of tokens to
 learn and learning rate by family and width (Thinking Machines, "LoRA Without Regret", 2025), small batches because
 LoRA pays for large ones at any rank.
 """
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from finetune_api.defaults import PROGRESS_DEADLINE_S, given
+from finetune_api import defaults
 from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, MethodType, PeftSpec, PreprocessingSpec, Schedule
 from finetune_api.reasons import Fault
@@ -21,16 +21,10 @@ from finetune_trainer.speed import slow_tokens_per_second
 
 T = TypeVar("T")
 GIB = 2**30
-DEFAULT_SEQUENCE_LENGTH = 2048
 _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
-_BATCH_SIZES = (32, 16, 8)
-_LOW_STEPS = 100
-_WANTED_STEPS = 200
 _MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
 _MAX_BATCH_TOKENS = 65536
-_LR_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-_LR_FITTED_WIDTH = 2000  # the rule was fitted on models at least so wide
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
 _ACTIVATION_BYTES_PER_UNIT = 150  # fp32, per token, layer and unit of width: 141 measured on SmolLM2-135M, rank 16
 _HEAD_TILE_BYTES = 128 * 2**20  # logits are made in tiles, never whole
@@ -91,7 +85,7 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
     """
     asked = spec.preprocessing.max_sequence_length if spec.preprocessing else None
     if asked is None:
-        return min(DEFAULT_SEQUENCE_LENGTH, model.context_length)
+        return min(defaults.SEQUENCE_LENGTH, model.context_length)
     if asked > model.context_length:
         raise StageError(Fault.SEQUENCE_LENGTH_TOO_LONG, asked=asked, uri=model.uri[-256:], limit=model.context_length)
     return asked
@@ -112,7 +106,9 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     rank, alpha = _adapter(choices, spec.peft, model, _most_learned(hyper, data), cpt)
     pace = _Pace(
         tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
-        deadline_s=given(spec.recovery and spec.recovery.progress_deadline_seconds, PROGRESS_DEADLINE_S),
+        deadline_s=defaults.given(
+            spec.recovery and spec.recovery.progress_deadline_seconds, defaults.PROGRESS_DEADLINE_S
+        ),
         machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
     )
     batch = _batch_size(choices, hyper, data, epochs, pace)
@@ -132,15 +128,19 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         problem = f"{total_rows:,} rows would be read in all; at most {_MAX_PLANNED_ROWS:,} are planned, so write less"
         raise StageError(Fault.CONFIG_UNREADABLE, field=field, problem=problem)
     learning_rate = _learning_rate(choices, hyper, model, family, steps)
-    warmup_ratio = choices.pick("hyperparameters.warmupRatio", hyper.warmup_ratio, 0.03, "usual for LoRA")
+    warmup_ratio = choices.pick(
+        "hyperparameters.warmupRatio", hyper.warmup_ratio, defaults.WARMUP_RATIO, "usual for LoRA"
+    )
     schedule = choices.pick(
         "hyperparameters.schedule",
         hyper.schedule,
-        Schedule.COSINE if cpt else Schedule.LINEAR,
+        Schedule(defaults.CPT_SCHEDULE if cpt else defaults.SFT_SCHEDULE),
         "continued pre-training falls along a cosine" if cpt else "SFT falls linearly to 0",
     )
-    weight_decay = choices.pick("hyperparameters.weightDecay", hyper.weight_decay, 0.0, "LoRA needs none")
-    seed = choices.pick("hyperparameters.seed", hyper.seed, 42, "fixed, so that a rerun repeats the order")
+    weight_decay = choices.pick(
+        "hyperparameters.weightDecay", hyper.weight_decay, defaults.WEIGHT_DECAY, "LoRA needs none"
+    )
+    seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
     packing = _packing(choices, preprocessing, model, family, data)
     micro, memory = _micro_batch(choices, model, data, rank, batch, resources, pace)
     disk = _disk_bytes(model, data, rank)
@@ -177,7 +177,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
 def _most_learned(spec: HyperparametersSpec, data: DataFacts) -> int:
     """Return the number of different tokens that can be learned from, in at most one pass over the data."""
     if spec.max_steps is not None:
-        rows = spec.max_steps * (spec.global_batch_size or _BATCH_SIZES[0])
+        rows = spec.max_steps * (spec.global_batch_size or defaults.BATCH_SIZES[0])
     else:
         rows = round(data.rows * (spec.epochs or 1.0))
     return min(data.label_tokens, round(data.label_tokens * rows / data.rows))
@@ -213,7 +213,7 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
 def _adapter(
     choices: Choices, peft: PeftSpec | None, model: ModelFacts, label_tokens: int, cpt: bool
 ) -> tuple[int, int]:
-    candidates = (64, 128) if cpt else (16, 32, 64, 128)
+    candidates = defaults.CPT_LORA_RANKS if cpt else defaults.LORA_RANKS
     per_rank = model.lora_parameters_per_rank
     rank = next((r for r in candidates if r * per_rank >= label_tokens), candidates[-1])
     reason = f"{rank * per_rank:,} adapter weights for {label_tokens:,} tokens to learn"
@@ -227,7 +227,7 @@ def _adapter(
     alpha = choices.pick(
         "peft.alpha",
         peft.alpha if peft else None,
-        32,
+        defaults.LORA_ALPHA,
         "with alpha / rank the best learning rate hardly moves with rank",
     )
     return rank, alpha
@@ -239,7 +239,7 @@ def _epochs(choices: Choices, spec: HyperparametersSpec, rows: int, cpt: bool) -
         epochs, reason = 1.0, "continued pre-training reads each text once"
     else:
         epochs = min(max(3.0, 100 / rows), max(1.0, 25_000 / rows))
-        epochs = round(min(max(epochs, 1.0), 10.0), 2)
+        epochs = round(min(max(epochs, float(defaults.MIN_EPOCHS)), float(defaults.MAX_EPOCHS)), 2)
         reason = f"{rows:,} rows: 3 passes, more for fewer than 34 rows, fewer above 8,333"
     if spec.max_steps is not None:
         return epochs
@@ -261,10 +261,11 @@ class _Pace:
 
 
 def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float, pace: _Pace) -> int:
-    wanted = spec.max_steps or _WANTED_STEPS
+    wanted = spec.max_steps or defaults.WANTED_STEPS
+    *larger, least = defaults.BATCH_SIZES
     mean_tokens = max(1, data.tokens // data.rows)
-    fitting = [b for b in _BATCH_SIZES if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
-    value = fitting[0] if fitting else 4
+    fitting = [b for b in larger if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
+    value = fitting[0] if fitting else least
     reason = f"small, for {f'at least {wanted} steps' if fitting else 'many steps on few rows'}"
     while value > 1 and value * mean_tokens > pace.step_tokens:
         value //= 2
@@ -282,15 +283,16 @@ def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, ep
 
 def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int) -> float:
     """5e-4 · (2000 / hidden)^p: p is 0.781 for Llama and 0.0775 for Qwen (Tinker cookbook, 2025)."""
-    exponent = next((p for name, p in _LR_EXPONENTS.items() if family.startswith(name)), None)
+    exponent = next((p for name, p in defaults.LEARNING_RATE_EXPONENTS.items() if family.startswith(name)), None)
     if exponent is None:
-        value, reason = 2e-4, f"{family}: usual for LoRA"
+        value, reason = defaults.OTHER_LEARNING_RATE, f"{family}: usual for LoRA"
     else:
-        value = 5e-4 * (_LR_FITTED_WIDTH / max(model.hidden_size, _LR_FITTED_WIDTH)) ** exponent
+        width = defaults.LEARNING_RATE_WIDTH
+        value = defaults.LEARNING_RATE * (width / max(model.hidden_size, width)) ** exponent
         reason = f"{family} of width {model.hidden_size}"
-    if steps < _LOW_STEPS:
-        value *= 1.5
-        reason += f", half as much again for only {steps} steps"
+    if steps < defaults.SHORT_RUN_STEPS:
+        value *= defaults.SHORT_RUN_FACTOR
+        reason += f", times {defaults.SHORT_RUN_FACTOR} for only {steps} steps"
     return choices.pick("hyperparameters.learningRate", spec.learning_rate, float(f"{value:.3g}"), reason)
 
 

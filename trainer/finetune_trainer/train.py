@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from finetune_api import defaults
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, JOB, METRICS, join
 from finetune_api.names import Stage
@@ -43,8 +44,6 @@ from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_CHECKPOINT_INTERVAL_S = 600
-_DEFAULT_KEEP_LAST = 3
 _MAX_METRICS_BYTES = 16 * 2**20
 
 
@@ -206,7 +205,7 @@ def _begin(
         fetched.plan_digest,
         fetched.model_digests,
         scratch,
-        (spec and spec.keep_last) or _DEFAULT_KEEP_LAST,
+        defaults.given(spec.keep_last if spec else None, defaults.CHECKPOINTS_KEPT),
         resumed_from,
         uploader.flush,  # so that no step of a checkpoint is missing in the metrics, whatever kills this attempt
         saved,
@@ -230,7 +229,7 @@ def _begin(
         recipe_of(plan.method).answer_end_ids(plan),
         position,
         checkpointer,
-        (spec and spec.interval_seconds) or _DEFAULT_CHECKPOINT_INTERVAL_S,
+        defaults.given(spec.interval_seconds if spec else None, defaults.CHECKPOINT_INTERVAL_S),
         stop,
         ctx.reporter,
         metrics,

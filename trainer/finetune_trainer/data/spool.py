@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_TO_HOLD_OUT
 from finetune_trainer.data.tokens import Tokens
 
 Array = npt.NDArray[Any]
@@ -30,9 +31,6 @@ ROW = np.dtype(
 )
 SEQUENCE = np.dtype([("tokens", "<u4"), ("labels", "<u4")])
 _COPY_TOKENS = 2**20
-DEFAULT_HOLDOUT = 0.02
-MAX_HELD_OUT = 2000
-MIN_ROWS_TO_HOLD_OUT = 50
 
 
 class Spool:
@@ -90,8 +88,8 @@ def divide(folder: Path, fraction: float | None) -> Division:
     """Choose held-out rows by the hash of their content, the smallest hashes first.
 
     The choice does not depend on order, files or seed. Of equal rows the first is held out and the others are
-    dropped, so that no held-out row is trained on. fraction: of the distinct rows; None takes 0.02, at most 2,000
-    rows and sequences, and nothing of fewer than 50 rows.
+    dropped, so that no held-out row is trained on. fraction: of the distinct rows; None takes HOLDOUT_FRACTION, at
+    most MAX_HELD_OUT_ROWS rows and sequences, and nothing of fewer than MIN_ROWS_TO_HOLD_OUT rows.
     """
     rows = np.fromfile(folder / "rows", dtype=ROW)
     sequences = np.fromfile(folder / "sequences", dtype=SEQUENCE)
@@ -103,7 +101,7 @@ def divide(folder: Path, fraction: float | None) -> Division:
     chosen = firsts[: _held_out_count(len(firsts), fraction)]
     if fraction is None:
         cumulated = np.cumsum(rows["sequences"][chosen].astype(np.int64))
-        chosen = chosen[: max(1, int(np.searchsorted(cumulated, MAX_HELD_OUT, side="right")))]
+        chosen = chosen[: max(1, int(np.searchsorted(cumulated, MAX_HELD_OUT_ROWS, side="right")))]
     held_out = np.zeros(len(rows), dtype=np.bool_)
     held_out[chosen] = True
     group = np.empty(len(rows), dtype=np.int64)
@@ -121,7 +119,7 @@ def _held_out_count(distinct: int, fraction: float | None) -> int:
     if fraction is None:
         if distinct < MIN_ROWS_TO_HOLD_OUT:
             return 0
-        return min(max(1, round(DEFAULT_HOLDOUT * distinct)), MAX_HELD_OUT)
+        return min(max(1, round(HOLDOUT_FRACTION * distinct)), MAX_HELD_OUT_ROWS)
     return min(round(fraction * distinct), max(0, distinct - 1))
 
 
