@@ -92,7 +92,11 @@ def _reported(stage: Stage) -> list[Collector]:
     registry = CollectorRegistry()
     reporter = Reporter(stage, 1, registry)
     reporter.update(
-        **{name: 0 for name, value in reporter.progress() if value is None and name not in ("checkpoint", "quality")}
+        **{
+            name: 0
+            for name, value in reporter.progress()
+            if value is None and name not in ("checkpoint", "quality", "trouble")
+        }
     )
     if stage is Stage.TRAIN:
         TrainMetrics(registry)

@@ -9,6 +9,8 @@ the fault's code and its arguments, never free text and never data; the words ar
 from enum import StrEnum
 from typing import NamedTuple
 
+from finetune_api.names import Stage
+
 
 class Reason(StrEnum):
     """Reasons of conditions, events and attempts. Those with an exit code come from the trainer."""
@@ -108,10 +110,18 @@ def reason_of_exit(exit_code: int) -> Reason:
 
 
 class FaultText(NamedTuple):
-    """What a fault means: its reason, and a sentence with `{places}` for its arguments."""
+    """What a fault means: its reason, and a sentence with `{places}` for its arguments.
+
+    `unknown`: words for places that not every one who tells of the fault can fill, such as earlier trainers."""
 
     reason: Reason
     text: str
+    unknown: dict[str, str] = {}  # noqa: RUF012 (never changed)
+
+
+# The fields that say what the pod of a stage gets.
+MEMORY_FIELDS = {Stage.PREPARE: "resources.prepare.memory", Stage.TRAIN: "resources.memory"}
+DISK_FIELDS = {Stage.PREPARE: "resources.prepare.disk", Stage.TRAIN: "resources.disk"}
 
 
 class Fault(StrEnum):
@@ -124,6 +134,7 @@ class Fault(StrEnum):
     CONFIG_CHANGED = "ConfigChanged"
     NO_CHAT_TEMPLATE = "NoChatTemplate"
     TEMPLATE_FAILED = "TemplateFailed"
+    TEMPLATE_INVALID = "TemplateInvalid"
     TEMPLATE_NOT_PREFIX_STABLE = "TemplateNotPrefixStable"
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
     UNSUPPORTED_MODEL = "UnsupportedModel"
@@ -172,15 +183,17 @@ class Fault(StrEnum):
 
 FAULTS: dict[Fault, FaultText] = {
     Fault.COMMITTED: FaultText(Reason.COMMITTED, "the adapter is committed at {uri}"),
-    Fault.PREPARED: FaultText(Reason.COMMITTED, "data is prepared: {rows_used} of {rows_in} rows, {steps} steps"),
+    Fault.PREPARED: FaultText(
+        Reason.COMMITTED,
+        "{rows_in} rows: {rows_used} to train on, {rows_held_out} held out, {rows_dropped} dropped; {steps} steps",
+        {"rows_held_out": "some", "rows_dropped": "some"},
+    ),
     Fault.CONTRACT_SKEW: FaultText(
         Reason.CONFIG_INVALID,
         "the operator speaks contract version {operator}, the trainer image {trainer}; "
         "set the runtime's image to the one released with the operator",
     ),
-    Fault.CONFIG_UNREADABLE: FaultText(
-        Reason.CONFIG_INVALID, "the run configuration is not readable at {field}: {problem}"
-    ),
+    Fault.CONFIG_UNREADABLE: FaultText(Reason.CONFIG_INVALID, "{field} cannot be used: {problem}"),
     Fault.CONFIG_CHANGED: FaultText(
         Reason.CONFIG_INVALID,
         "{what} differs from what step {step} was trained with ({found}, not {expected}); create a new job",
@@ -191,13 +204,21 @@ FAULTS: dict[Fault, FaultText] = {
         "or use a model that has one",
     ),
     Fault.TEMPLATE_FAILED: FaultText(
-        Reason.CONFIG_INVALID, "the chat template of {uri} failed on {file} row {row}: {problem}"
+        Reason.CONFIG_INVALID,
+        "the chat template of {uri} failed on {file} row {row}: {problem}; fix the row, or leave such rows out by "
+        "preprocessing.onBadRow: Quarantine",
+    ),
+    Fault.TEMPLATE_INVALID: FaultText(
+        Reason.CONFIG_INVALID,
+        "the chat template of {uri} cannot be used, whatever the rows are: {problem}; fix the template beside the "
+        "model, or set preprocessing.chatTemplate: plain for a base model",
     ),
     Fault.TEMPLATE_NOT_PREFIX_STABLE: FaultText(
         Reason.DATA_INVALID,
         "{file} row {row}: the chat template renders the conversation up to message {message} differently "
-        "once more messages follow, so the tokens to train on cannot be told apart; "
-        "set preprocessing.chatTemplate: plain",
+        "once more messages follow, so the model would learn answers that it is never to give; give each answer a row "
+        "of its own (prompt: the messages before it, completion: the answer), or leave such rows out by "
+        "preprocessing.onBadRow: Quarantine",
     ),
     Fault.SEQUENCE_LENGTH_TOO_LONG: FaultText(
         Reason.CONFIG_INVALID,
@@ -220,7 +241,7 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.BROKEN_ROW: FaultText(
         Reason.DATA_INVALID,
         "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; "
-        "mend them, or set preprocessing.onBadRow: Quarantine and maxBrokenFraction to go on without them",
+        "fix them, or go on without them by preprocessing.onBadRow: Quarantine and preprocessing.maxBrokenFraction",
     ),
     Fault.BROKEN_FILE: FaultText(
         Reason.DATA_INVALID,
@@ -230,15 +251,18 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.DATA_INVALID, "{file} row {row}: method {method} needs {expected}; found the fields {found}"
     ),
     Fault.NO_TRAINING_DATA: FaultText(
-        Reason.DATA_INVALID, "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most as {reason}"
+        Reason.DATA_INVALID,
+        "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because it {reason}; "
+        "report.json and decisions.jsonl in the bucket name every row",
     ),
     Fault.INPUT_CHANGED: FaultText(
-        Reason.DATA_INVALID, "{file} changed while it was read; wait until it is written, then create the job again"
+        Reason.DATA_INVALID,
+        "{file} changed while it was read, or since the data was prepared; create a new job once it is complete",
     ),
     Fault.BUCKET_NOT_FOUND: FaultText(
-        Reason.DATA_NOT_FOUND, "the bucket {bucket} does not exist at {endpoint}; create it or mend {field}"
+        Reason.DATA_NOT_FOUND, "the bucket {bucket} does not exist at {endpoint}; create it, or fix {field}"
     ),
-    Fault.OBJECT_NOT_FOUND: FaultText(Reason.DATA_NOT_FOUND, "{uri} does not exist; put it there or mend {field}"),
+    Fault.OBJECT_NOT_FOUND: FaultText(Reason.DATA_NOT_FOUND, "{uri} does not exist; put it there, or fix {field}"),
     Fault.NO_FILES_MATCH: FaultText(
         Reason.DATA_NOT_FOUND, "nothing matches {uri}; expected at least one .jsonl, .jsonl.gz or .parquet file"
     ),
@@ -246,14 +270,19 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.DATA_INVALID, "{uri} matches more than {limit} files; name a narrower prefix or merge the files"
     ),
     Fault.ACCESS_DENIED: FaultText(
-        Reason.ACCESS_DENIED, "the job's credentials may not {action} {uri}; grant it or mend storage.secretRef"
+        Reason.ACCESS_DENIED,
+        "the job's credentials may not {action} {uri}; grant it, or fix what storage.secretRef or "
+        "storage.serviceAccountName names (for finetune run: the credentials of this machine)",
     ),
     Fault.TOKEN_EXPIRED: FaultText(
-        Reason.ACCESS_DENIED, "the session token has expired while trying to {action} {uri}; renew the Secret"
+        Reason.ACCESS_DENIED,
+        "the session token has expired while trying to {action} {uri}; renew it in the Secret of storage.secretRef "
+        "(for finetune run: on this machine)",
     ),
     Fault.NO_CREDENTIALS: FaultText(
         Reason.ACCESS_DENIED,
-        "no storage credentials: set storage.secretRef, or storage.serviceAccountName with a cloud identity",
+        "no storage credentials: set storage.secretRef, or storage.serviceAccountName with a cloud identity "
+        "(for finetune run: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)",
     ),
     Fault.CERTIFICATE_UNTRUSTED: FaultText(
         Reason.ACCESS_DENIED,
@@ -261,7 +290,7 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.WRONG_REGION: FaultText(
         Reason.CONFIG_INVALID,
-        "the bucket {bucket} is not in region {region} of {endpoint}; mend storage.region, or storage.endpoint",
+        "the bucket {bucket} is not in region {region} of {endpoint}; fix storage.region or storage.endpoint",
     ),
     Fault.PICKLE_ONLY: FaultText(
         Reason.UNTRUSTED_MODEL,
@@ -286,15 +315,19 @@ FAULTS: dict[Fault, FaultText] = {
         "none of the {count} checkpoints at {uri} is whole; create a new job to train from the start",
     ),
     Fault.DISK_FULL: FaultText(
-        Reason.DISK_FULL, "the disk is full while writing {what} ({needed_gib} GiB more needed); raise the disk limit"
+        Reason.DISK_FULL,
+        "the disk is full while writing {what}; raise {field}, or free space where finetune run works",
+        {"field": "resources.disk, or resources.prepare.disk while data is prepared"},
     ),
     Fault.ADAPTER_NO_EFFECT: FaultText(
         Reason.ADAPTER_NO_EFFECT,
-        "the reloaded adapter does not change the model (largest log-probability difference {difference})",
+        "the reloaded adapter does not change the model (largest log-probability difference {difference}); "
+        "raise hyperparameters.learningRate, and see in report.json whether the rows have answers to learn",
     ),
     Fault.RELOAD_MISMATCH: FaultText(
         Reason.ADAPTER_NO_EFFECT,
-        "the reloaded adapter differs from the trained one (largest log-probability difference {difference})",
+        "the reloaded adapter differs from the trained one (largest log-probability difference {difference}): "
+        "it was damaged on its way to the disk, or this is a bug of the trainer",
     ),
     Fault.MODEL_CHANGED: FaultText(Reason.MODEL_MISMATCH, "{uri} changed since the job was prepared; create a new job"),
     Fault.INTERRUPTED: FaultText(Reason.INTERRUPTED, "stopped on request at step {step}, checkpoint kept"),
@@ -315,7 +348,9 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.SUPERSEDED, "a newer attempt (epoch {newer}) has taken over from this one (epoch {own})"
     ),
     Fault.HOST_OOM: FaultText(
-        Reason.HOST_OOM, "the container's memory limit of {limit_gib} GiB was exceeded; raise resources.memory"
+        Reason.HOST_OOM,
+        "memory ran out (the limit: {limit}); raise {field}",
+        {"limit": "not known", "field": "resources.memory, or resources.prepare.memory while data is prepared"},
     ),
     Fault.KILLED: FaultText(Reason.UNKNOWN, "the trainer was killed by signal {signal}"),
     Fault.BUG: FaultText(
@@ -348,10 +383,11 @@ FAULTS: dict[Fault, FaultText] = {
 
 
 def words(fault: Fault, args: dict[str, str | int | float]) -> str:
-    """The fault's sentence with its arguments; a missing argument shows as `?` instead of raising."""
+    """Return the fault's sentence with its arguments; a missing argument shows as `?` instead of raising."""
+    known = {**FAULTS[fault].unknown, **args}
 
     class _Args(dict[str, str | int | float]):
         def __missing__(self, key: str) -> str:
             return "?"
 
-    return FAULTS[fault].text.format_map(_Args(args))
+    return FAULTS[fault].text.format_map(_Args(known))

@@ -20,7 +20,10 @@ the image, the configuration and the plan that it began with.
   again while no step is finished, and ends the attempt by name afterwards.
 """
 
+import copy
 import json
+from collections.abc import Iterator
+from os.path import commonprefix
 from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, model_validator
@@ -32,12 +35,21 @@ from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
 from finetune_api.quality import Quality
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import Fault
-from finetune_api.status import Artifact, CheckpointStatus, DataStatus, MetricsStatus, PlanStatus
+from finetune_api.status import Artifact, CheckpointStatus, DataStatus, DroppedRows, MetricsStatus, PlanStatus
 
 CONTRACT_VERSION = 2
 MAX_RESULT_BYTES = 4000  # the kubelet keeps 4096 per container
 MAX_PROGRESS_BYTES = 16 * 1024
 _MAX_CODE_CHARS = 64
+_URI_BASE = "uri_base"  # in a message whose URIs had to be shortened: what they begin with
+_URIS = (
+    ("plan", "uri"),
+    ("data", "reportUri"),
+    ("checkpoint", "uri"),
+    ("artifact", "uri"),
+    ("artifact", "manifestUri"),
+    ("log_uri",),
+)
 _FAULT_CODES = frozenset(fault.value for fault in Fault)
 
 Activity = Literal[
@@ -50,7 +62,21 @@ def _known_activity(value: object) -> object:
     return "Working" if isinstance(value, str) and value not in get_args(Activity) else value
 
 
-FaultArg = Annotated[str, StringConstraints(max_length=256)] | int | float
+MAX_ARG_CHARS = 256
+MAX_ARGS = 12  # of one fault
+
+FaultArg = Annotated[str, StringConstraints(max_length=MAX_ARG_CHARS)] | int | float
+
+
+def _with_known_fault(data: Any) -> Any:
+    """Replace a fault of a newer trainer by UNRECOGNISED, with its code as the argument."""
+    if not isinstance(data, dict):
+        return data
+    fields = cast("dict[str, Any]", data)
+    code = fields.get("fault")
+    if not isinstance(code, str) or code in _FAULT_CODES:
+        return fields
+    return {**fields, "fault": Fault.UNRECOGNISED, "args": {"code": code[:_MAX_CODE_CHARS]}}
 
 
 class JobRef(WireModel):
@@ -122,7 +148,7 @@ class RunResult(WireModel):
     stage: Stage
     attempt: int = Field(ge=1)
     fault: Fault
-    args: dict[Str64, FaultArg] = Field(default_factory=dict[str, str | int | float], max_length=12)
+    args: dict[Str64, FaultArg] = Field(default_factory=dict[str, str | int | float], max_length=MAX_ARGS)
     exit_code: int = Field(ge=0, le=255)
     plan: PlanStatus | None = None
     data: DataStatus | None = None
@@ -136,27 +162,102 @@ class RunResult(WireModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _recognise_fault(cls, data: Any) -> Any:
-        """Replace a fault of a newer trainer by UNRECOGNISED, with its code as the argument."""
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
-        code = fields.get("fault")
-        if not isinstance(code, str) or code in _FAULT_CODES:
-            return fields
-        return {**fields, "fault": Fault.UNRECOGNISED, "args": {"code": code[:_MAX_CODE_CHARS]}}
+    def _read_message(cls, data: Any) -> Any:
+        return _with_known_fault(_with_whole_uris(data))
 
     def to_message(self) -> bytes:
-        """JSON of at most MAX_RESULT_BYTES: when too long, the plan's resolved values go first, from the end."""
-        result = self
-        while True:
-            message = json.dumps(result.model_dump(mode="json", exclude_none=True), separators=(",", ":")).encode()
+        """Return JSON of at most MAX_RESULT_BYTES as written; never raises.
+
+        When it is too long, URIs lose what they have in common, which readers put back. Then goes what can be found
+        elsewhere: the plan's resolved values from the end, the place of the log, the last checkpoint, figures, the ends
+        of arguments. What the operator decides by goes last.
+        """
+        for result in self._ever_shorter():
+            message = _encoded(result.model_dump(mode="json", exclude_none=True))
             if len(message) <= MAX_RESULT_BYTES:
                 return message
-            if result.plan is None or not result.plan.resolved:
-                raise ValueError(f"RunResult is {len(message)} bytes without resolved values")
+        bare = self.model_dump(mode="json", include={"contract_version", "stage", "attempt", "fault", "exit_code"})
+        return _encoded(bare)
+
+    def _ever_shorter(self) -> Iterator["RunResult"]:
+        """Yield the result with less and less in it."""
+        result = self
+        yield result
+        while result.plan is not None and result.plan.resolved:
             plan = result.plan.model_copy(update={"resolved": result.plan.resolved[:-1]})
             result = result.model_copy(update={"plan": plan})
+            yield result
+        for field in ("log_uri", "checkpoint", "metrics"):
+            result = result.model_copy(update={field: None})
+            yield result
+        for size_bytes in (64, 16):
+            args = {name: _cut(value, size_bytes) for name, value in result.args.items()}
+            result = result.model_copy(update={"args": args})
+            yield result
+        if result.data is not None and result.data.dropped:
+            rows = DroppedRows(reason="other", rows=sum(drop.rows for drop in result.data.dropped))
+            result = result.model_copy(update={"data": result.data.model_copy(update={"dropped": [rows]})})
+        yield result.model_copy(update={"args": {}})
+
+
+def _uri_places(fields: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Return the URIs of a message as (object, name): all lie below the run's folder."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for *parents, name in _URIS:
+        place: Any = fields
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(cast("dict[str, Any]", place).get(name), str):
+            found.append((cast("dict[str, Any]", place), name))
+    return found
+
+
+def _encoded(fields: dict[str, Any]) -> bytes:
+    """Return the message as bytes; where it is too long, with the beginning that its URIs share said once."""
+    plain = _json_bytes(fields)
+    places = _uri_places(fields)
+    if len(plain) <= MAX_RESULT_BYTES or not places:
+        return plain
+    base = commonprefix([place[name] for place, name in places])  # noqa: RUF071 (letters are meant, not folders)
+    for place, name in places:
+        place[name] = place[name][len(base) :]
+    return _json_bytes({_URI_BASE: base, **fields})
+
+
+def _with_whole_uris(data: Any) -> Any:
+    """Undo the shortening of `_encoded`."""
+    if not isinstance(data, dict) or not isinstance(base := cast("dict[str, Any]", data).get(_URI_BASE), str):
+        return cast("Any", data)
+    fields = cast("dict[str, Any]", copy.deepcopy(data))
+    del fields[_URI_BASE]
+    for place, name in _uri_places(fields):
+        place[name] = base + place[name]
+    return fields
+
+
+def _json_bytes(fields: dict[str, Any]) -> bytes:
+    """Non-ASCII characters as themselves: escaped, they would need up to three times the room."""
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+
+
+def _cut(value: FaultArg, size_bytes: int) -> FaultArg:
+    """Return a text's beginning within so many bytes; numbers as they are."""
+    if not isinstance(value, str) or len(value.encode(errors="replace")) <= size_bytes:
+        return value
+    return value.encode(errors="replace")[:size_bytes].decode(errors="ignore") + "…"
+
+
+class Trouble(WireModel):
+    """What fails at present and is tried again while the stage goes on, such as the save of a checkpoint."""
+
+    fault: Fault
+    args: dict[Str64, FaultArg] = Field(default_factory=dict[str, str | int | float], max_length=MAX_ARGS)
+    since: float = Field(ge=0, le=1e10)  # Unix time of the first try that failed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recognise_fault(cls, data: Any) -> Any:
+        return _with_known_fault(data)
 
 
 class Progress(WireModel):
@@ -182,3 +283,4 @@ class Progress(WireModel):
     rows_read: Count = 0
     checkpoint: CheckpointStatus | None = None
     quality: Quality | None = None  # None while there is nothing to say
+    trouble: Trouble | None = None

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finetune_api.row_words import row_words
 from finetune_cli.wait import line, say_concern
 
 
@@ -37,7 +38,11 @@ def describe(job: dict[str, Any], console: Console) -> None:
             f"{data['rowsHeldOut']:,} held out; {data['reportUri']}",
             soft_wrap=True,
         )
-        _table(console, ("left out as", "rows"), [[one["reason"], f"{one['rows']:,}"] for one in data["dropped"]])
+        _table(
+            console,
+            ("left out", "because each of them"),
+            [[f"{one['rows']:,}", f"{row_words(one['reason'])} ({one['reason']})"] for one in data["dropped"]],
+        )
     _table(
         console,
         ("attempt", "stage", "ended as", "reason", "exit code", "last step"),

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from finetune_api.names import Stage
 from finetune_api.quality import Quality, concern_words, verdict
-from finetune_api.reasons import reason_of_exit, words
+from finetune_api.reasons import Fault, reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
-from finetune_api.run import Progress, RunResult
+from finetune_api.row_words import row_words
+from finetune_api.run import Progress, RunResult, Trouble
 from finetune_api.status import DataStatus, PlanStatus
 
 _PLAIN_INTERVAL_S = 10.0
@@ -72,6 +73,7 @@ class StageView:
         )
         self._task = self._bars.add_task(self._title, total=None, line="starting")
         self._said = ("starting", time.monotonic())
+        self._trouble: Fault | None = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -83,6 +85,7 @@ class StageView:
         self._bars.stop()
 
     def update(self, progress: Progress) -> None:
+        self._show_trouble(progress.trouble)
         line = describe(progress)
         total = progress.total_steps or None
         self._bars.update(self._task, total=total, completed=progress.step, line=escape(line))
@@ -94,6 +97,20 @@ class StageView:
         self._said = (line, now_s)
         self._console.print(f"{self._title}: {line}", markup=False, soft_wrap=True)
 
+    def _show_trouble(self, trouble: Trouble | None) -> None:
+        """Say once that something fails and is tried again, and once that it is over."""
+        fault = trouble.fault if trouble is not None else None
+        if fault is self._trouble:
+            return
+        self._trouble = fault
+        if trouble is None:
+            self._console.print("[green]Saved[/]   what could not be saved is safe again")
+            return
+        why = escape(words(trouble.fault, trouble.args))
+        self._console.print(
+            f"[yellow]Unsaved[/] {why}; it is tried again, and the training goes on meanwhile", soft_wrap=True
+        )
+
 
 def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
     """What became of the rows, and what was chosen."""
@@ -102,7 +119,7 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
         f"{data.rows_held_out:,} held out, {sum(drop.rows for drop in data.dropped):,} left out"
     )
     for drop in data.dropped:
-        _more(console, drop.reason, f"{drop.rows:,}")
+        _more(console, f"{drop.rows:,} left out", f"each {row_words(drop.reason)} ({drop.reason})")
     _more(console, "report", data.report_uri)
     rows = "" if plan.rows is None else f" read {plan.rows:,} rows ({plan.distinct_rows or 0:,} different ones)"
     learned = f"{plan.label_tokens:,} of them learned from"

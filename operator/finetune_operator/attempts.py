@@ -1,12 +1,23 @@
 """How one attempt ended, and what that counts as. Pure; every row of the fault table is decided here."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from finetune_api.names import Stage
-from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, reason_of_exit, words
+from finetune_api.reasons import (
+    DISK_FIELDS,
+    EXIT_CODES,
+    FAULTS,
+    FINAL_EXIT_CODES,
+    MEMORY_FIELDS,
+    Fault,
+    Reason,
+    reason_of_exit,
+    words,
+)
 from finetune_api.retry import failure_class, is_prepared_again
 from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_api.status import AttemptStatus
@@ -105,9 +116,9 @@ def _with_container(
     if pod.disrupted:
         return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
     if pod.evicted:
-        return "Failure", Reason.DISK_LIMIT, f"pod {pod.name} used more disk than its limit; raise ephemeralStorage"
+        return "Failure", Reason.DISK_LIMIT, _disk_words(entry, pod)
     if pod.oom_killed or by_code == Reason.HOST_OOM:
-        return "Failure", Reason.HOST_OOM, told or words(Fault.HOST_OOM, {"limit_gib": pod.memory_limit})
+        return "Failure", Reason.HOST_OOM, told or _memory_words(entry, pod)
     if code == 0:
         return _without_message(pod, earlier, entry)
     if job is None:
@@ -118,8 +129,23 @@ def _with_container(
     if told:
         return "Failure", by_code, told
     if code > 128:
-        return "Failure", Reason.UNKNOWN, words(Fault.KILLED, {"signal": code - 128})
+        return "Failure", Reason.UNKNOWN, words(Fault.KILLED, {"signal": _signal_name(code - 128)})
     return "Failure", by_code, f"the trainer ended with exit code {code} and left no message"
+
+
+def _memory_words(entry: AttemptStatus, pod: ObservedPod) -> str:
+    return words(Fault.HOST_OOM, {"limit": pod.memory_limit, "field": MEMORY_FIELDS[Stage(entry.stage)]})
+
+
+def _disk_words(entry: AttemptStatus, pod: ObservedPod) -> str:
+    return f"pod {pod.name} used more disk than its limit; raise {DISK_FIELDS[Stage(entry.stage)]}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 def _without_container(
@@ -133,7 +159,7 @@ def _without_container(
     if pod is not None and pod.disrupted:
         return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
     if pod is not None and pod.evicted:
-        return "Failure", Reason.DISK_LIMIT, f"pod {pod.name} used more disk than its limit; raise ephemeralStorage"
+        return "Failure", Reason.DISK_LIMIT, _disk_words(entry, pod)
     if job is None:
         return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
     return "Failure", Reason.POD_LOST, f"its pod is gone without a result. {job.message}".strip()

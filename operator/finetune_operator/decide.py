@@ -75,7 +75,7 @@ def _look(folded: Folded, seen: Seen, now: datetime) -> Look:
 
 
 def _with_wait_clock(folded: Folded, seen_as: Look, suspend: bool, now: datetime) -> Folded:
-    """Since when somebody has to mend something; the clock goes on through the attempts in between, and not at all
+    """Since when somebody has to fix something; the clock goes on through the attempts in between, and not at all
     while the job is suspended, as then nobody tries."""
     entries = folded.status.attempts
     record = folded.status.record or OperatorRecord()

@@ -13,7 +13,7 @@ from finetune_operator.attempts import is_stopping
 from finetune_operator.observed import ObservedJob, ObservedPod
 from finetune_operator.seen import Blocked
 
-# Waits that end the job after a while: somebody has to mend something that no cluster mends by itself.
+# Waits that end the job after a while: somebody has to fix something that no cluster fixes by itself.
 PATIENCE = timedelta(seconds=PATIENCE_S)
 IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
 # Refused creations show only when they are tried, so the last answer stands until the Job exists.
@@ -77,7 +77,7 @@ def needs_explanation(job: ObservedJob | None, pods: Sequence[ObservedPod], now:
 
 
 def explain_events(events: Sequence[Mapping[str, Any]], namespace: str) -> Blocked | None:
-    """What the newest telling event of an object says that a person must mend.
+    """What the newest telling event of an object says that a person must fix.
 
     None when the pod has come further since: a volume that was late must not be blamed for a long image pull."""
 
@@ -115,7 +115,8 @@ def missing_ref(text: str, namespace: str) -> Blocked | None:
         return None
     kind, field = _FIELDS[found[1]]
     return Blocked(
-        Reason.MISSING_REF, f"{kind} {namespace}/{found[3]} does not exist: create it, or mend {field} in a new job"
+        Reason.MISSING_REF,
+        f"{kind} {namespace}/{found[3]} does not exist: create it, or name another in {field} of a new job",
     )
 
 

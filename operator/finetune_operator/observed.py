@@ -66,7 +66,7 @@ class ObservedPod:
     finished_at: datetime | None = None
     exit_code: int | None = None
     oom_killed: bool = False
-    memory_limit: str = "?"
+    memory_limit: str = "not known"  # of the trainer's container, for words
     gpus: int = 0
     report: RunResult | None = None
     bad_report: bool = False
@@ -181,14 +181,14 @@ def _controller(meta: Body) -> Body:
 
 
 def _memory_limit(body: Body) -> str:
-    """GiB of the trainer container, for words."""
+    """Return the limit of the trainer's container, for words."""
     containers = _dicts(_dict(body, "spec"), "containers")
     trainer = next((c for c in containers if c.get("name") == names.CONTAINER), {})
     limit = _text(_dict(_dict(trainer, "resources"), "limits").get("memory")) or ""
     try:
-        return f"{quantity_bytes(limit) / 2**30:g}"
+        return f"{quantity_bytes(limit) / 2**30:g} GiB"
     except ValueError:
-        return "?"
+        return "not known"
 
 
 def _gpus(meta: Body) -> int:

@@ -187,7 +187,7 @@ class Reconciler:
             raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{text}; create a new job")) from error
 
     def _create_ours(self, kind: Any, job: JobView, manifest: Body) -> Body:
-        """Create, or find what a round before created. Raises RefusedError for what only a person can mend."""
+        """Create, or find what a round before created. Raises RefusedError for what only a person can fix."""
         name = manifest["metadata"]["name"]
         try:
             return self._cluster.create(kind, manifest)

@@ -1,10 +1,10 @@
 """The conditions and the phase of a job that is not over. Pure."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from finetune_api.names import Stage
-from finetune_api.reasons import Reason
-from finetune_api.run import Progress
+from finetune_api.reasons import FAULTS, Reason, words
+from finetune_api.run import Progress, Trouble
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
 from finetune_operator import quality
 from finetune_operator.attempts import is_open, is_stopping
@@ -18,13 +18,19 @@ from finetune_operator.view import JobView, reason_of
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
 )  # fmt: skip
+# What a trainer may say that it cannot save for.
+TROUBLE_REASONS = (
+    Reason.STORAGE_TRANSIENT, Reason.ACCESS_DENIED, Reason.DATA_NOT_FOUND, Reason.DISK_FULL, Reason.CONFIG_INVALID,
+)  # fmt: skip
 _NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED)
 
 
 def describe(
     job: JobView, folded: Folded, look: Look, suspend: bool, *, quiet: bool, said: Progress | None, now: datetime
 ) -> FineTuneJobStatus:
-    """`quiet`: nothing of other attempts is alive. `said`: the last answer of the pod, if it runs."""
+    """Return the status of a job that is not over.
+
+    `quiet`: nothing of other attempts is alive. `said`: the last answer of the pod, if it runs."""
     status, last = folded.status, folded.last
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     doing = Reason.TRAINING if stage == Stage.TRAIN else Reason.PREPARING
@@ -34,7 +40,7 @@ def describe(
         _admitted(folded, look, suspended, doing),
         _running(job.status, folded, look, suspended, doing),
         _suspended(job.status, suspend, suspended),
-        _degraded(job.status, folded, look),
+        _degraded(job.status, folded, look, said),
         quality.while_running(job.status, said),
         Claim(ConditionType.SUCCEEDED, "Unknown", doing),
         Claim(ConditionType.FINISHED, "False", doing),
@@ -107,8 +113,8 @@ def _suspended(old: FineTuneJobStatus, suspend: bool, suspended: bool) -> Claim 
     return None
 
 
-def _degraded(old: FineTuneJobStatus, folded: Folded, look: Look) -> Claim | None:
-    """None keeps what is stored."""
+def _degraded(old: FineTuneJobStatus, folded: Folded, look: Look, said: Progress | None) -> Claim | None:
+    """Return what is to be fixed, or that nothing is; None keeps what is stored. `said`: by the pod that runs."""
     before, last, ended = find(old, ConditionType.DEGRADED), folded.last, folded.ended
     if look.wait is not None and look.wait.reason != Reason.DISRUPTED:
         return Claim(ConditionType.DEGRADED, "True", look.wait.reason, look.wait.message)
@@ -117,7 +123,9 @@ def _degraded(old: FineTuneJobStatus, folded: Folded, look: Look) -> Claim | Non
         return Claim(ConditionType.DEGRADED, "True", ended.reason, message)
     if ended is not None and ended.reason == Reason.BAD_REPORT:
         return Claim(ConditionType.DEGRADED, "True", Reason.BAD_REPORT, ended_words(folded))
-    if _still_holds(before, folded, look):
+    if said is not None and said.trouble is not None:
+        return _trouble(said.trouble)
+    if _still_holds(before, folded, look, said):
         return None
     closed = [e for e in folded.status.attempts if not is_open(e)]
     if closed and closed[-1].attempt_class == "Waiting" and last is not None:
@@ -126,11 +134,26 @@ def _degraded(old: FineTuneJobStatus, folded: Folded, look: Look) -> Claim | Non
     return Claim(ConditionType.DEGRADED, "False", Reason.HEALTHY)
 
 
-def _still_holds(before: Condition | None, folded: Folded, look: Look) -> bool:
-    """Whether a stored Degraded is still true, although nothing that is seen now says so again."""
-    if before is None or before.status != "True" or folded.ended is not None:
+def _trouble(trouble: Trouble) -> Claim:
+    """The training goes on, but something of it fails again and again."""
+    reason = FAULTS[trouble.fault].reason
+    since = format_time(datetime.fromtimestamp(trouble.since, UTC))
+    message = f"progress cannot be saved since {since}: {words(trouble.fault, trouble.args)}; training goes on"
+    if reason not in TROUBLE_REASONS:  # a pod may say anything
+        reason = Reason.STORAGE_TRANSIENT
+    return Claim(ConditionType.DEGRADED, "True", reason, f"{message}, and it is tried again")
+
+
+def _still_holds(before: Condition | None, folded: Folded, look: Look, said: Progress | None) -> bool:
+    """Return True if a stored Degraded is still true, although nothing that is seen now says so again."""
+    if before is None or before.status != "True":
         return False
     reason = reason_of(before.reason)
+    trained = any(e.stage == Stage.TRAIN and e.started_at is not None for e in folded.status.attempts)
+    if reason in TROUBLE_REASONS and trained and said is None:
+        return True  # until a pod that runs has said that it can save
+    if folded.ended is not None:
+        return False
     closed = [e for e in folded.status.attempts if not is_open(e)]
     if closed and closed[-1].attempt_class == "Waiting" and reason_of(closed[-1].reason) == reason:
         return True

@@ -52,7 +52,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | N
         if degraded.status == "True":
             tell(True, reason_of(degraded.reason), degraded.message)
         elif find(old, ConditionType.DEGRADED) is not None:
-            tell(False, Reason.HEALTHY, "what was missing is there, the job goes on")
+            tell(False, Reason.HEALTHY, "what was in the way is gone, the job goes on")
     tell_quality()
     if running is not None and (changed(ConditionType.RUNNING) or ended is not None):
         reason = reason_of(running.reason)

@@ -136,9 +136,17 @@ def planned(status: FineTuneJobStatus) -> Claim:
     """Whether the plan is known."""
     if status.plan is None:
         return Claim(ConditionType.PLANNED, "Unknown", Reason.PREPARING)
-    rows_used = status.data.rows_used if status.data else "?"
-    rows_in = status.data.rows_in if status.data else "?"
-    message = words(Fault.PREPARED, {"rows_used": rows_used, "rows_in": rows_in, "steps": status.plan.steps})
+    data = status.data
+    if data is None:  # a status that was cut by hand
+        return Claim(ConditionType.PLANNED, "True", Reason.PREPARED, f"{status.plan.steps} steps")
+    told: dict[str, str | int | float] = {
+        "rows_in": data.rows_in,
+        "rows_used": data.rows_used,
+        "rows_held_out": data.rows_held_out,
+        "rows_dropped": sum(drop.rows for drop in data.dropped),
+        "steps": status.plan.steps,
+    }
+    message = words(Fault.PREPARED, told)
     return Claim(ConditionType.PLANNED, "True", Reason.PREPARED, message)
 
 

@@ -81,7 +81,10 @@ def _read_spec(raw: object) -> tuple[FineTuneJobSpec | None, str]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["spec", *(str(part) for part in first["loc"])])
-        return None, f"{place}: {first['msg']}; this operator reads {names.API_VERSION}, mend the field or update it"
+        return (
+            None,
+            f"{place}: {first['msg']}; this operator reads {names.API_VERSION}, fix the field, or update the operator",
+        )
 
 
 def read_status(raw: object) -> FineTuneJobStatus:

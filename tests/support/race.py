@@ -44,7 +44,7 @@ def play(store: Store, uri: str, etag: str, name: str) -> dict[str, object]:
         rank=16,
     )
     try:
-        commit.commit(store, fence, f"{uri}/run", artifact)
+        commit.move_latest(store, commit.commit(store, fence, f"{uri}/run", artifact))
         outcome["committed"] = True
     except StageError as error:
         outcome["committed"] = error.fault.value

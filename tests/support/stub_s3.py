@@ -26,6 +26,8 @@ class Trouble:
     lose_answer: bool = False  # do it, then hang up
     cut_after: int | None = None  # send so many bytes of the body, then hang up
     then_write: bytes | None = None  # afterwards the object has this content
+    name: str = ""  # only requests whose "bucket/key" contains this
+    lasts: bool = False  # happens to every such request, until it is taken out of the list
 
 
 @dataclass
@@ -61,10 +63,11 @@ class StubS3:
         if self.random_etags:
             self.etags[name] = f'"of-no-content-{next(_NUMBERS)}"'
 
-    def take_trouble(self, method: str) -> Trouble | None:
+    def take_trouble(self, method: str, name: str) -> Trouble | None:
         for trouble in self.troubles:
-            if trouble.method == method:
-                self.troubles.remove(trouble)
+            if trouble.method == method and trouble.name in name:
+                if not trouble.lasts:
+                    self.troubles.remove(trouble)
                 return trouble
         return None
 
@@ -124,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         name, query = unquote(url.path[1:]), parse_qs(url.query, keep_blank_values=True)
         with self.s3.lock:
             self.s3.requests.append(f"{self.command} {name} {self.headers.get('Range', '')}".strip())
-            trouble = self.s3.take_trouble(self.command)
+            trouble = self.s3.take_trouble(self.command, name)
             if trouble and trouble.status:
                 self._error(trouble.status, trouble.code, trouble.more)
                 return

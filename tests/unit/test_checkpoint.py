@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_api.status import CheckpointStatus
 from finetune_trainer import checkpoint
-from finetune_trainer.checkpoint import Checkpointer, Position, newest, restore, snapshot
-from finetune_trainer.commit import raise_epoch
+from finetune_trainer.checkpoint import Checkpointer, Position, Snapshot, newest, restore, snapshot
+from finetune_trainer.commit import Fence, publish_manifest, raise_epoch
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.loop import ADAM_BETAS
+from finetune_trainer.patience import Trouble
 from finetune_trainer.store import Store, open_store
 
 PLAN, OTHER_PLAN = "sha256:" + "1" * 64, "sha256:" + "2" * 64
@@ -33,6 +35,7 @@ class Saved:
         self.run_uri = f"file://{folder}/run"
         torch.manual_seed(0)
         self.parameters = {name: nn.Parameter(torch.randn(3, 2)) for name in ("a", "b")}
+        self.troubles: list[Trouble | None] = []
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=ADAM_BETAS, fused=True)
         self.train()
 
@@ -56,16 +59,18 @@ class Saved:
             self.store,
             fence,
             self.run_uri,
-            plan,
-            base or BASE,
-            scratch,
-            keep_last,
-            resumed_from,
-            before_publishing,
-            lambda _status, _write_s, _upload_s: None,
+            plan_digest=plan,
+            base_files=base or BASE,
+            scratch=scratch,
+            keep_last=keep_last,
+            interval_s=600,
+            resumed_from=resumed_from,
+            before_publishing=before_publishing,
+            on_saved=lambda _status, _write_s, _upload_s: None,
+            on_trouble=self.troubles.append,
         )
 
-    def save(self, checkpointer: Checkpointer, step: int) -> None:
+    def snapshot(self, step: int) -> Snapshot:
         position = Position(
             step=step,
             tokens=step * 10,
@@ -73,7 +78,10 @@ class Saved:
             evaluations=[HeldOut(step=0, loss=2.5, rows=1, label_tokens=3)],
             first_started_at=1.0,
         )
-        checkpointer.start(snapshot(self.parameters, self.optimizer, position))
+        return snapshot(self.parameters, self.optimizer, position)
+
+    def save(self, checkpointer: Checkpointer, step: int) -> None:
+        checkpointer.start(self.snapshot(step))
         checkpointer.wait()
 
     def newest(self, plan: str = PLAN, base: dict[str, str] | None = None) -> checkpoint.Restored | None:
@@ -195,7 +203,7 @@ def test_the_newest_are_kept_and_the_one_resumed_from_always(saved: Saved) -> No
     for step in (6, 8, 10):
         saved.save(second, step)
     assert saved.steps() == [10, 8, 4]
-    checkpoint.keep_newest(saved.store, saved.run_uri)
+    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri)
     assert saved.steps() == [10]
     left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000010-2"}
@@ -244,21 +252,114 @@ def test_a_superseded_attempt_publishes_nothing(saved: Saved) -> None:
     assert saved.steps() == [4, 3]
 
 
-def test_what_a_save_in_the_background_failed_with_is_raised_at_the_next_check(saved: Saved) -> None:
+def test_a_save_that_the_disk_refuses_is_tried_again_and_the_next_one_counts(saved: Saved) -> None:
     checkpointer = saved.checkpointer()
     (saved.folder / "out").write_text("a file where a folder is needed")
-    position = Position(step=1, tokens=0, label_tokens=0, first_started_at=0.0)
-    checkpointer.start(snapshot(saved.parameters, saved.optimizer, position))
-    checkpointer.close()
-    with pytest.raises(OSError, match="out"):
+    saved.save(checkpointer, 1)
+    assert checkpointer.trouble is not None
+    assert "could not write a checkpoint on the local disk" in str(checkpointer.trouble.error)
+    assert not checkpointer.is_due(), "only after a pause"
+    (saved.folder / "out").unlink()
+    saved.save(checkpointer, 2)
+    assert (checkpointer.trouble, saved.steps()) == (None, [2])
+    assert [trouble and trouble.tries for trouble in saved.troubles] == [1, None]
+
+
+def test_a_bug_in_a_save_ends_the_attempt_at_the_next_check(saved: Saved) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    checkpointer = saved.checkpointer(before_publishing=fail)
+    checkpointer.start(saved.snapshot(1))
+    checkpointer.close(60)
+    with pytest.raises(ZeroDivisionError):
         checkpointer.check()
+
+
+def test_a_save_that_was_published_although_its_answer_was_lost_is_not_written_again(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish_and_fail(*arguments: Any) -> str:
+        publish_manifest(*arguments)
+        raise StageError(Fault.STORAGE_UNAVAILABLE, action="write", uri="u", tries=12, seconds=1, problem="p")
+
+    checkpointer = saved.checkpointer()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish_manifest", publish_and_fail)
+        saved.save(checkpointer, 5)
+    before = saved.path(5, 1, checkpoint.TENSORS).stat()
+    saved.train()
+    saved.save(checkpointer, 5)
+    after = saved.path(5, 1, checkpoint.TENSORS).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    found = saved.newest()
+    assert found is not None
+    assert checkpointer.last == found.status
+
+
+def test_what_a_failed_save_left_is_removed_after_the_next(saved: Saved) -> None:
+    failures = [StageError(Fault.ACCESS_DENIED, action="write", uri="u")]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    checkpointer = saved.checkpointer(before_publishing=fail_once)
+    saved.save(checkpointer, 1)
+    assert saved.path(1, 1, checkpoint.TENSORS).exists()
+    saved.save(checkpointer, 2)
+    left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
+    assert left == {"00000002-1"}
+
+
+def test_a_superseded_attempt_removes_nothing_and_no_attempt_what_a_newer_one_wrote(saved: Saved) -> None:
+    old = saved.checkpointer(attempt=1, keep_last=1)
+    saved.save(old, 3)
+    new = saved.checkpointer(attempt=2)
+    saved.save(new, 4)
+    saved.save(new, 6)
+    with pytest.raises(StageError):
+        saved.save(old, 7)
+    with pytest.raises(StageError):
+        checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 1), saved.run_uri)
+    assert saved.steps() == [6, 4, 3]
+    # Before its fence is raised, a newer attempt has nothing there; whatever is there of a higher epoch stays.
+    saved.path(9, 3, "manifest.json").parent.mkdir()
+    saved.path(9, 3, "state.json").write_text("of a save under way")
+    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri)
+    assert saved.steps() == [6]
+    assert saved.path(9, 3, "state.json").exists()
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_looked_for_is_no_end(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = saved.checkpointer()
+    saved.save(checkpointer, 3)
+    listed = checkpoint.manifests
+    calls: list[int] = []
+
+    def list_then_replace(store: Store, run_uri: str) -> list[checkpoint.Found]:
+        found = listed(store, run_uri)
+        calls.append(len(found))
+        if len(calls) == 1:  # a writer that is not fenced off yet saves another one and removes the old one
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "manifests", listed)
+                saved.save(checkpointer, 4)
+            checkpoint.delete(store, found[0].uri)
+        return found
+
+    monkeypatch.setattr(checkpoint, "manifests", list_then_replace)
+    found = saved.newest()
+    assert found is not None
+    assert (found.status.step, calls) == (4, [1, 1])
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), checkpoint.SafetensorError("I/O error: … (os error 28)")]
 )
 def test_a_full_disk_is_told_as_such(error: OSError | checkpoint.SafetensorError) -> None:
-    told = checkpoint.disk_error(error, "a checkpoint", {"a": torch.zeros(2**20)})
+    told = checkpoint.disk_error(error, "a checkpoint")
     assert isinstance(told, StageError)
     assert (told.fault, told.exit_code) == (Fault.DISK_FULL, 19)
 

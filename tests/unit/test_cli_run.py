@@ -21,7 +21,8 @@ from data_run import chats, jsonl, prepare_run, put
 from finetune_api import retry
 from finetune_api.names import PORT_FILE, Stage
 from finetune_api.quality import Quality
-from finetune_api.run import Progress, RunConfig, RunResources
+from finetune_api.reasons import Fault
+from finetune_api.run import Progress, RunConfig, RunResources, Trouble
 from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
 from signals import disposition
@@ -317,6 +318,17 @@ def test_bars_on_a_terminal_show_where_a_stage_is():
         )
     assert "Training (attempt 2)" in output.getvalue()
     assert "training, step 3/20, loss 1.250" in output.getvalue()
+
+
+def test_saves_that_fail_are_told_once_and_that_it_is_over_once():
+    output = io.StringIO()
+    away = Trouble(fault=Fault.ACCESS_DENIED, args={"action": "write", "uri": "s3://b/[x]"}, since=1)
+    at = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=1, total_steps=9)
+    view = show.StageView(Console(file=output, width=60), Stage.TRAIN, 1)
+    for trouble in (None, away, away, None, None):
+        view.update(at.model_copy(update={"trouble": trouble}))
+    assert output.getvalue().count("may not write s3://b/[x]") == 1
+    assert output.getvalue().count("safe again") == 1
 
 
 def _send_once_the_stage_waits(play: Play, number: signal.Signals) -> threading.Thread:

@@ -26,6 +26,11 @@ def run_uri(tmp_path: Path) -> str:
     return f"file://{tmp_path}/out/bot-1a2b3"
 
 
+def committed_artifact(store: Store, run_uri: str) -> Artifact | None:
+    found = protocol.read_commit(store, run_uri)
+    return found and found.artifact
+
+
 def publish_adapter(store: Store, fence: Fence, run_uri: str, content: bytes = b"weights") -> Artifact:
     folder = layout.join(run_uri, layout.ADAPTER)
     store.put(f"{folder}/adapter.bin", content)
@@ -138,8 +143,8 @@ def test_a_commit_is_read_back_verified_and_found_by_a_second_run(store: Store, 
     assert protocol.read_commit(store, run_uri) is None
     fence = protocol.raise_epoch(store, run_uri, 1, "pod-a")
     artifact = publish_adapter(store, fence, run_uri)
-    protocol.commit(store, fence, run_uri, artifact)
-    assert protocol.read_commit(store, run_uri) == artifact
+    protocol.move_latest(store, protocol.commit(store, fence, run_uri, artifact))
+    assert committed_artifact(store, run_uri) == artifact
     latest = Committed.model_validate_json((tmp_path / "out/latest.json").read_bytes())
     assert (latest.run_uri, latest.artifact) == (run_uri, artifact)
 
@@ -147,7 +152,7 @@ def test_a_commit_is_read_back_verified_and_found_by_a_second_run(store: Store, 
     again = protocol.raise_epoch(store, run_uri, 2, "pod-b")
     protocol.commit(store, again, run_uri, artifact.model_copy(update={"digest": f"sha256:{'1' * 64}"}))
     assert store.read(layout.join(run_uri, layout.COMMITTED)) == before
-    assert protocol.read_commit(store, run_uri) == artifact
+    assert committed_artifact(store, run_uri) == artifact
 
 
 def test_a_commit_whose_pointer_was_not_moved_is_finished_by_the_next_attempt(
@@ -155,9 +160,10 @@ def test_a_commit_whose_pointer_was_not_moved_is_finished_by_the_next_attempt(
 ) -> None:
     fence = protocol.raise_epoch(store, run_uri, 1, "pod-a")
     artifact = publish_adapter(store, fence, run_uri)
-    protocol.commit(store, fence, run_uri, artifact)
-    (tmp_path / "out/latest.json").unlink()  # as if the pod had been killed in between
-    protocol.commit(store, protocol.raise_epoch(store, run_uri, 2, "pod-b"), run_uri, artifact)
+    protocol.commit(store, fence, run_uri, artifact)  # and the pod is killed before it moves the pointer
+    protocol.move_latest(
+        store, protocol.commit(store, protocol.raise_epoch(store, run_uri, 2, "pod-b"), run_uri, artifact)
+    )
     assert Committed.model_validate_json((tmp_path / "out/latest.json").read_bytes()).run_uri == run_uri
 
 
@@ -192,7 +198,7 @@ def test_latest_is_moved_in_a_store_that_has_only_if_none_match_too(monkeypatch:
             # Of the second run: its commit has If-None-Match, the pointer's move If-Match.
             first = run == "bot-11111"
             server.troubles = [] if first else [Trouble("PUT"), Trouble("PUT", status=501, code="NotImplemented")]
-            protocol.commit(store, fence, run_uri, artifact)
+            protocol.move_latest(store, protocol.commit(store, fence, run_uri, artifact))
         latest, _etag = store.read("s3://bucket/out/latest.json")
     assert Committed.model_validate_json(latest).run_uri == "s3://bucket/out/bot-22222"
 
@@ -219,6 +225,8 @@ def test_latest_moves_only_forward(store: Store, run_uri: str, tmp_path: Path) -
     assert latest() == "b"
     assert protocol.move_latest(store, committed("c", 2))
     assert latest() == "c"
-    (tmp_path / "out/latest.json").write_bytes(b"hand-made")
-    assert protocol.move_latest(store, committed("a", 0))
-    assert latest() == "a"
+    naive = committed("z", 9).model_dump_json().replace("Z", "").encode()
+    for content in (b"hand-made", naive):
+        (tmp_path / "out/latest.json").write_bytes(content)
+        assert protocol.move_latest(store, committed("a", 0))
+        assert latest() == "a"

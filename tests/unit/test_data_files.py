@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.files import decode, gunzip, jsonl_rows, parquet_rows
-from finetune_trainer.data.problems import MAX_LINE_BYTES, Broken, Problem
+from finetune_trainer.data.problems import Broken, Problem
 
 
 def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:

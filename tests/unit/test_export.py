@@ -22,9 +22,11 @@ from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, vll
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch, fetch_rows
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
+from finetune_trainer.patience import Patience
 from finetune_trainer.recipes import recipe_of
 from tiny_run import STOP_ID, TinyRun, make_run
 
+PATIENCE = Patience(lambda: 0.0, lambda _seconds: None, lambda _trouble: None)
 LINEAGE = Lineage(
     "tiny", "sha256:" + "3" * 64, "sha256:" + "4" * 64, {"model.safetensors": "sha256:5"}, {"peft": "1"}, "trainer:1"
 )
@@ -126,7 +128,7 @@ def test_the_manifest_vouches_for_every_file_and_names_the_lineage(run: TinyRun,
     folder = Trained(run, tmp_path).write()
     run_uri = f"file://{tmp_path}/out/run"
     fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
-    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {"effect": 1.0})
+    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {"effect": 1.0}, PATIENCE)
     manifest = commit.read_manifest(run.store, artifact.manifest_uri, artifact.digest)
     files: Any = manifest["files"]
     assert {file["path"] for file in files} == {path.name for path in folder.iterdir()}
@@ -143,11 +145,13 @@ def test_what_an_attempt_that_died_has_left_is_not_overwritten_but_removed_after
     run_uri = f"file://{tmp_path}/out/run"
     run.store.put(join(run_uri, ADAPTER, "eval.json"), b"half")
     fence = commit.raise_epoch(run.store, run_uri, 2, "pod")
-    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+    artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {}, PATIENCE)
     assert run.store.read(join(run_uri, ADAPTER, "eval.json"))[0] == b"half"
     commit.commit(run.store, fence, run_uri, artifact)
-    export.remove_orphans(run.store, run_uri, artifact)
-    assert commit.read_commit(run.store, run_uri) == artifact
+    export.remove_orphans(run.store, fence, run_uri, artifact)
+    found = commit.read_commit(run.store, run_uri)
+    assert found is not None
+    assert found.artifact == artifact
     assert run.store.head(join(run_uri, ADAPTER, "eval.json")) is None
 
 
@@ -158,7 +162,7 @@ def test_files_that_another_has_put_into_both_folders_are_named_by_no_manifest(r
     for name in ("adapter", f"adapter-{fence.epoch}"):
         run.store.put(join(run_uri, name, "README.md"), b"another's")
     with pytest.raises(StageError) as caught:
-        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {}, PATIENCE)
     assert (caught.value.fault, caught.value.exit_code) == (Fault.STORAGE_UNAVAILABLE, 31)
     assert run.store.head(join(run_uri, f"adapter-{fence.epoch}", "manifest.json")) is None
 
@@ -169,7 +173,7 @@ def test_a_superseded_attempt_uploads_nothing(run: TinyRun, tmp_path: Path) -> N
     fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
     commit.raise_epoch(run.store, run_uri, 2, "other")
     with pytest.raises(StageError) as caught:
-        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {})
+        export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {}, PATIENCE)
     assert caught.value.fault is Fault.SUPERSEDED
     assert run.store.list(join(run_uri, ADAPTER)) == []
 

@@ -128,6 +128,12 @@ class World:
     def training(self) -> "World":
         return self.prepared().run("train-1")
 
+    def say(self, attempt: int = 1, **progress: Any) -> "World":
+        """The running training pod answers."""
+        fields = {"stage": TRAIN, "attempt": attempt, "activity": "Training", "total_steps": 40} | progress
+        self.progress = SeenProgress(Progress.model_validate(fields), self.now)
+        return self
+
     def condition(self, kind: ConditionType) -> tuple[str, str]:
         found = next(c for c in self.status["conditions"] if c["type"] == kind)
         return found["status"], found["reason"]
@@ -743,6 +749,51 @@ def test_a_silent_pod_makes_the_progress_stale_and_nothing_else():
     world.step().step(after_s=121)
     assert world.status["progress"]["stale"] is True
     assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+
+
+def away(since_s: float = START.timestamp(), **args: Any) -> dict[str, Any]:
+    told = {"action": "write", "uri": "s3://b/x", "tries": 12, "seconds": 75, "problem": "no connection"} | args
+    return {"fault": Fault.STORAGE_UNAVAILABLE, "args": told, "since": since_s}
+
+
+def test_saves_that_fail_are_degraded_with_one_event_until_one_succeeds():
+    world = World().training()
+    world.say(step=3).step(31)
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    world.say(step=4, trouble=away()).step(31)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "StorageTransient")
+    for words in ("since 2026-01-01T00:00:00Z", "could not write s3://b/x", "training goes on"):
+        assert words in world.message(ConditionType.DEGRADED)
+    world.say(step=5, trouble=away(tries=24)).step(31)
+    world.progress = None  # as after a restart of the operator
+    world.step(1)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "StorageTransient")
+    world.say(step=6).step(31)
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    told = [(event.type, event.reason) for event in world.events if event.reason in ("StorageTransient", "Healthy")]
+    assert told == [("Warning", "StorageTransient"), ("Normal", "Healthy")]
+
+
+def test_an_attempt_that_ended_for_its_storage_stays_degraded_until_the_next_one_says_otherwise():
+    world = World().training()
+    world.say(step=4, trouble=away()).step(31)
+    world.end("train-1", fault=Fault.STORAGE_UNAVAILABLE, args=away()["args"]).step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", "StorageTransient")
+    world.step(60).run("train-2")
+    assert world.condition(ConditionType.DEGRADED) == ("True", "StorageTransient")
+    world.say(attempt=2, step=4).step(31)
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert [event.reason for event in world.events].count(Reason.HEALTHY) == 1
+
+
+def test_a_denied_save_is_named_and_what_a_pod_makes_up_is_not_believed():
+    world = World().training()
+    denied = {"fault": Fault.ACCESS_DENIED, "args": {"action": "write", "uri": "s3://b/x"}, "since": 0}
+    world.say(step=4, trouble=denied).step(31)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "AccessDenied")
+    for fault in (Fault.COMMITTED, "OfAnotherRelease"):
+        world.say(step=5, trouble={"fault": fault, "since": 1e10}).step(31)
+        assert world.condition(ConditionType.DEGRADED) == ("True", "StorageTransient")
 
 
 def test_figures_that_are_not_finite_never_reach_the_status():

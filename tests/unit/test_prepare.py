@@ -33,6 +33,7 @@ from data_run import (
 )
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.row_words import row_words
 from finetune_api.run import MAX_RESULT_BYTES
 from finetune_trainer import prepare
 from finetune_trainer.data.renderer import Renderer
@@ -207,7 +208,7 @@ def test_an_answer_that_the_template_leaves_out_has_nothing_to_learn(tmp_path: P
     put(tmp_path, a_jsonl=jsonl(chats(3)))
     error = fails(tmp_path)
     assert error.fault is Fault.NO_TRAINING_DATA
-    assert error.args_by_name == {"rows_in": 3, "rows_dropped": 3, "reason": "no_label"}
+    assert error.args_by_name == {"rows_in": 3, "rows_dropped": 3, "reason": row_words("no_label")}
 
 
 def test_equal_rows_stay_on_one_side_and_are_counted(tmp_path: Path) -> None:
@@ -384,7 +385,6 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_or_the_row_put_asid
     [
         ("{{ raise_exception('only short questions') }}", "a.jsonl row 1: only short questions"),
         ("{{ raise_exception(messages[0].content) }}", "a.jsonl row 1: TemplateError"),
-        ("{% if %}", "TemplateSyntaxError"),
     ],
 )
 def test_a_template_that_fails_is_told_with_the_row(tmp_path: Path, template: str, words: str) -> None:
@@ -393,6 +393,28 @@ def test_a_template_that_fails_is_told_with_the_row(tmp_path: Path, template: st
     error = fails(tmp_path)
     assert error.fault is Fault.TEMPLATE_FAILED
     assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if %}", "TemplateSyntaxError in line 1: Expected an expression"),
+        ("{{ tool_list.names }}", "UndefinedError: 'tool_list' is undefined"),
+        ("{{ messages[0].content.text.x }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    ],
+)
+@pytest.mark.parametrize("spec", [{}, QUARANTINE])
+def test_a_template_that_fails_on_any_conversation_is_not_blamed_on_a_row(
+    tmp_path: Path, template: str, words: str, spec: dict[str, Any]
+) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([chat("secret", "a")]))
+    error = fails(tmp_path, spec)
+    assert error.fault is Fault.TEMPLATE_INVALID
+    assert words in str(error)
+    assert "row 1" not in str(error)
+    assert "secret" not in str(error)
 
 
 def test_a_template_that_needs_too_much_for_many_rows_is_told_with_one_of_them(

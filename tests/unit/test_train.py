@@ -17,12 +17,18 @@ from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
+from finetune_api.status import Artifact
 from finetune_trainer import checkpoint, commit, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run
+
+
+def committed_artifact(run: TinyRun) -> Artifact | None:
+    found = commit.read_commit(run.store, run.run_uri)
+    return found and found.artifact
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ def test_a_run_ends_with_a_committed_adapter_and_its_figures(
     result = train.run(ctx, StopFlag(60))
     assert (result.fault, result.exit_code, result.step) == (Fault.COMMITTED, 0, 12)
     assert result.artifact is not None
-    assert result.artifact == commit.read_commit(run.store, run.run_uri)
+    assert result.artifact == committed_artifact(run)
     assert result.metrics is not None
     assert result.metrics.train_loss is not None
     assert result.metrics.base_eval_loss is not None
@@ -257,7 +263,7 @@ def test_what_an_attempt_that_died_after_its_commit_left_is_removed_by_the_next(
 ) -> None:
     run = make_run(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_tidy", lambda *_: None)  # pyright: ignore[reportUnknownLambdaType]
+        patch.setattr(train, "_after_commit", lambda *_: None)  # pyright: ignore[reportUnknownLambdaType]
         artifact = train.run(context(run), StopFlag(60)).artifact
     run.store.put(join(run.run_uri, "adapter-7", "README.md"), b"of an attempt that never committed")
     run.store.put(join(run.run_uri, CHECKPOINTS, "00000003-1", "manifest.json"), b"{}")
@@ -265,7 +271,7 @@ def test_what_an_attempt_that_died_after_its_commit_left_is_removed_by_the_next(
     assert run.store.list(join(run.run_uri, "adapter-7", "")) == []
     left = {Path(info.uri).parent.name for info in run.store.list(join(run.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000012-1"}
-    assert commit.read_commit(run.store, run.run_uri) == artifact
+    assert committed_artifact(run) == artifact
 
 
 def test_an_attempt_after_the_commit_verifies_it_and_ends_well(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from finetune_api.run import RunConfig, RunResult
 from finetune_trainer import config as run_config
 from finetune_trainer import logs, results
 from finetune_trainer.context import StageContext
+from finetune_trainer.patience import best_effort
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag, release
 from finetune_trainer.store import open_store
@@ -45,6 +46,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stage and writes its result; returns the exit code."""
     arguments = parse(argv)
+    results.reserve(arguments.result)
     try:
         config = run_config.load(arguments.config)
     except StageError as error:
@@ -111,8 +113,8 @@ def _run(context: StageContext, stop: StopFlag, log_uri: str) -> RunResult:
     try:
         result = _stage(context, stop)
     except StageError as error:
-        log.error("%s", error)
-        known = error
+        known = results.for_stage(error, context.stage)
+        log.error("%s", known)
     except Exception as error:
         log.critical("unexpected %s", type(error).__name__, exc_info=error)
         known = results.of_unexpected(error)
@@ -141,7 +143,8 @@ def _serve(context: StageContext) -> None:
         log.warning("no /progress and /metrics: port %d: %s", context.config.http_port, error.strerror)
     else:
         log.info("/progress and /metrics on port %d", port)
-        (context.work_dir / PORT_FILE).write_text(f"{port}\n")
+        with best_effort(f"{PORT_FILE} cannot be written"):
+            (context.work_dir / PORT_FILE).write_text(f"{port}\n")
 
 
 if __name__ == "__main__":

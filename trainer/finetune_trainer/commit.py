@@ -22,7 +22,7 @@ import random
 import time
 from datetime import UTC, datetime
 
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from finetune_api import layout
 from finetune_api.base import Digest, Str256, WireModel
@@ -53,7 +53,7 @@ class Committed(WireModel):
     run_uri: str
     artifact: Artifact
     epoch: int
-    committed_at: datetime
+    committed_at: AwareDatetime
 
 
 class Fence:
@@ -141,22 +141,32 @@ def read_manifest(store: Store, uri: str, digest: str | None = None) -> dict[str
     return manifest
 
 
-def read_commit(store: Store, run_uri: str) -> Artifact | None:
-    """The committed artifact, its manifest and every file of it verified; None when nothing is committed.
+def read_commit(store: Store, run_uri: str) -> Committed | None:
+    """Return what is committed, its manifest and every file of it verified; None when nothing is.
 
     Raises StageError(CORRUPT_TRANSFER, OBJECT_NOT_FOUND) when what was committed has been damaged since."""
     committed = _read_committed(store, run_uri)
     if committed is None:
         return None
     read_manifest(store, committed.artifact.manifest_uri, committed.artifact.digest)
-    return committed.artifact
+    return committed
 
 
-def commit(store: Store, fence: Fence, run_uri: str, artifact: Artifact) -> None:
-    """Make the artifact the run's result and move `latest.json` to it. Safe to repeat.
+def is_claimed_by(store: Store, run_uri: str, job_uid: str) -> bool:
+    """Return whether the run's folder is this job's, without writing; False also when nobody has claimed it."""
+    try:
+        content, _etag = store.read(layout.join(run_uri, layout.CLAIM))
+    except StageError as error:
+        if error.fault is Fault.OBJECT_NOT_FOUND:
+            return False
+        raise
+    return _owner(content) == f"job {job_uid}"[:80]
 
-    When this run is committed already, by whichever attempt, that commit stands (ask `read_commit`).
-    Raises StageError(SUPERSEDED)."""
+
+def commit(store: Store, fence: Fence, run_uri: str, artifact: Artifact) -> Committed:
+    """Make the artifact the run's result; returns the commit that stands, which may be an earlier attempt's.
+
+    Safe to repeat. `latest.json` is moved by `move_latest`. Raises StageError(SUPERSEDED)."""
     fence.check()
     committed = Committed(run_uri=run_uri, artifact=artifact, epoch=fence.epoch, committed_at=datetime.now(UTC))
     uri = layout.join(run_uri, layout.COMMITTED)
@@ -167,7 +177,7 @@ def commit(store: Store, fence: Fence, run_uri: str, artifact: Artifact) -> None
         if found is None:
             raise StageError(Fault.OBJECT_NOT_FOUND, uri=uri, field="its URI in the job") from None
         committed = found
-    move_latest(store, committed)
+    return committed
 
 
 def move_latest(store: Store, committed: Committed) -> bool:

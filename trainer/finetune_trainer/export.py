@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
 from finetune_trainer.evaluate import Answer
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.patience import Patience
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.store import PreconditionFailed, Store
 
@@ -47,6 +49,8 @@ _TOKENIZER_FILES = (
 _SAME_LOGPROB = {"cpu": 1e-5, "cuda": 2e-2}  # fp32, bf16
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
 _MAX_EVAL_BYTES = 16 * 2**20
+_MAX_ORPHANS = 10_000
+_EPOCH_FOLDER = re.compile(rf"/{ADAPTER}-(\d+)/[^/]+$")
 _PACKAGES = ("torch", "transformers", "peft", "finetune-operator")
 
 
@@ -87,7 +91,7 @@ def write_adapter(
         (folder / "README.md").write_text(model_card(plan, lineage, learned, found))
         (folder / EVAL).write_text(json.dumps(_eval_json(plan, found), indent=1, ensure_ascii=False))
     except (OSError, SafetensorError) as error:
-        raise disk_error(error, "the adapter", weights) from error
+        raise disk_error(error, "the adapter") from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise StageError(Fault.NOT_FINITE, count=1, step=plan.hyperparameters.total_steps)
 
@@ -199,12 +203,19 @@ def _largest_difference(a: Tensor, b: Tensor) -> float:
 
 
 def upload(
-    store: Store, fence: Fence, run_uri: str, folder: Path, plan: RunPlan, lineage: Lineage, checks: dict[str, float]
+    store: Store,
+    fence: Fence,
+    run_uri: str,
+    folder: Path,
+    plan: RunPlan,
+    lineage: Lineage,
+    checks: dict[str, float],
+    patience: Patience,
 ) -> Artifact:
     """Upload the folder and publish its manifest; nothing that lies in the bucket is overwritten.
 
     The folder's name is `adapter`, unless an earlier attempt died while it wrote there: then the epoch is in it.
-    Raises SUPERSEDED when a newer attempt has taken over.
+    Raises SUPERSEDED when a newer attempt has taken over, and what `patience` ends with.
     """
     names = sorted(path.name for path in folder.iterdir())
     files = [
@@ -212,9 +223,10 @@ def upload(
         for name in names
     ]
     adapter_uri = join(run_uri, ADAPTER)
-    if store.list(join(adapter_uri, ""), limit=100) or not _upload_files(store, fence, folder, names, adapter_uri):
+    taken = patience.keep_trying(lambda: _is_taken(store, join(adapter_uri, "")))
+    if taken or not _upload_files(store, fence, folder, files, adapter_uri, patience):
         adapter_uri = join(run_uri, f"{ADAPTER}-{fence.epoch}")
-        if not _upload_files(store, fence, folder, names, adapter_uri):
+        if not _upload_files(store, fence, folder, files, adapter_uri, patience):
             # No manifest may name files that another has written; the next attempt has a folder of its own.
             problem = "another writer has put files there"
             raise StageError(
@@ -237,7 +249,7 @@ def upload(
         "checks": checks,
     }
     manifest_uri = join(adapter_uri, MANIFEST)
-    digest = publish_manifest(store, fence, manifest_uri, manifest)
+    digest = patience.keep_trying(lambda: publish_manifest(store, fence, manifest_uri, manifest))
     return Artifact(
         type="Adapter",
         uri=join(adapter_uri, ""),
@@ -248,19 +260,39 @@ def upload(
     )
 
 
-def remove_orphans(store: Store, run_uri: str, committed: Artifact) -> None:
-    """After the commit: remove what earlier attempts uploaded but never committed."""
-    for info in store.list(join(run_uri, ADAPTER), limit=1000):
-        if not info.uri.startswith(join(committed.uri, "")):
+def remove_orphans(store: Store, fence: Fence, run_uri: str, committed: Artifact) -> None:
+    """After the commit: remove what this and earlier attempts uploaded but never committed."""
+    for info in store.list(join(run_uri, ADAPTER), limit=_MAX_ORPHANS):
+        folder = _EPOCH_FOLDER.search(info.uri)
+        newer = folder is not None and int(folder[1]) > fence.epoch
+        if not newer and not info.uri.startswith(join(committed.uri, "")):
+            fence.check()
             store.delete(info.uri)
 
 
-def _upload_files(store: Store, fence: Fence, folder: Path, names: Sequence[str], uri: str) -> bool:
-    """False when another writer has put a file there in the meantime."""
-    fence.check()
+def _is_taken(store: Store, folder_uri: str) -> bool:
+    """Return whether anything lies in the folder."""
     try:
-        for name in names:
-            store.upload(folder / name, join(uri, name), if_none_match=True)
+        return bool(store.list(folder_uri, limit=1))
+    except StageError as error:
+        if error.fault is Fault.TOO_MANY_FILES:
+            return True
+        raise
+
+
+def _upload_files(
+    store: Store, fence: Fence, folder: Path, files: Sequence[ManifestFile], uri: str, patience: Patience
+) -> bool:
+    """Upload the files; False when another writer has put another file there in the meantime."""
+    patience.keep_trying(fence.check)
+    return all(patience.keep_trying(lambda file=file: _upload_file(store, folder, file, uri)) for file in files)
+
+
+def _upload_file(store: Store, folder: Path, file: ManifestFile, uri: str) -> bool:
+    file_uri = join(uri, file.path)
+    try:
+        store.upload(folder / file.path, file_uri, if_none_match=True)
     except PreconditionFailed:
-        return False
+        # An earlier try whose answer was lost has perhaps put it there.
+        return store.digest(file_uri) == (file.sha256, file.size_bytes)
     return True

@@ -1,7 +1,9 @@
 """Figures for Prometheus beside those made from Progress (`serve`), and `metrics.jsonl` that outlives the pod."""
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,6 +12,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from finetune_api.base import finite
+from finetune_trainer.patience import best_effort
+
+log = logging.getLogger(__name__)
 
 MAX_ROWS = 10_000
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -61,6 +66,7 @@ class TrainMetrics:
         self.checkpoint_write = gauge("checkpoint_write_seconds", "Time to write the last one to disk.")
         self.checkpoint_upload = gauge("checkpoint_upload_seconds", "Time to upload and publish the last one.")
         self.checkpoint_success = gauge("checkpoint_last_success_timestamp_seconds", "When a checkpoint was published.")
+        self.checkpoint_failures = counter("checkpoint_failures", "Saves that failed and are tried again.")
         self.gpu_memory_peak = gauge("gpu_memory_peak_bytes", "Highest GPU memory in use so far.")
         self.gpu_memory_reserved = gauge("gpu_memory_reserved_bytes", "GPU memory held by the process.")
         self.step_seconds = Histogram(
@@ -69,15 +75,20 @@ class TrainMetrics:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row per step, thinned to at most about MAX_ROWS rows, and a row per evaluation."""
+    """`metrics.jsonl`: a row per step, thinned to at most about MAX_ROWS rows, and a row per evaluation.
+
+    A disk that takes no rows is logged once and ends nothing: the file is for people."""
 
     def __init__(self, path: Path, total_steps: int, earlier: bytes, resumed_step: int) -> None:
         """`earlier` is what the attempts before have written; rows beyond the step resumed at are void."""
         self.path = path
         self._every = -(-total_steps // MAX_ROWS)
         kept = [line for line in earlier.splitlines() if _step_of(line) <= resumed_step]
-        path.write_bytes(b"".join(line + b"\n" for line in kept))
-        self._file: IO[str] = path.open("a")
+        self._file: IO[str] | None = None
+        self._failed = False
+        with best_effort(f"{path.name} cannot be written"):
+            path.write_bytes(b"".join(line + b"\n" for line in kept))
+            self._file = path.open("a")
 
     def step(self, step: int, **figures: Any) -> None:
         """Add the row of a finished step; `step` counts from 1."""
@@ -88,11 +99,20 @@ class MetricsFile:
         self._write({"step": step, "eval_loss": loss})
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
-        self._file.flush()
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                log.warning("%s cannot be written: %s", self.path.name, error)
 
 
 def _step_of(line: bytes) -> float:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
+from finetune_api.row_words import row_words
 from finetune_api.run import RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
 from finetune_trainer import batches, sizing
@@ -42,6 +43,7 @@ from finetune_trainer.data.spool import (
     write_split,
 )
 from finetune_trainer.data.template import plain_template
+from finetune_trainer.patience import best_effort
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts
 
@@ -83,7 +85,7 @@ def run(ctx: StageContext) -> RunResult:
         return _prepare(ctx)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageError(Fault.DISK_FULL, what="the prepared data", needed_gib="?") from error
+            raise StageError(Fault.DISK_FULL, what="the prepared data") from error
         raise
 
 
@@ -192,7 +194,7 @@ def _divide(stage: _Stage) -> Division:
         account.check()
     if not division.train.any():
         dropped = ledger.dropped
-        reason = dropped.most_common(1)[0][0] if dropped else "none: the files are empty"
+        reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
         raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
     return division
 
@@ -201,8 +203,8 @@ def _upload_failure(stage: _Stage) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
     ctx = stage.ctx
     content = {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
-    stage.ledger.flush()
-    with suppress(StageError):  # what ended the stage matters more than storage that fails now
+    with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
+        stage.ledger.flush()
         ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
         ctx.store.upload(ctx.work_dir / "decisions.jsonl", join(ctx.config.run_uri, DECISIONS))
 
@@ -344,11 +346,18 @@ def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[S
 def _result(ctx: StageContext, plan: RunPlan, rows_read: int, ledger: Ledger, digest: str) -> RunResult:
     run_uri, hyper, plan_digest = ctx.config.run_uri, plan.hyperparameters, plan.digest()
     used = sum(account.used for account in ledger.files)
+    held_out = sum(account.held_out for account in ledger.files)
     return RunResult(
         stage=ctx.stage,
         attempt=ctx.attempt,
         fault=Fault.PREPARED,
-        args={"rows_used": used, "rows_in": ledger.rows_read, "steps": hyper.total_steps},
+        args={
+            "rows_in": ledger.rows_read,
+            "rows_used": used,
+            "rows_held_out": held_out,
+            "rows_dropped": ledger.dropped.total(),
+            "steps": hyper.total_steps,
+        },
         exit_code=0,
         plan=PlanStatus(
             uri=plan_uri(run_uri, plan_digest),
@@ -366,7 +375,7 @@ def _result(ctx: StageContext, plan: RunPlan, rows_read: int, ledger: Ledger, di
             files=len(ledger.files),
             rows_in=ledger.rows_read,
             rows_used=used,
-            rows_held_out=sum(account.held_out for account in ledger.files),
+            rows_held_out=held_out,
             dropped=ledger.dropped_rows(),
             digest=digest,
             report_uri=join(run_uri, REPORT),

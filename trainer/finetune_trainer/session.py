@@ -11,9 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from finetune_api.errors import StageError
 from finetune_api.quality import Quality
+from finetune_api.reasons import Fault
 from finetune_trainer import guard, quality
-from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, snapshot
+from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, Snapshot, snapshot
 from finetune_trainer.evaluate import HeldOut, Measurement, held_out_loss
 from finetune_trainer.flops import ModelSize, step_flops
 from finetune_trainer.inputs import Rows
@@ -74,7 +76,6 @@ class Session:
     end_ids: list[int]  # tokens that end answers, measured on the held-out rows
     position: Position
     checkpointer: Checkpointer
-    checkpoint_interval_s: int
     stop: StopFlag
     reporter: Reporter
     metrics: TrainMetrics
@@ -92,7 +93,9 @@ class Session:
     def run(self) -> bool:
         """Run the remaining steps; False when asked to stop before the last one. Ends with a checkpoint either way.
 
-        Raises NOT_FINITE, GPU_OOM, ADAPTER_NO_EFFECT, and what a checkpoint failed with.
+        After the last step a checkpoint that cannot be saved is done without, as the commit makes it needless. Raises
+        NOT_FINITE, GPU_OOM, ADAPTER_NO_EFFECT, what ends an attempt that cannot save (see `patience`), and STOPPED
+        when asked to stop and the time did not suffice for a checkpoint.
         """
         total = self.stepper.hyper.total_steps
         self.stepper.after_pass = self._after_pass
@@ -107,8 +110,9 @@ class Session:
             self._evaluate()
             done = self._evaluated_step() == total
         self.reporter.update(activity="Saving")
-        self._save()
-        self.checkpointer.wait()
+        saved = self.checkpointer.finish(self._snapshot, self.position.step, self.stop)
+        if not saved and self.stop.is_set():
+            raise StageError(Fault.STOPPED)
         return done
 
     def quality(self) -> Quality | None:
@@ -128,7 +132,7 @@ class Session:
         first = self.position.step
         oom = guard.OomRetry(self.metrics.oom_retries.inc)
         lag = 1 if self.stepper.lm.device.type == "cuda" else 0
-        saved_s = self._step_began_s = time.monotonic()
+        self._step_began_s = time.monotonic()
         for step in range(first, total):
             if step % self.stepper.hyper.eval_interval_steps == 0 and step not in (0, self._evaluated_step()):
                 self._account(keep=0)
@@ -149,10 +153,9 @@ class Session:
             self.watchdog.end()
             if step == first:
                 guard.check_gradients(self.parameters)
-            if time.monotonic() - saved_s >= self.checkpoint_interval_s and not self.checkpointer.busy:
+            if self.checkpointer.is_due():
                 self._account(keep=0)
-                self._save()
-                saved_s = time.monotonic()
+                self.checkpointer.start(self._snapshot())
         self._account(keep=0)
         self.watchdog.end()
 
@@ -289,13 +292,10 @@ class Session:
         change = quality.paired_change(start, measured.row_losses, measured.row_labels)
         return measured.held_out.model_copy(update={"change": change.nats, "change_error": change.standard_error})
 
-    def _save(self) -> None:
-        """Begin to save the position, unless that is done already."""
-        self.checkpointer.wait()  # the one in flight may be of this very step
-        last = self.checkpointer.last
-        if last is not None and last.step == self.position.step:
-            return
+    def _snapshot(self) -> Snapshot:
+        """Copy what a checkpoint holds; the loop waits for this alone."""
         began_s = time.monotonic()
-        self.checkpointer.start(snapshot(self.parameters, self.stepper.optimizer, self.position))
+        copied = snapshot(self.parameters, self.stepper.optimizer, self.position)
         self._step_began_s = time.monotonic()
         self.metrics.checkpoint_stall.set(self._step_began_s - began_s)
+        return copied

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,8 +156,8 @@ def verdict(
     if result is not None and not (result.fault is Fault.BUG and oom_kills):
         return result
     if oom_kills:
-        limit = {} if limit_gib is None else {"limit_gib": limit_gib}
-        error = StageError(Fault.HOST_OOM, **limit)
+        limit = "that of the machine" if limit_gib is None else f"{limit_gib:g} GiB"
+        error = StageError(Fault.HOST_OOM, limit=limit)
     elif os.WIFSIGNALED(status) and stopping and os.WTERMSIG(status) in (*SIGNALS, signal.SIGKILL):
         error = StageError(Fault.STOPPED)  # it has nothing to save, as prepare, or did not manage in time
     elif os.WIFSIGNALED(status):
@@ -185,7 +186,7 @@ def _parsed(message: bytes | None, stage: Stage, attempt: int) -> RunResult | No
 def supervise(arguments: Sequence[str], stage: Stage, attempt: int, config: RunConfig, cgroup: Cgroup) -> RunResult:
     """Run `python -m finetune_trainer ARGUMENTS --result FILE` to its end."""
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=config.work_dir, prefix="result-") as folder:
+    with tempfile.TemporaryDirectory(dir=config.work_dir, prefix="result-", ignore_cleanup_errors=True) as folder:
         file = Path(folder, "result.json")
         oom_kills_before = cgroup.oom_kills()
         command = [sys.executable, "-m", "finetune_trainer", *arguments, "--result", str(file)]
@@ -226,11 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = results.failed(known.stage, known.attempt, error, None, None)
     except OSError as error:  # the scratch folder cannot be used
         result = results.failed(known.stage, known.attempt, results.of_unexpected(error), None, None)
-    _say(result)
     try:
         write_termination_log(result.to_message(), Path(termination_log))
     except OSError as error:
         print(f"{termination_log}: {error.strerror}", file=sys.stderr)  # noqa: T201 (the exit code still tells)
+    with suppress(OSError):  # nobody reads the log any more
+        _say(result)
     return result.exit_code
 
 

@@ -14,18 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from finetune_api import defaults
+from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, JOB, METRICS, join
 from finetune_api.names import Stage
 from finetune_api.quality import Quality, concern_words
 from finetune_api.reasons import Fault
-from finetune_api.run import RunResources, RunResult
+from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
+from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
@@ -35,8 +38,10 @@ from finetune_trainer.logs import Uploader
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
+from finetune_trainer.patience import Patience, Trouble, best_effort
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
+from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.stop import StopFlag
@@ -44,6 +49,8 @@ from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
+_LAST_UPLOAD_S = 60.0
+_POLL_S = 0.5
 _MAX_METRICS_BYTES = 16 * 2**20
 
 
@@ -68,13 +75,12 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     beat()
     reading = store.telling(beat)
     committed = commit.read_commit(reading, run_uri)
+    if committed is not None and commit.is_claimed_by(store, run_uri, ctx.config.job.uid):
+        # Nothing is left to train: a store that takes no writes any more must not hide that.
+        _after_commit(ctx, None, committed, stop)
+        return _success(ctx, committed.artifact, _committed_quality(store, committed.artifact), None, None)
     commit.claim(store, run_uri, ctx.config.job.uid)
     fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
-    if committed is not None:
-        # The attempt that committed may have died before it moved latest.json.
-        commit.commit(store, fence, run_uri, committed)
-        _tidy(ctx, committed)
-        return _success(ctx, committed, export.read_quality(store, committed), None, None)
     fetched = _fetch(replace(ctx, store=reading))
     beat()
     lm = _load(ctx, fetched)
@@ -87,12 +93,13 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
             done = session.run()
         if not done:
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
-        artifact, quality = _finish(ctx, fence, fetched, session, lm, adapted, stop)
+        committed, quality = _finish(ctx, fence, fetched, session, lm, adapted, stop)
+        _after_commit(ctx, fence, committed, stop)
+        return _success(ctx, committed.artifact, quality, session, resumed_step)
     finally:
-        session.checkpointer.close()
+        session.checkpointer.close(min(_LAST_UPLOAD_S, stop.remaining_s()))
         session.metrics_file.close()
-        uploader.close(stop.remaining_s() if stop.is_set() else 60)
-    return _success(ctx, artifact, quality, session, resumed_step)
+        uploader.close(min(_LAST_UPLOAD_S, stop.remaining_s()))
 
 
 @dataclass(frozen=True)
@@ -192,9 +199,12 @@ def _begin(
         metrics.checkpoint_upload.set(upload_s)
         metrics.checkpoint_success.set(time.time())
 
-    metrics_file = MetricsFile(
-        ctx.work_dir / Path(METRICS).name, hyper.total_steps, _earlier_metrics(ctx), position.step
-    )
+    def in_trouble(trouble: Trouble | None) -> None:
+        metrics.checkpoint_failures.inc(trouble is not None)
+        _report_trouble(ctx.reporter, trouble)
+
+    name, earlier = _earlier_metrics(ctx)
+    metrics_file = MetricsFile(ctx.work_dir / name, hyper.total_steps, earlier, position.step)
     uploader = Uploader(ctx.store, join(run_uri, JOB), [metrics_file.path])
     spec = ctx.config.spec.checkpoint
     checkpointer = checkpoint.Checkpointer(
@@ -202,13 +212,15 @@ def _begin(
         ctx.store.telling(lambda: ctx.reporter.touch("Saving")),
         fence,
         run_uri,
-        fetched.plan_digest,
-        fetched.model_digests,
-        scratch,
-        defaults.given(spec.keep_last if spec else None, defaults.CHECKPOINTS_KEPT),
-        resumed_from,
-        uploader.flush,  # so that no step of a checkpoint is missing in the metrics, whatever kills this attempt
-        saved,
+        plan_digest=fetched.plan_digest,
+        base_files=fetched.model_digests,
+        scratch=scratch,
+        keep_last=defaults.given(spec.keep_last if spec else None, defaults.CHECKPOINTS_KEPT),
+        interval_s=defaults.given(spec.interval_seconds if spec else None, defaults.CHECKPOINT_INTERVAL_S),
+        resumed_from=resumed_from,
+        before_publishing=uploader.flush,  # so that no step of a checkpoint is missing in the metrics, whatever happens
+        on_saved=saved,
+        on_trouble=in_trouble,
     )
     stepper = Stepper(
         lm,
@@ -229,7 +241,6 @@ def _begin(
         recipe_of(plan.method).answer_end_ids(plan),
         position,
         checkpointer,
-        defaults.given(spec.interval_seconds if spec else None, defaults.CHECKPOINT_INTERVAL_S),
         stop,
         ctx.reporter,
         metrics,
@@ -251,9 +262,24 @@ def _first_pass_limit_s(plan: RunPlan, resources: RunResources) -> float:
     return max(FIRST_STALL_S, max(tokens, plan.train.longest_row) / tokens_per_s)
 
 
-def _earlier_metrics(ctx: StageContext) -> bytes:
-    uri = join(ctx.config.run_uri, METRICS)
-    return ctx.store.read(uri, max_bytes=_MAX_METRICS_BYTES)[0] if ctx.store.head(uri) else b""
+def _earlier_metrics(ctx: StageContext) -> tuple[str, bytes]:
+    """Return the name of metrics.jsonl and what earlier attempts wrote to it.
+
+    Where that cannot be read, this attempt writes a file of its own instead of one over theirs."""
+    uri, path = join(ctx.config.run_uri, METRICS), Path(METRICS)
+    with best_effort("metrics.jsonl of earlier attempts cannot be read, this one writes beside it"):
+        return path.name, ctx.store.read(uri, max_bytes=_MAX_METRICS_BYTES)[0] if ctx.store.head(uri) else b""
+    return f"{path.stem}-{ctx.attempt}{path.suffix}", b""
+
+
+def _report_trouble(reporter: Reporter, trouble: Trouble | None) -> None:
+    """Let the operator and people see that nothing can be saved at present; None: it can again."""
+    reporter.touch()  # a wait that is bounded and told is no standstill
+    if trouble is None:
+        reporter.update(trouble=None)
+        return
+    since_s = time.time() - (time.monotonic() - trouble.since_s)
+    reporter.update(trouble=results.trouble(trouble.error, since_s))
 
 
 def _end_stalled(ctx: StageContext, step: int, seconds: float) -> None:
@@ -273,17 +299,22 @@ def _finish(
     lm: LanguageModel,
     adapted: PeftModel,
     stop: StopFlag,
-) -> tuple[Artifact, Quality | None]:
+) -> tuple[Committed, Quality | None]:
     """Export, prove and commit the adapter; returns what counts as committed, and what was measured of it.
 
     A stop request waits as long as it has time: often little is left to do.
 
-    The last step's checkpoint is saved: after a stop the next attempt begins here. Raises INTERRUPTED then."""
+    A store that is away is waited for, as long as `patience` says; everything is read back before it is committed.
+    Raises INTERRUPTED when the time to stop is over, as the next attempt begins at the last step; STOPPED where that is
+    in no checkpoint."""
     plan, run_uri = fetched.plan, ctx.config.run_uri
 
     def beat() -> None:
         ctx.reporter.touch()
         if not stop.remaining_s():
+            last = session.checkpointer.last
+            if last is None or last.step != session.position.step:
+                raise StageError(Fault.STOPPED)
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
 
     ctx.reporter.update(activity="Evaluating")
@@ -313,14 +344,29 @@ def _finish(
     batches = [rows.batch([row], lm.device) for row in range(min(RELOAD_ROWS, len(rows)))]
     checks = export.check_reload(lm, adapted, folder, batches, beat)
     log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
-    artifact = export.upload(ctx.store.telling(beat), fence, run_uri, folder, plan, lineage, checks)
-    commit.commit(ctx.store, fence, run_uri, artifact)
-    standing = commit.read_commit(ctx.store, run_uri) or artifact
-    log.info("committed %s", standing.uri)
-    session.checkpointer.wait()
-    _tidy(ctx, standing)
+
+    def wait(seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while (left_s := until_s - time.monotonic()) > 0:
+            beat()
+            time.sleep(min(left_s, _POLL_S))
+
+    patience = Patience(time.monotonic, wait, lambda trouble: _report_trouble(ctx.reporter, trouble))
+    telling = ctx.store.telling(beat)
+    artifact = export.upload(telling, fence, run_uri, folder, plan, lineage, checks, patience)
+    patience.keep_trying(lambda: commit.read_manifest(telling, artifact.manifest_uri, artifact.digest))
+    committed = patience.keep_trying(lambda: commit.commit(ctx.store, fence, run_uri, artifact))
+    log.info("committed %s", committed.artifact.uri)
     # Another attempt's adapter may stand: then its own figures count.
-    return standing, quality if standing == artifact else export.read_quality(ctx.store, standing)
+    own = committed.artifact == artifact
+    return committed, quality if own else _committed_quality(ctx.store, committed.artifact)
+
+
+def _committed_quality(store: Store, artifact: Artifact) -> Quality | None:
+    """Return what was measured of a committed adapter; None when that cannot be read, as the adapter counts."""
+    with best_effort("the figures of the committed adapter cannot be read"):
+        return export.read_quality(store, artifact)
+    return None
 
 
 def _learned(session: Session) -> Learned:
@@ -334,10 +380,22 @@ def _learned(session: Session) -> Learned:
     )
 
 
-def _tidy(ctx: StageContext, committed: Artifact) -> None:
-    """Remove what the commit has made needless; an attempt that dies before leaves it to the next."""
-    checkpoint.keep_newest(ctx.store, ctx.config.run_uri)
-    export.remove_orphans(ctx.store, ctx.config.run_uri, committed)
+def _after_commit(ctx: StageContext, fence: commit.Fence | None, committed: Committed, stop: StopFlag) -> None:
+    """Do what the commit makes possible or needless; whatever goes wrong here, the job has succeeded.
+
+    `fence` is None for an attempt that found the commit of another."""
+    store, run_uri = ctx.store, ctx.config.run_uri
+    try:
+        with best_effort("latest.json is not moved"):
+            commit.move_latest(store, committed)
+        if stop.is_set():
+            return
+        with best_effort("what the commit has made needless is not removed"):
+            own = fence or commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
+            checkpoint.keep_newest(store, own, run_uri)
+            export.remove_orphans(store, own, run_uri, committed.artifact)
+    except Exception as error:  # the one place that cannot know what may fail and must not fail
+        log.error("the adapter is committed; what follows failed with %s", type(error).__name__, exc_info=error)
 
 
 def _success(
@@ -347,18 +405,22 @@ def _success(
     session: Session | None,
     resumed_from_step: int | None,
 ) -> RunResult:
-    ctx.reporter.update(activity="Done")
-    progress = ctx.reporter.progress()
-    return RunResult(
+    """Return the result of a run that is committed: figures that cannot be told are left out, the commit never is."""
+    result = RunResult(
         stage=Stage.TRAIN,
         attempt=ctx.attempt,
         fault=Fault.COMMITTED,
-        args={"uri": artifact.uri[:256]},
+        args={"uri": artifact.uri[:MAX_ARG_CHARS]},
         exit_code=0,
-        metrics=results.metrics_of(progress),
         checkpoint=session.checkpointer.last if session else None,
         artifact=artifact,
         step=session.position.step if session else None,
         resumed_from_step=resumed_from_step,
         quality=quality,
     )
+    ctx.reporter.update(activity="Done", trouble=None)
+    try:
+        return result.model_copy(update={"metrics": results.metrics_of(ctx.reporter.progress())})
+    except ValidationError as error:
+        log.error("the last figures cannot be told: %s", first_problem(error))
+        return result

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer.data.problems import MAX_DEPTH, MAX_LINE_BYTES, Broken, Problem, place
+from finetune_api.row_words import MAX_DEPTH, MAX_LINE_BYTES
+from finetune_trainer.data.problems import Broken, Problem, place
 from finetune_trainer.data.rows import FIELDS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")

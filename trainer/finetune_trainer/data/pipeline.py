@@ -75,7 +75,7 @@ class Pipeline:
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
         """Take all rows of one dataset; yields after every batch.
 
-        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_NOT_PREFIX_STABLE, UNSUPPORTED_MODEL.
+        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, UNSUPPORTED_MODEL.
         """
         pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -116,6 +116,8 @@ class Pipeline:
             try:
                 rendered = future.result()
             except TemplateInvalidError as error:
+                if error.row is None:
+                    raise self._template_invalid(str(error)) from error
                 conversations = [item for item in batch if isinstance(item.row, Conversation)]
                 raise self._template_failed(conversations[error.row], str(error)) from error
         with self.timings.of("tokenise"):
@@ -168,7 +170,10 @@ class Pipeline:
             self.spool.append(item.content_hash, item.file, item.number, sequences)
 
     def _broken(self, item: Checked, broken: Broken) -> None:
-        """A row that the template refuses."""
+        """Put a row that the template refuses aside, or end the job."""
+        fails_always = self.renderer.fails_always if self.renderer is not None else None
+        if broken.problem is Problem.TEMPLATE_FAILED and fails_always is not None:
+            raise self._template_invalid(fails_always)
         if self.bad.quarantine:
             self.bad.add(item.file, item.number, "render", broken)
         elif broken.problem is Problem.TEMPLATE_NOT_PREFIX_STABLE:
@@ -178,6 +183,9 @@ class Pipeline:
             )
         else:
             raise self._template_failed(item, broken.detail)
+
+    def _template_invalid(self, problem: str) -> StageError:
+        return StageError(Fault.TEMPLATE_INVALID, uri=place(self.model.facts.uri), problem=problem[:200])
 
     def _template_failed(self, item: Checked, problem: str) -> StageError:
         return StageError(

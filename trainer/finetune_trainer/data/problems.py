@@ -1,7 +1,9 @@
-"""What can be wrong with a row, as a fixed list with words. Words never contain the row's content."""
+"""What can be wrong with a row, as a fixed list of codes; their words are in `finetune_api.row_words`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+from finetune_api.row_words import ROW_WORDS
 
 
 class Problem(StrEnum):
@@ -36,33 +38,6 @@ class Drop(StrEnum):
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"
 
 
-MAX_LINE_BYTES = 8 * 2**20
-MAX_DEPTH = 64
-MAX_MESSAGES = 512
-
-WORDS: dict[Problem, str] = {
-    Problem.NOT_JSON: "is not valid JSON",
-    Problem.INVALID_UTF8: "is not valid UTF-8",
-    Problem.LONE_SURROGATE: "contains half of a surrogate pair (\\ud800 to \\udfff), which is no character",
-    Problem.NUL: "contains a NUL character",
-    Problem.TOO_DEEP: f"is nested deeper than {MAX_DEPTH} levels",
-    Problem.LINE_TOO_LONG: f"is longer than {MAX_LINE_BYTES // 2**20} MiB",
-    Problem.REPEATED_FIELD: "names a field twice, so that one of the two values would be lost",
-    Problem.NOT_AN_OBJECT: "is not a JSON object",
-    Problem.MISSING_FIELD: "is missing",
-    Problem.WRONG_TYPE: "has the wrong type",
-    Problem.EMPTY: "is empty",
-    Problem.UNSUPPORTED_FIELD: "is not supported yet and would be ignored",
-    Problem.UNKNOWN_ROLE: "is not one of system, user, assistant",
-    Problem.ROLES_NOT_ALTERNATING: "breaks the order: user and assistant alternate after an optional system message",
-    Problem.NO_ASSISTANT: "has no assistant message to learn from",
-    Problem.LAST_NOT_ASSISTANT: "does not end with an assistant message",
-    Problem.TOO_MANY_MESSAGES: f"has more than {MAX_MESSAGES} messages",
-    Problem.TEMPLATE_FAILED: "is refused by the chat template",
-    Problem.TEMPLATE_NOT_PREFIX_STABLE: "is rendered differently once more messages follow",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Broken:
     """One broken row: what is wrong, and in which field, as a path such as `messages[3].content`."""
@@ -73,7 +48,7 @@ class Broken:
 
     @property
     def words(self) -> str:
-        return f"{WORDS[self.problem]}{': ' if self.detail else ''}{self.detail}"
+        return f"{ROW_WORDS[self.problem]}{': ' if self.detail else ''}{self.detail}"
 
 
 def place(uri: str) -> str:

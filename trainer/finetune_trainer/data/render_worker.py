@@ -17,6 +17,7 @@ from finetune_trainer.data.template import ChatTemplate, NotPrefixStableError, a
 
 MEMORY_BYTES = 512 * 2**20
 _MAX_WORDS = 120
+_PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 _MAX_TEXT = 32 * 2**20  # characters; more than any line can hold
 
 
@@ -65,6 +66,29 @@ def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[st
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
+def failure_of_all(template: ChatTemplate) -> str | None:
+    """Return how the template fails on the plainest conversation.
+
+    None when it does not, or refuses it in its own words, as it may then take others."""
+    try:
+        template.render(_PROBE)
+        template.render(_PROBE[:1], add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        return None if type(error) is jinja2.TemplateError else _told(error)  # raise_exception raises just this
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return _told(error)
+    except (MemoryError, RecursionError) as error:
+        return type(error).__name__
+    return None
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says that comes from the template alone, with its line."""
+    line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    said = str(getattr(error, "message", None) or error).partition("\n")[0]
+    return f"{type(error).__name__}{line}: {said}"[:_MAX_WORDS]
+
+
 def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends
@@ -78,10 +102,11 @@ def main() -> int:
     try:
         template = ChatTemplate(source, setup["special_tokens"], datetime.fromisoformat(setup["now"]))
     except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
-        write_message(replies, {"problem": safe_words(error, source)})
+        write_message(replies, {"problem": _told(error)})
         return 0
+    fails_always = failure_of_all(template)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    write_message(replies, {"problem": None})
+    write_message(replies, {"problem": None, "fails_always": fails_always})
     while (rows := read_message(requests)) is not None:
         write_message(replies, [render(template, setup, messages, learn_from) for messages, learn_from in rows])
     return 0

@@ -26,9 +26,9 @@ class Rendered(NamedTuple):
 
 
 class TemplateInvalidError(Exception):
-    """The template itself cannot be used; the message has no content of rows. row: of the batch, where it showed."""
+    """The template itself cannot be used; the message has no content of rows. row: of the batch, if it showed there."""
 
-    def __init__(self, problem: str, row: int = 0) -> None:
+    def __init__(self, problem: str, row: int | None = None) -> None:
         super().__init__(problem)
         self.row = row
 
@@ -47,6 +47,7 @@ class Renderer:
             "row_cpu_s": row_cpu_s,
         }
         self._too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
+        self.fails_always: str | None = None  # how it fails on any conversation; known once something was rendered
         self._killed = 0  # rows that the child died of
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -68,6 +69,8 @@ class Renderer:
         if problem is not None:
             _end(child)
             raise TemplateInvalidError(problem)
+        assert reply is not None
+        self.fails_always = reply["fails_always"]
         return child
 
     def render(self, rows: list[Conversation]) -> list[Rendered | Broken]:

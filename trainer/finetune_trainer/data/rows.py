@@ -8,7 +8,8 @@ from typing import Any, cast
 import orjson
 
 from finetune_api.job import DatasetFormat
-from finetune_trainer.data.problems import MAX_MESSAGES, Broken, Problem
+from finetune_api.row_words import MAX_MESSAGES
+from finetune_trainer.data.problems import Broken, Problem
 
 Message = dict[str, Any]
 

@@ -127,7 +127,7 @@ class Store:
                     raise
             sync_folder(path.parent)
         except OSError as error:
-            fail_local(error, "write", path.as_uri(), info.size_bytes)
+            fail_local(error, "write", path.as_uri())
         return f"sha256:{digest.hexdigest()}"
 
     def read_range(self, uri: str, offset: int, size_bytes: int, *, if_match: str | None = None) -> bytes:

@@ -23,10 +23,10 @@ _HIDDEN = ".finetune-"  # temporary files, which are not objects
 _COPY_BYTES = 1 << 20
 
 
-def fail_local(error: OSError, action: str, uri: str, needed_bytes: int = 0) -> NoReturn:
+def fail_local(error: OSError, action: str, uri: str) -> NoReturn:
     """Turn an error of the file system into the fault it stands for."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise StageError(Fault.DISK_FULL, what=uri, needed_gib=round(needed_bytes / 2**30, 2)) from error
+        raise StageError(Fault.DISK_FULL, what=uri) from error
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         raise StageError(Fault.ACCESS_DENIED, action=action, uri=uri) from error
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
@@ -103,12 +103,12 @@ class LocalFiles:
         return content
 
     def put(self, uri: str, data: bytes, *, if_none_match: bool, if_match: str | None) -> str:
-        with self._staged(uri, len(data)) as (staged, target):
+        with self._staged(uri) as (staged, target):
             staged.write(data)
             return _publish(staged, target, uri, if_none_match=if_none_match, if_match=if_match)
 
     def upload(self, path: Path, uri: str, *, if_none_match: bool, beat: Callable[[], None]) -> ObjectInfo:
-        with path.open("rb") as source, self._staged(uri, path.stat().st_size) as (staged, target):
+        with path.open("rb") as source, self._staged(uri) as (staged, target):
             while chunk := source.read(_COPY_BYTES):
                 staged.write(chunk)
                 beat()
@@ -123,7 +123,7 @@ class LocalFiles:
             fail_local(error, "delete", uri)
 
     @contextlib.contextmanager
-    def _staged(self, uri: str, size_bytes: int) -> Generator[tuple[IO[bytes], Path]]:
+    def _staged(self, uri: str) -> Generator[tuple[IO[bytes], Path]]:
         """A temporary file in the target's folder; it is gone afterwards unless it was published."""
         target = local_path(uri)
         try:
@@ -132,10 +132,10 @@ class LocalFiles:
                 try:
                     yield staged.file, target
                 finally:
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(OSError):  # gone, or left: what was published counts
                         os.unlink(staged.name)
         except OSError as error:
-            fail_local(error, "write", uri, size_bytes)
+            fail_local(error, "write", uri)
 
 
 class _Version(io.FileIO):
