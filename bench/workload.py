@@ -8,7 +8,7 @@ import numpy as np
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_trainer.batches import plan_batches
 from finetune_trainer.inputs import Rows, StepPlan
-from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, RunPlan, SplitFiles
+from finetune_trainer.runplan import FileRecord, Hyperparameters, LayerWidths, ModelFacts, RunPlan, SplitFiles
 
 BATCH_ROWS = 8
 PASS_TOKENS = 1024
@@ -65,6 +65,7 @@ class Workload:
                 lora_parameters_per_rank=0,
                 target_modules=_LINEAR,
                 packing_safe=True,
+                widths=LayerWidths(query=576, key=192, mlp=1536, window=None, windowed_layers=0),
             ),
             hyperparameters=Hyperparameters(
                 learning_rate=LEARNING_RATE,
@@ -91,6 +92,7 @@ class Workload:
             train_tokens=split.total_tokens,
             label_tokens=split.label_tokens,
             memory_bytes=0,
+            gpu_memory_bytes=None,
             disk_bytes=0,
         )
 

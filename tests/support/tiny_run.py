@@ -18,6 +18,7 @@ from finetune_api.layout import ADAPTER, PLAN, PREPARED, join
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_trainer.context import StageContext
+from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import PACKING_FAMILIES
 from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, RunPlan, SamplePrompt, SplitFiles
 from finetune_trainer.serve import Reporter
@@ -238,6 +239,7 @@ def make_run(
             lora_parameters_per_rank=sum(m.in_features + m.out_features for m in linear),
             target_modules=linear_modules(model),
             packing_safe=family in PACKING_FAMILIES,
+            widths=layer_widths(model.config.to_dict(), model.config.hidden_size, 2, [[32, 64]]),
         ),
         hyperparameters=hyperparameters,
         train=train,
@@ -249,6 +251,7 @@ def make_run(
         train_tokens=int(train.total_tokens),
         label_tokens=int(train.label_tokens),
         memory_bytes=2**30,
+        gpu_memory_bytes=None,
         disk_bytes=2**30,
     )
     spec = FineTuneJobSpec.model_validate(

@@ -41,12 +41,18 @@ def model(**fields: Any) -> ModelFacts:
         "lora_parameters_per_rank": 2_621_440,
         "target_modules": ["q_proj"],
         "packing_safe": True,
+        "widths": {"query": 4096, "key": 1024, "mlp": 14336, "window": None, "windowed_layers": 0},
     }
     return ModelFacts.model_validate(values | fields)
 
 
 SMALL = model(
-    hidden_size=576, layers=30, parameters=135_000_000, vocabulary_size=49_152, lora_parameters_per_rank=305_280
+    hidden_size=576,
+    layers=30,
+    parameters=135_000_000,
+    vocabulary_size=49_152,
+    lora_parameters_per_rank=305_280,
+    widths={"query": 576, "key": 192, "mlp": 1536, "window": None, "windowed_layers": 0},
 )
 
 
@@ -316,9 +322,9 @@ def test_only_texts_are_said_to_be_split_at_the_limit() -> None:
 def test_a_forward_pass_shrinks_to_the_memory_but_never_below_the_longest_row() -> None:
     roomy = sized(spec(), data())
     assert roomy.hyperparameters.micro_batch_tokens == 2048
-    tight = sized(spec(), data(), memory_bytes=memory_estimate(SMALL, 16, 512, 0))
+    tight = sized(spec(), data(), memory_bytes=memory_estimate(SMALL, "llama", 16, 512, 300, 0))
     assert tight.hyperparameters.micro_batch_tokens == 512
-    assert tight.memory_bytes <= memory_estimate(SMALL, 16, 512, 0)
+    assert tight.memory_bytes <= memory_estimate(SMALL, "llama", 16, 512, 300, 0)
     assert reason(tight, "microBatchTokens") == "what the memory allows"
 
 
@@ -332,6 +338,14 @@ def test_too_little_memory_is_told_with_what_is_needed() -> None:
 
 def test_a_gpu_is_filled_with_more_tokens() -> None:
     assert sized(spec(), data(longest_row=2000), gpus=1).hyperparameters.micro_batch_tokens == 8192
+
+
+def test_the_plan_says_how_much_gpu_memory_it_counted_and_that_nobody_measured_it() -> None:
+    found = sized(spec(), data(longest_row=2000), model(), gpus=1)
+    assert found.gpu_memory_bytes is not None
+    assert 2 * 8_030_000_000 < found.gpu_memory_bytes < 80 * GIB
+    assert "not yet measured" in reason(found, "gpuMemory")
+    assert sized(spec(), data()).gpu_memory_bytes is None
 
 
 def test_too_little_disk_is_told_before_training() -> None:

@@ -92,6 +92,14 @@ def load_base(folder: Path, plan: RunPlan, device: torch.device) -> LanguageMode
         )
     except (ValueError, KeyError, OSError) as error:
         raise _unsupported(plan, f"transformers could not load it ({type(error).__name__})") from error
+    return language_model(causal, plan, device)
+
+
+def language_model(causal: PreTrainedModel, plan: RunPlan, device: torch.device) -> LanguageModel:
+    """Freeze a loaded model, move it to its device and put our attention in place.
+
+    Raises UNSUPPORTED_MODEL when it computes something else than our pass.
+    """
     causal.requires_grad_(False).eval()
     causal.to(device)  # type: ignore[arg-type]
     lm = LanguageModel(causal, device, plan.model.packing_safe, _logit_scale(causal.config))

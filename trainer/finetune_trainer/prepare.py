@@ -261,6 +261,7 @@ def _write(stage: _Stage, division: Division) -> RunResult:
         train_tokens=int(plan.tokens.sum()),
         label_tokens=int(plan.label_tokens.sum()),
         memory_bytes=sized.memory_bytes,
+        gpu_memory_bytes=sized.gpu_memory_bytes,
         disk_bytes=sized.disk_bytes,
     )
     content = {

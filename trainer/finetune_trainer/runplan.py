@@ -73,6 +73,16 @@ class FileRecord(StoredModel):
     etag: Str256 | None = None  # of a version, not of a content: no part of the plan's digest
 
 
+class LayerWidths(StoredModel):
+    """Widths of one layer, which the memory of a pass is counted in."""
+
+    query: int  # query heads times the size of a head
+    key: int  # key heads times the size of a head
+    mlp: int  # inside the MLP; of a mixture, all experts that one token passes through
+    window: int | None  # tokens that a windowed layer sees; None: all layers see the whole row
+    windowed_layers: int
+
+
 class ModelFacts(StoredModel):
     """What the base model is, read from its config.json and the headers of its weights."""
 
@@ -89,6 +99,7 @@ class ModelFacts(StoredModel):
     lora_parameters_per_rank: int  # sum of d_in + d_out over all linear layers
     target_modules: list[Str64] = Field(max_length=64)
     packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
+    widths: LayerWidths
     frequencies_change_after: int | None = None  # tokens of a row; see families.frequencies_change_after
 
 
@@ -150,6 +161,7 @@ class RunPlan(StoredModel):
     train_tokens: int  # over all steps
     label_tokens: int
     memory_bytes: int
+    gpu_memory_bytes: int | None  # None: trains on the CPU
     disk_bytes: int
 
     def digest(self) -> str:

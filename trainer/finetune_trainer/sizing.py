@@ -16,6 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
+from finetune_trainer.memory import pass_bytes
 from finetune_trainer.runplan import Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
 
@@ -26,8 +27,8 @@ _GPU_MICRO_BATCH_TOKENS = 8192
 _MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
 _MAX_BATCH_TOKENS = 65536
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
-_ACTIVATION_BYTES_PER_UNIT = 150  # fp32, per token, layer and unit of width: 141 measured on SmolLM2-135M, rank 16
-_HEAD_TILE_BYTES = 128 * 2**20  # logits are made in tiles, never whole
+_CUDA_HOST_BYTES = 2 * GIB  # the driver's and CUDA libraries' share of host memory
+_CUDA_BYTES = 3 * GIB // 2  # on the GPU: context, cuBLAS workspaces, blocks that the allocator cannot use
 _DEADLINE_SHARE = 0.25  # of recovery.progressDeadlineSeconds that a planned step may take on a slow machine
 _CLEARLY = 1.1  # an estimate is refused only when it is above the limit by more than its own error
 
@@ -54,6 +55,7 @@ class Sizing:
     hyperparameters: Hyperparameters
     total_rows: int  # rows read over all steps
     memory_bytes: int
+    gpu_memory_bytes: int | None  # None: trains on the CPU
     disk_bytes: int
     resolved: list[ResolvedValue]
 
@@ -142,7 +144,8 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     )
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
     packing = _packing(choices, preprocessing, model, family, data)
-    micro, memory = _micro_batch(choices, model, data, rank, batch, resources, pace)
+    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace)
+    gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
@@ -169,6 +172,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         ),
         total_rows=total_rows,
         memory_bytes=memory,
+        gpu_memory_bytes=gpu_memory,
         disk_bytes=disk,
         resolved=choices.resolved,
     )
@@ -296,22 +300,33 @@ def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFact
     return choices.pick("hyperparameters.learningRate", spec.learning_rate, float(f"{value:.3g}"), reason)
 
 
-def memory_estimate(model: ModelFacts, rank: int, micro_batch_tokens: int, gpus: int) -> int:
-    """Bytes of host memory that training needs.
+def memory_estimate(
+    model: ModelFacts, family: str, rank: int, micro_batch_tokens: int, longest_row: int, gpus: int
+) -> int:
+    """Return the bytes of host memory that training needs.
 
-    CPU, all fp32: weights 4N; adapter, gradient and two moments 16A; activations of one forward pass; a tile of
-    logits. GPU: the weights pass through the host once in their stored precision.
+    On the CPU all is fp32: weights, and what a pass takes above them. With a GPU the weights pass through the host
+    once in their stored precision.
     """
-    adapter = 16 * rank * model.lora_parameters_per_rank
     if gpus:
-        return _PROCESS_BYTES + 2 * GIB + 2 * model.parameters + adapter
-    activations = micro_batch_tokens * model.layers * model.hidden_size * _ACTIVATION_BYTES_PER_UNIT
-    return _PROCESS_BYTES + 4 * model.parameters + adapter + activations + _HEAD_TILE_BYTES
+        adapter = 16 * rank * model.lora_parameters_per_rank
+        return _PROCESS_BYTES + _CUDA_HOST_BYTES + 2 * model.parameters + adapter
+    above_model = pass_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=False)
+    return _PROCESS_BYTES + 4 * model.parameters + above_model
+
+
+def _gpu_memory(choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, tokens: int) -> int:
+    """Return the bytes of GPU memory that training needs, weights in bf16 included."""
+    above_model = pass_bytes(model, family, rank, tokens, data.longest_row, gpu=True)
+    needed = _CUDA_BYTES + 2 * model.parameters + above_model
+    choices.pick("gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16, not yet measured on a GPU")
+    return needed
 
 
 def _micro_batch(
     choices: Choices,
     model: ModelFacts,
+    family: str,
     data: DataFacts,
     rank: int,
     batch: int,
@@ -322,7 +337,8 @@ def _micro_batch(
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
-        return memory_estimate(model, rank, min(tokens, batch * data.longest_row), resources.gpus)
+        tokens = min(tokens, batch * data.longest_row)
+        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus)
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, data.longest_row)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"

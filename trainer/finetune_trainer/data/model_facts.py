@@ -16,6 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokens import RowTokenizer, special_tokens
+from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import MIXTURE_FIELDS, PACKING_FAMILIES, frequencies_change_after
 from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord, ModelFacts
@@ -239,21 +240,19 @@ def _facts(
     shapes: dict[str, list[int]],
     weights: list[str],
 ) -> ModelFacts:
-    linear = {
-        name: (match["module"], shape)
-        for name, shape in shapes.items()
-        if len(shape) == 2 and (match := _LAYER_WEIGHT.search(name)) and not _NOT_ADAPTED.search(name)
-    }
+    linear = adapted_shapes(shapes)
     if not linear:
         raise folder.unsupported("no linear layers are found in its weights", architecture)
     files = folder.identify(sorted(weights + [name for name in folder.files if name.endswith(_SMALL_SUFFIXES)]))
+    hidden_size = _number(folder, config, "hidden_size", "n_embd", "d_model")
+    layers = _number(folder, config, "num_hidden_layers", "n_layer", "num_layers")
     return ModelFacts(
         uri=folder.uri,
         digest=_digest(files),
         files=files,
         architecture=architecture,
-        hidden_size=_number(folder, config, "hidden_size", "n_embd", "d_model"),
-        layers=_number(folder, config, "num_hidden_layers", "n_layer", "num_layers"),
+        hidden_size=hidden_size,
+        layers=layers,
         vocabulary_size=_number(folder, config, "vocab_size"),
         parameters=sum(_elements(shape) for shape in shapes.values()),
         expert_parameters=sum(_elements(shape) for name, shape in shapes.items() if _is_expert(name, shape, config)),
@@ -261,6 +260,7 @@ def _facts(
         lora_parameters_per_rank=sum(sum(shape) for _, shape in linear.values()),
         target_modules=sorted({module for module, _ in linear.values()}),
         packing_safe=family in PACKING_FAMILIES,
+        widths=layer_widths(config, hidden_size, layers, [shape for _, shape in linear.values()]),
         frequencies_change_after=frequencies_change_after(config, family),
     )
 
@@ -269,6 +269,15 @@ def _is_expert(name: str, shape: list[int], config: dict[str, Any]) -> bool:
     """Return whether a weight is of one or all experts of a layer: by its name, or three-dimensional in a mixture."""
     is_mixture = any(config.get(field) for field in MIXTURE_FIELDS)
     return ".experts." in name or (is_mixture and len(shape) == 3)
+
+
+def adapted_shapes(shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
+    """Return the weights that LoRA is put beside: name -> (module's name, shape)."""
+    return {
+        name: (match["module"], shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and (match := _LAYER_WEIGHT.search(name)) and not _NOT_ADAPTED.search(name)
+    }
 
 
 def _elements(shape: list[int]) -> int:
