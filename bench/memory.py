@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,8 @@ from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, Ru
 
 RANK = 16
 ROW_TOKENS = 2048
-SHORT_ROW_TOKENS = 256  # of the first step, so that the second one finds the heap as training leaves it
+# Rows of the steps before the full pass.
+EARLIER_STEPS = ((256,),)
 ROWS_OF_PASS = {"cpu": 1, "cuda": 4}
 LABEL_SHARE = 8  # the last eighth of each row is an answer
 LAYERS = 4
@@ -117,11 +119,12 @@ def facts(case: Case) -> ModelFacts:
 def planned_bytes(case: Case, device: str) -> int:
     """Return what the plan says of a case, above the loaded model."""
     tokens = ROW_TOKENS * ROWS_OF_PASS[device]
-    return memory.pass_bytes(facts(case), case.family, RANK, tokens, ROW_TOKENS, gpu=device == "cuda")
+    labels = tokens // LABEL_SHARE
+    return memory.pass_bytes(facts(case), case.family, RANK, tokens, ROW_TOKENS, device == "cuda", labels)
 
 
 def measured_bytes(case: Case, device_type: str) -> int:
-    """Train two steps in this process; return the peak above the loaded model."""
+    """Train a few steps in this process; return the peak above the loaded model."""
     import torch
 
     from finetune_trainer.loop import Stepper, make_optimizer
@@ -173,21 +176,21 @@ def _random_model(case: Case, device: Any) -> Any:
 
 
 def _work(case: Case, rows_of_pass: int) -> tuple[Any, Any]:
-    """Return rows of random tokens, and two steps: a short row, then a full pass."""
+    """Return rows of random tokens, and the steps that read them: the earlier ones, then the full pass."""
     from finetune_trainer.inputs import Rows, StepPlan
 
-    lengths = [SHORT_ROW_TOKENS, *[ROW_TOKENS] * rows_of_pass]
+    step_lengths = [*EARLIER_STEPS, (ROW_TOKENS,) * rows_of_pass]
+    lengths = [length for step in step_lengths for length in step]
     offsets = np.cumsum([0, *lengths])
     labels = np.zeros(offsets[-1], dtype=np.uint8)
     for begin, end in pairwise(offsets.tolist()):
         labels[end - (end - begin) // LABEL_SHARE : end] = 1
     tokens = np.random.default_rng(0).integers(0, case.vocabulary, offsets[-1]).astype(np.uint32)
-    first, second = (int(labels[span].sum()) for span in (slice(0, lengths[0]), slice(lengths[0], None)))
     steps = StepPlan(
         rows=np.arange(len(lengths)),
-        step_offsets=np.array([0, 1, len(lengths)]),
-        label_tokens=np.array([first, second]),
-        tokens=np.array([lengths[0], sum(lengths[1:])]),
+        step_offsets=np.cumsum([0, *map(len, step_lengths)]),
+        label_tokens=np.array([sum(length // LABEL_SHARE for length in step) for step in step_lengths]),
+        tokens=np.array([sum(step) for step in step_lengths]),
     )
     return Rows(tokens=tokens, labels=labels, offsets=offsets), steps
 
@@ -210,7 +213,7 @@ def _plan(model: ModelFacts) -> RunPlan:
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=0,
-        total_steps=2,
+        total_steps=len(EARLIER_STEPS) + 1,
         global_batch_size=1,
         max_sequence_length=ROW_TOKENS,
         micro_batch_tokens=tokens,
@@ -284,6 +287,7 @@ def row(name: str, case: Case, device: str, measured: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=list(ROWS_OF_PASS), default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="CPU cases at once, each with up to 8 GiB")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="leave the table unwritten")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -294,13 +298,18 @@ def main() -> None:
         torch.set_num_threads(1)
         print(measured_bytes(CASES[arguments.one], device))
         return
+    names: list[str] = arguments.cases
     rows: list[list[str]] = []
-    for name in arguments.cases:
-        case = CASES[name]
-        measured = measured_bytes(case, device) if device == "cuda" else _measured_in_child(name)
-        rows.append(row(name, case, device, measured))
-        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    if arguments.cases == list(CASES):
+    with ThreadPoolExecutor(arguments.jobs) as children:
+        found = (
+            (measured_bytes(CASES[name], device) for name in names)
+            if device == "cuda"
+            else children.map(_measured_in_child, names)
+        )
+        for name, measured in zip(names, found, strict=True):
+            rows.append(row(name, CASES[name], device, measured))
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    if names == list(CASES):
         _write(device, rows)
 
 

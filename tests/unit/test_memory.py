@@ -1,7 +1,9 @@
 """The memory of a pass is planned from what autograd really keeps, and the measured table belongs to this plan."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from bench import memory as bench_memory
+from bench.tables import RESULTS
 from finetune_trainer import attention, memory
 from finetune_trainer.data.model_facts import adapted_shapes
 from finetune_trainer.data.widths import layer_widths
@@ -29,6 +32,8 @@ CPU = torch.device("cpu")
 _WINDOWED = ("gemma3_text", "mistral", "phi3", "starcoder2")
 # On CUDA autocast computes LayerNorm in fp32 and keeps a copy of its input; the CPU's does not. Bytes per token.
 _CUDA_LAYER_NORM = {"phi": 2, "gpt_neox": 6, "starcoder2": 4}
+# Nor does it take powers in fp32, as CUDA's does in phi's GELU. Bytes per token and unit of the MLP.
+_CUDA_POWERS = {"phi": 6}
 
 
 def _config(family: str, layers: int, **changes: Any) -> Any:
@@ -124,6 +129,7 @@ def test_a_layer_keeps_what_the_plan_counts(family: str, gpu: bool, key_heads: i
         counted.append(_counted_bytes(config, facts, gpu))
         if gpu:
             counted[-1] += _CUDA_LAYER_NORM.get(family, 0) * TOKENS * config.hidden_size * layers
+            counted[-1] += _CUDA_POWERS.get(family, 0) * TOKENS * config.intermediate_size * layers
             counted[-1] -= 2 * RANK * facts.lora_parameters_per_rank  # autocast's copies, planned with the adapter
         planned.append(kept_bytes(facts, family, RANK, TOKENS, TOKENS, gpu))
     assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.02)
@@ -174,3 +180,16 @@ def test_the_tile_of_the_plan_is_the_tile_of_the_head() -> None:
     from finetune_trainer import logprobs
 
     assert memory._TILE_BYTES == logprobs._TILE_BYTES  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("table", sorted(RESULTS.glob("memory*.md")), ids=lambda table: table.name)
+def test_a_measured_table_stands_beside_todays_plan(table: Path) -> None:
+    """`python -m bench.memory` makes it anew; of no case may the plan be off by more than 15 %."""
+    device = "cuda" if table.stem == "memory-gpu" else "cpu"
+    lines = re.findall(r"^\| (.+?) \|.*\| ([\d,]+) \| ([\d,]+) \| (\S+) % \|$", table.read_text(), re.MULTILINE)
+    assert [name for name, *_ in lines] == list(bench_memory.CASES)
+    for name, planned, measured, error in lines:
+        measured_bytes = int(measured.replace(",", "")) * bench_memory.MIB
+        expected = bench_memory.row(name, bench_memory.CASES[name], device, measured_bytes)
+        assert [planned, f"{error} %"] == [expected[-3], expected[-1]], name
+        assert abs(float(error)) <= 15, name

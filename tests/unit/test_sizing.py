@@ -340,11 +340,11 @@ def test_a_gpu_is_filled_with_more_tokens() -> None:
     assert sized(spec(), data(longest_row=2000), gpus=1).hyperparameters.micro_batch_tokens == 8192
 
 
-def test_the_plan_says_how_much_gpu_memory_it_counted_and_that_nobody_measured_it() -> None:
+def test_the_plan_says_how_much_gpu_memory_it_counted() -> None:
     found = sized(spec(), data(longest_row=2000), model(), gpus=1)
     assert found.gpu_memory_bytes is not None
     assert 2 * 8_030_000_000 < found.gpu_memory_bytes < 80 * GIB
-    assert "not yet measured" in reason(found, "gpuMemory")
+    assert "counted for bf16" in reason(found, "gpuMemory")
     assert sized(spec(), data()).gpu_memory_bytes is None
 
 

@@ -44,6 +44,7 @@ class _NllSum(torch.autograd.Function):
             probabilities = logits.sub_(normaliser).exp_()
             probabilities.scatter_add_(1, target, probabilities.new_full((1, 1), -1.0).expand_as(target))
             torch.mm(probabilities.to(head.dtype), head, out=gradient[tile])
+            del logits, probabilities  # else the next tile is made beside this one
         ctx.save_for_backward(gradient.mul_(scale))
         return total
 

@@ -13,6 +13,8 @@ from finetune_trainer.runplan import ModelFacts
 
 _TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits, as in logprobs.py
 _MIN_TILE_ROWS = 16
+# Of what is kept, the C library's heap holds as much again in pieces: 3 to 31 % in bench/results/memory.md.
+_CPU_HEAP_SHARE = 0.16
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ _GPU = {
     "gemma3_text": Kept(hidden=26, query=10, key=8, mlp=8),
     "gpt_neox": Kept(hidden=12, query=6, key=4, mlp=4),
     "olmo2": Kept(hidden=18, query=10, key=8, mlp=8),
-    "phi": Kept(hidden=12, query=6, key=4, mlp=10),
+    "phi": Kept(hidden=12, query=6, key=4, mlp=16),  # its GELU is written out, and autocast takes powers in fp32
     "phi3": Kept(hidden=12, query=6, key=4, mlp=8),
     "qwen3": Kept(hidden=18, query=10, key=8, mlp=8),
     "starcoder2": Kept(hidden=16, query=6, key=4, mlp=4),
@@ -74,19 +76,25 @@ def kept_bytes(model: ModelFacts, family: str, rank: int, tokens: int, longest_r
     return tokens * model.layers * per_token + masks
 
 
-def pass_bytes(model: ModelFacts, family: str, rank: int, tokens: int, longest_row: int, gpu: bool) -> int:
+def pass_bytes(
+    model: ModelFacts, family: str, rank: int, tokens: int, longest_row: int, gpu: bool, label_tokens: int | None = None
+) -> int:
     """Return the highest memory above the loaded model: adapter and moments, what is kept, and what is in flight.
 
-    The model is held in fp32 on the CPU and in bf16 on a GPU. The GPU's figure has not been measured yet.
+    The model is held in fp32 on the CPU and in bf16 on a GPU. `label_tokens` of the pass are projected by the head;
+    None: all of them, as a plan must expect. Measured on an H100: bench/results/memory-gpu.md.
     """
+    labels = tokens if label_tokens is None else label_tokens
     adapter = (18 if gpu else 16) * rank * model.lora_parameters_per_rank  # weight, gradient, two moments; bf16 copy
     size = 3 if gpu else 4  # bf16 and, inside LoRA's branch, fp32
     in_flight = tokens * size * (4 * model.widths.mlp + 3 * model.hidden_size)
-    head = _head_bytes(model.vocabulary_size, tokens, gpu) + tokens * 3 * (2 if gpu else 4) * model.hidden_size
-    return adapter + kept_bytes(model, family, rank, tokens, longest_row, gpu) + max(in_flight, head)
+    head = _head_bytes(model.vocabulary_size, labels, gpu) + labels * 3 * (2 if gpu else 4) * model.hidden_size
+    kept = kept_bytes(model, family, rank, tokens, longest_row, gpu)
+    heap = 0 if gpu else int(_CPU_HEAP_SHARE * kept)
+    return adapter + kept + heap + max(in_flight, head)
 
 
-def _head_bytes(vocabulary: int, tokens: int, gpu: bool) -> int:
+def _head_bytes(vocabulary: int, labels: int, gpu: bool) -> int:
     """Return what the loss head holds: a tile of logits, and as much again while it is summed."""
     rows = max(_MIN_TILE_ROWS, _TILE_BYTES["cuda" if gpu else "cpu"] // (4 * vocabulary))
-    return 2 * 4 * min(rows, tokens) * vocabulary
+    return 2 * 4 * min(rows, labels) * vocabulary
