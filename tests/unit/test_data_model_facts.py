@@ -124,7 +124,7 @@ def large_template(folder: Path) -> None:
         (rename_weights, {}, Fault.PICKLE_ONLY, "pytorch_model.bin"),
         (cut_weights, {}, Fault.UNSUPPORTED_MODEL, "not a safetensors file"),
         (no_weights, {}, Fault.OBJECT_NOT_FOUND, "model.safetensors"),
-        (no_config, {}, Fault.OBJECT_NOT_FOUND, "mend model.uri"),
+        (no_config, {}, Fault.OBJECT_NOT_FOUND, "fix model.uri"),
         (bad_config, {}, Fault.UNSUPPORTED_MODEL, "config.json is not a JSON object"),
         (no_tokenizer, {}, Fault.UNSUPPORTED_MODEL, "tokenizer.json"),
         (bad_tokenizer, {}, Fault.UNSUPPORTED_MODEL, "tokenizer.json cannot be read"),
