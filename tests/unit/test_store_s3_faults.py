@@ -188,7 +188,7 @@ def test_a_missing_bucket_is_not_taken_for_a_missing_object(store: Store) -> Non
     with pytest.raises(StageError) as caught, spec_field("model.uri"):
         store.head("s3://elsewhere/object")
     assert caught.value.fault is Fault.BUCKET_NOT_FOUND
-    assert str(caught.value).endswith("create it or mend model.uri")
+    assert str(caught.value).endswith("create it, or fix model.uri")
 
 
 def test_an_object_in_a_bucket_that_may_not_be_listed_can_be_missing(store: Store, server: StubS3) -> None:
