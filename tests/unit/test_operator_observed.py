@@ -67,7 +67,7 @@ def test_a_pod_tells_its_report_exit_code_and_times():
     }
     seen = observe_pod(pod_body(phase="Failed", **container(terminated=ended)))
     assert seen is not None
-    assert (seen.exit_code, seen.active, seen.memory_limit) == (30, False, "1.5")
+    assert (seen.exit_code, seen.active, seen.memory_limit) == (30, False, "1.5 GiB")
     assert seen.report is not None
     assert seen.report.fault == Fault.INTERRUPTED
     assert seen.report.step == 7

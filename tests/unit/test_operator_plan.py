@@ -204,7 +204,7 @@ def test_a_prepared_job_shows_plan_and_data_and_trains_what_was_prepared():
     assert world.status["plan"]["steps"] == 100
     assert world.status["data"]["rowsUsed"] == 9
     assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
-    assert "9 of 10 rows" in world.message(ConditionType.PLANNED)
+    assert "10 rows: 9 to train on, 1 held out" in world.message(ConditionType.PLANNED)
 
 
 def test_a_pod_that_has_ended_changes_nothing_until_its_job_has():
@@ -332,8 +332,8 @@ def test_later_retries_wait_before_they_start():
     ("code", "reason", "words"),
     [
         (1, "Unknown", "exit code 1"),
-        (137, "Unknown", "signal 9"),
-        (143, "Unknown", "signal 15"),
+        (137, "Unknown", "signal SIGKILL"),
+        (143, "Unknown", "signal SIGTERM"),
         (31, "StorageTransient", "code 31"),
     ],
 )
@@ -350,9 +350,9 @@ def test_an_unknown_final_exit_code_of_a_newer_trainer_is_final():
 
 
 def test_an_oom_killed_pod_is_tried_again_once_and_then_names_the_memory_limit():
-    world = World().training().pod("train-1", memory_limit="16").end("train-1", code=137, oom_killed=True).step()
+    world = World().training().pod("train-1", memory_limit="16 GiB").end("train-1", code=137, oom_killed=True).step()
     assert world.created[-1] == "train-2"
-    world.run("train-2").pod("train-2", memory_limit="16").end("train-2", code=137, oom_killed=True).step()
+    world.run("train-2").pod("train-2", memory_limit="16 GiB").end("train-2", code=137, oom_killed=True).step()
     assert world.verdict == ("False", "HostOOM")
     assert "16 GiB" in world.message(ConditionType.SUCCEEDED)
 

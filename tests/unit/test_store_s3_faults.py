@@ -147,7 +147,7 @@ def test_every_refusal_has_its_own_fault(store: Store, server: StubS3, status: i
             301,
             "PermanentRedirect",
             "",
-            "the bucket bucket is not in region us-east-1 of {endpoint}; mend storage.region",
+            "the bucket bucket is not in region us-east-1 of {endpoint}; fix storage.region",
         ),
         (400, "AuthorizationHeaderMalformed", "<Message>the region 'us-east-1' is wrong</Message>", "storage.region"),
         (400, "AuthorizationHeaderMalformed", "<Message>the Credential is mal-formed</Message>", "storage.secretRef"),

@@ -82,7 +82,7 @@ def test_every_end_of_the_child_has_one_verdict(
     )
     assert (found.fault, found.exit_code) == (fault, exit_code)
     if fault is Fault.HOST_OOM:
-        assert found.args == {"limit_gib": 2.0}
+        assert found.args == {"limit": "2 GiB", "field": "resources.memory"}
     RunResult.model_validate_json(found.to_message())
 
 
@@ -229,7 +229,7 @@ def test_the_childs_result_becomes_the_termination_message(tmp_path: Path, confi
 
 def test_a_child_killed_for_memory_is_reported_with_the_limit(tmp_path: Path, config: Path) -> None:
     result = ended(tmp_path, supervise(tmp_path, config, "echo 'oom_kill 5' > events; kill -9 $$"))
-    assert (result.fault, result.args) == (Fault.HOST_OOM, {"limit_gib": 3.0})
+    assert (result.fault, result.args) == (Fault.HOST_OOM, {"limit": "3 GiB", "field": "resources.memory"})
     assert result.exit_code == EXIT_CODES[Reason.HOST_OOM]
 
 
