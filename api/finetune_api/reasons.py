@@ -138,6 +138,7 @@ class Fault(StrEnum):
     TEMPLATE_NOT_PREFIX_STABLE = "TemplateNotPrefixStable"
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
     UNSUPPORTED_MODEL = "UnsupportedModel"
+    BROKEN_MODEL = "BrokenModel"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     DISK_TOO_SMALL = "DiskTooSmall"
     BROKEN_ROW = "BrokenRow"
@@ -155,6 +156,7 @@ class Fault(StrEnum):
     CERTIFICATE_UNTRUSTED = "CertificateUntrusted"
     WRONG_REGION = "WrongRegion"
     PICKLE_ONLY = "PickleOnly"
+    NO_SAFETENSORS = "NoSafetensors"
     REMOTE_CODE = "RemoteCode"
     NOT_FINITE = "NotFinite"
     GPU_OOM = "GpuOOM"
@@ -228,6 +230,7 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.UNSUPPORTED_MODEL: FaultText(
         Reason.CONFIG_INVALID, "the model at {uri} is a {architecture}, which is not supported: {problem}"
     ),
+    Fault.BROKEN_MODEL: FaultText(Reason.CONFIG_INVALID, "the model at {uri} cannot be used as it is: {problem}"),
     Fault.MEMORY_TOO_SMALL: FaultText(
         Reason.CONFIG_INVALID,
         "training needs about {needed_gib} GiB of memory, but resources.memory allows {limit_gib} GiB; "
@@ -295,6 +298,11 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.PICKLE_ONLY: FaultText(
         Reason.UNTRUSTED_MODEL,
         "{uri} has no safetensors weights (found {found}); pickles can run code and are refused: convert the model",
+    ),
+    Fault.NO_SAFETENSORS: FaultText(
+        Reason.CONFIG_INVALID,
+        "{uri} has no safetensors weights; {found} is of a format that cannot be trained: "
+        "name the safetensors model that it was made from",
     ),
     Fault.REMOTE_CODE: FaultText(
         Reason.UNTRUSTED_MODEL, "the model at {uri} asks for its own code (auto_map), which is never run"

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import safetensors.numpy
 from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +21,8 @@ from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
 from finetune_trainer import prepare
 from finetune_trainer.context import StageContext
+from finetune_trainer.data import structure
+from finetune_trainer.data.structure import LoadReport
 from finetune_trainer.runplan import RunPlan, SplitFiles
 from finetune_trainer.serve import Reporter
 from finetune_trainer.store import open_store
@@ -29,7 +34,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-HIDDEN, LAYERS = 32, 2
+HIDDEN, INNER, LAYERS = 32, 48, 2
 GIB = 2**30
 
 
@@ -49,6 +54,36 @@ def byte_bpe(vocabulary_size: int = 600) -> Tokenizer:
     return tokenizer
 
 
+CHILD = structure.load_without_values
+
+
+@cache
+def judged(request: bytes) -> LoadReport:
+    """What the child process says, asked once, and not where torch, which takes it seconds, is there already."""
+    if "torch" not in sys.modules:
+        return CHILD(request)
+    from finetune_trainer.dry_load import judge
+
+    return judge(**orjson.loads(request))
+
+
+structure.load_without_values = judged
+
+
+def llama_weights(vocabulary: int) -> dict[str, Any]:
+    """All tensors of the model that `write_model` describes, its head being tied to the embeddings."""
+    shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,)}
+    for layer in range(LAYERS):
+        names = {
+            **dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (HIDDEN, HIDDEN)),
+            **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (INNER, HIDDEN)),
+            "mlp.down_proj": (HIDDEN, INNER),
+            **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (HIDDEN,)),
+        }
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in names.items()}
+    return {f"{name}.weight": np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
 def write_model(
     folder: Path,
     template: str | None = CHATML,
@@ -64,7 +99,10 @@ def write_model(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
         "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "tie_word_embeddings": True,
         "vocab_size": vocabulary,
         "max_position_embeddings": 512,
         **(config or {}),
@@ -75,11 +113,7 @@ def write_model(
         named["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(named | (tokenizer_config or {})))
     tokenizer.save(str(folder / "tokenizer.json"))
-    square = np.zeros((HIDDEN, HIDDEN), dtype=np.float32)
-    weights: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((vocabulary, HIDDEN), dtype=np.float32)}
-    for layer in range(LAYERS):
-        weights |= {f"model.layers.{layer}.self_attn.{name}.weight": square.copy() for name in ("q_proj", "v_proj")}
-        weights[f"model.layers.{layer}.input_layernorm.weight"] = np.zeros(HIDDEN, dtype=np.float32)
+    weights = llama_weights(settings["vocab_size"])
     safetensors.numpy.save_file(weights, folder / "model.safetensors")
     return folder.as_uri()
 

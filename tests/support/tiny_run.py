@@ -1,6 +1,7 @@
 """A whole training run in a folder: tiny random model, tokenizer, prepared arrays and plan, as prepare leaves them."""
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, MethodType, Schedule
 from finetune_api.layout import ADAPTER, PLAN, PREPARED, join
@@ -60,9 +63,19 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
     return model
 
 
+def saved_shapes(family: str, **changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The configuration and the shapes of all tensors as save_pretrained writes them, tied heads left out."""
+    settings = tiny_config(family, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+        tensors = revert_weight_conversion(model, model.state_dict())
+    config = json.loads(settings.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    return config, {name: list(each.shape) for name, each in tensors.items() if name not in model.all_tied_weights_keys}
+
+
 def linear_modules(model: Any) -> list[str]:
     """Names of all linear layers but the head, as prepare gives them to LoRA."""
-    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     return sorted(names - set(_NOT_LINEAR_TARGETS))
 
 

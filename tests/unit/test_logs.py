@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import transformers
 
 from finetune_api.errors import StageError
 from finetune_api.names import Stage
@@ -13,6 +14,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer import logs
 from finetune_trainer.store import open_store
+from tiny_run import tiny_config, tiny_model
 
 log = logging.getLogger("finetune_trainer.test")
 
@@ -52,6 +54,18 @@ def test_people_at_a_terminal_get_plain_lines(tmp_path: Path, capsys: pytest.Cap
     logs.bind_step(7)
     log.warning("slow")
     assert capsys.readouterr().err.rstrip().endswith("WARNING step 7: slow")
+
+
+def test_transformers_warns_in_our_log_and_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_model(tiny_config("llama")).save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    logs.configure("team/bot", Stage.TRAIN, 1, True, tmp_path / "log")
+    logs.take_over_transformers()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    transformers.utils.logging.get_logger("transformers.modeling_utils").warning("\x1b[1mnot tied\x1b[0m")
+    (line,) = lines(tmp_path / "log")
+    assert (line["message"], line["logger"]) == ("not tied", "transformers.modeling_utils")
+    assert [json.loads(each) for each in capfd.readouterr().err.splitlines()] == [line]
 
 
 def test_other_libraries_speak_only_when_something_is_wrong(tmp_path: Path) -> None:

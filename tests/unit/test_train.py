@@ -3,11 +3,13 @@
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,8 +24,9 @@ from finetune_trainer import checkpoint, commit, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
+from finetune_trainer.model import load_base
 from finetune_trainer.stop import StopFlag
-from tiny_run import STOP_ID, TinyRun, context, make_run
+from tiny_run import STOP_ID, TinyRun, context, make_run, use_model
 
 
 def committed_artifact(run: TinyRun) -> Artifact | None:
@@ -52,6 +55,7 @@ def _stop_before(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> 
     [
         ("llama", {}, MethodType.SFT),
         ("qwen3", {"tie_word_embeddings": True}, MethodType.CPT),
+        ("gpt2", {}, MethodType.SFT),
         ("gemma2", {"query_pre_attn_scalar": 8, "final_logit_softcapping": None}, MethodType.SFT),
     ],
 )
@@ -354,6 +358,97 @@ def test_what_is_not_what_was_planned_ends_the_run_before_step_1(
         train.run(context(run), StopFlag(60))
     assert (caught.value.fault, caught.value.exit_code) == (fault, exit_code)
     assert run.store.list(join(run.run_uri, CHECKPOINTS)) == []
+
+
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def _edit(run: TinyRun, change: Change) -> None:
+    """Other weights than the architecture's, planned with: as if prepare had judged nothing."""
+    path = run.folder / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    use_model(run, run.folder / "model")
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def _drop(name: str) -> Change:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def _put(name: str, value: torch.Tensor) -> Change:
+    return lambda tensors: tensors.update({name: value})
+
+
+def _poison(value: float) -> Change:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP][3, 5] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop(UP), f"{UP} is missing from model.safetensors"),
+        (_drop("lm_head.weight"), "lm_head.weight is missing from model.safetensors"),
+        (_put(UP, torch.zeros(64, 33)), f"{UP} in model.safetensors is 64 x 33, but config.json asks for 64 x 32"),
+        (_put("model.layers.2.mlp.up_proj.weight", torch.zeros(64, 32)), "model.layers.2.mlp.up_proj.weight in model"),
+        (_poison(float("nan")), f"{UP} in model.safetensors has 1 of 2,048 values that are NaN or infinite"),
+        (_poison(float("-inf")), f"{UP} in model.safetensors has 1 of 2,048 values that are NaN or infinite"),
+    ],
+    ids=["missing", "no head", "reshaped", "a layer too many", "NaN", "infinite"],
+)
+def test_weights_that_are_not_the_models_end_the_run_before_step_1(tmp_path: Path, change: Change, words: str) -> None:
+    run = make_run(tmp_path)
+    _edit(run, change)
+    with pytest.raises(StageError) as caught:
+        train.run(context(run), StopFlag(60))
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.BROKEN_MODEL, 10)
+    assert words in str(caught.value)
+
+
+def _cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _strange_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+
+
+@pytest.mark.parametrize("damage", [_cut_weights, _strange_config])
+def test_whatever_loading_raises_is_a_final_fault_and_no_bug(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = tmp_path / "model"
+    plan = make_run(tmp_path).plan
+    damage(folder)
+    with pytest.raises(StageError, match="transformers could not load it") as caught:
+        load_base(folder, plan, torch.device("cpu"))
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.UNSUPPORTED_MODEL, 10)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_found_before_step_1(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run.folder / "model" / "tokenizer.json").write_text('{"model": {"type": "Unknown"}}')
+    use_model(run, run.folder / "model")
+    with pytest.raises(StageError, match="could not load its tokenizer") as caught:
+        train.run(context(run), StopFlag(60))
+    assert caught.value.fault is Fault.UNSUPPORTED_MODEL
+    assert not run.local(METRICS).exists()
+
+
+def test_modules_that_cannot_be_adapted_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.write_plan(
+        run.plan.model_copy(update={"model": run.plan.model.model_copy(update={"target_modules": ["norm"]})})
+    )
+    with pytest.raises(StageError, match="PEFT cannot adapt it: Target module") as caught:
+        train.run(context(run), StopFlag(60))
+    assert caught.value.fault is Fault.UNSUPPORTED_MODEL
 
 
 def test_a_run_that_diverges_is_not_committed(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ _SECRETS = re.compile(
     r"|(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+"
     r"|((?:aws_secret_access_key|aws_session_token|authorization)[\"']?\s*[:=]\s*).+"
 )
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _step: int | None = None  # of the whole process: threads of the loop log for the loop's step
 
@@ -63,6 +64,15 @@ def configure(job: str, stage: Stage, attempt: int, json_lines: bool, file: Path
     logging.captureWarnings(True)
     # A full disk must not turn every log line into a trace on stderr.
     logging.raiseExceptions = False
+
+
+def take_over_transformers() -> None:
+    """Send what transformers and its hub client warn of through our handlers, and let neither draw progress bars."""
+    from transformers.utils import logging as of_transformers  # not above: prepare does without its imports
+
+    of_transformers.disable_default_handler()
+    of_transformers.enable_propagation()
+    of_transformers.disable_progress_bar()
 
 
 class JsonFormatter(logging.Formatter):
@@ -103,9 +113,9 @@ class PlainFormatter(logging.Formatter):
 
 
 def clean(message: str) -> str:
-    """The message without secrets, cut to MAX_MESSAGE_CHARS."""
+    """Return the message without secrets and colours, cut to MAX_MESSAGE_CHARS."""
     cut = message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "…"
-    return _SECRETS.sub(lambda found: f"{found[2] or found[3] or ''}***", cut)
+    return _SECRETS.sub(lambda found: f"{found[2] or found[3] or ''}***", _COLOURS.sub("", cut))
 
 
 def trace_text(error: BaseException, *, messages: bool) -> str:

@@ -1,6 +1,5 @@
 """The language model that is trained: load the base, add the adapter, compute log-probabilities of label tokens."""
 
-import os
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import attention, world
+from finetune_trainer.base_weights import load_weights, require_finite
 from finetune_trainer.families import MIXTURE_FIELDS
 from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
@@ -77,21 +77,13 @@ class LanguageModel:
 
 
 def load_base(folder: Path, plan: RunPlan, device: torch.device) -> LanguageModel:
-    """The frozen base model in evaluation mode: fp32 on the CPU, bf16 on CUDA; safetensors only, no remote code.
+    """Return the frozen base model in evaluation mode: fp32 on the CPU, bf16 on CUDA.
 
-    Raises UNSUPPORTED_MODEL when transformers has no such model, or computes something else than our pass.
+    Raises BROKEN_MODEL when its weights are not whole and finite, UNSUPPORTED_MODEL when transformers has no such
+    model, or computes something else than our pass.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        causal = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=world.weight_dtype(device),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise _unsupported(plan, f"transformers could not load it ({type(error).__name__})") from error
+    causal = load_weights(folder, plan, world.weight_dtype(device))
+    require_finite(causal, folder, plan)
     return language_model(causal, plan, device)
 
 
@@ -170,7 +162,10 @@ def _unsupported(plan: RunPlan, problem: str) -> StageError:
 
 
 def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
-    """LoRA on the planned modules of `lm.causal`, in place; weights drawn from the plan's seed alone."""
+    """Put LoRA on the planned modules of `lm.causal`, in place; weights drawn from the plan's seed alone.
+
+    Raises UNSUPPORTED_MODEL when PEFT has no layer for one of them.
+    """
     hyper = plan.hyperparameters
     config = LoraConfig(
         r=hyper.lora_rank,
@@ -182,7 +177,10 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(hyper.seed)
-        adapted = get_peft_model(lm.causal, config)
+        try:
+            adapted = get_peft_model(lm.causal, config)
+        except ValueError as error:
+            raise _unsupported(plan, f"PEFT cannot adapt it: {error}"[:256]) from error
     adapted.base_model_name_or_path = plan.model.uri  # type: ignore[assignment]
     config.base_model_name_or_path = plan.model.uri
     assert isinstance(adapted, PeftModel)

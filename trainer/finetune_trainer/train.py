@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import AutoTokenizer
 
 from finetune_api import defaults
 from finetune_api.base import first_problem
@@ -27,6 +26,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
+from finetune_trainer.base_weights import load_tokenizer
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
@@ -34,7 +34,7 @@ from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
 from finetune_trainer.inputs import Rows, StepPlan
-from finetune_trainer.logs import Uploader
+from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
@@ -56,6 +56,7 @@ _MAX_METRICS_BYTES = 16 * 2**20
 
 def run(ctx: StageContext, stop: StopFlag) -> RunResult:
     """One attempt. Raises StageError for every known end but success, INTERRUPTED once all is safe among them."""
+    take_over_transformers()
     try:
         return _attempt(ctx, stop)
     except torch.cuda.OutOfMemoryError as error:
@@ -157,7 +158,9 @@ def _go_on(stop: StopFlag) -> None:
 
 def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
-    return load_base(fetched.model_folder, fetched.plan, world.join(ctx.config.resources).device)
+    device = world.join(ctx.config.resources).device
+    load_tokenizer(fetched.model_folder, fetched.plan)  # it is needed after the last step, too late to find it broken
+    return load_base(fetched.model_folder, fetched.plan, device)
 
 
 def _begin(
@@ -318,7 +321,7 @@ def _finish(
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
 
     ctx.reporter.update(activity="Evaluating")
-    tokenizer = AutoTokenizer.from_pretrained(fetched.model_folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(fetched.model_folder, plan)
     stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder))
     with adapted.disable_adapter():
         base_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids, beat)

@@ -34,12 +34,11 @@ Batch = list[Checked]
 
 
 def require_end_token(model: Model) -> None:
-    """Raises UNSUPPORTED_MODEL when the tokenizer has no token to end a text with."""
+    """Raises BROKEN_MODEL when the tokenizer has no token to end a text with."""
     if model.tokenizer.eos_id is None:
         raise StageError(
-            Fault.UNSUPPORTED_MODEL,
+            Fault.BROKEN_MODEL,
             uri=place(model.facts.uri),
-            architecture=model.facts.architecture,
             problem="its tokenizer names no eos_token, which must end every text",
         )
 
@@ -75,7 +74,7 @@ class Pipeline:
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
         """Take all rows of one dataset; yields after every batch.
 
-        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, UNSUPPORTED_MODEL.
+        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, BROKEN_MODEL.
         """
         pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -157,9 +156,8 @@ class Pipeline:
         size = self.model.facts.vocabulary_size
         if any(part.ids.max(initial=0) >= size for part in sequences):
             raise StageError(
-                Fault.UNSUPPORTED_MODEL,
+                Fault.BROKEN_MODEL,
                 uri=place(self.model.facts.uri),
-                architecture=self.model.facts.architecture,
                 problem=f"its tokenizer makes ids above the model's vocabulary of {size}",
             )
         if any(len(part.ids) > self.limit for part in sequences):

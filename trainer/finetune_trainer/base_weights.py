@@ -1,0 +1,108 @@
+"""Load the base model's weights: all of them, in their shapes, and finite, or fail naming the tensor and its file."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data.structure import file_of
+from finetune_trainer.load_report import report_of
+from finetune_trainer.runplan import RunPlan
+
+# What transformers and safetensors raise for files and configurations that are not as they should be.
+_REFUSALS = (ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+_MAX_SAID = 160
+
+
+def load_weights(folder: Path, plan: RunPlan, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model in `folder` on the CPU, in `dtype`; safetensors only, no remote code.
+
+    Raises BROKEN_MODEL when transformers would fill or leave out anything, UNSUPPORTED_MODEL when it cannot load it.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    loader: Any = AutoModelForCausalLM  # whose types do not know of a loading report
+    try:
+        causal, info = loader.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (*_REFUSALS, SafetensorError, StrictDataclassError) as error:
+        if "can't allocate memory" in str(error):  # as torch's CPU allocator says it, in a RuntimeError
+            raise MemoryError from error
+        raise _unsupported(plan, "transformers could not load it", error) from error
+    if any(info[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
+        _require_whole(causal, info, folder, plan)
+    return causal
+
+
+def load_tokenizer(folder: Path, plan: RunPlan) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer. Raises UNSUPPORTED_MODEL when transformers cannot load it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _REFUSALS as error:
+        raise _unsupported(plan, "transformers could not load its tokenizer", error) from error
+
+
+def _require_whole(causal: PreTrainedModel, info: Mapping[str, Any], folder: Path, plan: RunPlan) -> None:
+    shapes, files = dict[str, list[int]](), dict[str, str]()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                shapes[name], files[name] = list(file.get_slice(name).get_shape()), path.name
+    config = json.loads((folder / "config.json").read_bytes())
+    names = sorted({*files.values()})
+    problem = report_of(causal, info, shapes).problem(lambda tensor: file_of(tensor, files, names), config)
+    if problem is not None:
+        raise _broken(plan, problem)
+
+
+def require_finite(causal: PreTrainedModel, folder: Path, plan: RunPlan) -> None:
+    """Read every weight once. Raises BROKEN_MODEL when one is NaN or infinite."""
+    tensors = {name: each for name, each in causal.state_dict().items() if each.is_floating_point() and each.numel()}
+    finite = torch.stack(
+        [torch.stack([*torch.aminmax(tensor)]).isfinite().all() for tensor in tensors.values()]
+    ).tolist()
+    wrong = [name for name, good in zip(tensors, finite, strict=True) if not good]
+    if wrong:
+        found = _not_finite_in(folder) or f"{wrong[0]} holds values that are NaN or infinite once loaded"
+        raise _broken(plan, f"{found}; the weights are damaged, copy or save the model again")
+
+
+def _not_finite_in(folder: Path) -> str | None:
+    """Return the first tensor of the files that is not finite, with its file."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                tensor: Tensor = file.get_tensor(name)
+                count = tensor.numel() - int(tensor.isfinite().sum())
+                if count:
+                    return f"{name} in {path.name} has {count:,} of {tensor.numel():,} values that are NaN or infinite"
+    return None
+
+
+def _unsupported(plan: RunPlan, problem: str, error: Exception) -> StageError:
+    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:_MAX_SAID]
+    facts = plan.model
+    return StageError(
+        Fault.UNSUPPORTED_MODEL, uri=facts.uri, architecture=facts.architecture, problem=f"{problem} ({said})"
+    )
+
+
+def _broken(plan: RunPlan, problem: str) -> StageError:
+    return StageError(Fault.BROKEN_MODEL, uri=plan.model.uri, problem=problem[:256])

@@ -1,0 +1,101 @@
+"""The base model's files in storage, what tells their content, and the words for what is wrong with them."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import orjson
+
+from finetune_api.errors import StageError
+from finetune_api.layout import join
+from finetune_api.reasons import Fault
+from finetune_trainer.data.problems import place
+from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
+from finetune_trainer.runplan import FileRecord
+from finetune_trainer.store import Store, spec_field
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_PARALLEL_SAMPLES = 8
+_MAX_PROBLEM = 256  # as much as a result carries of one argument
+
+
+class ModelFolder:
+    """The files at `uri`, not below it; each is read whole at one version, or not at all."""
+
+    def __init__(self, store: Store, uri: str) -> None:
+        self.store, self.uri = store, uri
+        prefix = join(uri, "")
+        with spec_field("model.uri"):
+            self.files = {
+                info.uri.removeprefix(prefix): info
+                for info in store.list(prefix)
+                if "/" not in info.uri.removeprefix(prefix)
+            }
+        self.records: dict[str, FileRecord] = {}  # of those that were read whole
+
+    def read(self, name: str, max_bytes: int = 16 * 2**20) -> bytes | None:
+        info = self.files.get(name)
+        if info is None:
+            return None
+        content, etag = self.store.read(info.uri, max_bytes=max_bytes)
+        if content.startswith(LFS_POINTER):
+            raise self.lfs_pointer(name)
+        sha256 = "sha256:" + hashlib.sha256(content).hexdigest()
+        self.records[name] = FileRecord(uri=info.uri, size_bytes=len(content), sha256=sha256, etag=etag)
+        return content
+
+    def identify(self, names: list[str]) -> list[FileRecord]:
+        """Return what tells the content of each file: of those that were not read, without reading them whole."""
+        with ThreadPoolExecutor(_PARALLEL_SAMPLES, thread_name_prefix="identify") as pool:
+            return list(pool.map(self._identify, names))
+
+    def _identify(self, name: str) -> FileRecord:
+        if name in self.records:
+            return self.records[name]
+        info = self.store.head(self.files[name].uri)
+        if info is None:
+            raise StageError(Fault.OBJECT_NOT_FOUND, uri=place(self.files[name].uri), field="model.uri")
+        blocks = [
+            self.store.read_range(info.uri, offset, length, if_match=info.etag)
+            for offset, length in sample_places(info.size_bytes)
+        ]
+        if info.size_bytes <= SAMPLE_BYTES:
+            sha256 = "sha256:" + hashlib.sha256(b"".join(blocks)).hexdigest()
+            return FileRecord(uri=info.uri, size_bytes=info.size_bytes, sha256=sha256, etag=info.etag)
+        return FileRecord(
+            uri=info.uri,
+            size_bytes=info.size_bytes,
+            sample=sample_digest(info.size_bytes, blocks),
+            checksum=info.checksum,
+            etag=info.etag,
+        )
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        content = self.read(name)
+        if content is None:
+            return None
+        try:
+            value = orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise self.broken(f"{name} is not valid JSON") from error
+        if not isinstance(value, dict):
+            raise self.broken(f"{name} is not a JSON object")
+        return cast(dict[str, Any], value)
+
+    def unsupported(self, architecture: str, problem: str) -> StageError:
+        """A whole model that this trainer cannot train."""
+        return StageError(
+            Fault.UNSUPPORTED_MODEL,
+            uri=place(self.uri),
+            architecture=architecture[:64],
+            problem=problem[:_MAX_PROBLEM],
+        )
+
+    def broken(self, problem: str) -> StageError:
+        """A model whose files are damaged, incomplete, or do not belong together."""
+        return StageError(Fault.BROKEN_MODEL, uri=place(self.uri), problem=problem[:_MAX_PROBLEM])
+
+    def lfs_pointer(self, name: str) -> StageError:
+        return self.broken(
+            f"{name} is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned, and copy it again"
+        )

@@ -1,0 +1,152 @@
+"""Which files hold the base model's weights, and what their headers say; the weights are not downloaded."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from finetune_api.errors import StageError
+from finetune_api.layout import join
+from finetune_api.reasons import Fault
+from finetune_trainer.data.model_folder import LFS_POINTER, ModelFolder
+from finetune_trainer.data.problems import place
+from finetune_trainer.store import ObjectInfo
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+          "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+_MAX_HEADER_BYTES = 64 * 2**20
+_MAX_POINTER_BYTES = 1024
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".npz")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a header describes it."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a model."""
+
+    files: list[str]
+    tensors: dict[str, StoredTensor]
+    index: dict[str, str]  # tensor → file as the index says; empty for a model in one file
+
+
+def read_weights(folder: ModelFolder) -> Weights:
+    """Find the weights as transformers does and read their headers.
+
+    Raises OBJECT_NOT_FOUND, PICKLE_ONLY, NO_SAFETENSORS, BROKEN_MODEL.
+    """
+    files, index = _files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        tensors |= _tensors(folder, name)
+    if not tensors:
+        raise folder.broken(f"{files[0]} holds no weights")
+    return Weights(files, tensors, index)
+
+
+def _files(folder: ModelFolder) -> tuple[list[str], dict[str, str]]:
+    if WEIGHTS in folder.files:  # where both are, transformers takes this one too
+        return [WEIGHTS], {}
+    index = folder.json(INDEX)
+    if index is None:
+        raise _no_weights(folder)
+    weight_map: Any = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise folder.broken(f"{INDEX} has no weight_map")
+    index_of = {str(tensor): str(file) for tensor, file in cast(dict[str, Any], weight_map).items()}
+    names = sorted(set(index_of.values()))
+    missing = [name for name in names if name not in folder.files]
+    if missing:
+        raise StageError(Fault.OBJECT_NOT_FOUND, uri=place(join(folder.uri, missing[0])), field="model.uri")
+    return names, index_of
+
+
+def _no_weights(folder: ModelFolder) -> StageError:
+    names = sorted(folder.files)
+    if shard := _first(names, lambda name: bool(_SHARD.search(name))):
+        return folder.broken(f"{INDEX} is missing, which says what {shard} and the other shards hold; copy it too")
+    if "adapter_model.safetensors" in names:
+        return folder.broken("it is an adapter (adapter_model.safetensors); name the base model that it was made for")
+    if other := _first(names, lambda name: name.endswith(".safetensors")):
+        return folder.broken(f"it has {other} but no {WEIGHTS}; save it with save_pretrained of transformers")
+    if pickle := _first(names, lambda name: name.endswith(_PICKLES)):
+        return StageError(Fault.PICKLE_ONLY, uri=place(folder.uri), found=pickle[:128])
+    if other := _first(names, lambda name: name.endswith(_OTHER_FORMATS)):
+        return StageError(Fault.NO_SAFETENSORS, uri=place(folder.uri), found=other[:128])
+    return StageError(Fault.OBJECT_NOT_FOUND, uri=place(join(folder.uri, WEIGHTS)), field="model.uri")
+
+
+def _first(names: Iterable[str], fits: Callable[[str], bool]) -> str | None:
+    return next((name for name in names if fits(name)), None)
+
+
+def _tensors(folder: ModelFolder, name: str) -> dict[str, StoredTensor]:
+    """Return the tensors of one file, whose bytes are all there.
+
+    The format: https://github.com/huggingface/safetensors, 8 bytes of length, a JSON header, the data without holes.
+    """
+    info = folder.files[name]
+    header, data_bytes = _header(folder, name, info)
+    damaged = folder.broken(f"{name} is damaged: its header does not describe its tensors; copy it again")
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int]] = []
+    for key, value in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(value["dtype"]), tuple(int(side) for side in value["shape"])
+            begin, end = (int(offset) for offset in value["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged from error
+        size = _BYTES.get(dtype)
+        if min(shape, default=0) < 0 or (size is not None and end - begin != size * math.prod(shape)):
+            raise folder.broken(f"{key} in {name} is damaged: its shape and its place in the file do not agree")
+        tensors[key] = StoredTensor(dtype, shape, name)
+        spans.append((begin, end))
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    if [begin for begin, _ in spans] != ends[:-1]:
+        raise damaged
+    if ends[-1] > data_bytes:
+        last = next(key for key, value in header.items() if key in tensors and value["data_offsets"][1] > data_bytes)
+        whole = info.size_bytes + ends[-1] - data_bytes
+        raise folder.broken(f"{name} is cut off: {info.size_bytes:,} of {whole:,} bytes, {last} lacks; copy it again")
+    if ends[-1] < data_bytes:
+        raise folder.broken(f"{name} has {data_bytes - ends[-1]:,} bytes too many at its end; copy it again")
+    return tensors
+
+
+def _header(folder: ModelFolder, name: str, info: ObjectInfo) -> tuple[dict[str, Any], int]:
+    """Return the JSON header and the number of bytes after it."""
+    not_safetensors = folder.broken(f"{name} is not a safetensors file")
+    with folder.store.open(info.uri) as stream:
+        head = stream.read(8)
+        if LFS_POINTER.startswith(head) and len(head) == 8 and info.size_bytes <= _MAX_POINTER_BYTES:
+            raise folder.lfs_pointer(name)
+        size = int.from_bytes(head, "little")
+        if len(head) < 8 or not 2 <= size <= _MAX_HEADER_BYTES:
+            raise not_safetensors
+        if size > info.size_bytes - 8:
+            raise folder.broken(f"{name} is cut off within its header: {info.size_bytes:,} bytes; copy it again")
+        body = stream.read(size)
+    try:
+        header = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise not_safetensors from error
+    if not isinstance(header, dict):
+        raise not_safetensors
+    return cast(dict[str, Any], header), info.size_bytes - 8 - size
