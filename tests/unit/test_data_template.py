@@ -134,14 +134,19 @@ def test_a_template_that_loops_is_stopped_and_the_row_is_found() -> None:
 
 
 def test_a_template_that_loops_inside_a_c_function_is_stopped_too() -> None:
-    (found,) = rendered("{{ 7 ** (9 ** (messages | length + 7)) }}", ("a", "b"), row_cpu_s=0.3)
+    source = "{% if messages[0].content == 'loop' %}{{ 7 ** (9 ** (messages | length + 7)) }}{% endif %}"
+    (found,) = rendered(source, ("loop", "b"), row_cpu_s=0.3)
     assert isinstance(found, Broken)
 
 
 def test_a_template_that_kills_the_child_again_and_again_ends_the_job() -> None:
-    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    source = "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}"
     with pytest.raises(TemplateInvalidError, match="5 rows before it"):
-        rendered(source, *[("a", "b")] * 7, row_cpu_s=0.01)
+        rendered(source, *[("loop", "b")] * 7, row_cpu_s=0.1)
+    with pytest.raises(TemplateInvalidError, match="it took more than") as caught:
+        rendered(loop, ("a", "b"), row_cpu_s=0.1)
+    assert caught.value.row is None, "no row is to blame: it loops on any conversation"
 
 
 def test_a_template_that_does_not_compile_is_refused() -> None:
