@@ -134,7 +134,12 @@ def test_the_manifest_vouches_for_every_file_and_names_the_lineage(run: TinyRun,
     assert {file["path"] for file in files} == {path.name for path in folder.iterdir()}
     assert manifest["plan_digest"] == LINEAGE.plan_digest
     assert manifest["image"] == "trainer:1"
-    assert manifest["base"] == {"uri": run.plan.model.uri, "digest": LINEAGE.base_digest, "files": LINEAGE.base_files}
+    assert manifest["base"] == {
+        "uri": run.plan.model.uri,
+        "digest": LINEAGE.base_digest,
+        "files": LINEAGE.base_files,
+        "known_by": LINEAGE.base_known_by,
+    }
     assert artifact.uri == join(run_uri, ADAPTER, "")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, Fault, Reason
-from finetune_api.run import RunResult
+from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_trainer.stop import StopFlag, done_after_s, kill_after_s
 from finetune_trainer.supervisor import Cgroup, own_cgroup, verdict
 
@@ -65,7 +65,7 @@ def message(fault: Fault = Fault.COMMITTED, **changes: object) -> bytes:
         (exited(0), message(attempt=2), 0, False, Fault.BUG, 1),
         (exited(0), message(stage="prepare"), 0, False, Fault.BUG, 1),
         (exited(0), message(exit_code=11), 0, False, Fault.BUG, 1),
-        (exited(0), message(unknown="field"), 0, False, Fault.BUG, 1),
+        (exited(0), message(unknown="field of a newer trainer"), 0, False, Fault.COMMITTED, 0),
     ],
 )
 def test_every_end_of_the_child_has_one_verdict(
@@ -295,7 +295,7 @@ def test_what_a_finished_child_leaves_running_is_ended(tmp_path: Path, config: P
 
 
 def test_a_configuration_of_another_version_is_reported_without_a_child(tmp_path: Path, config: Path) -> None:
-    config.write_text(json.dumps({"contract_version": 2, "new_field": 1}))
+    config.write_text(json.dumps({"contract_version": CONTRACT_VERSION + 1, "new_field": 1}))
     process = subprocess.run(
         [sys.executable, "-m", "finetune_trainer.supervisor", "train", "--config", str(config), "--attempt", "1"],
         capture_output=True,
@@ -304,4 +304,4 @@ def test_a_configuration_of_another_version_is_reported_without_a_child(tmp_path
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
     assert process.returncode == 10
-    assert b"contract version 2" in process.stderr
+    assert f"contract version {CONTRACT_VERSION + 1}".encode() in process.stderr
