@@ -3,9 +3,11 @@
 Messages are worded as the API server words them, so that what is learned here holds there.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import celpy
@@ -126,9 +128,9 @@ def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool)
         text: str = rule["rule"]
         if "oldSelf" in text and old is None:
             continue
-        text = LOCAL_URI_RULE if local and text == S3_URI_RULE else text
-        if not _holds(text, value, old):
-            yield f"{place}: {rule['message']}".removeprefix(": ")
+        is_uri = local and text == S3_URI_RULE
+        if not _holds(LOCAL_URI_RULE if is_uri else text, value, old):
+            yield f"{place}: {_local_advice(value) if is_uri else rule['message']}".removeprefix(": ")
     if isinstance(value, dict):
         fields, olds = cast(dict[str, Any], value), cast(dict[str, Any], old if isinstance(old, dict) else {})
         for name, child in schema.get("properties", {}).items():
@@ -137,6 +139,16 @@ def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool)
     elif isinstance(value, list):
         for index, item in enumerate(cast(list[Any], value)):
             yield from _broken_rules(schema["items"], item, None, f"{place}[{index}]", local)
+
+
+def _local_advice(value: Any) -> str:
+    """Return what to write instead of something that is no URI; a path of this machine is written out."""
+    path = str(value).removeprefix("file://").removeprefix("file:")
+    if "://" in path or not path.strip("/ "):
+        return "write s3://BUCKET/PATH, or file:// and the absolute path of a file or folder of this machine"
+    absolute = Path.cwd() / Path(path).expanduser()
+    folder = "/" if path.endswith("/") else ""
+    return f"write file://{os.path.normpath(absolute)}{folder} for a path of this machine, or s3://BUCKET/PATH"
 
 
 def _holds(rule: str, value: Any, old: Any) -> bool:

@@ -46,7 +46,29 @@ def test_files_of_this_machine_are_taken_without_a_cluster_only():
 def test_a_relative_path_is_not_taken():
     body = spec_cases.base()
     body["spec"]["model"]["uri"] = "file://models/x"
-    assert "write s3://BUCKET/FOLDER" in problems(body)[0]
+    assert f"write file://{Path.cwd()}/models/x" in problems(body)[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "advised"),
+    [
+        ("/data/x.jsonl", "write file:///data/x.jsonl for a path of this machine"),
+        ("./x.jsonl", "write file:///here/x.jsonl"),
+        ("sub/../chat/", "write file:///here/chat/ "),
+        ("~/x.jsonl", "write file:///home/me/x.jsonl"),
+        ("file:/data/x.jsonl", "write file:///data/x.jsonl"),
+        ("gs://bucket/x.jsonl", "write s3://BUCKET/PATH, or file:// and the absolute path"),
+    ],
+)
+def test_a_path_of_this_machine_is_told_as_the_uri_to_write(given: str, advised: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/here"))
+    monkeypatch.setenv("HOME", "/home/me")
+    body = spec_cases.base()
+    body["spec"]["datasets"] = [{"uri": given}]
+    (first, *_) = problems(body)
+    assert first.startswith("spec.datasets[0].uri: ")
+    assert advised in first
+    assert advised not in "\n".join(problems(body, local=False))
 
 
 def test_a_misspelt_field_is_told_its_right_name():
