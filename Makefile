@@ -46,7 +46,7 @@ fix: $(READY)  ## Format and repair what can be repaired
 	$(BIN)/ruff format .
 
 .PHONY: crds
-crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy, docs/reasons.md, docs/metrics.md
+crds: $(READY)  ## Write what is made from the models: the CRD, the chart's copy, pages in docs/
 	$(BIN)/python crds/generate.py
 
 .PHONY: try

@@ -1,4 +1,4 @@
-"""When is a component serving? Each is asked what its users will ask, not whether its process exists."""
+"""Tell when a component serves: each is asked what its users will ask, not if its process exists."""
 
 import http.client
 import json

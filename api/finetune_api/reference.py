@@ -44,7 +44,7 @@ def page() -> str:
     lines += ["", "What `QualityConcern` says of the model itself; the job goes on, and ends, as it would without:", ""]
     lines += ["| reason | what was measured and what to do |", "|---|---|"]
     lines += [f"| `{reason}` | {text} |" for reason, text in meanings().items()]
-    others = ", ".join(f"`{reason}`" for reason in Reason if reason not in EXIT_CODES)
+    others = ", ".join(f"`{reason}`" for reason in Reason if reason not in EXIT_CODES and reason not in meanings())
     once = " and ".join(f"`{reason}`" for reason in retry.FINAL_SECOND_TIME)
     return (
         _HEAD

@@ -1,4 +1,4 @@
-"""Whether Kopf still tells what happens to FineTuneJobs: a watch that has gone deaf looks like a quiet cluster."""
+"""Notice when Kopf tells no more of FineTuneJobs: a watch that has gone deaf looks like a quiet cluster."""
 
 import threading
 import time

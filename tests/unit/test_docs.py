@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from finetune_api.job import HyperparametersSpec
 from finetune_cli.main import app
 from testbed import binaries
 
@@ -104,6 +105,14 @@ def test_every_variable_of_the_operator_is_explained() -> None:
     assert set(re.findall(r"FINETUNE_\w+", code)) == set(
         re.findall(r"FINETUNE_\w+", (ROOT / "docs/operations.md").read_text())
     )
+
+
+def test_the_field_that_the_readme_explains_has_the_text_it_shows() -> None:
+    shown = re.search(
+        r"FIELD: learningRate <number>\n\nDESCRIPTION:\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert shown is not None
+    assert " ".join(shown[1].split()) == HyperparametersSpec.model_fields["learning_rate"].description
 
 
 def test_the_readme_is_short_and_leads_to_every_page() -> None:

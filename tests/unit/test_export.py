@@ -205,7 +205,7 @@ def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
 
 def test_the_card_counts_what_the_steps_read_and_not_what_there_was(run: TinyRun) -> None:
     card = model_card(run.plan, LINEAGE, LEARNED, FOUND)
-    assert f"12 steps read 80 rows, 48 different ones of {run.plan.train.rows}:" in card
+    assert f"12 steps read 80 rows, 48 of the {run.plan.train.rows} prepared for training:" in card
     assert "8,484 tokens, 3,020 of them learned from" in card
     skipped = model_card(run.plan, LINEAGE, replace(LEARNED, skipped_steps=2), FOUND)
     assert "12 steps (2 of them skipped: not finite) read 80 rows" in skipped

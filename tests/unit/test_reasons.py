@@ -1,5 +1,6 @@
 """The table of reasons is complete, consistent with the exit codes of the design, and its page is current."""
 
+import re
 import string
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from finetune_api.errors import StageError
 from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason, words
+from finetune_api.reference import page
 from finetune_api.run import MAX_RESULT_BYTES, RunResult
 from finetune_api.status import PlanStatus, ResolvedValue
 
@@ -31,6 +33,13 @@ def test_only_exit_codes_10_to_29_are_final(code: int, final: bool) -> None:
 def test_every_reason_of_the_operator_is_one_that_it_gives() -> None:
     code = " ".join(path.read_text() for path in (ROOT / "operator/finetune_operator").glob("*.py"))
     assert [r for r in Reason if r not in EXIT_CODES and f"Reason.{r.name}" not in code] == []
+
+
+def test_the_page_of_reasons_explains_each_reason_in_one_place() -> None:
+    explained, _, others = page().partition("Reasons of the operator itself")
+    listed = re.findall(r"`(\w+)`", others.partition("\n")[0])
+    assert listed
+    assert not [reason for reason in listed if f"| `{reason}` |" in explained]
 
 
 def test_words_name_the_place_and_survive_a_missing_argument() -> None:

@@ -83,7 +83,7 @@ tags: [lora, {plan.method.value.lower()}]
 trained by {"supervised fine-tuning" if plan.method is MethodType.SFT else "continued pre-training"}.
 {_learned(plan, learned)}{_not_adapted(plan)}
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
-the trained model, and other ones than the base. That says that the files are whole, not that the model is good.
+the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
 """,
         _results(found),
         f"""## Serve
@@ -134,7 +134,7 @@ def _concerns(quality: Quality) -> list[tuple[str, str]]:
 def _learned(plan: RunPlan, learned: Learned) -> str:
     rows = "rows" if plan.method is MethodType.SFT else "texts or pieces of texts"
     skipped = f" ({learned.skipped_steps} of them skipped: not finite)" if learned.skipped_steps else ""
-    distinct = f"{learned.distinct_rows:,} different ones of {plan.train.rows:,}"
+    distinct = f"{learned.distinct_rows:,} of the {plan.train.rows:,} prepared for training"
     return (
         f"{plan.hyperparameters.total_steps:,} steps{skipped} read {learned.rows:,} {rows}, {distinct}:\n"
         f"{learned.tokens:,} tokens, {learned.label_tokens:,} of them learned from."

@@ -1,4 +1,4 @@
-"""Is a file still the one that was planned with? Its content decides; its name, time and ETag do not.
+"""Judge if a file is still the one that was planned with, by its content and never by its name, time or ETag.
 
 What tells one content from another, the best first:
 

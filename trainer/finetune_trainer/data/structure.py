@@ -1,4 +1,4 @@
-"""Whether the weights are those of the architecture: transformers loads them without their values, in a child process.
+"""Judge if the weights are those of the architecture: transformers loads them without their values, in a child process.
 
 The child (`finetune_trainer.dry_load`) builds the empty model and gives transformers' own loader tensors that have
 shapes alone. What it reports is what the train stage's load would, with all renamings, conversions and ties of the
