@@ -2,7 +2,8 @@
 
 The child (`finetune_trainer.dry_load`) builds the empty model and gives transformers' own loader tensors that have
 shapes alone. What it reports is what the train stage's load would, with all renamings, conversions and ties of the
-family. The process costs what importing torch and transformers costs: some 5 s and 500 MiB.
+family. The process costs what importing torch and transformers costs, measured as 10 s of one CPU and 0.8 GiB;
+a mixture of 128 experts and 94 layers, 36,945 tensors, 12 s more.
 """
 
 import logging
