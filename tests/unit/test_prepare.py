@@ -301,7 +301,7 @@ def test_every_row_of_a_parquet_file_without_a_fitting_column_is_counted_as_drop
 def test_a_format_that_does_not_fit_the_method_is_refused_by_the_field(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(1)))
     spec = {"datasets": [{"uri": (tmp_path / "data").as_uri() + "/", "format": "Text"}]}
-    assert "spec.datasets[0].format: Text does not fit method SFT" in str(fails(tmp_path, spec))
+    assert "spec.datasets[0].format cannot be used: Text does not fit method SFT" in str(fails(tmp_path, spec))
 
 
 def test_a_row_of_another_format_in_the_middle_is_a_broken_row(tmp_path: Path) -> None:
