@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune_api.row_words import row_words
+from finetune_cli.show import count_files
 from finetune_cli.wait import line, say_concern
 
 
@@ -34,13 +35,13 @@ def describe(job: dict[str, Any], console: Console) -> None:
     data: dict[str, Any] = status.get("data") or {}
     if data:
         console.print(
-            f"\n[bold]Data[/]  {data['rowsIn']:,} rows in {data['files']} files: {data['rowsUsed']:,} to train on, "
-            f"{data['rowsHeldOut']:,} held out; {data['reportUri']}",
+            f"\n[bold]Data[/]  {data['rowsIn']:,} rows in {count_files(data['files'])}: "
+            f"{data['rowsUsed']:,} to train on, {data['rowsHeldOut']:,} held out; {data['reportUri']}",
             soft_wrap=True,
         )
         _table(
             console,
-            ("left out", "because each of them"),
+            ("dropped", "because each of them"),
             [[f"{one['rows']:,}", f"{row_words(one['reason'])} ({one['reason']})"] for one in data["dropped"]],
         )
     _table(

@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def count_files(files: int) -> str:
+    """Return the number of files with its noun."""
+    return "1 file" if files == 1 else f"{files:,} files"
+
+
 def plain(text: str) -> str:
     """Words of a model on one line, without what could command the terminal."""
     visible = "".join(letter if letter.isprintable() else " " for letter in text)
@@ -115,15 +120,18 @@ class StageView:
 def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
     """What became of the rows, and what was chosen."""
     console.print(
-        f"[bold]Data[/]    {data.rows_in:,} rows in {data.files} files: {data.rows_used:,} to train on, "
-        f"{data.rows_held_out:,} held out, {sum(drop.rows for drop in data.dropped):,} left out"
+        f"[bold]Data[/]    {data.rows_in:,} rows in {count_files(data.files)}: {data.rows_used:,} to train on, "
+        f"{data.rows_held_out:,} held out, {sum(drop.rows for drop in data.dropped):,} dropped",
+        soft_wrap=True,
     )
     for drop in data.dropped:
-        _more(console, f"{drop.rows:,} left out", f"each {row_words(drop.reason)} ({drop.reason})")
+        _more(console, f"{drop.rows:,} dropped", f"each {row_words(drop.reason)} ({drop.reason})")
     _more(console, "report", data.report_uri)
     rows = "" if plan.rows is None else f" read {plan.rows:,} rows ({plan.distinct_rows or 0:,} different ones)"
     learned = f"{plan.label_tokens:,} of them learned from"
-    console.print(f"[bold]Plan[/]    {plan.steps:,} steps{rows}, {plan.train_tokens:,} tokens, {learned}")
+    console.print(
+        f"[bold]Plan[/]    {plan.steps:,} steps{rows}, {plan.train_tokens:,} tokens, {learned}", soft_wrap=True
+    )
     if plan.resolved:
         table = Table("chosen for you", "value", "because", box=None, padding=(0, 2, 0, 0))
         for item in plan.resolved:

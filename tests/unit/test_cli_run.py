@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from finetune_api.names import PORT_FILE, Stage
 from finetune_api.quality import Quality
 from finetune_api.reasons import Fault
 from finetune_api.run import Progress, RunConfig, RunResources, Trouble
+from finetune_api.status import DataStatus, PlanStatus
 from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
 from signals import disposition
+from status_samples import DATA, PLAN
 
 DIGEST = "sha256:" + "a" * 64
 GIB = 2**30
@@ -154,7 +157,7 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
     assert play.run(prepare_1=PREPARED, train_1=play.committed()) == 0
     assert play.played() == ["prepare-1", "train-1"]
     for words in (
-        "1,100 rows in 2 files: 1,000 to train on, 60 held out, 40 left out",
+        "1,100 rows in 2 files: 1,000 to train on, 60 held out, 40 dropped",
         "too_long",
         "it is absent [so]",
         "1.500 on held-out rows (base model 2.250)",
@@ -166,6 +169,15 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
         ".job/metrics.jsonl",
     ):
         assert words in play.said
+
+
+def test_data_and_plan_are_said_in_one_line_each_in_the_words_of_the_events():
+    output = io.StringIO()
+    data = DataStatus.model_validate({**DATA, "files": 1})
+    show.show_prepared(Console(file=output, width=40), data, PlanStatus.model_validate(PLAN))
+    lines = output.getvalue().splitlines()
+    assert any(re.search(r"^Data .* in 1 file: .* held out, [\d,]+ dropped$", line) for line in lines)
+    assert any(re.search(r"^Plan .* learned from$", line) for line in lines)
 
 
 def test_train_is_given_the_digest_of_the_plan_and_a_session_of_its_own(play: Play):
