@@ -46,8 +46,8 @@ class Quality(WireModel):
 
     @property
     def measured(self) -> bool:
-        """Whether the model was compared with the one it began with."""
-        return self.held_out_rows > 0 or bool(self.concerns)
+        """Whether the model was compared with the one it began with; where that one's loss is no number, it was not."""
+        return self.start_loss is not None or bool(self.concerns)
 
 
 class Verdict(NamedTuple):
@@ -62,8 +62,14 @@ def verdict(quality: Quality) -> Verdict:
     if quality.concerns:
         return Verdict(quality.concerns[0], ". ".join(concern_words(quality)))
     if not quality.measured:
-        text = "no rows were held out, so nothing says whether the model is better than the one it began with"
-        return Verdict(Reason.NOT_MEASURED, f"{text}; see evaluation.holdoutFraction")
+        why, field = "no rows were held out", "; see evaluation.holdoutFraction"
+        if quality.held_out_rows:
+            why, field = (
+                f"the loss of the model before training is no number on {quality.held_out_rows:,} held-out rows",
+                "",
+            )
+        text = f"{why}, so nothing says whether the model is better than the one it began with{field}"
+        return Verdict(Reason.NOT_MEASURED, text)
     return Verdict(Reason.NO_CONCERN, figure_words(quality))
 
 

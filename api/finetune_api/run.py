@@ -15,7 +15,8 @@ the image, the configuration and the plan that it began with.
 - A trainer refuses a RunConfig of a higher number (CONTRACT_SKEW) and obeys those of lower ones.
 - An operator reads results and progress of its own contract N and of N - 1; one message of each kind of contract N - 1
   is kept in tests/support/contract_*. Of a newer trainer it takes what it can: a fault that it does not know becomes
-  Fault.UNRECOGNISED and the exit code decides, an activity becomes "Working", a stage makes a bad report.
+  Fault.UNRECOGNISED and the exit code decides, an activity becomes "Working", a concern about the model is left out, a
+  stage makes a bad report.
 - `plan.json` has a version of its own (`finetune_trainer.runplan`): a plan that this trainer cannot follow is prepared
   again while no step is finished, and ends the attempt by name afterwards.
 """
@@ -32,7 +33,7 @@ from finetune_api import defaults
 from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
-from finetune_api.quality import Quality
+from finetune_api.quality import Concern, Quality
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, DroppedRows, MetricsStatus, PlanStatus
@@ -77,6 +78,19 @@ def _with_known_fault(data: Any) -> Any:
     if not isinstance(code, str) or code in _FAULT_CODES:
         return fields
     return {**fields, "fault": Fault.UNRECOGNISED, "args": {"code": code[:_MAX_CODE_CHARS]}}
+
+
+def _with_known_concerns(quality: object) -> object:
+    """Leave out the concerns of a newer trainer; None where no other is left, as none would be said to exist."""
+    if not isinstance(quality, dict):
+        return quality
+    fields = cast("dict[str, Any]", quality)
+    told = fields.get("concerns", [])
+    known = [each for each in cast("list[Any]", told) if each in get_args(Concern)] if isinstance(told, list) else []
+    return {**fields, "concerns": known} if known or told == [] else None
+
+
+KnownQuality = Annotated[Quality | None, BeforeValidator(_with_known_concerns)]
 
 
 class JobRef(WireModel):
@@ -158,7 +172,7 @@ class RunResult(WireModel):
     step: Count | None = None
     resumed_from_step: Count | None = None
     log_uri: Uri | None = None
-    quality: Quality | None = None
+    quality: KnownQuality = None
 
     @model_validator(mode="before")
     @classmethod
@@ -282,5 +296,5 @@ class Progress(WireModel):
     tokens_total: Count = 0
     rows_read: Count = 0
     checkpoint: CheckpointStatus | None = None
-    quality: Quality | None = None  # None while there is nothing to say
+    quality: KnownQuality = None  # None while there is nothing to say
     trouble: Trouble | None = None

@@ -87,6 +87,23 @@ def test_a_fault_of_a_newer_trainer_is_told_by_its_code() -> None:
     assert len(str(long.args["code"])) == 64
 
 
+@pytest.mark.parametrize(
+    ("concerns", "told"),
+    [(["OfTheFuture"], None), (["OfTheFuture", "Diverging"], ["Diverging"]), ([], []), ([7], None), ("x", None)],
+)
+def test_a_concern_of_a_newer_trainer_hides_neither_the_adapter_nor_itself_as_none(
+    concerns: object, told: list[str] | None
+) -> None:
+    found = {"quality": {"concerns": concerns, "held_out_rows": 60, "loss": 3.0, "start_loss": 2.0}}
+    report, broken = parse_report(json.dumps(sample("committed") | found))
+    assert not broken
+    assert report is not None
+    assert report.artifact is not None
+    progress = Progress.model_validate(sample("progress") | found)
+    for quality in (report.quality, progress.quality):
+        assert (quality and quality.concerns) == told, "without its concerns a model would be said to raise none"
+
+
 @pytest.mark.parametrize("stage", ["evaluate", "", 7, None])
 def test_a_stage_of_a_newer_trainer_makes_a_bad_report(stage: object) -> None:
     assert parse_report(json.dumps(sample("interrupted") | {"stage": stage})) == (None, True)

@@ -114,6 +114,14 @@ def test_without_held_out_rows_the_steps_are_what_is_judged_by() -> None:
     assert verdict(nothing).reason is Reason.NOT_MEASURED
 
 
+@pytest.mark.parametrize("loss", [2.0, math.nan])
+def test_a_start_that_has_no_loss_leaves_the_model_unmeasured_and_not_without_concern(loss: float) -> None:
+    found = quality.after_training([held_out(math.nan), held_out(loss, change=math.nan)], 3.0, 0)
+    reason, message = verdict(found)
+    assert reason is Reason.NOT_MEASURED
+    assert "no number on 100 held-out rows" in message
+
+
 def test_every_concern_has_words_with_its_figures() -> None:
     figures = {"held_out_rows": 39, "start_loss": 3.19, "loss": 28.0, "change_error": 1.5, "answer_ends": 60,
                "start_end_probability": 0.71, "end_probability": 0.0001, "first_train_loss": 3.3,
