@@ -20,7 +20,7 @@ from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact
-from finetune_trainer import checkpoint, commit, session, train
+from finetune_trainer import checkpoint, commit, patience, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
@@ -226,10 +226,10 @@ def test_a_last_save_waits_for_the_one_in_flight_and_does_not_write_over_it(
             assert evaluated.wait(60)  # the upload of the last step takes longer than the last evaluation
         return published(store, fence, uri, manifest)
 
-    def wait(self: checkpoint.Checkpointer) -> None:
+    def wait(self: checkpoint.Checkpointer, timeout_s: float | None = None) -> bool:
         if run_session and run_session[0].position.evaluations[-1].step == 12:
             evaluated.set()
-        waited(self)
+        return waited(self, timeout_s)
 
     def begin(self: session.Session) -> bool:
         run_session.append(self)
@@ -269,10 +269,10 @@ def test_what_an_attempt_that_died_after_its_commit_left_is_removed_by_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(train, "_after_commit", lambda *_: None)  # pyright: ignore[reportUnknownLambdaType]
         artifact = train.run(context(run), StopFlag(60)).artifact
-    run.store.put(join(run.run_uri, "adapter-7", "README.md"), b"of an attempt that never committed")
+    run.store.put(join(run.run_uri, "adapter-1", "README.md"), b"of an attempt that never committed")
     run.store.put(join(run.run_uri, CHECKPOINTS, "00000003-1", "manifest.json"), b"{}")
     assert train.run(context(run, attempt=2), StopFlag(60)).artifact == artifact
-    assert run.store.list(join(run.run_uri, "adapter-7", "")) == []
+    assert run.store.list(join(run.run_uri, "adapter-1", "")) == []
     left = {Path(info.uri).parent.name for info in run.store.list(join(run.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000012-1"}
     assert committed_artifact(run) == artifact
@@ -297,6 +297,7 @@ def test_an_attempt_that_died_before_the_commit_is_finished_from_its_last_checkp
 
     with monkeypatch.context() as patch:
         patch.setattr(commit, "commit", die)
+        patch.setattr(patience, "MAX_AWAY_S", 0.0)  # the first try is the last
         with pytest.raises(StageError):
             train.run(context(run), StopFlag(60))
     result = train.run(context(run, attempt=2), StopFlag(60))
