@@ -25,6 +25,11 @@ _TEXTS: dict[Reason, str] = {
     Reason.DIVERGING: "the training loss has been far above {first_train_loss:.3f}, where it began, for at least "
     "{steps_above_start:,} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
 }
+_NO_ENDS = (
+    "no answer ends with a stop token, as the chat template writes none that the tokenizer has: nothing teaches the "
+    "model where answers end, and they may run on until a length limit. Choose a preprocessing.chatTemplate whose "
+    "answers end with a stop token, such as plain"
+)
 
 
 class Quality(WireModel):
@@ -77,7 +82,8 @@ def concern_words(quality: Quality) -> list[str]:
     """Return a sentence for each concern: what was measured, and what to do."""
     figures = quality.model_dump(exclude={"concerns"})
     shown = {name: float("nan") if value is None else value for name, value in figures.items()}
-    return [_TEXTS[concern].format_map(shown) for concern in quality.concerns]
+    texts = _TEXTS if quality.answer_ends else _TEXTS | {Reason.ANSWERS_DO_NOT_END: _NO_ENDS}
+    return [texts[concern].format_map(shown) for concern in quality.concerns]
 
 
 def figure_words(quality: Quality) -> str:
@@ -95,5 +101,6 @@ def figure_words(quality: Quality) -> str:
 
 
 def meanings() -> dict[Reason, str]:
-    """Return the sentence of every concern, with the places of its figures, for the page of reasons."""
-    return dict(_TEXTS)
+    """Return the sentences of every concern, with the places of its figures, for the page of reasons."""
+    reason = Reason.ANSWERS_DO_NOT_END
+    return _TEXTS | {reason: f"{_TEXTS[reason]}. Or: {_NO_ENDS}"}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import safetensors.numpy
 from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +34,7 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, INNER, LAYERS = 32, 48, 2
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"
 GIB = 2**30
 
 
@@ -64,7 +64,7 @@ def judged(request: bytes) -> LoadReport:
         return CHILD(request)
     from finetune_trainer.dry_load import judge
 
-    return judge(**orjson.loads(request))
+    return judge(**json.loads(request))
 
 
 structure.load_without_values = judged

@@ -1,6 +1,7 @@
 """The base model is judged from its small files and the headers of its weights."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,23 @@ def test_the_end_token_is_taken_from_the_generation_config_when_the_tokenizer_ha
     assert read(tmp_path / "m").tokenizer.eos_id is None
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     assert read(tmp_path / "m").tokenizer.eos_id == 0
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}', "{", "[2]"])
+def test_a_generation_config_that_train_could_not_read_after_its_last_step_is_refused(
+    tmp_path: Path, content: str
+) -> None:
+    write_model(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(content)
+    with pytest.raises(StageError, match=r"generation_config\.json") as caught:
+        read(tmp_path / "m")
+    assert caught.value.fault is Fault.BROKEN_MODEL
+
+
+def test_a_configuration_may_hold_infinity_as_transformers_writes_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", config={"time_step_limit": [0.0, math.inf]})
+    assert "Infinity" in (tmp_path / "m" / "config.json").read_text()
+    assert read(tmp_path / "m").family == "llama"
 
 
 def cut_weights(folder: Path) -> None:

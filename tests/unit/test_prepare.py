@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from data_run import (
     CHATML,
+    LFS_POINTER,
     Prepared,
     byte_bpe,
     chat,
@@ -329,6 +330,8 @@ def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
         ({"a_jsonl_gz": b""}, Fault.BROKEN_FILE, "gzip stream is cut off"),
         ({"a_jsonl_gz": gz(b"")}, Fault.NO_TRAINING_DATA, "0 rows read"),
         ({"a_parquet": b"PAR1 no"}, Fault.BROKEN_FILE, "Parquet cannot be decoded"),
+        ({"a_parquet": LFS_POINTER}, Fault.BROKEN_FILE, "is a Git LFS pointer"),
+        ({"a_jsonl_gz": LFS_POINTER}, Fault.BROKEN_FILE, "is a Git LFS pointer"),
     ],
 )
 def test_files_that_hold_no_rows_are_told_by_name(
@@ -364,6 +367,13 @@ def test_fields_that_are_not_read_are_told_with_the_rows_that_have_them(tmp_path
 def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl_gz=gz(jsonl(chats(50)))[:-10])
     assert fails(tmp_path, QUARANTINE).fault is Fault.BROKEN_FILE
+
+
+def test_a_git_lfs_pointer_among_many_rows_is_never_put_aside_as_a_few_broken_ones(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(50)), b_jsonl=LFS_POINTER)
+    error = fails(tmp_path, QUARANTINE)
+    assert error.fault is Fault.BROKEN_FILE
+    assert "run git lfs pull" in str(error)
 
 
 def test_a_template_that_rewrites_earlier_answers_is_refused_or_the_row_put_aside(tmp_path: Path) -> None:

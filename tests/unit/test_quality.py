@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune_api.job import MethodType
 from finetune_api.quality import Quality, concern_words, figure_words, verdict
 from finetune_api.reasons import Reason
 from finetune_trainer import quality, train
@@ -88,7 +89,14 @@ def test_answers_run_on_where_the_stop_token_has_become_next_to_impossible(
     assert found.concerns == ([RUN_ON] if run_on else []), "whether the base ended its answers does not matter"
 
 
-def test_ends_that_nobody_learned_are_said_to_be_unmeasured() -> None:
+def test_answers_run_on_where_none_that_was_learned_ends_with_a_stop_token() -> None:
+    assert quality.after_training([held_out(3.0), held_out(2.0)], None, 0, no_ends=True).concerns == [RUN_ON]
+    unmeasured = quality.after_training([], 3.0, 12, no_ends=True)
+    assert unmeasured.concerns == [DIVERGING, RUN_ON]
+    assert "nothing teaches the model where answers end" in concern_words(unmeasured)[1]
+
+
+def test_ends_that_nobody_learned_in_the_held_out_rows_are_said_to_be_unmeasured() -> None:
     found = quality.after_training([held_out(3.0), held_out(2.0)], None, 0)
     assert verdict(found).reason is Reason.NO_CONCERN
     assert "whether answers end was not measured" in figure_words(found)
@@ -173,6 +181,17 @@ def test_a_model_whose_answers_do_not_end_is_committed_with_the_concern_in_resul
     assert card.partition("# tiny\n")[2].strip().startswith("> **AnswersDoNotEnd**")
     again = train.run(context(run, attempt=2), StopFlag(60))
     assert again.quality == result.quality, "an attempt that only finds the commit says it too"
+
+
+def test_a_template_that_ends_no_answer_raises_the_concern_and_plain_text_does_not(tmp_path: Path) -> None:
+    found: list[list[Reason]] = []
+    for method in (MethodType.SFT, MethodType.CPT):
+        run = make_run(tmp_path / method, steps=2, method=method)
+        run.write_plan(run.plan.model_copy(update={"stop_token_ids": []}))
+        result = train.run(context(run), StopFlag(60))
+        assert result.quality is not None
+        found.append(list(result.quality.concerns))
+    assert found == [[RUN_ON], []]
 
 
 def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_batch_larger_than_the_data_is_kept_and_said_in_words() -> None:
     found = sized(spec(hyperparameters={"globalBatchSize": 32, "epochs": 10}), data(3))
     assert (found.hyperparameters.global_batch_size, found.hyperparameters.total_steps) == (32, 1)
     words = reason(found, "hyperparameters.globalBatchSize")
-    assert words == "as written: of 3 distinct rows, each step reads some up to 11 times"
+    assert words == "as written: of 3 distinct rows, each step reads some up to 10 times; that is the only step"
 
 
 def test_steps_that_read_less_than_the_data_say_so_and_learn_from_less() -> None:

@@ -84,18 +84,23 @@ def while_training(first_loss: float | None, steps_above: int) -> Quality | None
     return Quality(concerns=[Reason.DIVERGING], first_train_loss=first_loss, steps_above_start=steps_above)
 
 
-def after_training(evaluations: Sequence[HeldOut], first_loss: float | None, steps_above: int) -> Quality:
+def after_training(
+    evaluations: Sequence[HeldOut], first_loss: float | None, steps_above: int, *, no_ends: bool = False
+) -> Quality:
     """Return what is known of the finished model; the first evaluation is of the model that the job began with.
 
-    Without held-out rows the steps are all there is to judge by; with them they are not needed.
+    Without held-out rows the steps are all there is to judge by; with them they are not needed. no_ends: no answer
+    that was learned ends with a stop token.
     """
     if not evaluations:
-        return while_training(first_loss, steps_above) or Quality()
+        found = while_training(first_loss, steps_above) or Quality()
+        found.concerns += [Reason.ANSWERS_DO_NOT_END] * no_ends
+        return found
     start, now = evaluations[0], evaluations[-1]
     concerns: list[Concern] = []
     if is_worse(start, now):
         concerns.append(Reason.WORSE_THAN_START)
-    if answers_run_on(now):
+    if no_ends or answers_run_on(now):
         concerns.append(Reason.ANSWERS_DO_NOT_END)
     return Quality(
         concerns=concerns,

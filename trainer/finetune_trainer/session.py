@@ -73,7 +73,7 @@ class Session:
     adapted: PeftModel
     parameters: dict[str, nn.Parameter]
     held_out: Rows | None
-    end_ids: list[int]  # tokens that end answers, measured on the held-out rows
+    end_ids: list[int] | None  # tokens that end answers, measured on the held-out rows; None: there are no answers
     position: Position
     checkpointer: Checkpointer
     stop: StopFlag
@@ -122,7 +122,10 @@ class Session:
             return quality.while_training(position.first_loss, position.steps_above_start)
         if self.held_out is not None and self._evaluated_step() != position.step:
             return None
-        return quality.after_training(position.evaluations, position.first_loss, position.steps_above_start)
+        no_ends = self.end_ids is not None and not self.end_ids
+        return quality.after_training(
+            position.evaluations, position.first_loss, position.steps_above_start, no_ends=no_ends
+        )
 
     def _evaluated_step(self) -> int | None:
         evaluations = self.position.evaluations
@@ -266,7 +269,7 @@ class Session:
             self.position.step,
             self.stop,
             self.reporter.touch,
-            end_ids=self.end_ids,
+            end_ids=self.end_ids or (),
         )
         if measured is not None:
             found = self._compared(measured)

@@ -282,8 +282,10 @@ def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, ep
         value, reason = data.distinct_rows, f"the distinct rows: a step reads none of the {data.distinct_rows:,} twice"
     batch = choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, value, reason)
     if batch > data.distinct_rows:
-        times = -(-batch // data.distinct_rows)
+        total_rows = spec.max_steps * batch if spec.max_steps else rows_to_read(data.rows, epochs)
+        steps, times = -(-total_rows // batch), -(-min(batch, total_rows) // data.distinct_rows)
         text = f"as written: of {data.distinct_rows:,} distinct rows, each step reads some up to {times:,} times"
+        text += "; that is the only step" if steps == 1 else ""
         choices.note("hyperparameters.globalBatchSize", batch, text)
     return batch
 

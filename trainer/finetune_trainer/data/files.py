@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_DEPTH, MAX_LINE_BYTES
-from finetune_trainer.data.problems import Broken, Problem, place
+from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem, place
 from finetune_trainer.data.rows import FIELDS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -51,13 +51,15 @@ def parquet_names(path: Path) -> list[str]:
 class HashingReader:
     """Reads a stream in chunks and keeps the SHA-256 and the size of what was read."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, file: str) -> None:
+        self._stream, self._file = stream, file
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._stream.read(_CHUNK_BYTES):
+            if not self.size_bytes:
+                refuse_pointer(chunk, self._file)
             self._sha256.update(chunk)
             self.size_bytes += len(chunk)
             yield chunk
@@ -69,6 +71,12 @@ class HashingReader:
 
 def _damaged(file: str, row: int, problem: str) -> StageError:
     return StageError(Fault.BROKEN_FILE, file=place(file), row=row, problem=problem)
+
+
+def refuse_pointer(begin: bytes, file: str) -> None:
+    """Raise BROKEN_FILE for a file that Git LFS has left a pointer of: its few lines are no rows to put aside."""
+    if begin.startswith(LFS_POINTER):
+        raise _damaged(file, 1, "it is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
 
 
 def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
@@ -218,6 +226,8 @@ def jsonl_rows(chunks: Iterator[bytes], file: str) -> Iterator[Decoded]:
 def parquet_rows(path: Path, file: str) -> Generator[Decoded, None, None]:
     """Rows of a Parquet file: only the fields a row can have are read."""
     number = 0
+    with path.open("rb") as opened:
+        refuse_pointer(opened.read(len(LFS_POINTER)), file)
     try:
         with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES, pre_buffer=False) as parquet:
             names = parquet.schema_arrow.names

@@ -87,16 +87,29 @@ def _tokenizer(folder: ModelFolder, config: dict[str, Any], tokens: dict[str, st
         tokenizer = Tokenizer.from_buffer(content)
     except ValueError as error:
         raise folder.broken("its tokenizer.json cannot be read") from error
-    eos = tokens.get("eos_token")
-    if eos is None:
-        generation = folder.json("generation_config.json") or {}
-        ids: Any = generation.get("eos_token_id", config.get("eos_token_id"))
-        number = cast(list[Any], ids)[0] if isinstance(ids, list) and ids else ids
-        eos = tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+    eos, ids = tokens.get("eos_token"), _end_ids(folder, config)
+    if eos is None and ids and ids[0] >= 0:
+        eos = tokenizer.id_to_token(ids[0])
     try:
         return RowTokenizer(tokenizer, eos)
     except ValueError as error:
         raise folder.broken(str(error)) from error
+
+
+def _end_ids(folder: ModelFolder, config: dict[str, Any]) -> list[int]:
+    """Return the tokens that the model itself stops at. Raises BROKEN_MODEL: train needs them after its last step."""
+    for name, content in (
+        ("generation_config.json", folder.json("generation_config.json") or {}),
+        ("config.json", config),
+    ):
+        found: Any = content.get("eos_token_id")
+        if found is None:
+            continue
+        ids = cast(list[Any], found) if isinstance(found, list) else [found]
+        if any(type(each) is not int for each in ids):
+            raise folder.broken(f"eos_token_id in {name} is neither a token id nor a list of them")
+        return ids
+    return []
 
 
 def _template(folder: ModelFolder, tokenizer_config: dict[str, Any]) -> str | None:

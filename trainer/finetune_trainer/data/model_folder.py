@@ -1,20 +1,18 @@
 """The base model's files in storage, what tells their content, and the words for what is wrong with them."""
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
-
-import orjson
 
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.data.problems import place
+from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PARALLEL_SAMPLES = 8
 _MAX_PROBLEM = 256  # as much as a result carries of one argument
 
@@ -75,8 +73,8 @@ class ModelFolder:
         if content is None:
             return None
         try:
-            value = orjson.loads(content)
-        except orjson.JSONDecodeError as error:
+            value = json.loads(content.decode())  # as transformers reads it: some configurations hold Infinity
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"{name} is not valid JSON") from error
         if not isinstance(value, dict):
             raise self.broken(f"{name} is not a JSON object")

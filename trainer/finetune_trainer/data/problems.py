@@ -5,6 +5,8 @@ from enum import StrEnum
 
 from finetune_api.row_words import ROW_WORDS
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class Problem(StrEnum):
     """A row that is not valid: it ends the job, or is put aside with `onBadRow: Quarantine`."""

@@ -209,7 +209,7 @@ def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) 
             path.unlink()
             continue
         with store.open(account.uri) as stream:
-            reader = files.HashingReader(stream)
+            reader = files.HashingReader(stream, account.uri)
             chunks = iter(reader)
             if account.uri.endswith(".gz"):
                 chunks = files.gunzip(chunks, account.uri)

@@ -6,6 +6,7 @@ family. The process costs what importing torch and transformers costs, measured 
 a mixture of 128 experts and 94 layers, 36,945 tensors, 12 s more.
 """
 
+import json
 import logging
 import os
 import re
@@ -14,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import orjson
 from pydantic import BaseModel
 
 from finetune_trainer.data.model_folder import ModelFolder
@@ -100,7 +100,7 @@ def check_structure(folder: ModelFolder, architecture: str, config: dict[str, An
         found = f"config.json asks for {layers[0]:,} layers, but its files hold {len(weights.tensors):,} tensors"
         raise folder.broken(found)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    report = load_without_values(orjson.dumps({"config": config, "shapes": shapes}))
+    report = load_without_values(json.dumps({"config": config, "shapes": shapes}).encode())  # may hold Infinity
     if report.failed is not None:
         raise folder.unsupported(architecture, report.failed)
     holders = weights.index | {name: tensor.file for name, tensor in weights.tensors.items()}

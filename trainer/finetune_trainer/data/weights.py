@@ -11,8 +11,8 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.data.model_folder import LFS_POINTER, ModelFolder
-from finetune_trainer.data.problems import place
+from finetune_trainer.data.model_folder import ModelFolder
+from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.store import ObjectInfo
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

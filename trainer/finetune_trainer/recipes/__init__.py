@@ -22,8 +22,11 @@ class Recipe(Protocol):
         """Tokens that end an answer of the tuned model."""
         ...
 
-    def answer_end_ids(self, plan: RunPlan) -> list[int]:
-        """Tokens whose probability at the end of held-out answers tells whether the model ends them."""
+    def answer_end_ids(self, plan: RunPlan) -> list[int] | None:
+        """Return the tokens whose probability at the end of held-out answers tells whether the model ends them.
+
+        Empty where no answer ends with one; None for a method without answers.
+        """
         ...
 
 

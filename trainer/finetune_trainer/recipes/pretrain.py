@@ -17,6 +17,6 @@ def stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
     return list(dict.fromkeys([*plan.stop_token_ids, *model_stop_ids]))
 
 
-def answer_end_ids(plan: RunPlan) -> list[int]:  # noqa: ARG001 (every method has it)
-    """None: a text is no answer, and most of its pieces end nowhere."""
-    return []
+def answer_end_ids(plan: RunPlan) -> list[int] | None:  # noqa: ARG001 (every method has it)
+    """Return None: a text is no answer, and most of its pieces end nowhere."""
+    return None

@@ -17,6 +17,6 @@ def stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
     return plan.stop_token_ids or model_stop_ids
 
 
-def answer_end_ids(plan: RunPlan) -> list[int]:
+def answer_end_ids(plan: RunPlan) -> list[int] | None:
     """The tokens that training put at the end of answers; none if the chat template writes none."""
     return plan.stop_token_ids
