@@ -1,6 +1,7 @@
 """Checkpoints count only when whole, belong to one plan, and can only be written by the newest attempt."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from finetune_trainer.commit import Fence, publish_manifest, raise_epoch
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.loop import ADAM_BETAS
 from finetune_trainer.patience import Trouble
+from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store, open_store
 
 PLAN, OTHER_PLAN = "sha256:" + "1" * 64, "sha256:" + "2" * 64
@@ -295,6 +297,26 @@ def test_a_save_that_was_published_although_its_answer_was_lost_is_not_written_a
     found = saved.newest()
     assert found is not None
     assert checkpointer.last == found.status
+
+
+def test_a_stop_does_not_wait_for_old_checkpoints_to_be_removed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidying, over = threading.Event(), threading.Event()
+
+    def hang(_self: Checkpointer, _step: int) -> None:
+        tidying.set()
+        over.wait(20)
+
+    monkeypatch.setattr(Checkpointer, "_retain", hang)
+    checkpointer, now_s = saved.checkpointer(), [0.0]
+    stop = StopFlag(60, clock=lambda: now_s[0])
+    checkpointer.start(saved.snapshot(7))
+    assert tidying.wait(60)
+    stop.set()
+    for now_s[0] in (0.0, 1e6):  # with time left, and when it is over
+        assert checkpointer.finish(lambda: saved.snapshot(7), 7, stop), "it is saved: the next attempt begins there"
+        assert checkpointer.busy
+    over.set()
+    checkpointer.close(60)
 
 
 def test_what_a_failed_save_left_is_removed_after_the_next(saved: Saved) -> None:

@@ -297,7 +297,7 @@ def _saved_and_stopped(stop: StopFlag) -> Any:
     def run(session: Any) -> bool:
         session.stepper.run(0)
         session.position = session.position.model_copy(update={"step": 1})
-        session._save()
+        session.checkpointer.start(session._snapshot())
         session.checkpointer.wait()
         stop.set()
         return False

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from finetune_api.job import MethodType
 from finetune_api.quality import Quality, concern_words, figure_words, verdict
 from finetune_api.reasons import Reason
-from finetune_trainer import quality, train
+from finetune_trainer import quality, session, train
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.stop import StopFlag
 from tiny_run import TinyRun, context, make_run
@@ -192,6 +193,28 @@ def test_a_template_that_ends_no_answer_raises_the_concern_and_plain_text_does_n
         assert result.quality is not None
         found.append(list(result.quality.concerns))
     assert found == [[RUN_ON], []]
+
+
+def test_a_divergence_is_told_until_the_finished_model_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=20, learning_rate=5.0)
+    ctx, told = context(run), dict[int, Quality | None]()
+    measure = session.held_out_loss
+
+    def look_and_measure(*args: Any, **more: Any) -> Any:
+        progress = ctx.reporter.progress()
+        told[progress.step] = progress.quality
+        return measure(*args, **more)
+
+    monkeypatch.setattr(session, "held_out_loss", look_and_measure)
+    result = train.run(ctx, StopFlag(60))
+    assert result.quality is not None
+    assert result.quality.steps_above_start >= quality.DIVERGING_STEPS
+    assert told[0] is None
+    last = told[20]
+    assert last is not None, "the operator would tell that the loss is no longer far above where it began"
+    assert last.concerns == [DIVERGING]
 
 
 def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:

@@ -329,14 +329,20 @@ class Checkpointer:
     def finish(self, take: Callable[[], Snapshot], step: int, stop: StopFlag) -> bool:
         """Save the state after the last step, which `take` copies; return whether it is saved.
 
-        Once asked to stop, it is tried until the time for that is over. Else it is tried once: what follows the last
-        step makes a checkpoint needless. Raises as `check`."""
+        Once asked to stop, it is tried until the time for that is over, and not waited for what follows a save. Else it
+        is tried once: what follows the last step makes a checkpoint needless. Raises as `check`."""
+
+        def is_saved() -> bool:
+            return self.last is not None and self.last.step == step
+
         tries = 0
         while True:
             while not self.wait(_POLL_S):
+                if stop.is_set() and is_saved():
+                    return True
                 if stop.remaining_s() == 0:
                     return False
-            if self.last is not None and self.last.step == step:
+            if is_saved():
                 return True
             if tries and not (stop.is_set() and self._pause(tries, stop)):
                 return False

@@ -116,12 +116,11 @@ class Session:
         return done
 
     def quality(self) -> Quality | None:
-        """Return what is known of the model: while it trains, only what its steps say, and None if that is nothing."""
+        """Return what is known of the model: only what its steps say until it is measured, None if that is nothing."""
         position = self.position
-        if position.step < self.stepper.hyper.total_steps:
+        measured = self.held_out is None or self._evaluated_step() == position.step
+        if position.step < self.stepper.hyper.total_steps or not measured:
             return quality.while_training(position.first_loss, position.steps_above_start)
-        if self.held_out is not None and self._evaluated_step() != position.step:
-            return None
         no_ends = self.end_ids is not None and not self.end_ids
         return quality.after_training(
             position.evaluations, position.first_loss, position.steps_above_start, no_ends=no_ends
