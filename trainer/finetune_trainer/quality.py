@@ -94,7 +94,7 @@ def after_training(
     """
     if not evaluations:
         found = while_training(first_loss, steps_above) or Quality()
-        found.concerns += [Reason.ANSWERS_DO_NOT_END] * no_ends
+        found.concerns.extend([Reason.ANSWERS_DO_NOT_END] * no_ends)
         return found
     start, now = evaluations[0], evaluations[-1]
     concerns: list[Concern] = []
