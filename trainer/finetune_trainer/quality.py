@@ -94,7 +94,8 @@ def after_training(
     """
     if not evaluations:
         found = while_training(first_loss, steps_above) or Quality()
-        found.concerns.extend([Reason.ANSWERS_DO_NOT_END] * no_ends)
+        if no_ends:
+            found.concerns.append(Reason.ANSWERS_DO_NOT_END)
         return found
     start, now = evaluations[0], evaluations[-1]
     concerns: list[Concern] = []
