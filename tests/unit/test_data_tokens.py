@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data_run import CHATML, byte_bpe
 from finetune_trainer.data.rows import Completion
@@ -48,6 +48,18 @@ def test_exactly_the_answers_with_their_stop_token_are_learned(turns: list[tuple
     if not merges and not any("<|" in text for text in texts):
         assert learned(tokens, rows) == [answer + "<|im_end|>" for _, answer in turns]
         assert rows.stop_ids == {BPE.token_to_id("<|im_end|>")}
+
+
+def test_an_end_token_that_is_not_marked_as_special_ends_answers_too() -> None:
+    bare = Tokenizer.from_str(BPE.to_str())
+    bare.add_tokens([AddedToken("</s>", special=False)])
+    rows = RowTokenizer(bare, "</s>")
+    source = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+    template = ChatTemplate(source, {"eos_token": "</s>"}, NOW)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    whole, spans = answers(template, messages, 0, False)
+    (tokens,) = rows.conversations([whole], [spans], False)
+    assert (learned(tokens, rows), rows.stop_ids) == (["Hello</s>"], {rows.eos_id})
 
 
 def test_a_token_that_reaches_over_the_begin_of_an_answer_is_learned() -> None:

@@ -59,7 +59,9 @@ class RowTokenizer:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
-        self._stops = tuple(self._special)
+        # An end token need not be marked as special; what is no added token is split like other text.
+        ends = [token.content for token in added.values() if token.special or token.content == eos_token]
+        self._stops = tuple(ends)
         self.eos_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         if eos_token is not None and self.eos_id is None:
             raise ValueError("the tokenizer's eos_token is not in its vocabulary")
