@@ -76,7 +76,10 @@ def test_memory_that_runs_out_is_named_and_counted_and_the_job_resumes(disturbed
     _, closed, _ = disturb(disturbed, lambda pod: Memory(pod).run_out())
     assert (closed["class"], closed["reason"]) == ("Failure", "HostOOM")
     assert closed["exitCode"] in (35, 137)  # 137 where the kubelet kills whole containers (cgroup v2)
-    assert any("memory limit" in event["message"] for event in disturbed.events())
+    words = "memory ran out (the limit: "
+    assert any(
+        words in event["message"] and "raise resources.memory" in event["message"] for event in disturbed.events()
+    )
 
 
 def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed: Submitted, disturbed: Submitted):
