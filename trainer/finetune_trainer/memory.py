@@ -82,7 +82,7 @@ def pass_bytes(
     """Return the highest memory above the loaded model: adapter and moments, what is kept, and what is in flight.
 
     The model is held in fp32 on the CPU and in bf16 on a GPU. `label_tokens` of the pass are projected by the head;
-    None: all of them, as a plan must expect. Measured on an H100: bench/results/memory-gpu.md.
+    None: all of them, as a plan must expect. Measured on an H200: bench/results/memory-gpu.md.
     """
     labels = tokens if label_tokens is None else label_tokens
     adapter = (18 if gpu else 16) * rank * model.lora_parameters_per_rank  # weight, gradient, two moments; bf16 copy

@@ -326,7 +326,7 @@ def _gpu_memory(choices: Choices, model: ModelFacts, family: str, data: DataFact
     above_model = pass_bytes(model, family, rank, tokens, data.longest_row, gpu=True)
     needed = _CUDA_BYTES + 2 * model.parameters + above_model
     choices.pick(
-        "gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16; within 15 % of an H100 at nine shapes"
+        "gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16; within 15 % of an H200 at nine shapes"
     )
     return needed
 
