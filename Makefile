@@ -38,7 +38,7 @@ check: $(READY)  ## Format, lint, types, module boundaries, generated files: wha
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/pytest tests/unit/test_project.py tests/unit/test_crd.py tests/unit/test_reasons.py
+	$(BIN)/pytest tests/unit/test_project.py tests/unit/test_crd.py tests/unit/test_reasons.py tests/unit/test_docs.py
 
 .PHONY: fix
 fix: $(READY)  ## Format and repair what can be repaired

@@ -14,16 +14,16 @@ from finetune_api.reasons import Reason
 Concern = Literal[Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING]
 
 _TEXTS: dict[Reason, str] = {
-    Reason.WORSE_THAN_START: "on {held_out_rows:,} held-out rows the loss is {loss:.3f} nats per token after training "
-    "and was {start_loss:.3f} before (standard error of the difference {change_error:.3f}): the model has become "
+    Reason.WORSE_THAN_START: "on {held_out_rows} held-out rows the loss is {loss} nats per token after training "
+    "and was {start_loss} before (standard error of the difference {change_error}): the model has become "
     "worse at this data. The adapter is kept, but try it before it serves anybody; train with a lower "
     "hyperparameters.learningRate or fewer hyperparameters.epochs",
-    Reason.ANSWERS_DO_NOT_END: "at the {answer_ends:,} true ends of held-out answers the model gives the stop token a "
-    "mean probability of {end_probability:.3f} (before training {start_end_probability:.3f}): its answers will run on "
+    Reason.ANSWERS_DO_NOT_END: "at the {answer_ends} true ends of held-out answers the model gives the stop token a "
+    "mean probability of {end_probability} (before training {start_end_probability}): its answers will run on "
     "until a length limit. Train for more hyperparameters.epochs, or choose a preprocessing.chatTemplate whose answers "
     "end with a stop token that the model knows",
-    Reason.DIVERGING: "the training loss has been far above {first_train_loss:.3f}, where it began, for at least "
-    "{steps_above_start:,} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
+    Reason.DIVERGING: "the training loss has been far above {first_train_loss}, where it began, for at least "
+    "{steps_above_start} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
 }
 _NO_ENDS = (
     "no answer ends with a stop token, as the chat template writes none that the tokenizer has: nothing teaches the "
@@ -80,10 +80,15 @@ def verdict(quality: Quality) -> Verdict:
 
 def concern_words(quality: Quality) -> list[str]:
     """Return a sentence for each concern: what was measured, and what to do."""
-    figures = quality.model_dump(exclude={"concerns"})
-    shown = {name: float("nan") if value is None else value for name, value in figures.items()}
+    shown = {name: _shown(value) for name, value in quality.model_dump(exclude={"concerns"}).items()}
     texts = _TEXTS if quality.answer_ends else _TEXTS | {Reason.ANSWERS_DO_NOT_END: _NO_ENDS}
     return [texts[concern].format_map(shown) for concern in quality.concerns]
+
+
+def _shown(figure: float | None) -> str:
+    if figure is None:
+        return "unknown"
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.3f}"
 
 
 def figure_words(quality: Quality) -> str:

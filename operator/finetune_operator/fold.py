@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api import retry
 from finetune_api.names import Stage
-from finetune_api.reasons import Fault, Reason
+from finetune_api.reasons import Fault
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
 from finetune_operator.attempts import Ended, belongs, is_open, judge
 from finetune_operator.clock import format_time, parse_time
@@ -125,7 +126,7 @@ def _close(
     }
     if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
         update |= {"plan": report.plan, "data": report.data}
-    if entry.stage == Stage.TRAIN and ended.reason == Reason.PLAN_OUTDATED:
+    if ended.exit_code is not None and retry.is_prepared_again(entry.stage, ended.exit_code):
         update |= {"plan": None, "data": None}  # so the next attempt prepares
     elif report is not None and entry.stage == Stage.TRAIN:
         update["metrics"] = metrics_of_report(status.metrics, report)

@@ -20,7 +20,7 @@ from finetune_trainer.checkpoint import Checkpointer, Position, Snapshot, newest
 from finetune_trainer.commit import Fence, publish_manifest, raise_epoch
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.loop import ADAM_BETAS
-from finetune_trainer.patience import Trouble
+from finetune_trainer.patience import FailedTries
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store, open_store
 
@@ -37,7 +37,7 @@ class Saved:
         self.run_uri = f"file://{folder}/run"
         torch.manual_seed(0)
         self.parameters = {name: nn.Parameter(torch.randn(3, 2)) for name in ("a", "b")}
-        self.troubles: list[Trouble | None] = []
+        self.troubles: list[FailedTries | None] = []
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=ADAM_BETAS, fused=True)
         self.train()
 
@@ -205,7 +205,7 @@ def test_the_newest_are_kept_and_the_one_resumed_from_always(saved: Saved) -> No
     for step in (6, 8, 10):
         saved.save(second, step)
     assert saved.steps() == [10, 8, 4]
-    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri)
+    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri, StopFlag(60))
     assert saved.steps() == [10]
     left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000010-2"}
@@ -343,12 +343,12 @@ def test_a_superseded_attempt_removes_nothing_and_no_attempt_what_a_newer_one_wr
     with pytest.raises(StageError):
         saved.save(old, 7)
     with pytest.raises(StageError):
-        checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 1), saved.run_uri)
+        checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 1), saved.run_uri, StopFlag(60))
     assert saved.steps() == [6, 4, 3]
     # Before its fence is raised, a newer attempt has nothing there; whatever is there of a higher epoch stays.
     saved.path(9, 3, "manifest.json").parent.mkdir()
     saved.path(9, 3, "state.json").write_text("of a save under way")
-    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri)
+    checkpoint.keep_newest(saved.store, Fence(saved.store, saved.run_uri, 2), saved.run_uri, StopFlag(60))
     assert saved.steps() == [6]
     assert saved.path(9, 3, "state.json").exists()
 

@@ -17,12 +17,13 @@ from pydantic import BaseModel
 from data_run import CHATML, chats, context, jsonl, prepare_run, put, write_model
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetSpec, FineTuneJobSpec
-from finetune_api.layout import CHECKPOINTS, PLAN, join
+from finetune_api.layout import CHECKPOINTS, DECISIONS, PLAN, REPORT, join
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_api.status import ResolvedValue
 from finetune_trainer import identity, inputs, prepare, sizing, train
-from finetune_trainer.data.model_facts import read_model
+from finetune_trainer.commit import raise_epoch
+from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.reading import changed_files
 from finetune_trainer.identity import Evidence, evidence, is_other, sample_of, sample_places
 from finetune_trainer.inputs import fetch_rows
@@ -379,6 +380,28 @@ def test_a_late_prepare_never_replaces_a_plan_in_use(tmp_path: Path) -> None:
     assert told.uri.endswith(f"/.job/plans/{told.digest.removeprefix('sha256:')}.json")
     assert read_plan(ctx.store, ctx.config.run_uri, None).digest == late.result.plan.digest
     fetch_rows(ctx.store, in_use.plan.train, tmp_path / "rows")
+
+
+def test_a_prepare_that_finishes_after_training_began_leaves_what_tells_of_the_plan_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(30)))
+    prepare_run(tmp_path)
+    ctx = context(tmp_path, {})
+    uris = [join(ctx.config.run_uri, name) for name in (PLAN, REPORT, DECISIONS)]
+    told = [ctx.store.read(uri)[0] for uri in uris]
+    original = prepare.read_model
+
+    def begin_to_train(store: Store, uri: str) -> Model:
+        raise_epoch(store, ctx.config.run_uri, 1, "the training pod")
+        return original(store, uri)
+
+    monkeypatch.setattr(prepare, "read_model", begin_to_train)
+    put(tmp_path, a_jsonl=jsonl(chats(40)))
+    with pytest.raises(StageError) as caught:
+        prepare_run(tmp_path, attempt=2)
+    assert caught.value.fault is Fault.SUPERSEDED
+    assert [ctx.store.read(uri)[0] for uri in uris] == told
 
 
 def as_of_the_release_before(run: TinyRun) -> str:

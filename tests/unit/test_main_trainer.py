@@ -109,6 +109,7 @@ def test_a_known_end_keeps_its_arguments_and_how_far_it_came(run: Callable[..., 
     ("error", "fault"),
     [
         (MemoryError(), Fault.HOST_OOM),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault.HOST_OOM),
         (OSError(errno.ENOSPC, "No space left", "/scratch/model.safetensors"), Fault.DISK_FULL),
         (OSError(errno.EIO, "I/O error"), Fault.BUG),
         (ValueError("canary row content"), Fault.BUG),

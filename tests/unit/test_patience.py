@@ -4,7 +4,15 @@ import pytest
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer.patience import MAX_AWAY_S, MAX_PAUSE_S, Patience, Trouble, after_failure, best_effort, pause_s
+from finetune_trainer.patience import (
+    MAX_AWAY_S,
+    MAX_PAUSE_S,
+    FailedTries,
+    Patience,
+    after_failure,
+    best_effort,
+    pause_s,
+)
 
 AWAY = StageError(Fault.STORAGE_UNAVAILABLE, action="write", uri="s3://b/x", tries=12, seconds=70, problem="down")
 
@@ -28,7 +36,7 @@ def test_pauses_grow_from_30_seconds_to_five_minutes() -> None:
 
 
 def test_the_last_try_comes_when_the_bound_is_reached_and_tells_the_whole_time() -> None:
-    clock, told = Clock(), list[Trouble | None]()
+    clock, told = Clock(), list[FailedTries | None]()
 
     def work() -> None:
         clock.now_s += 70  # the store's own tries
@@ -43,7 +51,7 @@ def test_the_last_try_comes_when_the_bound_is_reached_and_tells_the_whole_time()
 
 
 def test_success_ends_the_trouble() -> None:
-    clock, told, failures = Clock(), list[Trouble | None](), [AWAY, AWAY]
+    clock, told, failures = Clock(), list[FailedTries | None](), [AWAY, AWAY]
 
     def work() -> str:
         if failures:

@@ -3,19 +3,23 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from finetune_api.job import MethodType
 from finetune_api.quality import Quality, concern_words, figure_words, verdict
 from finetune_api.reasons import Reason
 from finetune_trainer import quality, session, train
-from finetune_trainer.evaluate import HeldOut
+from finetune_trainer.evaluate import HeldOut, held_out_loss
+from finetune_trainer.inputs import fetch_rows
+from finetune_trainer.model import load_base
 from finetune_trainer.stop import StopFlag
-from tiny_run import TinyRun, context, make_run
+from tiny_run import STOP_ID, TinyRun, context, make_run
 
 WORSE, RUN_ON, DIVERGING = Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING
 
@@ -143,9 +147,8 @@ def test_every_concern_has_words_with_its_figures() -> None:
     assert "60 true ends" in run_on
     assert "0.710" in run_on
     assert "12 steps" in diverging
-    assert "nan" in " ".join(concern_words(Quality(concerns=[WORSE, RUN_ON, DIVERGING]))), (
-        "a lost figure raises nothing"
-    )
+    lost = " ".join(concern_words(Quality(concerns=[WORSE, RUN_ON, DIVERGING])))
+    assert "(standard error of the difference unknown)" in lost, "one held-out row has none"
 
 
 def teach_nonsense(run: TinyRun) -> None:
@@ -229,3 +232,42 @@ def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:
     assert sft is not None
     assert sft.answer_ends == 10, "every held-out row is one answer"
     assert sft.start_end_probability is not None
+
+
+def test_where_questions_are_learned_too_only_the_last_end_of_a_row_is_an_answers(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=1)
+    assert run.plan.held_out is not None
+    labels = Path(run.plan.held_out.labels.uri.removeprefix("file://"))
+    every = np.ones_like(np.fromfile(labels, "u1"))
+    rows = fetch_rows(run.store, run.plan.held_out, tmp_path / "rows")
+    ids = np.array(rows.tokens)
+    starts = rows.offsets[:-1] + 1
+    ids[starts] = STOP_ID  # as a template ends each turn
+    learned = replace(rows, tokens=ids, labels=every)
+    lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
+    found = [
+        held_out_loss(lm, learned, 10_000, True, 0, StopFlag(60), end_ids=[STOP_ID], last_ends=last_ends)
+        for last_ends in (False, True)
+    ]
+    assert [each.held_out.answer_ends for each in found if each is not None] == [20, 10]
+    alone = held_out_loss(lm, rows, 10_000, True, 0, StopFlag(60), end_ids=[STOP_ID])
+    assert alone is not None
+    assert alone.held_out.answer_ends == 10
+
+
+def test_a_checkpoint_without_the_rows_of_the_start_leaves_the_change_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=4)
+    measure = session.held_out_loss
+    measured: list[int] = []
+
+    def without_rows(*args: Any, **more: Any) -> Any:
+        found = measure(*args, **more)
+        measured.append(0)
+        return replace(found, row_losses=[]) if len(measured) == 1 else found
+
+    monkeypatch.setattr(session, "held_out_loss", without_rows)
+    result = train.run(context(run), StopFlag(60))
+    assert result.quality is not None
+    assert (result.quality.held_out_rows, result.quality.change_error) == (10, None)

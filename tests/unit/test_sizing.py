@@ -64,6 +64,7 @@ def data(rows: int = 1000, **fields: Any) -> DataFacts:
         "label_tokens": rows * 40,
         "longest_row": 300,
         "longest_of_all": 300,
+        "held_out_tokens": rows * 2,
         "prepared_bytes": rows * 500,
         "too_long_rows": 0,
         "sequence_limit": 2048,
@@ -198,10 +199,27 @@ def test_every_open_value_has_a_reason_and_they_fit_the_status() -> None:
     assert all(value.reason and value.value for value in found.resolved)
 
 
-def test_warmup_and_evaluation_are_shares_of_the_steps() -> None:
-    hyper = sized(spec(hyperparameters={"maxSteps": 1000}), data()).hyperparameters
-    assert (hyper.warmup_steps, hyper.eval_interval_steps) == (30, 100)
-    assert sized(spec(hyperparameters={"maxSteps": 1}), data()).hyperparameters.eval_interval_steps == 1
+def test_warmup_is_a_share_of_the_steps() -> None:
+    assert sized(spec(hyperparameters={"maxSteps": 1000}), data()).hyperparameters.warmup_steps == 30
+
+
+@pytest.mark.parametrize(
+    ("steps", "held_out_tokens", "interval"),
+    [
+        (1000, 2_000, 100),  # nine times between the steps, whatever they cost
+        (1000, 20_000, 143),  # 400,000 tokens are trained on: 20,000 are read six times in a tenth of that time
+        (20, 2_500, 20),  # 8,000 tokens: even once would take more
+        (20, 1_200, 7),
+        (20, 0, 2),  # nothing is held out
+        (1, 2_000, 1),
+    ],
+)
+def test_held_out_rows_are_measured_between_steps_as_often_as_a_tenth_of_the_time_allows(
+    steps: int, held_out_tokens: int, interval: int
+) -> None:
+    job = spec(hyperparameters={"maxSteps": steps, "globalBatchSize": 4})
+    found = sized(job, data(held_out_tokens=held_out_tokens))
+    assert found.hyperparameters.eval_interval_steps == interval
 
 
 def test_packing_is_off_for_a_family_that_was_not_shown_to_keep_rows_apart() -> None:

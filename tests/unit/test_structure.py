@@ -1,9 +1,14 @@
 """The load without values passes whole models of every family and names what is not whole in the others."""
 
+import errno
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from finetune_trainer.data import structure
+from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY
 from finetune_trainer.dry_load import judge
 from finetune_trainer.families import PACKING_FAMILIES
 from tiny_run import saved_shapes
@@ -52,3 +57,35 @@ def test_a_whole_model_passes_and_what_is_lost_bent_or_renamed_is_named(family: 
     assert " begin with module." in said(config, {f"module.{key}": shape for key, shape in shapes.items()})
     one_layer_more = name.replace(".1.", ".2.", 1)
     assert "has no place in the model" in said(config, shapes | {one_layer_more: shapes[name]})
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(NO_MEMORY, MemoryError), (-9, MemoryError), (MACHINE_FAILED, RuntimeError)]
+)
+def test_a_child_that_the_machine_failed_says_nothing_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception]
+) -> None:
+    def ended(*_args: object, **_more: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess([], code, READY, b"")
+
+    monkeypatch.setattr(structure.subprocess, "run", ended)
+    with pytest.raises(expected):
+        structure.load_without_values(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MemoryError(), NO_MEMORY), (OSError(errno.EMFILE, "Too many open files"), MACHINE_FAILED)],
+)
+def test_the_child_tells_what_the_machine_refused_from_what_is_wrong_with_the_model(
+    error: Exception, code: int
+) -> None:
+    """In a process of its own, as the child gives its standard output away."""
+    script = (
+        "import errno, sys; from finetune_trainer import dry_load\n"
+        f"def judge(config, shapes): raise {error!r}\n"
+        "dry_load.judge = judge; sys.exit(dry_load.main())"
+    )
+    request = b'{"config": {}, "shapes": {}}'
+    done = subprocess.run([sys.executable, "-c", script], input=request, capture_output=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr.decode()

@@ -1,5 +1,6 @@
 """The train stage from plan to commit, and every way it stops in between."""
 
+import errno
 import json
 import shutil
 import threading
@@ -20,11 +21,13 @@ from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact
-from finetune_trainer import checkpoint, commit, patience, session, train
+from finetune_trainer import base_weights, checkpoint, commit, patience, session, train
+from finetune_trainer.base_weights import load_tokenizer
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
 from finetune_trainer.loop import Stepper
 from finetune_trainer.model import load_base
+from finetune_trainer.runplan import RunPlan
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run, use_model
 
@@ -430,6 +433,27 @@ def test_whatever_loading_raises_is_a_final_fault_and_no_bug(tmp_path: Path, dam
     with pytest.raises(StageError, match="transformers could not load it") as caught:
         load_base(folder, plan, torch.device("cpu"))
     assert (caught.value.fault, caught.value.exit_code) == (Fault.UNSUPPORTED_MODEL, 10)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(errno.EMFILE, OSError), (errno.EIO, OSError), (errno.ENOENT, StageError)]
+)
+def test_what_the_machine_refuses_while_loading_says_nothing_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raised: type[Exception]
+) -> None:
+    plan = make_run(tmp_path).plan
+
+    def refuse(*_args: object, **_more: object) -> None:
+        raise OSError(number, "refused")
+
+    for loader, load in ((base_weights.AutoTokenizer, load_tokenizer), (base_weights.AutoModelForCausalLM, _load)):
+        monkeypatch.setattr(loader, "from_pretrained", refuse)
+        with pytest.raises(raised):
+            load(tmp_path / "model", plan)
+
+
+def _load(folder: Path, plan: RunPlan) -> None:
+    load_base(folder, plan, torch.device("cpu"))
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_found_before_step_1(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A store that is away, denies, or is another writer's, while a run trains, stops, and after it has committed."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from away_store import NAME, RUN_URI, hurry, run_in_bucket
 from finetune_api.errors import StageError
 from finetune_api.layout import CHECKPOINTS, METRICS
 from finetune_api.reasons import Fault
-from finetune_trainer import checkpoint, commit, patience, train
+from finetune_trainer import checkpoint, commit, export, patience, train
 from finetune_trainer.loop import Stepper
+from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from stub_s3 import StubS3, Trouble
 from tiny_run import context
@@ -132,6 +134,41 @@ def test_a_stop_while_the_store_is_away_is_used_for_saving_as_long_as_there_is_t
         saved = checkpoints(server)
     assert caught.value.fault is (Fault.STOPPED if lasts else Fault.INTERRUPTED)
     assert saved == ([] if lasts else ["00000005-1"])
+
+
+def test_a_stop_during_the_upload_saves_the_last_step_that_could_not_be_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, upload = StopFlag(120), export.upload
+    with run_in_bucket(tmp_path, steps=3) as (run, server):
+        server.troubles = [DENIED]
+
+        def stop_and_upload(*args: Any) -> Any:
+            server.troubles.clear()
+            stop.set()
+            return upload(*args)
+
+        monkeypatch.setattr(export, "upload", stop_and_upload)
+        assert train.run(context(run), stop).fault is Fault.COMMITTED
+        saved = checkpoints(server)
+    assert saved == ["00000003-1"], "had the time to stop ended during the upload, three steps would be lost"
+
+
+def test_a_failed_save_hides_no_step_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touches: list[str | None] = []
+    touch = Reporter.touch
+
+    def touch_and_tell(self: Reporter, while_activity: str | None = None) -> None:
+        if threading.current_thread().name == "checkpoint":
+            touches.append(while_activity)
+        touch(self, while_activity)
+
+    monkeypatch.setattr(Reporter, "touch", touch_and_tell)
+    with run_in_bucket(tmp_path, steps=4) as (run, server):
+        save_every_step(monkeypatch)
+        at_step(monkeypatch, {1: lambda: server.troubles.append(AWAY), 3: lambda: server.troubles.clear()})
+        train.run(context(run), StopFlag(60))
+    assert set(touches) == {"Saving"}, "anything else counts as progress of the step that runs meanwhile"
 
 
 def test_the_adapter_is_uploaded_once_the_store_is_back_and_what_was_there_is_known_as_ones_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer.data.structure import file_of
+from finetune_trainer.data.structure import file_of, is_of_the_machine
 from finetune_trainer.load_report import report_of
 from finetune_trainer.runplan import RunPlan
 
@@ -43,6 +43,7 @@ def load_weights(folder: Path, plan: RunPlan, dtype: torch.dtype) -> PreTrainedM
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (*_REFUSALS, SafetensorError, StrictDataclassError) as error:
+        _require_of_the_model(error)
         if "can't allocate memory" in str(error):  # as torch's CPU allocator says it, in a RuntimeError
             raise MemoryError from error
         raise _unsupported(plan, "transformers could not load it", error) from error
@@ -56,7 +57,14 @@ def load_tokenizer(folder: Path, plan: RunPlan) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _REFUSALS as error:
+        _require_of_the_model(error)
         raise _unsupported(plan, "transformers could not load its tokenizer", error) from error
+
+
+def _require_of_the_model(error: Exception) -> None:
+    """Raise `error` again where it is the machine's, such as too many open files, and says nothing of the model."""
+    if is_of_the_machine(error):
+        raise error
 
 
 def _require_whole(causal: PreTrainedModel, info: Mapping[str, Any], folder: Path, plan: RunPlan) -> None:

@@ -31,7 +31,7 @@ from finetune_api.reasons import Fault
 from finetune_api.status import CheckpointStatus
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
 from finetune_trainer.evaluate import MAX_HELD_OUT_ROWS, HeldOut
-from finetune_trainer.patience import Trouble, after_failure, best_effort, pause_s
+from finetune_trainer.patience import FailedTries, after_failure, best_effort, pause_s
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 
@@ -276,7 +276,7 @@ class Checkpointer:
         resumed_from: CheckpointStatus | None,
         before_publishing: Callable[[], None],
         on_saved: Callable[[CheckpointStatus, float, float], None],  # seconds to write it, and to upload it
-        on_trouble: Callable[[Trouble | None], None],  # None: over
+        on_trouble: Callable[[FailedTries | None], None],  # None: over
     ) -> None:
         self._store = store
         self._fence = fence
@@ -294,7 +294,7 @@ class Checkpointer:
         self._began_s = time.monotonic()
         self._failed_steps: set[int] = set()  # what was uploaded of them is no checkpoint, or one without an answer
         self._end: Exception | None = None  # what ends the attempt
-        self.trouble: Trouble | None = None
+        self.trouble: FailedTries | None = None
         self.last: CheckpointStatus | None = resumed_from
 
     @property
@@ -438,13 +438,17 @@ class Checkpointer:
             self._failed_steps.discard(failed)
 
 
-def keep_newest(store: Store, fence: Fence, run_uri: str) -> None:
-    """After the commit: remove all checkpoints but the newest, and what was never finished, of own and older epochs."""
+def keep_newest(store: Store, fence: Fence, run_uri: str, stop: StopFlag) -> None:
+    """After the commit: remove all checkpoints but the newest, and what was never finished, of own and older epochs.
+
+    A stop leaves the rest where it is."""
     found = manifests(store, run_uri)
     kept = found[0].uri.removesuffix(MANIFEST) if found else None
     listed = store.list(join(run_uri, CHECKPOINTS, ""), limit=_MAX_LISTED)
     # Manifests first, so that a half-removed checkpoint is never taken for whole.
     for info in sorted(listed, key=lambda info: (not info.uri.endswith(f"/{MANIFEST}"), info.uri)):
+        if stop.is_set():
+            return
         folder = _FOLDER_URI.search(info.uri)
         if folder and int(folder[1]) <= fence.epoch and not (kept and info.uri.startswith(kept)):
             fence.check()

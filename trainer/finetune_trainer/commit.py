@@ -94,7 +94,7 @@ def claim(store: Store, run_uri: str, job_uid: str) -> None:
 def raise_epoch(store: Store, run_uri: str, attempt: int, pod_uid: str) -> Fence:
     """Become the writer: all earlier ones are superseded from now on."""
     content = _json_bytes({"version": 1, "attempt": attempt, "pod_uid": pod_uid})
-    newest = max((_epoch(info.uri) for info in store.list(_writer_prefix(run_uri), _MAX_WRITERS)), default=0)
+    newest = _newest_epoch(store, run_uri)
     for epoch in range(newest + 1, newest + 1 + _MAX_RACES):
         try:
             store.put(_writer_uri(run_uri, epoch), content, if_none_match=True)
@@ -103,6 +103,11 @@ def raise_epoch(store: Store, run_uri: str, attempt: int, pod_uid: str) -> Fence
         log.info("this attempt writes as epoch %d", epoch)
         return Fence(store, run_uri, epoch)
     raise StageError(Fault.SUPERSEDED, newer=newest + _MAX_RACES, own=newest)
+
+
+def before_training(store: Store, run_uri: str) -> Fence:
+    """Return a fence for prepare, which ends when an attempt to train begins; no other writer is fenced off by it."""
+    return Fence(store, run_uri, _newest_epoch(store, run_uri))
 
 
 def publish_manifest(store: Store, fence: Fence, uri: str, manifest: dict[str, object]) -> str:
@@ -263,6 +268,10 @@ def _writer_prefix(run_uri: str) -> str:
 
 def _writer_uri(run_uri: str, epoch: int) -> str:
     return f"{_writer_prefix(run_uri)}{epoch}.json"
+
+
+def _newest_epoch(store: Store, run_uri: str) -> int:
+    return max((_epoch(info.uri) for info in store.list(_writer_prefix(run_uri), _MAX_WRITERS)), default=0)
 
 
 def _epoch(writer_uri: str) -> int:

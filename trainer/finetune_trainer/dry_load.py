@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from finetune_trainer.data.structure import READY, LoadReport
+from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY, LoadReport, is_of_the_machine
 from finetune_trainer.load_report import report_of
 
 Shapes = dict[str, list[int]]
@@ -51,7 +51,14 @@ def main() -> int:
         reply.write(READY)
         reply.flush()
         request = json.load(sys.stdin.buffer)
-        reply.write(judge(request["config"], request["shapes"]).model_dump_json().encode())
+        try:
+            reply.write(judge(request["config"], request["shapes"]).model_dump_json().encode())
+        except OSError as error:
+            if is_of_the_machine(error):
+                return MACHINE_FAILED
+            raise
+        except MemoryError:
+            return NO_MEMORY
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
@@ -81,10 +82,12 @@ def held_out_loss(
     on_pass: Callable[[], None] = lambda: None,
     *,
     end_ids: Sequence[int] = (),
+    last_ends: bool = False,
 ) -> Measurement | None:
     """Measure the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile.
 
     end_ids: tokens that end answers; their probability is taken from the same passes, where they are the label.
+    last_ends: only the last end of each row counts, as questions end with the same tokens and are labels too.
     """
     rows = list(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
     row_losses, row_labels = np.zeros(len(rows)), held_out.label_counts(rows)
@@ -97,6 +100,8 @@ def held_out_loss(
         places = np.repeat(group, [row_labels[row] for row in group])  # of every label token, its row
         np.subtract.at(row_losses, places, logprobs)
         is_end = np.isin(batch.targets.cpu().numpy(), list(end_ids))
+        if last_ends:
+            is_end = _last_of_each(is_end, places)
         end_probability += float(np.exp(logprobs[is_end]).sum())
         ends += int(is_end.sum())
         on_pass()
@@ -110,6 +115,14 @@ def held_out_loss(
         end_probability=end_probability / ends if ends else None,
     )
     return Measurement(found, row_losses.tolist(), row_labels)
+
+
+def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return `chosen` with only the last place of each row left. chosen, rows: (places,), equal rows beside another."""
+    places = np.flatnonzero(chosen)
+    last = np.zeros_like(chosen)
+    last[places[np.append(np.diff(rows[places]) != 0, True)[: len(places)]]] = True
+    return last
 
 
 class _EveryToken(StoppingCriteria):

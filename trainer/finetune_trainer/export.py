@@ -31,6 +31,7 @@ from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.patience import Patience
 from finetune_trainer.runplan import RunPlan
+from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import PreconditionFailed, Store
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,11 @@ def upload(
     )
 
 
-def remove_orphans(store: Store, fence: Fence, run_uri: str, committed: Artifact) -> None:
-    """After the commit: remove what this and earlier attempts uploaded but never committed."""
+def remove_orphans(store: Store, fence: Fence, run_uri: str, committed: Artifact, stop: StopFlag) -> None:
+    """After the commit: remove what this and earlier attempts uploaded but never committed. A stop leaves the rest."""
     for info in store.list(join(run_uri, ADAPTER), limit=_MAX_ORPHANS):
+        if stop.is_set():
+            return
         folder = _EPOCH_FOLDER.search(info.uri)
         newer = folder is not None and int(folder[1]) > fence.epoch
         if not newer and not info.uri.startswith(join(committed.uri, "")):

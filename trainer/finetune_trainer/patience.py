@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Trouble:
+class FailedTries:
     """Tries in a row that failed. Times are monotonic."""
 
     error: StageError  # of the last try
@@ -41,7 +41,7 @@ def pause_s(tries: int, *, hurried: bool = False) -> float:
     return min(MAX_PAUSE_S, (FIRST_HURRIED_PAUSE_S if hurried else FIRST_PAUSE_S) * 2 ** min(tries - 1, 20))
 
 
-def after_failure(before: Trouble | None, error: StageError, began_s: float, now_s: float) -> Trouble:
+def after_failure(before: FailedTries | None, error: StageError, began_s: float, now_s: float) -> FailedTries:
     """Return the trouble with one more try that began at `began_s` and failed.
 
     Raises `error` when no further try is due: another writer has taken over, or the try was the last one."""
@@ -53,7 +53,7 @@ def after_failure(before: Trouble | None, error: StageError, began_s: float, now
         raise _over_all_tries(error, tries, now_s - since_s)
     # The last try comes when the bound is reached, not a whole pause later.
     next_s = max(now_s, min(now_s + pause_s(tries), since_s + MAX_AWAY_S))
-    return Trouble(error, since_s, tries, next_s)
+    return FailedTries(error, since_s, tries, next_s)
 
 
 def _over_all_tries(error: StageError, tries: int, seconds: float) -> StageError:
@@ -71,8 +71,8 @@ class Patience:
 
     clock: Callable[[], float]
     wait: Callable[[float], None]
-    on_trouble: Callable[[Trouble | None], None]
-    trouble: Trouble | None = field(default=None, init=False)
+    on_trouble: Callable[[FailedTries | None], None]
+    trouble: FailedTries | None = field(default=None, init=False)
 
     def keep_trying(self, work: Callable[[], T]) -> T:
         """Return what `work()` returns. Raises what it failed with at the end of all patience; see `after_failure`."""

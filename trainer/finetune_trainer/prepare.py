@@ -25,7 +25,7 @@ from finetune_api.row_words import row_words
 from finetune_api.run import RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
 from finetune_trainer import batches, sizing
-from finetune_trainer.commit import claim
+from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Ledger
@@ -79,17 +79,20 @@ class _Stage:
 
 
 def run(ctx: StageContext) -> RunResult:
-    """Prepare one job; returns PREPARED with the plan's essence. Known ends are raised as StageError."""
+    """Prepare one job; returns PREPARED with the plan's essence. Known ends are raised as StageError.
+
+    Raises SUPERSEDED when training begins meanwhile: the report and plan.json tell of the plan that is trained on."""
     claim(ctx.store, ctx.config.run_uri, ctx.config.job.uid)
+    fence = before_training(ctx.store, ctx.config.run_uri)
     try:
-        return _prepare(ctx)
+        return _prepare(ctx, fence)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StageError(Fault.DISK_FULL, what="the prepared data") from error
         raise
 
 
-def _prepare(ctx: StageContext) -> RunResult:
+def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
     spec = ctx.config.spec
     for index, dataset in enumerate(spec.datasets):
         check_given(dataset.format, spec.method.type, index)
@@ -102,9 +105,9 @@ def _prepare(ctx: StageContext) -> RunResult:
             division = _divide(stage)
         except StageError as error:
             if error.reason is Reason.DATA_INVALID:
-                _upload_failure(stage)
+                _upload_failure(stage, fence)
             raise
-    return _write(stage, division)
+    return _write(stage, division, fence)
 
 
 def _loss_on(stage: _Stage) -> LossOn:
@@ -199,12 +202,13 @@ def _divide(stage: _Stage) -> Division:
     return division
 
 
-def _upload_failure(stage: _Stage) -> None:
+def _upload_failure(stage: _Stage, fence: Fence) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
     ctx = stage.ctx
     content = {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
     with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
         stage.ledger.flush()
+        fence.check()
         ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
         ctx.store.upload(ctx.work_dir / "decisions.jsonl", join(ctx.config.run_uri, DECISIONS))
 
@@ -213,7 +217,7 @@ def _json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def _write(stage: _Stage, division: Division) -> RunResult:
+def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     """Write the splits, size the run, plan its batches, upload; plan.json is last."""
     ctx, model, ledger = stage.ctx, stage.model, stage.ledger
     spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
@@ -271,6 +275,7 @@ def _write(stage: _Stage, division: Division) -> RunResult:
         "packing": report.packing(plan, train["tokens"], hyper),
         "resolved": [value.model_dump() for value in run_plan.resolved],
     }
+    fence.check()
     store.put(join(run_uri, REPORT), _json(content))
     store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))
     plan_bytes = run_plan.model_dump_json().encode()
@@ -288,6 +293,7 @@ def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> 
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
         longest_row=int(train["tokens"].max()),
         longest_of_all=int(lengths.max()),
+        held_out_tokens=int(division.sequences["tokens"][division.sequences_of(division.held_out)].sum(dtype=np.int64)),
         prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
         sequence_limit=stage.limit,

@@ -56,6 +56,8 @@ def of_unexpected(error: BaseException) -> StageError:
     Only its type and place: its message may quote data."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY in str(error)):
         return StageError(Fault.HOST_OOM)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return StageError(Fault.HOST_OOM)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StageError(Fault.DISK_FULL, what=Path(os.fsdecode(error.filename or "a file")).name)
     frames = traceback.extract_tb(error.__traceback__)

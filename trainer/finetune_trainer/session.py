@@ -74,6 +74,7 @@ class Session:
     parameters: dict[str, nn.Parameter]
     held_out: Rows | None
     end_ids: list[int] | None  # tokens that end answers, measured on the held-out rows; None: there are no answers
+    last_ends: bool  # only the last end of a row is an answer's for sure
     position: Position
     checkpointer: Checkpointer
     stop: StopFlag
@@ -114,6 +115,13 @@ class Session:
         if not saved and self.stop.is_set():
             raise StageError(Fault.STOPPED)
         return done
+
+    def save_last(self) -> bool:
+        """Save the state after the last step unless it is saved, with all the time that a stop leaves."""
+        last = self.checkpointer.last
+        if last is not None and last.step == self.position.step:
+            return True
+        return self.checkpointer.finish(self._snapshot, self.position.step, self.stop)
 
     def quality(self) -> Quality | None:
         """Return what is known of the model: only what its steps say until it is measured, None if that is nothing."""
@@ -269,6 +277,7 @@ class Session:
             self.stop,
             self.reporter.touch,
             end_ids=self.end_ids or (),
+            last_ends=self.last_ends,
         )
         if measured is not None:
             found = self._compared(measured)
@@ -291,6 +300,8 @@ class Session:
             self.position = self.position.model_copy(update={"start_row_losses": measured.row_losses})
             return measured.held_out
         start = self.position.start_row_losses
+        if len(start) != len(measured.row_losses):  # resumed from a checkpoint of a release that kept none
+            return measured.held_out
         change = quality.paired_change(start, measured.row_losses, measured.row_labels)
         return measured.held_out.model_copy(update={"change": change.nats, "change_error": change.standard_error})
 

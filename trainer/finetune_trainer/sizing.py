@@ -32,6 +32,8 @@ _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator 
 _UNEVEN_STEPS_SHARE = 0.75
 _CUDA_HOST_BYTES = 2 * GIB  # the driver's and CUDA libraries' share of host memory
 _CUDA_BYTES = 3 * GIB // 2  # on the GPU: context, cuBLAS workspaces, blocks that the allocator cannot use
+_EVAL_SHARE = 0.1  # of the time that the steps take, for measuring held-out rows between them
+_MAX_EVALUATIONS = 9  # between the steps
 _DEADLINE_SHARE = 0.25  # of recovery.progressDeadlineSeconds that a planned step may take on a slow machine
 _CLEARLY = 1.1  # an estimate is refused only when it is above the limit by more than its own error
 
@@ -46,6 +48,7 @@ class DataFacts:
     label_tokens: int
     longest_row: int
     longest_of_all: int  # held-out rows included, which are packed as well
+    held_out_tokens: int
     prepared_bytes: int
     too_long_rows: int
     sequence_limit: int  # the length rows were dropped or split at
@@ -171,7 +174,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
             packing=packing,
             lora_rank=rank,
             lora_alpha=alpha,
-            eval_interval_steps=max(1, -(-steps // 10)),
+            eval_interval_steps=_eval_interval_steps(steps, total_rows * data.tokens // data.rows, data),
         ),
         total_rows=total_rows,
         memory_bytes=memory,
@@ -179,6 +182,16 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         disk_bytes=disk,
         resolved=choices.resolved,
     )
+
+
+def _eval_interval_steps(steps: int, trained_tokens: int, data: DataFacts) -> int:
+    """Return after how many steps the held-out rows are measured again, besides before the first and after the last.
+
+    A forward pass alone is a third of a step's work at most, so that all of them take some tenth of the training's
+    time, and are _MAX_EVALUATIONS at most.
+    """
+    affordable = int(_EVAL_SHARE * 3 * trained_tokens) // max(1, data.held_out_tokens)
+    return -(-steps // (1 + min(_MAX_EVALUATIONS, affordable)))
 
 
 def _most_learned(spec: HyperparametersSpec, data: DataFacts) -> int:
@@ -247,7 +260,7 @@ def _epochs(choices: Choices, spec: HyperparametersSpec, rows: int, cpt: bool) -
     else:
         epochs = min(max(3.0, 100 / rows), max(1.0, 25_000 / rows))
         epochs = round(min(max(epochs, float(defaults.MIN_EPOCHS)), float(defaults.MAX_EPOCHS)), 2)
-        reason = f"{rows:,} rows: 3 passes, more for fewer than 34 rows, fewer above 8,333"
+        reason = f"{rows:,} {'row' if rows == 1 else 'rows'}: 3 passes, more for fewer than 34 rows, fewer above 8,333"
     if spec.max_steps is not None:
         return epochs
     return choices.pick("hyperparameters.epochs", spec.epochs, epochs, reason)

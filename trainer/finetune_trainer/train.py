@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from finetune_api import defaults
 from finetune_api.base import first_problem
 from finetune_api.errors import StageError
+from finetune_api.job import LossOn
 from finetune_api.layout import ADAPTER, JOB, METRICS, join
 from finetune_api.names import Stage
 from finetune_api.quality import Quality, concern_words
@@ -38,7 +39,7 @@ from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
-from finetune_trainer.patience import Patience, Trouble, best_effort
+from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
@@ -202,8 +203,9 @@ def _begin(
         metrics.checkpoint_upload.set(upload_s)
         metrics.checkpoint_success.set(time.time())
 
-    def in_trouble(trouble: Trouble | None) -> None:
+    def in_trouble(trouble: FailedTries | None) -> None:
         metrics.checkpoint_failures.inc(trouble is not None)
+        ctx.reporter.touch("Saving")
         _report_trouble(ctx.reporter, trouble)
 
     name, earlier = _earlier_metrics(ctx)
@@ -242,6 +244,7 @@ def _begin(
         parameters,
         fetched.held_out,
         recipe_of(plan.method).answer_end_ids(plan),
+        plan.loss_on is LossOn.ALL,
         position,
         checkpointer,
         stop,
@@ -275,9 +278,8 @@ def _earlier_metrics(ctx: StageContext) -> tuple[str, bytes]:
     return f"{path.stem}-{ctx.attempt}{path.suffix}", b""
 
 
-def _report_trouble(reporter: Reporter, trouble: Trouble | None) -> None:
+def _report_trouble(reporter: Reporter, trouble: FailedTries | None) -> None:
     """Let the operator and people see that nothing can be saved at present; None: it can again."""
-    reporter.touch()  # a wait that is bounded and told is no standstill
     if trouble is None:
         reporter.update(trouble=None)
         return
@@ -308,16 +310,15 @@ def _finish(
     A stop request waits as long as it has time: often little is left to do.
 
     A store that is away is waited for, as long as `patience` says; everything is read back before it is committed.
-    Raises INTERRUPTED when the time to stop is over, as the next attempt begins at the last step; STOPPED where that is
-    in no checkpoint."""
+    Raises INTERRUPTED when the time to stop is over, as the next attempt begins at the last step; STOPPED where that
+    could not be saved: it is tried again once asked to stop."""
     plan, run_uri = fetched.plan, ctx.config.run_uri
 
     def beat() -> None:
         ctx.reporter.touch()
+        if stop.is_set() and not session.save_last():
+            raise StageError(Fault.STOPPED)
         if not stop.remaining_s():
-            last = session.checkpointer.last
-            if last is None or last.step != session.position.step:
-                raise StageError(Fault.STOPPED)
             raise StageError(Fault.INTERRUPTED, step=session.position.step)
 
     ctx.reporter.update(activity="Evaluating")
@@ -395,8 +396,8 @@ def _after_commit(ctx: StageContext, fence: commit.Fence | None, committed: Comm
             return
         with best_effort("what the commit has made needless is not removed"):
             own = fence or commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
-            checkpoint.keep_newest(store, own, run_uri)
-            export.remove_orphans(store, own, run_uri, committed.artifact)
+            checkpoint.keep_newest(store, own, run_uri, stop)
+            export.remove_orphans(store, own, run_uri, committed.artifact, stop)
     except Exception as error:  # the one place that cannot know what may fail and must not fail
         log.error("the adapter is committed; what follows failed with %s", type(error).__name__, exc_info=error)
 

@@ -6,6 +6,7 @@ family. The process costs what importing torch and transformers costs, measured 
 a mixture of 128 experts and 94 layers, 36,945 tensors, 12 s more.
 """
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from finetune_trainer.data.weights import FLOATS, Weights
 log = logging.getLogger(__name__)
 
 READY = b"ready\n"  # what the child says once its imports are done
+NO_MEMORY, MACHINE_FAILED = 70, 71  # the child's exit codes where the model is not to blame
 _TIME_LIMIT_S = 600
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "TMPDIR")  # no credentials
 _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
@@ -136,11 +138,18 @@ def load_without_values(request: bytes) -> LoadReport:
     said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     if ready != READY:
         raise RuntimeError(f"finetune_trainer.dry_load did not start ({child.returncode}): {said[:500]}")
-    if child.returncode < 0:  # by the kernel, most likely for its memory
-        raise MemoryError(f"finetune_trainer.dry_load was killed by signal {-child.returncode}")
+    if child.returncode < 0 or child.returncode == NO_MEMORY:  # killed by the kernel, most likely for its memory
+        raise MemoryError(f"finetune_trainer.dry_load ended with {child.returncode}")
+    if child.returncode == MACHINE_FAILED:
+        raise RuntimeError("finetune_trainer.dry_load could not work on this machine")
     if child.returncode:
         return LoadReport(architecture="", failed=f"transformers cannot build it from its config.json: {said[:160]}")
     return LoadReport.model_validate_json(reply)
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Return whether the system refused something, such as one more open file; missing files are the model's."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def file_of(tensor: str, holders: Mapping[str, str], files: Sequence[str]) -> str:
