@@ -24,6 +24,7 @@ from finetune_trainer.inputs import Batch, fetch_rows
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
 from finetune_trainer.patience import Patience
 from finetune_trainer.recipes import recipe_of
+from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, make_run
 
 PATIENCE = Patience(lambda: 0.0, lambda _seconds: None, lambda _trouble: None)
@@ -153,7 +154,11 @@ def test_what_an_attempt_that_died_has_left_is_not_overwritten_but_removed_after
     artifact = export.upload(run.store, fence, run_uri, folder, run.plan, LINEAGE, {}, PATIENCE)
     assert run.store.read(join(run_uri, ADAPTER, "eval.json"))[0] == b"half"
     commit.commit(run.store, fence, run_uri, artifact)
-    export.remove_orphans(run.store, fence, run_uri, artifact)
+    stop = StopFlag(60)
+    stop.set()
+    export.remove_orphans(run.store, fence, run_uri, artifact, stop)
+    assert run.store.head(join(run_uri, ADAPTER, "eval.json")), "a stop does not wait for tidying"
+    export.remove_orphans(run.store, fence, run_uri, artifact, StopFlag(60))
     found = commit.read_commit(run.store, run_uri)
     assert found is not None
     assert found.artifact == artifact

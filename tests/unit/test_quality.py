@@ -264,6 +264,7 @@ def test_a_checkpoint_without_the_rows_of_the_start_leaves_the_change_unknown(
 
     def without_rows(*args: Any, **more: Any) -> Any:
         found = measure(*args, **more)
+        assert found is not None
         measured.append(0)
         return replace(found, row_losses=[]) if len(measured) == 1 else found
 
