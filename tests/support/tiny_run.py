@@ -325,6 +325,7 @@ def context(run: TinyRun, attempt: int = 1, stage: Stage = Stage.TRAIN) -> Stage
 
 def train_in_child(run: TinyRun, attempt: int) -> None:
     """One attempt in a process of its own, importable by multiprocessing's children; it ends when killed or done."""
-    from finetune_trainer import train
+    from finetune_trainer import train, world
 
+    world.bf16_is_faster = lambda: False  # as in conftest.py: what it ends with is compared bit by bit
     train.run(context(run, attempt), StopFlag(60))

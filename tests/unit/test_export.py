@@ -36,6 +36,7 @@ FOUND = Evaluations(
     [Answer("secret words", [1, 2, 3], stopped=False)] * 3,
     [Answer("other words", [1, 2], stopped=True)] * 3,
     Quality(held_out_rows=2, start_loss=3.0, loss=1.0),
+    "fp32",
 )
 LEARNED = Learned(rows=80, distinct_rows=48, tokens=8484, label_tokens=3020, skipped_steps=0)
 
@@ -205,7 +206,7 @@ def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
     assert "| peft.rank | 16 | enough \\| for 5 tokens |" in card
     assert LINEAGE.plan_digest in card
     assert "| trainer image, as it was named | trainer:1 |" in card
-    assert "## Results" not in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality()))
+    assert "## Results" not in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality(), "fp32"))
 
 
 def test_the_card_counts_what_the_steps_read_and_not_what_there_was(run: TinyRun) -> None:
@@ -223,7 +224,7 @@ def test_what_speaks_against_the_adapter_is_the_first_thing_the_card_says(run: T
     card = model_card(run.plan, LINEAGE, LEARNED, replace(FOUND, quality=quality))
     first = card.partition("# tiny\n")[2].strip().splitlines()[0]
     assert first.startswith("> **WorseThanStart**: on 2 held-out rows the loss is 28.000 nats per token after training")
-    assert "no rows were held out" in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality()))
+    assert "no rows were held out" in model_card(run.plan, LINEAGE, LEARNED, Evaluations([], [], [], Quality(), "fp32"))
 
 
 def test_the_card_does_not_speak_of_a_template_or_of_ends_that_were_not_trained(run: TinyRun) -> None:

@@ -190,7 +190,7 @@ def test_given_values_are_kept_and_not_explained() -> None:
     assert (hyper.lora_rank, hyper.lora_alpha, hyper.learning_rate, hyper.global_batch_size) == (8, 16, 1e-5, 3)
     assert (hyper.warmup_steps, hyper.schedule, hyper.weight_decay, hyper.seed) == (0, Schedule.CONSTANT, 0.1, 7)
     assert (hyper.packing, hyper.max_sequence_length, hyper.total_steps) == (False, 1024, 20)
-    assert [value.field for value in found.resolved] == ["microBatchTokens"]
+    assert [value.field for value in found.resolved] == ["microBatchTokens", "precision"]
 
 
 def test_every_open_value_has_a_reason_and_they_fit_the_status() -> None:

@@ -45,6 +45,7 @@ class Evaluations:
     base_answers: Sequence[Answer]
     tuned_answers: Sequence[Answer]
     quality: Quality
+    computed_in: str  # fp32 or bf16
 
 
 def vllm_rank(rank: int) -> int:
@@ -97,7 +98,7 @@ vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {name}
 With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)}
 `generation_config.json` is the base model's{ends}.
 """,
-        _table("## Hyperparameters", ("Name", "Value"), _hyperparameters(plan)),
+        _table("## Hyperparameters", ("Name", "Value"), [*_hyperparameters(plan), ("computed in", found.computed_in)]),
         _table(
             "## Chosen values",
             ("Field", "Value", "Why"),

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -63,6 +63,7 @@ class Position(StoredModel):
     evaluations: list[HeldOut] = Field(default_factory=list[HeldOut], max_length=MAX_EVALUATIONS)  # the base's first
     # Of the model that the job began with, so that every later evaluation is compared with it row by row.
     start_row_losses: list[float] = Field(default_factory=list[float], max_length=MAX_HELD_OUT_ROWS)
+    computed_in: Literal["fp32", "bf16"] = "fp32"  # all steps, or those of the last attempt
     first_loss: float | None = None  # of the first step, nats per label token
     steps_above_start: int = Field(default=0, ge=0)  # in a row up to the last one
     first_started_at: float  # Unix time of the first attempt that trained

@@ -47,7 +47,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_SAME_LOGPROB = {"cpu": 1e-5, "cuda": 2e-2}  # fp32, bf16
+_SAME_LOGPROB = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
 _MAX_EVAL_BYTES = 16 * 2**20
 _MAX_ORPHANS = 10_000
@@ -135,6 +135,7 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
 
     return {
         "quality": found.quality.model_dump(mode="json"),
+        "computed_in": found.computed_in,
         "held_out": [
             {name: finite(value) for name, value in evaluation.model_dump().items()}
             | {"perplexity": finite(evaluation.perplexity)}
@@ -183,7 +184,7 @@ def check_reload(
     reloaded = _logprobs(lm, batches, on_pass)
     mismatch = _largest_difference(reloaded, live)
     effect = _largest_difference(reloaded, base)
-    if not mismatch <= _SAME_LOGPROB[lm.device.type]:
+    if not mismatch <= _SAME_LOGPROB[lm.dtype]:
         raise StageError(Fault.RELOAD_MISMATCH, difference=mismatch)
     if not effect > _NO_EFFECT_LOGPROB:
         raise StageError(Fault.ADAPTER_NO_EFFECT, difference=effect)

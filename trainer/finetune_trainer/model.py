@@ -37,12 +37,17 @@ class LanguageModel:
     logit_scale: float
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are held and multiplied in."""
+        return self.head.weight.dtype
+
+    @property
     def head(self) -> nn.Linear:
         return cast(nn.Linear, self.causal.get_output_embeddings())
 
     def precision(self) -> AbstractContextManager[object]:
         """Return the context in which the model is called."""
-        return world.autocast(self.device, self.head.weight.dtype)
+        return world.autocast(self.device, self.dtype)
 
     def predicting_states(self, batch: Batch) -> Tensor:
         """(N, h) hidden states that predict the batch's N label tokens."""
@@ -76,13 +81,13 @@ class LanguageModel:
             self.causal.set_attn_implementation(attention.PACKED)
 
 
-def load_base(folder: Path, plan: RunPlan, device: torch.device) -> LanguageModel:
-    """Return the frozen base model in evaluation mode: fp32 on the CPU, bf16 on CUDA.
+def load_base(folder: Path, plan: RunPlan, device: torch.device, dtype: torch.dtype | None = None) -> LanguageModel:
+    """Return the frozen base model in evaluation mode, in `dtype`; None: fp32 on the CPU, bf16 on CUDA.
 
     Raises BROKEN_MODEL when its weights are not whole and finite, UNSUPPORTED_MODEL when transformers has no such
     model, or computes something else than our pass.
     """
-    causal = load_weights(folder, plan, world.weight_dtype(device))
+    causal = load_weights(folder, plan, dtype or world.weight_dtype(device))
     require_finite(causal, folder, plan)
     return language_model(causal, plan, device)
 
@@ -152,7 +157,7 @@ def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
         problem = f"its log-probabilities differ by {difference:.3g} from what its head gives"
     except (NotImplementedError, TypeError, AttributeError) as error:
         difference, problem = float("inf"), f"it has {error}"[:200]
-    if not difference <= _SAME_LOGPROB[lm.head.weight.dtype]:
+    if not difference <= _SAME_LOGPROB[lm.dtype]:
         raise _unsupported(plan, problem)
 
 

@@ -151,6 +151,9 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
     packing = _packing(choices, preprocessing, model, family, data)
     micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace)
+    if not resources.gpus:
+        reason = "bf16 where a probe on the node that trains finds it faster, and the first step's loss agrees"
+        choices.pick("precision", None, "fp32 or bf16", reason)
     gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:

@@ -38,8 +38,9 @@ from finetune_trainer.inputs import Rows, StepPlan
 from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
-from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base, model_size
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
+from finetune_trainer.precision import load_for_training
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
@@ -85,10 +86,12 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
     fetched = _fetch(replace(ctx, store=reading))
     beat()
-    lm = _load(ctx, fetched)
+    scratch = ctx.work_dir / "checkpoints"
+    found = checkpoint.newest(fetched.store, run_uri, fetched.plan_digest, fetched.model_digests, scratch)
+    lm = _load(ctx, fetched, found)
     beat()
     adapted = add_adapter(lm, fetched.plan)
-    session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, stop)
+    session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, found, stop)
     resumed_step = resumed_from.step if resumed_from else None
     try:
         with watching(session.watchdog):
@@ -157,11 +160,14 @@ def _go_on(stop: StopFlag) -> None:
         raise StageError(Fault.STOPPED)
 
 
-def _load(ctx: StageContext, fetched: _Fetched) -> LanguageModel:
+def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | None) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
     device = world.join(ctx.config.resources).device
     load_tokenizer(fetched.model_folder, fetched.plan)  # it is needed after the last step, too late to find it broken
-    return load_base(fetched.model_folder, fetched.plan, device)
+    earlier = world.DTYPES[found.snapshot.position.computed_in] if found else None
+    return load_for_training(
+        fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
+    )
 
 
 def _begin(
@@ -170,6 +176,7 @@ def _begin(
     fetched: _Fetched,
     lm: LanguageModel,
     adapted: PeftModel,
+    found: checkpoint.Restored | None,
     stop: StopFlag,
 ) -> tuple[Session, Uploader, CheckpointStatus | None]:
     """The session at the newest whole checkpoint, or at step 0, and the uploader of its metrics.jsonl."""
@@ -177,8 +184,6 @@ def _begin(
     run_uri = ctx.config.run_uri
     parameters = adapter_parameters(adapted)
     optimizer = make_optimizer(list(parameters.values()), hyper)
-    scratch = ctx.work_dir / "checkpoints"
-    found = checkpoint.newest(fetched.store, run_uri, fetched.plan_digest, fetched.model_digests, scratch)
     metrics = TrainMetrics(ctx.reporter.registry)
     if found is None:
         position = checkpoint.Position(step=0, tokens=0, label_tokens=0, first_started_at=time.time())
@@ -191,6 +196,7 @@ def _begin(
         ctx.reporter.update(resumed_from_step=position.step, checkpoint=resumed_from)
         if position.evaluations:
             ctx.reporter.update(base_eval_loss=position.evaluations[0].loss, eval_loss=position.evaluations[-1].loss)
+    position = position.model_copy(update={"computed_in": world.PRECISIONS[lm.dtype]})
     # Together: a total beside step 0 would look as if the work of earlier attempts were lost.
     ctx.reporter.update(step=position.step, total_steps=hyper.total_steps, tokens_total=position.tokens)
 
@@ -219,7 +225,7 @@ def _begin(
         run_uri,
         plan_digest=fetched.plan_digest,
         base_files=fetched.model_digests,
-        scratch=scratch,
+        scratch=ctx.work_dir / "checkpoints",
         keep_last=defaults.given(spec.keep_last if spec else None, defaults.CHECKPOINTS_KEPT),
         interval_s=defaults.given(spec.interval_seconds if spec else None, defaults.CHECKPOINT_INTERVAL_S),
         resumed_from=resumed_from,
@@ -339,7 +345,9 @@ def _finish(
     ctx.reporter.update(activity="Committing")
     folder = ctx.work_dir / ADAPTER
     quality = session.quality() or Quality()
-    found = Evaluations(session.position.evaluations, base_answers, tuned_answers, quality)
+    found = Evaluations(
+        session.position.evaluations, base_answers, tuned_answers, quality, session.position.computed_in
+    )
     learned = _learned(session)
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
     for words in concern_words(quality):

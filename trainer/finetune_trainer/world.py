@@ -4,6 +4,8 @@ The one home of accelerate, and of those settings of torch that hold for the who
 """
 
 import logging
+import math
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -61,6 +63,31 @@ def join(resources: RunResources) -> World:
 def device_name(device: torch.device) -> str | None:
     """Return the GPU's name; None on the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # in words
+DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
+_PROBE_TOKENS, _PROBE_WIDTH, _PROBE_TURNS = 512, 1024, 4
+_CLEARLY_FASTER = 1.3
+
+
+def bf16_is_faster() -> bool:
+    """Return whether this CPU multiplies clearly faster in bf16: a linear layer forward and backward, about a second.
+
+    AMX and AVX512-BF16 have instructions for it: AMX multiplied 5.5 to 6.5 times as fast as fp32, where a CPU with AVX2
+    alone was six times as slow (both measured at SmolLM2-135M's shapes).
+    """
+    states = torch.ones(_PROBE_TOKENS, _PROBE_WIDTH, requires_grad=True)
+    seconds = dict.fromkeys(PRECISIONS, math.inf)
+    for turn in range(1 + _PROBE_TURNS):  # the first warms up
+        for dtype in PRECISIONS:
+            weight = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
+            began_s = time.perf_counter()
+            with autocast(torch.device("cpu"), dtype):
+                torch.nn.functional.linear(states, weight).sum().backward()
+            if turn:
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - began_s)
+    return seconds[torch.float32] > _CLEARLY_FASTER * seconds[torch.bfloat16]
 
 
 def weight_dtype(device: torch.device) -> torch.dtype:

@@ -1,0 +1,70 @@
+"""Choose what training computes in: bf16 on a GPU; on a CPU fp32, or bf16 where that is faster and loses nothing.
+
+Whether a CPU has instructions for bf16 is known only on the node that trains, so the plan holds the rule and not its
+outcome: equal jobs have equal plans, wherever they were prepared. The outcome is in the checkpoint and in the card.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer import world
+from finetune_trainer.inputs import Rows, StepPlan
+from finetune_trainer.loop import passes
+from finetune_trainer.model import LanguageModel, load_base
+from finetune_trainer.runplan import RunPlan
+
+log = logging.getLogger(__name__)
+
+_SAME_LOSS_RATIO = 0.01  # of the first step: bf16 rounds each product by up to 0.4 %, a mean over tokens by far less
+
+
+def load_for_training(
+    folder: Path, plan: RunPlan, device: torch.device, *, rows: Rows, steps: StepPlan, earlier: torch.dtype | None
+) -> LanguageModel:
+    """Return the base model in the precision that training computes in.
+
+    earlier: what the steps before the resumed checkpoint were computed in, which is kept where it can be; None:
+    training begins. Raises as `load_base`.
+    """
+    exact = world.weight_dtype(device)
+    if exact != torch.float32 or earlier == torch.float32:
+        return load_base(folder, plan, device, exact)
+    if not world.bf16_is_faster():
+        if earlier is not None:
+            log.warning("earlier steps were computed in bf16, which is slow on this CPU: the others are in fp32")
+        return load_base(folder, plan, device, exact)
+    if earlier is not None:
+        return load_base(folder, plan, device, torch.bfloat16)
+    expected = first_loss(load_base(folder, plan, device, exact), plan, rows, steps)
+    return _in_bf16(folder, plan, device, rows, steps, expected) or load_base(folder, plan, device, exact)
+
+
+def _in_bf16(
+    folder: Path, plan: RunPlan, device: torch.device, rows: Rows, steps: StepPlan, expected: float
+) -> LanguageModel | None:
+    """Return the model in bf16; None where its first loss is not the `expected` one of fp32."""
+    try:
+        lm = load_base(folder, plan, device, torch.bfloat16)
+    except StageError as error:
+        if error.fault is not Fault.UNSUPPORTED_MODEL:
+            raise
+        log.warning("computes in fp32, as in bf16 it does not pass: %s", error)
+        return None
+    found = first_loss(lm, plan, rows, steps)
+    same = abs(found - expected) <= _SAME_LOSS_RATIO * expected
+    precision = "bf16, which is faster on this CPU" if same else "fp32"
+    log.info("computes in %s: the first loss is %.4f in bf16, %.4f in fp32", precision, found, expected)
+    return lm if same else None
+
+
+@torch.no_grad()
+def first_loss(lm: LanguageModel, plan: RunPlan, rows: Rows, steps: StepPlan) -> float:
+    """Return the loss of the first step's first pass, in nats per label token."""
+    hyper, chosen = plan.hyperparameters, steps.rows_of(0)
+    group = next(passes(chosen, rows.lengths(chosen), hyper.micro_batch_tokens, hyper.packing))
+    batch = rows.batch(group, lm.device)
+    return float(lm.nll_sum(batch)) / max(1, len(batch.targets))
