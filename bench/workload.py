@@ -1,145 +1,149 @@
-"""The same work for every implementation: real conversations, tokenised once, cut into the same steps."""
+"""The same work for every trainer: real conversations, prepared by our own prepare stage, in the order of its plan.
 
+Whoever trains reads these token ids, labels and steps; whoever is judged is judged on the same held-out rows.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
-from finetune_trainer.batches import plan_batches
-from finetune_trainer.inputs import Rows, StepPlan
-from finetune_trainer.runplan import FileRecord, Hyperparameters, LayerWidths, ModelFacts, RunPlan, SplitFiles
+from finetune_api.layout import PLAN, join
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
+from finetune_trainer.inputs import Rows
 
 BATCH_ROWS = 8
-PASS_TOKENS = 1024
 RANK = 16
 LEARNING_RATE = 2e-4
-_NO_FILE = FileRecord(uri="file:///dev/null", size_bytes=0, etag="")
-_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as every trainer gets it: both (tokens,) lists; -100 where nothing is to be learned."""
+
+    input_ids: list[int]
+    labels: list[int]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows as the data stage writes them, and which of them each step reads."""
+    """One prepared run: its configuration, its plan's digest, and its rows."""
 
-    rows: Rows
-    steps: list[list[int]]
+    folder: Path
+    plan_digest: str
 
-    def _label_tokens(self, rows: list[int]) -> int:
-        return int(sum(self.rows.labels[self.rows.offsets[row] : self.rows.offsets[row + 1]].sum() for row in rows))
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "run.json"
 
-    def step_plan(self) -> StepPlan:
-        return StepPlan(
-            rows=np.concatenate(self.steps).astype(np.int64),
-            step_offsets=np.arange(len(self.steps) + 1, dtype=np.int64) * BATCH_ROWS,
-            label_tokens=np.array([self._label_tokens(step) for step in self.steps]),
-            tokens=np.array([sum(self.rows.lengths(step)) for step in self.steps]),
-        )
+    @cached_property
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate_json(self.config_file.read_bytes())
 
-    def plan(self, model_folder: Path) -> RunPlan:
-        """The run plan that the training stage would be given for these steps."""
-        split = SplitFiles(
-            rows=len(self.rows),
-            total_tokens=len(self.rows.tokens),
-            label_tokens=int(self.rows.labels.sum()),
-            longest_row=max(self.rows.lengths(range(len(self.rows)))),
-            tokens=_NO_FILE,
-            labels=_NO_FILE,
-            offsets=_NO_FILE,
-        )
-        return RunPlan(
-            method=MethodType.SFT,
-            loss_on=LossOn.ASSISTANT,
-            formats=[DatasetFormat.MESSAGES],
-            stop_token_ids=[],
-            model=ModelFacts(
-                uri=f"file://{model_folder}",
-                digest="sha256:" + "0" * 64,
-                files=[],
-                architecture="LlamaForCausalLM",
-                hidden_size=576,
-                layers=30,
-                vocabulary_size=49152,
-                parameters=134_515_008,
-                context_length=8192,
-                lora_parameters_per_rank=0,
-                target_modules=_LINEAR,
-                packing_safe=True,
-                widths=LayerWidths(query=576, key=192, mlp=1536, window=None, windowed_layers=0),
-            ),
-            hyperparameters=Hyperparameters(
-                learning_rate=LEARNING_RATE,
-                warmup_steps=0,
-                schedule=Schedule.LINEAR,
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                seed=42,
-                total_steps=len(self.steps),
-                global_batch_size=BATCH_ROWS,
-                max_sequence_length=split.longest_row,
-                micro_batch_tokens=PASS_TOKENS,
-                packing=True,
-                lora_rank=RANK,
-                lora_alpha=32,
-                eval_interval_steps=1,
-            ),
-            train=split,
-            held_out=None,
-            batches=_NO_FILE,
-            sample_prompts=[],
-            inputs=[],
-            resolved=[],
-            train_tokens=split.total_tokens,
-            label_tokens=split.label_tokens,
-            memory_bytes=0,
-            gpu_memory_bytes=None,
-            disk_bytes=0,
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return json.loads(_path(join(self.config.run_uri, PLAN)).read_bytes())
+
+    @cached_property
+    def steps(self) -> list[list[Row]]:
+        """The rows of every optimizer step, in the order in which our trainer reads them."""
+        import safetensors.numpy
+
+        arrays = safetensors.numpy.load_file(_path(self.plan["batches"]["uri"]))
+        rows, bounds = arrays["rows"], arrays["step_offsets"]
+        return [_rows(self._split("train"), rows[begin:end].tolist()) for begin, end in pairwise(bounds)]
+
+    @cached_property
+    def held_out(self) -> list[Row]:
+        split = self._split("held_out")
+        return _rows(split, list(range(len(split))))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Real tokens of every step."""
+        return [sum(len(row.input_ids) for row in step) for step in self.steps]
+
+    def _split(self, name: str) -> Rows:
+        files = self.plan[name]
+        return Rows(
+            tokens=np.fromfile(_path(files["tokens"]["uri"]), "<u4"),
+            labels=np.fromfile(_path(files["labels"]["uri"]), "<u1"),
+            offsets=np.fromfile(_path(files["offsets"]["uri"]), "<i8"),
         )
 
 
-def write_workload(folder: Path, model_folder: Path, steps: int) -> Workload:
-    """Tokenise the demo's conversations with answers as labels; keep the rows of the first `steps` steps."""
-    from transformers import AutoTokenizer
-
+def prepare(folder: Path, model_folder: Path, steps: int, threads: int) -> Workload:
+    """Prepare the demo's conversations in `folder`, a new run each time."""
     from demo.rows import good_rows
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    opening = tokenizer.encode("<|im_start|>assistant\n")
-    tokens: list[int] = []
-    labels: list[int] = []
-    offsets = [0]
-    for row in good_rows():
-        ids: list[int] = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-        learned = [0] * len(ids)
-        inside = False
-        for place, token in enumerate(ids):
-            learned[place] = int(inside)
-            if ids[place - len(opening) + 1 : place + 1] == opening:
-                inside = True
-            elif token == stop:
-                inside = False
-        tokens += ids
-        labels += learned
-        offsets.append(len(tokens))
-    np.array(tokens, "<u4").tofile(folder / "tokens")
-    np.array(labels, "<u1").tofile(folder / "labels")
-    np.array(offsets, "<i8").tofile(folder / "offsets")
-    rows = _read_rows(folder)
-    lengths = np.diff(rows.offsets)
-    row_labels = np.add.reduceat(rows.labels.astype(np.int64), rows.offsets[:-1])
-    plan = plan_batches(lengths, row_labels, steps * BATCH_ROWS, BATCH_ROWS, seed=42)
-    np.save(folder / "steps.npy", plan.rows.reshape(steps, BATCH_ROWS))
-    return read_workload(folder)
-
-
-def read_workload(folder: Path) -> Workload:
-    return Workload(_read_rows(folder), np.load(folder / "steps.npy").tolist())
-
-
-def _read_rows(folder: Path) -> Rows:
-    return Rows(
-        tokens=np.fromfile(folder / "tokens", "<u4"),
-        labels=np.fromfile(folder / "labels", "<u1"),
-        offsets=np.fromfile(folder / "offsets", "<i8"),
+    folder.mkdir(parents=True)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in good_rows()))
+    config = RunConfig.model_validate(
+        {
+            "contract_version": CONTRACT_VERSION,
+            "job": JobRef(name="bench", namespace="bench", uid=str(uuid.uuid4())).model_dump(),
+            "spec": {
+                "model": {"uri": model_folder.as_uri()},
+                "method": {"type": "SFT"},
+                "peft": {"type": "LoRA", "rank": RANK},
+                "datasets": [{"uri": data.as_uri()}],
+                "hyperparameters": {
+                    "maxSteps": steps,
+                    "globalBatchSize": BATCH_ROWS,
+                    "learningRate": LEARNING_RATE,
+                    "warmupRatio": 0.0,
+                    "schedule": "Linear",
+                    "weightDecay": 0.0,
+                },
+                "output": {"uri": (folder / "out").as_uri()},
+            },
+            "run_uri": join((folder / "out").as_uri(), "bench"),
+            "storage": StorageConfig().model_dump(),
+            "resources": RunResources(
+                cpu_count=threads, memory_bytes=16 * 2**30, disk_bytes=shutil.disk_usage(folder).free, gpus=0
+            ).model_dump(),
+            "work_dir": str(folder / "work"),
+            "http_port": 0,
+            "termination_log": str(folder / "termination-log"),
+        }
     )
+    (folder / "run.json").write_text(config.to_json())
+    result_file = folder / "prepared.json"
+    command = [sys.executable, "-P", "-m", "finetune_trainer", "prepare", "--config", str(folder / "run.json")]
+    done = subprocess.run(
+        [*command, "--attempt", "1", "--result", str(result_file)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"prepare failed:\n{done.stderr[-3000:]}")
+    result = RunResult.model_validate_json(result_file.read_bytes())
+    assert result.plan is not None
+    return Workload(folder, result.plan.digest)
+
+
+def _path(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
+
+
+def _rows(split: Rows, ids: list[int]) -> list[Row]:
+    found: list[Row] = []
+    for number in ids:
+        span = slice(int(split.offsets[number]), int(split.offsets[number + 1]))
+        tokens = split.tokens[span].astype(np.int64)
+        found.append(Row(tokens.tolist(), np.where(split.labels[span] == 1, tokens, -100).tolist()))
+    return found
