@@ -11,7 +11,7 @@ from rich.table import Table
 
 from finetune_api.names import Stage
 from finetune_api.quality import Quality, concern_words, verdict
-from finetune_api.reasons import Fault, reason_of_exit, words
+from finetune_api.reasons import Fault, Reason, reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.row_words import row_words
 from finetune_api.run import Progress, RunResult, Trouble
@@ -79,6 +79,7 @@ class StageView:
         self._task = self._bars.add_task(self._title, total=None, line="starting")
         self._said = ("starting", time.monotonic())
         self._trouble: Fault | None = None
+        self._concerns: set[Reason] = set()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -91,6 +92,8 @@ class StageView:
 
     def update(self, progress: Progress) -> None:
         self._show_trouble(progress.trouble)
+        if progress.quality is not None and progress.step < progress.total_steps:
+            self._show_concerns(progress.quality)
         line = describe(progress)
         total = progress.total_steps or None
         self._bars.update(self._task, total=total, completed=progress.step, line=escape(line))
@@ -101,6 +104,13 @@ class StageView:
             return
         self._said = (line, now_s)
         self._console.print(f"{self._title}: {line}", markup=False, soft_wrap=True)
+
+    def _show_concerns(self, quality: Quality) -> None:
+        """Say once, in red, what already speaks against the model while it trains: it may be worth a Ctrl-C."""
+        for reason, sentence in zip(quality.concerns, concern_words(quality), strict=True):
+            if reason not in self._concerns:
+                self._concerns.add(reason)
+                self._console.print(f"[bold red]{reason}[/] {escape(sentence)}", soft_wrap=True)
 
     def _show_trouble(self, trouble: Trouble | None) -> None:
         """Say once that something fails and is tried again, and once that it is over."""
@@ -192,7 +202,7 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
     artifact = result.artifact
     if artifact is not None:
         console.print(
-            "[bold green]Done[/]    the adapter is committed: reloaded from its files, it computed what was trained"
+            "[bold green]Done[/]    the adapter is committed; loaded from its files, it computes what was trained"
         )
         _more(console, "adapter", artifact.uri)
         _more(console, "digest", artifact.digest)

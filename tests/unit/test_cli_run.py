@@ -22,7 +22,7 @@ from data_run import chats, jsonl, prepare_run, put
 from finetune_api import retry
 from finetune_api.names import PORT_FILE, Stage
 from finetune_api.quality import Quality
-from finetune_api.reasons import Fault
+from finetune_api.reasons import Fault, Reason
 from finetune_api.run import Progress, RunConfig, RunResources, Trouble
 from finetune_api.status import DataStatus, PlanStatus
 from finetune_cli import local, run, show, stages
@@ -341,6 +341,17 @@ def test_saves_that_fail_are_told_once_and_that_it_is_over_once():
         view.update(at.model_copy(update={"trouble": trouble}))
     assert output.getvalue().count("may not write s3://b/[x]") == 1
     assert output.getvalue().count("safe again") == 1
+
+
+def test_a_divergence_is_told_in_red_while_it_trains_and_once():
+    output = io.StringIO()
+    at = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=11, total_steps=20)
+    diverging = Quality(concerns=[Reason.DIVERGING], first_train_loss=3.25, steps_above_start=10)
+    view = show.StageView(Console(file=output, force_terminal=True, width=200), Stage.TRAIN, 1)
+    for quality in (None, diverging, diverging):
+        view.update(at.model_copy(update={"quality": quality}))
+    assert output.getvalue().count("far above 3.250, where it began, for at least 10 steps") == 1
+    assert "\x1b[1;31mDiverging" in output.getvalue()
 
 
 def _send_once_the_stage_waits(play: Play, number: signal.Signals) -> threading.Thread:
