@@ -347,7 +347,7 @@ def test_a_divergence_is_told_in_red_while_it_trains_and_once():
     output = io.StringIO()
     at = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=11, total_steps=20)
     diverging = Quality(concerns=[Reason.DIVERGING], first_train_loss=3.25, steps_above_start=10)
-    view = show.StageView(Console(file=output, force_terminal=True, width=200), Stage.TRAIN, 1)
+    view = show.StageView(Console(file=output, force_terminal=True, width=200, highlight=False), Stage.TRAIN, 1)
     for quality in (None, diverging, diverging):
         view.update(at.model_copy(update={"quality": quality}))
     assert output.getvalue().count("far above 3.250, where it began, for at least 10 steps") == 1
