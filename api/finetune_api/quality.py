@@ -20,8 +20,8 @@ _TEXTS: dict[Reason, str] = {
     "hyperparameters.learningRate or fewer hyperparameters.epochs",
     Reason.ANSWERS_DO_NOT_END: "at the {answer_ends} true ends of held-out answers the model gives the stop token a "
     "mean probability of {end_probability} (before training {start_end_probability}): its answers will run on "
-    "until a length limit. Train for more hyperparameters.epochs, or choose a preprocessing.chatTemplate whose answers "
-    "end with a stop token that the model knows",
+    "until a length limit. Where the loss has become better, train for more hyperparameters.epochs, or choose a "
+    "preprocessing.chatTemplate whose answers end with a stop token that the model knows",
     Reason.DIVERGING: "the training loss has been far above {first_train_loss}, where it began, for at least "
     "{steps_above_start} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
 }
