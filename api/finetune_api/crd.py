@@ -89,8 +89,9 @@ def object_schema() -> Schema:
                 "as names of pods are made from it",
             ),
             (
-                "self.metadata.name.matches('^[a-z0-9-]+$')",
-                "metadata.name has a dot; write only lower-case letters, digits and -, as pods are named after it",
+                "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+                "metadata.name may hold only lower-case letters, digits and -, no dot and no - at an end; write such a "
+                "name, as pods are named after it",
             ),
         ),
     }

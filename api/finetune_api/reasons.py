@@ -243,8 +243,8 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.BROKEN_ROW: FaultText(
         Reason.DATA_INVALID,
-        "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; "
-        "fix them, or go on without them by preprocessing.onBadRow: Quarantine and preprocessing.maxBrokenFraction",
+        "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; fix them, or {remedy}",
+        unknown={"remedy": "see preprocessing.onBadRow and preprocessing.maxBrokenFraction"},
     ),
     Fault.BROKEN_FILE: FaultText(
         Reason.DATA_INVALID,

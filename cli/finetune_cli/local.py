@@ -89,9 +89,13 @@ def run_config(
 
 
 def _granted(machine: Machine, asked: ResourcesSpec | PrepareResourcesSpec | None) -> RunResources:
-    """Return what the job asks for, but never more than there is: what is planned with must be real."""
+    """Return what the job asks for, but never more than there is: what is planned with must be real.
+
+    Raises CommandError where it asks for a GPU and there is none."""
     whole = RunResources(**asdict(machine))
     wanted = whole.with_asked(asked)
+    if wanted.gpus and not whole.gpus:
+        raise CommandError("this machine has no GPU: write spec.resources.gpusPerNode: 0, or leave it out", Exit.USAGE)
     return wanted.model_copy(
         update={
             "cpu_count": min(wanted.cpu_count, whole.cpu_count),

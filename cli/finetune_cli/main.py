@@ -38,8 +38,8 @@ def run_command(
     URIs may also be file:///…. Storage credentials come from the usual AWS places (environment, profile, role);
     AWS_ENDPOINT_URL_S3 wins over the endpoint in the file.
 
-    Ctrl-C or SIGTERM stops after a checkpoint, a second one at once. Started in the background, where the shell ignores
-    Ctrl-C for it (`&` in a script, nohup, many CI systems), it keeps ignoring it; SIGTERM is always heard.
+    Ctrl-C or SIGTERM stops once what is done is saved, a second one at once. Started in the background, where the shell
+    ignores Ctrl-C for it (`&` in a script, nohup, many CI systems), it keeps ignoring it; SIGTERM is always heard.
     """
     from finetune_cli.run import run
 

@@ -37,7 +37,7 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     if wrong := problems(job):
         raise CommandError("\n".join([f"{path} is refused:", *(f"  {line}" for line in wrong)]), Exit.USAGE)
     if importlib.util.find_spec("torch") is None:
-        raise CommandError('training needs more packages: pip install "finetune-operator[trainer,cli]"', Exit.USAGE)
+        raise CommandError('training needs more packages: pip install ".[trainer,cli]", in a checkout', Exit.USAGE)
     uid = local.local_uid(path, job)
     folder = (work_dir or local.default_work_dir(path, job)).resolve()
     with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, stop, times)) as stop:
@@ -49,7 +49,9 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
             f"[bold]{config.job.name}[/] works in {escape(f'{folder} and writes to {config.run_uri}')}", soft_wrap=True
         )
         if not stop.hears_ctrl_c:
-            console.print(f"It runs in the background: {_how_to_stop(stop)} stops it after a checkpoint, not Ctrl-C")
+            console.print(
+                f"It runs in the background: {_how_to_stop(stop)} stops it once what is done is saved, not Ctrl-C"
+            )
         stage_run = StageRun(config, config_file, Stage.PREPARE, 0, None, folder / "log", lock.fileno())
         attempts: tuple[AttemptStatus, ...] = ()
         while True:
@@ -157,7 +159,8 @@ def log_file(folder: Path, stage: Stage, attempt: int) -> Path:
 def _failed(result: RunResult, stop: Stop, folder: Path, console: Console) -> int:
     if stop.requested:
         step = f" at step {result.step}" if result.step else ""
-        console.print(f"[yellow]Stopped[/]{step}; the same command goes on from the last checkpoint")
+        place = "the last checkpoint" if result.checkpoint else f"the beginning of {result.stage}"
+        console.print(f"[yellow]Stopped[/]{step}; the same command goes on from {place}")
         return Exit.INTERRUPTED
     show.show_failure(console, result, str(log_file(folder, result.stage, result.attempt)))
     return result.exit_code
@@ -168,7 +171,7 @@ def _how_to_stop(stop: Stop) -> str:
 
 
 def _say_stopping(console: Console, stop: Stop, times: int) -> None:
-    again = f"Stopping after a checkpoint; {_how_to_stop(stop)} again stops at once"
+    again = f"Stopping once what is done is saved; {_how_to_stop(stop)} again stops at once"
     console.print(again if times == 1 else "Stopping at once")
 
 

@@ -144,11 +144,16 @@ def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool)
 def _local_advice(value: Any) -> str:
     """Return what to write instead of something that is no URI; a path of this machine is written out."""
     path = str(value).removeprefix("file://").removeprefix("file:")
+    if path.startswith(("hf://", "https://huggingface.co/")):
+        return "nothing is fetched from the Hugging Face Hub: download it, then write file:// and its absolute path"
     if "://" in path or not path.strip("/ "):
         return "write s3://BUCKET/PATH, or file:// and the absolute path of a file or folder of this machine"
     absolute = Path.cwd() / Path(path).expanduser()
     folder = "/" if path.endswith("/") else ""
-    return f"write file://{os.path.normpath(absolute)}{folder} for a path of this machine, or s3://BUCKET/PATH"
+    hub = "; a name on the Hugging Face Hub is downloaded first, as nothing is fetched from there"
+    may_be_of_hub = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not absolute.exists()
+    advice = f"write file://{os.path.normpath(absolute)}{folder} for a path of this machine, or s3://BUCKET/PATH"
+    return advice + (hub if may_be_of_hub else "")
 
 
 def _holds(rule: str, value: Any, old: Any) -> bool:

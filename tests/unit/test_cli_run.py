@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -393,7 +394,7 @@ def test_a_run_that_cannot_hear_ctrl_c_says_what_stops_it_and_that_does(play: Pl
         assert play.run(prepare_1=PREPARED, train_1=INTERRUPTED) == Exit.INTERRUPTED
         asker.join()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    assert f"`kill {os.getpid()}` stops it after a checkpoint" in play.said
+    assert f"`kill {os.getpid()}` stops it once what is done is saved" in play.said
     assert f"`kill {os.getpid()}` again stops at once" in play.said
     assert "Stopped at step 7" in play.said
 
@@ -479,6 +480,13 @@ def test_absent_resources_are_those_of_the_machine_and_written_ones_win():
     }
     asked = configured(resources={"cpu": "500m", "memory": "4Gi", "disk": "5Gi", "gpusPerNode": 0}).resources
     assert asked.model_dump() == {"cpu_count": 0.5, "memory_bytes": 4 * GIB, "disk_bytes": 5 * GIB, "gpus": 0}
+
+
+def test_a_gpu_that_this_machine_does_not_have_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "MACHINE", replace(MACHINE, gpus=0))
+    assert configured().resources.gpus == 0
+    with pytest.raises(CommandError, match="gpusPerNode: 0"):
+        configured(resources={"gpusPerNode": 1})
 
 
 def test_prepare_has_resources_of_its_own_and_no_gpu():

@@ -58,6 +58,8 @@ def test_a_relative_path_is_not_taken():
         ("~/x.jsonl", "write file:///home/me/x.jsonl"),
         ("file:/data/x.jsonl", "write file:///data/x.jsonl"),
         ("gs://bucket/x.jsonl", "write s3://BUCKET/PATH, or file:// and the absolute path"),
+        ("hf://org/rows", "nothing is fetched from the Hugging Face Hub: download it"),
+        ("org/rows", "a name on the Hugging Face Hub is downloaded first"),
     ],
 )
 def test_a_path_of_this_machine_is_told_as_the_uri_to_write(given: str, advised: str, monkeypatch: pytest.MonkeyPatch):
@@ -69,6 +71,15 @@ def test_a_path_of_this_machine_is_told_as_the_uri_to_write(given: str, advised:
     assert first.startswith("spec.datasets[0].uri: ")
     assert advised in first
     assert advised not in "\n".join(problems(body, local=False))
+
+
+@pytest.mark.parametrize("name", ["My_Pirate", "Pirate", "pirate bot", "bot.v2", "-pirate", "pirate-", ""])
+def test_a_name_that_no_pod_may_have_is_told_what_it_may_hold(name: str):
+    body = spec_cases.base()
+    body["metadata"]["name"] = name
+    assert "metadata.name" in "\n".join(problems(body))
+    if name:
+        assert "may hold only lower-case letters, digits and -" in "\n".join(problems(body))
 
 
 def test_a_misspelt_field_is_told_its_right_name():

@@ -282,7 +282,7 @@ def test_broken_rows_end_the_job_naming_file_and_row_and_the_log():
     world = World().step().run("prepare-1")
     world.end("prepare-1", fault=Fault.BROKEN_ROW, args=args, log_uri="s3://out/bot/log").step()
     assert world.verdict == ("False", "DataInvalid")
-    for part in ("a.jsonl row 17", "not a list", "onBadRow: Quarantine", "log: s3://out/bot/log"):
+    for part in ("a.jsonl row 17", "not a list", "preprocessing.onBadRow", "log: s3://out/bot/log"):
         assert part in world.message(ConditionType.SUCCEEDED)
     assert world.events[-1].type == "Warning"
     assert world.events[-1].reason == Reason.DATA_INVALID

@@ -70,7 +70,7 @@ def test_a_model_that_does_not_pass_in_bf16_is_trained_in_fp32(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("first", "then", "expected"),
-    [(True, True, "bf16"), (False, True, "fp32"), (True, False, "fp32")],
+    [(True, True, "bf16"), (False, True, "fp32"), (True, False, "bf16, then fp32")],
     ids=["stays in bf16", "stays in fp32", "a node without the instructions"],
 )
 def test_a_resumed_run_computes_in_what_it_began_with_where_that_is_not_slow(

@@ -296,7 +296,9 @@ def test_every_row_of_a_parquet_file_without_a_fitting_column_is_counted_as_drop
     assert prepared.report["files"][1]["rows_in"] == 200
     assert prepared.report["files"][1]["dropped"] == {"missing_field": 200}
     spec = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.05}}
-    assert fails(tmp_path, spec).fault is Fault.BROKEN_ROW
+    error = fails(tmp_path, spec)
+    assert error.fault is Fault.BROKEN_ROW
+    assert "raise preprocessing.maxBrokenFraction, which allows 0.05 of all rows" in str(error)
 
 
 def test_a_format_that_does_not_fit_the_method_is_refused_by_the_field(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def data(rows: int = 1000, **fields: Any) -> DataFacts:
         "label_tokens": rows * 40,
         "longest_row": 300,
         "longest_of_all": 300,
-        "held_out_tokens": rows * 2,
+        "measured_tokens": rows * 2,
         "prepared_bytes": rows * 500,
         "too_long_rows": 0,
         "sequence_limit": 2048,
@@ -204,21 +204,21 @@ def test_warmup_is_a_share_of_the_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "held_out_tokens", "interval"),
+    ("steps", "measured_tokens", "interval"),
     [
         (1000, 2_000, 100),  # nine times between the steps, whatever they cost
-        (1000, 20_000, 143),  # 400,000 tokens are trained on: 20,000 are read six times in a tenth of that time
-        (20, 2_500, 20),  # 8,000 tokens: even once would take more
-        (20, 1_200, 7),
+        (1000, 20_000, 200),  # 400,000 tokens are trained on: 20,000 are read four times in a tenth of that time
+        (20, 2_000, 20),  # 8,000 tokens: even once would take more
+        (20, 800, 7),
         (20, 0, 2),  # nothing is held out
         (1, 2_000, 1),
     ],
 )
 def test_held_out_rows_are_measured_between_steps_as_often_as_a_tenth_of_the_time_allows(
-    steps: int, held_out_tokens: int, interval: int
+    steps: int, measured_tokens: int, interval: int
 ) -> None:
     job = spec(hyperparameters={"maxSteps": steps, "globalBatchSize": 4})
-    found = sized(job, data(held_out_tokens=held_out_tokens))
+    found = sized(job, data(measured_tokens=measured_tokens))
     assert found.hyperparameters.eval_interval_steps == interval
 
 

@@ -45,7 +45,7 @@ class Evaluations:
     base_answers: Sequence[Answer]
     tuned_answers: Sequence[Answer]
     quality: Quality
-    computed_in: str  # fp32 or bf16
+    computed_in: str  # as in checkpoint.Position
 
 
 def vllm_rank(rank: int) -> int:

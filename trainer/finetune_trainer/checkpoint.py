@@ -63,7 +63,7 @@ class Position(StoredModel):
     evaluations: list[HeldOut] = Field(default_factory=list[HeldOut], max_length=MAX_EVALUATIONS)  # the base's first
     # Of the model that the job began with, so that every later evaluation is compared with it row by row.
     start_row_losses: list[float] = Field(default_factory=list[float], max_length=MAX_HELD_OUT_ROWS)
-    computed_in: Literal["fp32", "bf16"] = "fp32"  # all steps, or those of the last attempt
+    computed_in: Literal["fp32", "bf16", "bf16, then fp32"] = "fp32"  # the latter: on a node without bf16
     first_loss: float | None = None  # of the first step, nats per label token
     steps_above_start: int = Field(default=0, ge=0)  # in a row up to the last one
     first_started_at: float  # Unix time of the first attempt that trained

@@ -96,7 +96,9 @@ def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
     spec = ctx.config.spec
     for index, dataset in enumerate(spec.datasets):
         check_given(dataset.format, spec.method.type, index)
+    ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
     model = read_model(ctx.store, spec.model.uri)
+    ctx.reporter.update(activity="Reading")
     limit = sizing.sequence_limit(spec, model.facts)
     with Ledger(ctx.work_dir / "decisions.jsonl") as ledger:
         stage = _Stage(ctx, model, limit, Choices(), ledger)
@@ -286,6 +288,7 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
 
 
 def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> DataFacts:
+    held_out = division.sequences[division.sequences_of(division.held_out)]
     return DataFacts(
         rows=len(train),
         distinct_rows=int(division.sequences_of(division.train & ~division.copies).sum()),
@@ -293,7 +296,7 @@ def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> 
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
         longest_row=int(train["tokens"].max()),
         longest_of_all=int(lengths.max()),
-        held_out_tokens=int(division.sequences["tokens"][division.sequences_of(division.held_out)].sum(dtype=np.int64)),
+        measured_tokens=int(held_out["tokens"][: defaults.MAX_HELD_OUT_ROWS].sum(dtype=np.int64)),
         prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
         sequence_limit=stage.limit,

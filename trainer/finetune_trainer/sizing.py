@@ -48,7 +48,7 @@ class DataFacts:
     label_tokens: int
     longest_row: int
     longest_of_all: int  # held-out rows included, which are packed as well
-    held_out_tokens: int
+    measured_tokens: int  # of the held-out rows that are measured
     prepared_bytes: int
     too_long_rows: int
     sequence_limit: int  # the length rows were dropped or split at
@@ -153,7 +153,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace)
     if not resources.gpus:
         reason = "bf16 where a probe on the node that trains finds it faster, and the first step's loss agrees"
-        choices.pick("precision", None, "fp32 or bf16", reason)
+        choices.pick("precision", None, "fp32, or bf16 if faster", reason)
     gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
     disk = _disk_bytes(model, data, rank)
     if disk > resources.disk_bytes * _CLEARLY:
@@ -190,10 +190,10 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
 def _eval_interval_steps(steps: int, trained_tokens: int, data: DataFacts) -> int:
     """Return after how many steps the held-out rows are measured again, besides before the first and after the last.
 
-    A forward pass alone is a third of a step's work at most, so that all of them take some tenth of the training's
-    time, and are _MAX_EVALUATIONS at most.
+    A forward pass is half of a LoRA step's work per token (see flops.py), so that all of them take a tenth of the
+    steps' time, and are _MAX_EVALUATIONS at most.
     """
-    affordable = int(_EVAL_SHARE * 3 * trained_tokens) // max(1, data.held_out_tokens)
+    affordable = int(_EVAL_SHARE * 2 * trained_tokens) // max(1, data.measured_tokens)
     return -(-steps // (1 + min(_MAX_EVALUATIONS, affordable)))
 
 

@@ -164,7 +164,7 @@ def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | Non
     ctx.reporter.update(activity="Loading")
     device = world.join(ctx.config.resources).device
     load_tokenizer(fetched.model_folder, fetched.plan)  # it is needed after the last step, too late to find it broken
-    earlier = world.DTYPES[found.snapshot.position.computed_in] if found else None
+    earlier = found and (torch.bfloat16 if found.snapshot.position.computed_in == "bf16" else torch.float32)
     return load_for_training(
         fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
     )
@@ -196,7 +196,9 @@ def _begin(
         ctx.reporter.update(resumed_from_step=position.step, checkpoint=resumed_from)
         if position.evaluations:
             ctx.reporter.update(base_eval_loss=position.evaluations[0].loss, eval_loss=position.evaluations[-1].loss)
-    position = position.model_copy(update={"computed_in": world.PRECISIONS[lm.dtype]})
+    if found is None or (position.computed_in == "bf16" and lm.dtype != torch.bfloat16):
+        then = world.PRECISIONS[lm.dtype]
+        position = position.model_copy(update={"computed_in": f"bf16, then {then}" if found else then})
     # Together: a total beside step 0 would look as if the work of earlier attempts were lost.
     ctx.reporter.update(step=position.step, total_steps=hyper.total_steps, tokens_total=position.tokens)
 

@@ -66,7 +66,6 @@ def device_name(device: torch.device) -> str | None:
 
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # in words
-DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 _PROBE_TOKENS, _PROBE_WIDTH, _PROBE_TURNS = 256, 1024, 8
 _CLEARLY_FASTER = 1.3
 _CLEARLY_SLOWER = 2.0  # then more turns would tell the same

@@ -82,7 +82,14 @@ class BadRows:
             problem=broken.words,
             broken=self._count,
             rows=self._ledger.rows_read,
+            remedy=self._remedy(),
         )
+
+    def _remedy(self) -> str:
+        """Return how to go on without the broken rows."""
+        if not self.quarantine:
+            return "go on without them by preprocessing.onBadRow: Quarantine and preprocessing.maxBrokenFraction"
+        return f"raise preprocessing.maxBrokenFraction, which allows {self._max_fraction:g} of all rows"
 
 
 class Inputs(NamedTuple):
