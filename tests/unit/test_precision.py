@@ -10,25 +10,28 @@ import torch
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import precision, train, world
-from finetune_trainer.checkpoint import Position
+from finetune_trainer.checkpoint import CheckpointManifest, Position
+from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.stop import StopFlag
 from tiny_run import TinyRun, context, make_run
+
+HELD_OUT = HeldOut(step=0, loss=1.0, rows=1, label_tokens=1)
 
 
 def computed_in(run: TinyRun) -> str:
     return json.loads(run.local("adapter/eval.json").read_bytes())["computed_in"]
 
 
-def faster(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    monkeypatch.setattr(world, "bf16_is_faster", lambda: answer)
+def speedup(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    monkeypatch.setattr(world, "bf16_speedup", lambda: times)
 
 
-@pytest.mark.parametrize(("is_faster", "expected"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize(("times", "expected"), [(5.0, "bf16"), (1.1, "fp32")])
 def test_a_cpu_computes_in_bf16_where_that_is_faster_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_faster: bool, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, expected: str
 ) -> None:
-    faster(monkeypatch, is_faster)
+    speedup(monkeypatch, times)
     run = make_run(tmp_path, steps=4)
     result = train.run(context(run), StopFlag(60))
     assert result.fault is Fault.COMMITTED
@@ -39,7 +42,7 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster_and_says_so(
 def test_a_first_loss_that_bf16_changes_leaves_the_run_in_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faster(monkeypatch, True)
+    speedup(monkeypatch, 5.0)
     measure = precision.first_loss
 
     def worse_in_bf16(lm: LanguageModel, *rest: object) -> float:
@@ -54,7 +57,7 @@ def test_a_first_loss_that_bf16_changes_leaves_the_run_in_fp32(
 
 
 def test_a_model_that_does_not_pass_in_bf16_is_trained_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faster(monkeypatch, True)
+    speedup(monkeypatch, 5.0)
     load = precision.load_base
 
     def refuse_bf16(folder: Path, plan: object, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -70,14 +73,14 @@ def test_a_model_that_does_not_pass_in_bf16_is_trained_in_fp32(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("first", "then", "expected"),
-    [(True, True, "bf16"), (False, True, "fp32"), (True, False, "bf16, then fp32")],
-    ids=["stays in bf16", "stays in fp32", "a node without the instructions"],
+    [(5.0, 5.0, "bf16"), (5.0, 1.0, "bf16"), (0.2, 5.0, "fp32"), (5.0, 0.2, "bf16, then fp32")],
+    ids=["stays in bf16", "measured otherwise on one node", "stays in fp32", "a node without the instructions"],
 )
 def test_a_resumed_run_computes_in_what_it_began_with_where_that_is_not_slow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool, then: bool, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, then: float, expected: str
 ) -> None:
     run, stop = make_run(tmp_path, steps=6), StopFlag(60)
-    faster(monkeypatch, first)
+    speedup(monkeypatch, first)
     run_step = train.Stepper.run
 
     def run_and_stop(self: train.Stepper, number: int) -> torch.Tensor:
@@ -89,14 +92,40 @@ def test_a_resumed_run_computes_in_what_it_began_with_where_that_is_not_slow(
     with pytest.raises(StageError) as caught:
         train.run(context(run), stop)
     assert caught.value.fault is Fault.INTERRUPTED
-    faster(monkeypatch, then)
+    speedup(monkeypatch, then)
     result = train.run(context(run, attempt=2), StopFlag(60))
     assert (result.fault, result.resumed_from_step) == (Fault.COMMITTED, 3)
     assert computed_in(run) == expected
 
 
+@pytest.mark.parametrize(
+    ("earlier", "dtype", "steps_left", "expected"),
+    [
+        (None, torch.bfloat16, 6, "bf16"),
+        ("bf16", torch.float32, 0, "bf16"),  # no step is left to compute in anything else
+        ("bf16", torch.float32, 1, "bf16, then fp32"),
+        ("bf16, then fp32", torch.float32, 3, "bf16, then fp32"),
+    ],
+)
+def test_the_card_says_what_the_steps_were_computed_in_and_not_what_the_last_attempt_loaded(
+    earlier: precision.ComputedIn | None, dtype: torch.dtype, steps_left: int, expected: str
+) -> None:
+    assert precision.computed_in(earlier, dtype, steps_left) == expected
+
+
 def test_a_checkpoint_of_an_earlier_release_was_computed_in_fp32() -> None:
     assert Position(step=1, tokens=1, label_tokens=1, first_started_at=0.0).computed_in == "fp32"
+
+
+def test_a_checkpoint_of_a_later_release_is_read_although_it_says_more() -> None:
+    at = Position(step=1, tokens=1, label_tokens=1, first_started_at=0.0, evaluations=[HELD_OUT])
+    state = json.loads(at.model_dump_json())
+    state |= {"of_a_later_release": 1}
+    state["evaluations"][0] |= {"of_a_later_release": [1]}
+    assert Position.model_validate_json(json.dumps(state)) == at
+    CheckpointManifest.model_validate(
+        {"step": 1, "epoch": 1, "plan_digest": "sha256:" + "0" * 64, "files": [], "new": 1}
+    )
 
 
 def test_the_probe_compares_both_precisions_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +141,8 @@ def test_the_probe_compares_both_precisions_on_this_cpu(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch.nn.functional, "linear", slow_linear)
     monkeypatch.setattr(world.time, "perf_counter", lambda: clock[0])
-    assert world.bf16_is_faster()
-    took[torch.bfloat16] = 0.9
-    assert not world.bf16_is_faster()
+    assert world.bf16_speedup() == pytest.approx(2.0)
+    took[torch.bfloat16] = 4.0
+    clock[0] = 0.0
+    assert world.bf16_speedup() == pytest.approx(0.25)
+    assert clock[0] == 2 * 5.0, "one turn after the warm-up tells enough"

@@ -538,7 +538,7 @@ def test_a_gpu_that_fails_outside_a_step_is_named_too(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "load_base", fail)
+    monkeypatch.setattr(train, "load_for_training", fail)
     with pytest.raises(StageError) as caught:
         train.run(context(make_run(tmp_path)), StopFlag(60))
     assert (caught.value.fault, caught.value.exit_code) == (fault, exit_code)

@@ -154,6 +154,23 @@ def test_a_stop_during_the_upload_saves_the_last_step_that_could_not_be_saved_be
     assert saved == ["00000003-1"], "had the time to stop ended during the upload, three steps would be lost"
 
 
+def test_a_stop_during_the_upload_where_no_checkpoint_can_be_saved_still_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, upload = StopFlag(120), export.upload
+    with run_in_bucket(tmp_path, steps=3) as (run, server):
+        server.troubles = [DENIED]
+
+        def stop_and_upload(*args: Any) -> Any:
+            monkeypatch.setattr(patience, "MAX_AWAY_S", 0.0)  # the end of all patience is no end of what can commit
+            stop.set()
+            return upload(*args)
+
+        monkeypatch.setattr(export, "upload", stop_and_upload)
+        assert train.run(context(run), stop).fault is Fault.COMMITTED
+        assert checkpoints(server) == []
+
+
 def test_a_failed_save_hides_no_step_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touches: list[str | None] = []
     touch = Reporter.touch

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -32,6 +32,7 @@ from finetune_api.status import CheckpointStatus
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
 from finetune_trainer.evaluate import MAX_HELD_OUT_ROWS, HeldOut
 from finetune_trainer.patience import FailedTries, after_failure, best_effort, pause_s
+from finetune_trainer.precision import ComputedIn
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 
@@ -53,7 +54,8 @@ MAX_EVALUATIONS = 1000
 class Position(StoredModel):
     """Where the loop stands; everything but the tensors."""
 
-    model_config = ConfigDict(ser_json_inf_nan="strings")  # a loss may be no number
+    # A loss may be no number. A later release may write more, all of which has defaults: a run can go back to this one.
+    model_config = ConfigDict(ser_json_inf_nan="strings", extra="ignore")
 
     step: int = Field(ge=0)  # finished steps
     tokens: int = Field(ge=0)
@@ -63,7 +65,7 @@ class Position(StoredModel):
     evaluations: list[HeldOut] = Field(default_factory=list[HeldOut], max_length=MAX_EVALUATIONS)  # the base's first
     # Of the model that the job began with, so that every later evaluation is compared with it row by row.
     start_row_losses: list[float] = Field(default_factory=list[float], max_length=MAX_HELD_OUT_ROWS)
-    computed_in: Literal["fp32", "bf16", "bf16, then fp32"] = "fp32"  # the latter: on a node without bf16
+    computed_in: ComputedIn = "fp32"  # the steps so far
     first_loss: float | None = None  # of the first step, nats per label token
     steps_above_start: int = Field(default=0, ge=0)  # in a row up to the last one
     first_started_at: float  # Unix time of the first attempt that trained
@@ -72,6 +74,8 @@ class Position(StoredModel):
 
 class CheckpointManifest(StoredModel):
     """What a whole checkpoint consists of."""
+
+    model_config = ConfigDict(extra="ignore")  # as of Position
 
     version: int = 1
     step: int = Field(ge=0)

@@ -28,7 +28,7 @@ class HeldOut(StoredModel):
     """Token-weighted loss on held-out rows after a number of steps; 0 is the base model."""
 
     # A loss that is not finite must be readable again: a checkpoint holds it.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings", extra="ignore")  # as checkpoint.Position
 
     step: int = Field(ge=0)
     loss: float  # nats per label token

@@ -6,6 +6,7 @@ outcome: equal jobs have equal plans, wherever they were prepared. The outcome i
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,26 +20,39 @@ from finetune_trainer.runplan import RunPlan
 
 log = logging.getLogger(__name__)
 
+ComputedIn = Literal["fp32", "bf16", "bf16, then fp32"]  # the latter: it went on where bf16 is slow
+_FASTER = 1.3  # to begin in bf16
+_SLOWER = 0.8  # to leave it: two measurements on one node differ by less than these two bounds
 _SAME_LOSS_RATIO = 0.01  # of the first step: bf16 rounds each product by up to 0.4 %, a mean over tokens by far less
 
 
+def computed_in(earlier: ComputedIn | None, dtype: torch.dtype, steps_left: int) -> ComputedIn:
+    """Return what all steps of a run will have been computed in. earlier: those before this attempt, None: there are
+    none."""
+    if earlier == "bf16" and dtype == torch.float32 and steps_left:
+        return "bf16, then fp32"
+    return earlier or ("fp32" if dtype == torch.float32 else "bf16")
+
+
 def load_for_training(
-    folder: Path, plan: RunPlan, device: torch.device, *, rows: Rows, steps: StepPlan, earlier: torch.dtype | None
+    folder: Path, plan: RunPlan, device: torch.device, *, rows: Rows, steps: StepPlan, earlier: ComputedIn | None
 ) -> LanguageModel:
     """Return the base model in the precision that training computes in.
 
-    earlier: what the steps before the resumed checkpoint were computed in, which is kept where it can be; None:
+    earlier: what the steps before the resumed checkpoint were computed in, which is kept unless it is slow here; None:
     training begins. Raises as `load_base`.
     """
     exact = world.weight_dtype(device)
-    if exact != torch.float32 or earlier == torch.float32:
+    if exact != torch.float32 or earlier not in (None, "bf16"):
         return load_base(folder, plan, device, exact)
-    if not world.bf16_is_faster():
-        if earlier is not None:
-            log.warning("earlier steps were computed in bf16, which is slow on this CPU: the others are in fp32")
-        return load_base(folder, plan, device, exact)
+    speedup = world.bf16_speedup()
     if earlier is not None:
-        return load_base(folder, plan, device, torch.bfloat16)
+        if speedup >= _SLOWER:
+            return load_base(folder, plan, device, torch.bfloat16)
+        log.warning("earlier steps were computed in bf16, which is slow on this CPU: the others are in fp32")
+        return load_base(folder, plan, device, exact)
+    if speedup < _FASTER:
+        return load_base(folder, plan, device, exact)
     expected = first_loss(load_base(folder, plan, device, exact), plan, rows, steps)
     return _in_bf16(folder, plan, device, rows, steps, expected) or load_base(folder, plan, device, exact)
 

@@ -281,6 +281,7 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     store.put(join(run_uri, REPORT), _json(content))
     store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))
     plan_bytes = run_plan.model_dump_json().encode()
+    fence.check()  # again: all decisions may have taken long
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
     store.put(join(run_uri, PLAN), plan_bytes)
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)

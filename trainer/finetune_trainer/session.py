@@ -22,6 +22,7 @@ from finetune_trainer.inputs import Rows
 from finetune_trainer.logs import bind_step
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learning_rate
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
+from finetune_trainer.patience import ENDS_AT_ONCE
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.world import device_memory
@@ -116,12 +117,26 @@ class Session:
             raise StageError(Fault.STOPPED)
         return done
 
-    def save_last(self) -> bool:
-        """Save the state after the last step unless it is saved, with all the time that a stop leaves."""
+    @property
+    def saved(self) -> bool:
+        """Whether the state after the newest step is in a checkpoint."""
         last = self.checkpointer.last
-        if last is not None and last.step == self.position.step:
-            return True
-        return self.checkpointer.finish(self._snapshot, self.position.step, self.stop)
+        return last is not None and last.step == self.position.step
+
+    def save_last(self) -> None:
+        """Try once more, for half of the time that a stop leaves, to save the state after the last step.
+
+        What storage refuses ends nothing: the commit may still go through. Raises as a newer writer ends an attempt.
+        """
+        if self.saved:
+            return
+        try:
+            self.checkpointer.start(self._snapshot())
+            self.checkpointer.wait(self.stop.remaining_s() / 2)
+        except StageError as error:
+            if error.fault in ENDS_AT_ONCE:
+                raise
+            log.warning("the last step is in no checkpoint: %s", error)
 
     def quality(self) -> Quality | None:
         """Return what is known of the model: only what its steps say until it is measured, None if that is nothing."""

@@ -40,7 +40,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
-from finetune_trainer.precision import load_for_training
+from finetune_trainer.precision import computed_in, load_for_training
 from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
@@ -92,6 +92,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     beat()
     adapted = add_adapter(lm, fetched.plan)
     session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, found, stop)
+    del found  # its tensors are in the model now
     resumed_step = resumed_from.step if resumed_from else None
     try:
         with watching(session.watchdog):
@@ -164,7 +165,7 @@ def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | Non
     ctx.reporter.update(activity="Loading")
     device = world.join(ctx.config.resources).device
     load_tokenizer(fetched.model_folder, fetched.plan)  # it is needed after the last step, too late to find it broken
-    earlier = found and (torch.bfloat16 if found.snapshot.position.computed_in == "bf16" else torch.float32)
+    earlier = found.snapshot.position.computed_in if found else None
     return load_for_training(
         fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
     )
@@ -196,9 +197,9 @@ def _begin(
         ctx.reporter.update(resumed_from_step=position.step, checkpoint=resumed_from)
         if position.evaluations:
             ctx.reporter.update(base_eval_loss=position.evaluations[0].loss, eval_loss=position.evaluations[-1].loss)
-    if found is None or (position.computed_in == "bf16" and lm.dtype != torch.bfloat16):
-        then = world.PRECISIONS[lm.dtype]
-        position = position.model_copy(update={"computed_in": f"bf16, then {then}" if found else then})
+    position = position.model_copy(
+        update={"computed_in": computed_in(found and position.computed_in, lm.dtype, hyper.total_steps - position.step)}
+    )
     # Together: a total beside step 0 would look as if the work of earlier attempts were lost.
     ctx.reporter.update(step=position.step, total_steps=hyper.total_steps, tokens_total=position.tokens)
 
@@ -322,12 +323,17 @@ def _finish(
     could not be saved: it is tried again once asked to stop."""
     plan, run_uri = fetched.plan, ctx.config.run_uri
 
+    tried_to_save = False
+
     def beat() -> None:
+        nonlocal tried_to_save
         ctx.reporter.touch()
-        if stop.is_set() and not session.save_last():
-            raise StageError(Fault.STOPPED)
+        if stop.is_set() and not tried_to_save:
+            tried_to_save = True
+            session.save_last()
         if not stop.remaining_s():
-            raise StageError(Fault.INTERRUPTED, step=session.position.step)
+            step = session.position.step
+            raise StageError(Fault.INTERRUPTED, step=step) if session.saved else StageError(Fault.STOPPED)
 
     ctx.reporter.update(activity="Evaluating")
     tokenizer = load_tokenizer(fetched.model_folder, plan)

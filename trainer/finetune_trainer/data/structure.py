@@ -132,7 +132,9 @@ def load_without_values(request: bytes) -> LoadReport:
             timeout=_TIME_LIMIT_S,
             check=False,
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as expired:
+        if not (expired.stdout or b"").startswith(READY):  # the machine's fault, as no model was looked at yet
+            raise RuntimeError(f"finetune_trainer.dry_load did not start within {_TIME_LIMIT_S} s") from None
         return LoadReport(architecture="", failed=f"transformers did not build it within {_TIME_LIMIT_S} s")
     ready, reply = child.stdout[: len(READY)], child.stdout[len(READY) :]
     said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
