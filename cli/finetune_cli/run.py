@@ -28,6 +28,7 @@ from finetune_cli.validate import problems
 # A pod waits for data and grants that may be on their way; at a terminal, somebody fixes them and calls again.
 PATIENCE_S = 0.0
 MAX_SAMPLES = 3
+_ONLY_IN_A_CLUSTER = ("suspend", "activeDeadlineSeconds", "runtime", "ttlSecondsAfterFinished")
 MAX_SAMPLE_CHARS = 400
 
 
@@ -48,6 +49,8 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
         console.print(
             f"[bold]{config.job.name}[/] works in {escape(f'{folder} and writes to {config.run_uri}')}", soft_wrap=True
         )
+        if idle := [name for name in _ONLY_IN_A_CLUSTER if job["spec"].get(name)]:
+            console.print(f"[yellow]Note[/]    only a cluster heeds {', '.join(f'spec.{name}' for name in idle)}")
         if not stop.hears_ctrl_c:
             console.print(
                 f"It runs in the background: {_how_to_stop(stop)} stops it once what is done is saved, not Ctrl-C"

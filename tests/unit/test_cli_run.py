@@ -172,6 +172,13 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
         assert words in play.said
 
 
+def test_fields_that_only_a_cluster_heeds_are_named(play: Play):
+    play.job["spec"] |= {"activeDeadlineSeconds": 60, "suspend": True}
+    play.file.write_text(json.dumps(play.job))
+    play.run(prepare_1=PREPARED, train_1=play.committed())
+    assert "only a cluster heeds spec.suspend, spec.activeDeadlineSeconds" in play.said
+
+
 def test_data_and_plan_are_said_in_one_line_each_in_the_words_of_the_events():
     output = io.StringIO()
     data = DataStatus.model_validate({**DATA, "files": 1})

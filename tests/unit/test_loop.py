@@ -198,6 +198,14 @@ def test_a_first_step_without_any_gradient_for_the_adapter_is_an_error(run: Tiny
     assert caught.value.fault is Fault.ADAPTER_NO_EFFECT
 
 
+def test_a_layer_that_got_no_gradient_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    parameters = {f"layers.{i}.dt_proj.lora_B.default.weight": torch.nn.Parameter(torch.zeros(2)) for i in range(3)}
+    for i, parameter in enumerate(parameters.values()):
+        parameter.grad = torch.full((2,), float(i))
+    guard.check_gradients(parameters)
+    assert "1 of 3 adapted layers did not learn in this step: layers.0.dt_proj" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("durations", "limit_s"), [([], 1800.0), ([1.0, 2.0, 3.0], 300.0), ([40.0, 50.0, 1000.0], 500.0)]
 )

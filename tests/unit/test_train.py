@@ -466,12 +466,17 @@ def test_a_tokenizer_that_cannot_be_loaded_is_found_before_step_1(tmp_path: Path
     assert not run.local(METRICS).exists()
 
 
-def test_modules_that_cannot_be_adapted_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["norm"], "PEFT cannot adapt it: Target module"),
+        (["q_proj", "c_fc_0"], "its files hold weights of c_fc_0, but it has no such module to adapt"),
+    ],
+)
+def test_modules_that_cannot_be_adapted_are_named(tmp_path: Path, targets: list[str], words: str) -> None:
     run = make_run(tmp_path)
-    run.write_plan(
-        run.plan.model_copy(update={"model": run.plan.model.model_copy(update={"target_modules": ["norm"]})})
-    )
-    with pytest.raises(StageError, match="PEFT cannot adapt it: Target module") as caught:
+    run.write_plan(run.plan.model_copy(update={"model": run.plan.model.model_copy(update={"target_modules": targets})}))
+    with pytest.raises(StageError, match=words) as caught:
         train.run(context(run), StopFlag(60))
     assert caught.value.fault is Fault.UNSUPPORTED_MODEL
 
@@ -535,7 +540,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_attempt(
 def test_a_gpu_that_fails_outside_a_step_is_named_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, fault: Fault, exit_code: int
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(train, "load_for_training", fail)

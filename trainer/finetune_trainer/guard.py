@@ -28,6 +28,7 @@ MAX_OOM_RETRIES = 3
 STALL_FLOOR_S = 300.0
 FIRST_STALL_S = 1800.0
 STALL_FACTOR = 10
+_MAX_NAMED = 8
 
 
 def nonfinite_in_a_row(before: int, finite: bool, step: int) -> int:
@@ -52,13 +53,17 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
     """After an attempt's first step: the loss must depend on the adapter.
 
-    Single matrices may have no gradient, such as those of queries in rows of two tokens; all of them may not.
-    Raises ADAPTER_NO_EFFECT.
+    Single matrices may have no gradient, such as those of queries in rows of two tokens, or of a layer whose weights
+    the model multiplies by itself: they are named in the log. All of them may not: raises ADAPTER_NO_EFFECT.
     """
     # The gradient of A is zero as long as B is, so B tells.
-    gradients = [p.grad for name, p in parameters.items() if "lora_B" in name and p.grad is not None]
-    if not any(bool((gradient != 0).any()) for gradient in gradients):
+    gradients = {name: p.grad for name, p in parameters.items() if "lora_B" in name}
+    idle = [name for name, gradient in gradients.items() if gradient is None or not bool((gradient != 0).any())]
+    if len(idle) == len(gradients):
         raise StageError(Fault.ADAPTER_NO_EFFECT, difference=0.0)
+    if idle:
+        named = ", ".join(name.partition(".lora_B")[0] for name in idle[:_MAX_NAMED])
+        log.warning("%d of %d adapted layers did not learn in this step: %s", len(idle), len(gradients), named)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -186,6 +187,10 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
             adapted = get_peft_model(lm.causal, config)
         except ValueError as error:
             raise _unsupported(plan, f"PEFT cannot adapt it: {error}"[:256]) from error
+    names = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+    for target in plan.model.target_modules:  # PEFT is content with one of them
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise _unsupported(plan, f"its files hold weights of {target}, but it has no such module to adapt")
     adapted.base_model_name_or_path = plan.model.uri  # type: ignore[assignment]
     config.base_model_name_or_path = plan.model.uri
     assert isinstance(adapted, PeftModel)
