@@ -1,13 +1,17 @@
 """What prepare renders and tokenises is what transformers' `apply_chat_template` gives. Imports transformers."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_run import CHATML, byte_bpe, write_model
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.data.model_facts import read_model
 from finetune_trainer.data.template import ChatTemplate, answers, plain_template
@@ -80,3 +84,100 @@ def test_generation_tags_and_structure_find_the_same_answers(tmp_path: Path) -> 
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     assert tokens.labels.tolist() == expected["assistant_masks"]
+
+
+VOCABULARY = byte_bpe().get_vocab_size()
+WHOLE = byte_bpe().token_to_id("the")  # a token of the vocabulary that no added token is
+SPLIT = byte_bpe().token_to_id("Ċ")  # as its text, other bytes stand for it
+READ_APART = "the <x> fox <y>the Ċ"
+
+
+def save_again(folder: Path) -> None:
+    """Do what the refusal asks for."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+def require_parity(folder: Path) -> None:
+    """Require that the model is taken, and that its rows are split as by AutoTokenizer."""
+    rows = read_model(open_store(StorageConfig()), folder.as_uri()).tokenizer
+    judge = AutoTokenizer.from_pretrained(folder)
+    (tokens,) = rows.conversations([READ_APART], [[]], True)
+    assert tokens.ids.tolist() == judge.encode(READ_APART, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "words"),
+    [
+        (
+            {"added_tokens_decoder": {str(VOCABULARY): {"content": "<x>"}}},
+            None,
+            f"tokenizer_config.json names the token '<x>' with the id {VOCABULARY}, but tokenizer.json does not have",
+        ),
+        ({"added_tokens_decoder": {"9000": {"content": "<x>"}}}, None, "'<x>' with the id 9000"),
+        ({"added_tokens_decoder": {str(SPLIT): {"content": "Ċ"}}}, None, f"'Ċ' with the id {SPLIT}"),
+        ({}, {"<y>": VOCABULARY}, f"added_tokens.json names the token '<y>' with the id {VOCABULARY}"),
+        ({}, {"<|im_end|>": 77}, "'<|im_end|>' with the id 77, but tokenizer.json gives it the id 2"),
+        ({"eos_token": "<x>"}, None, "tokenizer_config.json names the eos_token '<x>', but tokenizer.json"),
+        (
+            {"bos_token": {"__type": "AddedToken", "content": "<x>"}},
+            None,
+            "tokenizer_config.json names the bos_token '<x>'",
+        ),
+        ({"additional_special_tokens": ["<x>"]}, None, "token of additional_special_tokens '<x>'"),
+        ({"extra_special_tokens": {"image_token": "<x>"}}, None, "token of extra_special_tokens '<x>'"),
+    ],
+)
+def test_a_token_that_only_another_file_names_is_refused_by_its_name_until_the_tokenizer_is_saved_again(
+    tmp_path: Path, config: dict[str, Any], added: dict[str, int] | None, words: str
+) -> None:
+    folder = tmp_path / "model"
+    write_model(folder, tokenizer_config=config)
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(StageError) as caught:
+        require_parity(folder)
+    assert caught.value.fault is Fault.BROKEN_MODEL
+    assert words in str(caught.value)
+    assert "save it again with save_pretrained" in str(caught.value)
+    save_again(folder)
+    require_parity(folder)
+
+
+@pytest.mark.parametrize("entry", [{"7": 3}, {"7": {}}, [], "<x>"])
+def test_added_tokens_that_transformers_could_not_read_are_refused(tmp_path: Path, entry: Any) -> None:
+    write_model(tmp_path / "model", tokenizer_config={"added_tokens_decoder": entry})
+    with pytest.raises(StageError, match=r"added_tokens_decoder in tokenizer_config\.json") as caught:
+        require_parity(tmp_path / "model")
+    assert caught.value.fault is Fault.BROKEN_MODEL
+
+
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}, "2": {"content": "<|im_end|>"}}}, None),
+        ({"added_tokens_decoder": {str(WHOLE): {"content": "the"}}}, None),
+        ({"added_tokens_decoder": {}}, {"<x>": VOCABULARY}),  # which AutoTokenizer then does not read
+        ({}, {"<|im_end|>": 2}),
+        ({"pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}, None),
+        ({"added_tokens_decoder": None, "extra_special_tokens": []}, None),
+    ],
+)
+def test_files_that_say_the_same_as_the_tokenizer_are_not_refused(
+    tmp_path: Path, config: dict[str, Any], added: dict[str, int] | None
+) -> None:
+    folder = tmp_path / "model"
+    write_model(folder, tokenizer_config={name: value for name, value in config.items() if value is not None})
+    if added is not None:
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    require_parity(folder)
+
+
+def test_a_tokenizer_that_transformers_saved_with_tokens_added_is_read_as_it_reads_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<x>", "<y>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).token_to_id("<y>") == VOCABULARY + 1
+    require_parity(tmp_path / "model")

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
+from finetune_trainer.data.added_tokens import problem_of_tokens
 from finetune_trainer.data.model_folder import ModelFolder
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.structure import check_structure
@@ -58,8 +59,13 @@ def read_model(store: Store, uri: str) -> Model:
     weights = read_weights(folder)
     architecture, family = _architecture(folder, config)
     check_structure(folder, architecture, config, weights)
-    tokens = special_tokens(tokenizer_config, folder.json("special_tokens_map.json") or {})
-    tokenizer = _tokenizer(folder, config, tokens)
+    legacy_map = folder.json("special_tokens_map.json") or {}
+    tokens = special_tokens(tokenizer_config, legacy_map)
+    bare = _bare_tokenizer(folder)
+    problem = problem_of_tokens(bare, tokenizer_config, folder.json("added_tokens.json") or {}, legacy_map)
+    if problem is not None:
+        raise folder.broken(problem)
+    tokenizer = _tokenizer(folder, bare, config, tokens)
     template = _template(folder, tokenizer_config)
     facts = _facts(folder, config, architecture, family, weights)
     return Model(facts, family, tokenizer, tokens, template)
@@ -79,21 +85,24 @@ def _architecture(folder: ModelFolder, config: dict[str, Any]) -> tuple[str, str
     return name, str(family)[:64]
 
 
-def _tokenizer(folder: ModelFolder, config: dict[str, Any], tokens: dict[str, str]) -> RowTokenizer:
+def _bare_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """Return the tokenizer of tokenizer.json alone."""
     content = folder.read("tokenizer.json", _MAX_TOKENIZER_BYTES)
     if content is None:
         raise folder.broken("it has no tokenizer.json; save its tokenizer with a current transformers")
     try:
-        tokenizer = Tokenizer.from_buffer(content)
+        return Tokenizer.from_buffer(content)
     except ValueError as error:
         raise folder.broken("its tokenizer.json cannot be read") from error
+
+
+def _tokenizer(
+    folder: ModelFolder, tokenizer: Tokenizer, config: dict[str, Any], tokens: dict[str, str]
+) -> RowTokenizer:
     eos, ids = tokens.get("eos_token"), _end_ids(folder, config)
     if eos is None and ids and ids[0] >= 0:
         eos = tokenizer.id_to_token(ids[0])
-    try:
-        return RowTokenizer(tokenizer, eos)
-    except ValueError as error:
-        raise folder.broken(str(error)) from error
+    return RowTokenizer(tokenizer, eos)  # an eos_token that is named was found in tokenizer.json
 
 
 def _end_ids(folder: ModelFolder, config: dict[str, Any]) -> list[int]:
