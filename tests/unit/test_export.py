@@ -9,8 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_run import byte_bpe
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER, join
@@ -93,6 +95,26 @@ def test_the_folder_works_with_plain_peft_and_transformers(run: TinyRun, tmp_pat
     assert tokenizer.chat_template == run.plan.chat_template
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [STOP_ID]
     assert model.peft_config["default"].base_model_name_or_path == run.plan.model.uri
+
+
+def test_the_folder_s_tokenizer_reads_as_the_base_s_tokenizer_json_whatever_class_the_base_names(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    """Classes such as GPT2Tokenizer replace the pre-tokenizer of tokenizer.json: olmo2 and starcoder2 name it."""
+    base, text = tmp_path / "base", "the quick brown fox 1234 the"
+    base.mkdir()
+    tokenizer = byte_bpe()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Split("u", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}')
+    trained = Trained(run, tmp_path)
+    export.write_adapter(trained.adapted, trained.folder, base, run.plan, [STOP_ID], LINEAGE, LEARNED, FOUND)
+    exported = AutoTokenizer.from_pretrained(trained.folder)
+    assert exported.encode(text, add_special_tokens=False) == tokenizer.encode(text).ids
+    assert byte_bpe().encode(text).ids != tokenizer.encode(text).ids, "else the class would make no difference"
+    assert (exported.eos_token, exported.chat_template) == ("<|im_end|>", run.plan.chat_template)
 
 
 def test_a_good_adapter_equals_the_live_model_and_differs_from_the_base(run: TinyRun, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
 _SAME_LOGPROB = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
 _MAX_EVAL_BYTES = 16 * 2**20
@@ -105,16 +106,19 @@ def _sort_config(path: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, model_folder: Path, plan: RunPlan) -> None:
-    """The base model's tokenizer as it is, with the chat template that was trained with and no other."""
+    """Write the base model's tokenizer as rows were read: by its tokenizer.json alone, and with the template of them.
+
+    Without a config.json AutoTokenizer builds the class that is named, and some replace what tokenizer.json says.
+    """
     for name in _TOKENIZER_FILES:
         if (model_folder / name).exists():
             shutil.copyfile(model_folder / name, folder / name)
     config = model_folder / "tokenizer_config.json"
-    if config.exists():
-        content = json.loads(config.read_text())
-        if plan.chat_template is not None:
-            content.pop("chat_template", None)
-        (folder / config.name).write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    content = json.loads(config.read_text()) if config.exists() else {}
+    content["tokenizer_class"] = _TOKENIZER_CLASS
+    if plan.chat_template is not None:
+        content.pop("chat_template", None)
+    (folder / config.name).write_text(json.dumps(content, indent=2, ensure_ascii=False))
     if plan.chat_template is not None:
         (folder / TEMPLATE).write_text(plan.chat_template)
     elif (model_folder / TEMPLATE).exists():
