@@ -217,10 +217,13 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.TEMPLATE_NOT_PREFIX_STABLE: FaultText(
         Reason.DATA_INVALID,
-        "{file} row {row}: the chat template renders the conversation up to message {message} differently "
-        "once more messages follow, so the model would learn answers that it is never to give; give each answer a row "
-        "of its own (prompt: the messages before it, completion: the answer), or leave such rows out by "
-        "preprocessing.onBadRow: Quarantine",
+        "{file} row {row}: the chat template renders the conversation up to message {message} {difference}; {remedy}",
+        {
+            "difference": "differently once more messages follow, so the model would learn answers that it is never "
+            "to give",
+            "remedy": "give each answer a row of its own (prompt: the messages before it, completion: the answer), or "
+            "leave such rows out by preprocessing.onBadRow: Quarantine",
+        },
     ),
     Fault.SEQUENCE_LENGTH_TOO_LONG: FaultText(
         Reason.CONFIG_INVALID,

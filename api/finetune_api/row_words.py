@@ -28,6 +28,7 @@ ROW_WORDS: dict[str, str] = {
     "too_many_messages": f"has more than {MAX_MESSAGES} messages",
     "template_failed": "is refused by the chat template",
     "template_not_prefix_stable": "is rendered differently once more messages follow",
+    "generation_prompt_not_kept": "is rendered without text that the chat template's prompt for it has",
     # Valid, but of no use.
     "too_long": "is longer than preprocessing.maxSequenceLength, or than the limit chosen for it",
     "no_label": "has nothing to learn: no token of an answer is in what the chat template makes of it",

@@ -11,7 +11,14 @@ from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Conversation
-from finetune_trainer.data.template import ChatTemplate, NotPrefixStableError, answers, find_template, plain_template
+from finetune_trainer.data.template import (
+    ChatTemplate,
+    NotPrefixStableError,
+    PromptNotKeptError,
+    answers,
+    find_template,
+    plain_template,
+)
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 # Shows reasoning only in the last answer, as Qwen3's template does.
@@ -56,6 +63,39 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_by_the_message() ->
     with pytest.raises(NotPrefixStableError) as caught:
         spans_of(FORGETFUL, ("q", "a", "r", "b"))
     assert caught.value.message == 1
+
+
+# Opens reasoning in the generation prompt, and writes none before a finished answer, as DeepSeek-R1-Distill's does.
+OPENS_REASONING = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
+    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+# Writes the system message before the last message of the user, where that is the last of all, as Mistral's do.
+SYSTEM_LAST = (
+    "{% for m in messages %}{% if m.role != 'system' %}"
+    "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_prompt_that_no_finished_answer_follows_is_told_apart_from_messages_that_follow() -> None:
+    for texts in (("q", "a"), ("q", "a", "r", "b")):
+        with pytest.raises(PromptNotKeptError) as caught:
+            spans_of(OPENS_REASONING, texts)
+        assert caught.value.message == 1
+    system = [{"role": "system", "content": "Be brief."}, *messages("q", "a")]
+    with pytest.raises(PromptNotKeptError) as caught:
+        answers(ChatTemplate(SYSTEM_LAST, {}, NOW), system, 0, False)
+    assert caught.value.message == 2
+    assert spans_of(SYSTEM_LAST, ("q", "a")) == ["a"]
+
+
+def test_where_an_answer_begins_is_unknown_after_such_a_prompt_and_where_it_ends_is_not() -> None:
+    template = ChatTemplate(OPENS_REASONING, {}, NOW)
+    whole, spans = answers(template, messages("q", "a", "r", "b"), 0, True)
+    assert spans == [(None, len(whole))]
 
 
 @pytest.mark.parametrize("with_bos", [True, False])

@@ -392,6 +392,43 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_or_the_row_put_asid
     assert [each["reason"] for each in prepared.decisions] == ["template_not_prefix_stable"]
 
 
+# Opens reasoning in the generation prompt, and writes none before a finished answer, as DeepSeek-R1-Distill's does.
+OPENS_REASONING = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+
+
+def test_a_prompt_that_finished_answers_do_not_follow_is_told_as_that_with_what_helps(tmp_path: Path) -> None:
+    assert OPENS_REASONING != CHATML
+    write_model(tmp_path / "model", template=OPENS_REASONING)
+    put(tmp_path, a_jsonl=jsonl(chats(40)))
+    error = fails(tmp_path)
+    assert error.fault is Fault.TEMPLATE_NOT_PREFIX_STABLE
+    assert "row 1: the chat template renders the conversation up to message 2 without text that" in str(error)
+    assert "more messages" not in str(error)
+    assert "row of its own" not in str(error)
+    prepared = prepare_run(tmp_path, {"preprocessing": {"chatTemplate": "plain"}})
+    assert {learned(row) for row in prepared.train} <= {f"the answer is {i + 1}.<|im_end|>" for i in range(40)}
+    put(tmp_path, a_jsonl=jsonl([{"prompt": f"what is {i}", "completion": f" {i}."} for i in range(40)]))
+    assert prepare_run(tmp_path, attempt=2).plan.train.rows, "plain strings are rendered by no template"
+
+
+def test_rows_put_aside_for_such_a_prompt_are_reported_as_that(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=OPENS_REASONING)
+    strings = [{"prompt": f"what is {i}", "completion": f" {i}."} for i in range(40)]
+    message = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+    put(tmp_path, a_jsonl=jsonl([*strings, {"prompt": message[0], "completion": message[1]}]))
+    prepared = prepare_run(tmp_path, QUARANTINE)
+    accounted(prepared)
+    assert [each["reason"] for each in prepared.decisions] == ["generation_prompt_not_kept"]
+
+
+def test_answers_are_seen_to_end_where_all_is_learned_and_the_prompt_is_no_part_of_the_whole(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=OPENS_REASONING)
+    put(tmp_path, a_jsonl=jsonl(chats(40)))
+    prepared = prepare_run(tmp_path, {"method": {"type": "SFT", "sft": {"lossOn": "All"}}})
+    assert prepared.plan.stop_token_ids == [BPE.token_to_id("<|im_end|>")]
+    assert all(labels == [0] + [1] * (len(ids) - 1) for ids, labels in prepared.train)
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

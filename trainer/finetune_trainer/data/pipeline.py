@@ -29,6 +29,12 @@ from finetune_trainer.data.tokens import Tokens, split
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
 TEXT_PROMPT_TOKENS = 32
+_PROMPT_NOT_KEPT = {
+    "difference": "without text that its own prompt for that message has, such as an opened <think> at the prompt's "
+    "end, so the model would not learn to answer the prompts that it gets",
+    "remedy": "set preprocessing.chatTemplate: plain, write the rows with prompt and completion as plain strings, "
+    "which no template renders, or change the chat template beside the model",
+}
 
 Batch = list[Checked]
 
@@ -174,11 +180,11 @@ class Pipeline:
             raise self._template_invalid(fails_always)
         if self.bad.quarantine:
             self.bad.add(item.file, item.number, "render", broken)
-        elif broken.problem is Problem.TEMPLATE_NOT_PREFIX_STABLE:
+        elif broken.problem in (Problem.TEMPLATE_NOT_PREFIX_STABLE, Problem.GENERATION_PROMPT_NOT_KEPT):
+            words = _PROMPT_NOT_KEPT if broken.problem is Problem.GENERATION_PROMPT_NOT_KEPT else {}
+            message = int(broken.field[9:-1]) + 1
             file = place(self.ledger.files[item.file].uri)
-            raise StageError(
-                Fault.TEMPLATE_NOT_PREFIX_STABLE, file=file, row=item.number, message=int(broken.field[9:-1]) + 1
-            )
+            raise StageError(Fault.TEMPLATE_NOT_PREFIX_STABLE, file=file, row=item.number, message=message, **words)
         else:
             raise self._template_failed(item, broken.detail)
 

@@ -30,6 +30,7 @@ class Problem(StrEnum):
     TOO_MANY_MESSAGES = "too_many_messages"
     TEMPLATE_FAILED = "template_failed"
     TEMPLATE_NOT_PREFIX_STABLE = "template_not_prefix_stable"
+    GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
 
 
 class Drop(StrEnum):

@@ -13,7 +13,7 @@ from typing import IO, Any
 import jinja2
 import orjson
 
-from finetune_trainer.data.template import ChatTemplate, NotPrefixStableError, answers
+from finetune_trainer.data.template import ChatTemplate, PromptNotKeptError, UnstableError, answers
 
 MEMORY_BYTES = 512 * 2**20
 _MAX_WORDS = 120
@@ -46,7 +46,8 @@ def safe_words(error: Exception, source: str) -> str:
 
 
 def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
-    """[text, spans], or [None, index of the message that is not prefix-stable], or [None, words of the failure]."""
+    """Return [text, spans], or [None, [index of the unstable message, whether its prompt is not kept]], or
+    [None, words of the failure]."""
     signal.setitimer(
         signal.ITIMER_PROF, setup["row_cpu_s"]
     )  # SIGPROF ends the process: a loop in C heeds no Python handler
@@ -56,8 +57,8 @@ def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[st
         if len(text) > _MAX_TEXT:
             return [None, f"it made more than {_MAX_TEXT} characters"]
         return [text, spans]
-    except NotPrefixStableError as unstable:
-        return [None, unstable.message]
+    except UnstableError as unstable:
+        return [None, [unstable.message, isinstance(unstable, PromptNotKeptError)]]
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         return [None, safe_words(error, setup["source"])]
     except (MemoryError, RecursionError) as error:

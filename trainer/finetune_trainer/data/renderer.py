@@ -136,6 +136,8 @@ def _result(result: list[Any]) -> Rendered | Broken:
     text, detail = result
     if text is not None:
         return Rendered(text, [(begin, end) for begin, end in detail])
-    if isinstance(detail, int):
-        return Broken(Problem.TEMPLATE_NOT_PREFIX_STABLE, f"messages[{detail}]")
+    if isinstance(detail, list):
+        message, prompt_not_kept = detail
+        problem = Problem.GENERATION_PROMPT_NOT_KEPT if prompt_not_kept else Problem.TEMPLATE_NOT_PREFIX_STABLE
+        return Broken(problem, f"messages[{message}]")
     return Broken(Problem.TEMPLATE_FAILED, detail=detail)

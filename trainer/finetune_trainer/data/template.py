@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 
 MAX_TEMPLATE_BYTES = 65536
 Message = dict[str, Any]
-Span = tuple[int, int]
+Span = tuple[int | None, int]  # begin (None where it is not known) and end, in characters
 
 # Readable tags that no base model's tokenizer treats specially; an answer ends with the tokenizer's own end token.
 _PLAIN = (
@@ -135,12 +135,20 @@ class ChatTemplate:
         )
 
 
-class NotPrefixStableError(Exception):
-    """What is rendered up to a message changes once more messages follow."""
+class UnstableError(Exception):
+    """A conversation is not the beginning of what it should be that of. message: the answer's index."""
 
     def __init__(self, message: int) -> None:
         super().__init__(message)
-        self.message = message  # its index
+        self.message = message
+
+
+class NotPrefixStableError(UnstableError):
+    """What is rendered up to a message changes once more messages follow."""
+
+
+class PromptNotKeptError(UnstableError):
+    """What is rendered up to an answer does not begin with the prompt for that answer, which a served model gets."""
 
 
 def answers(
@@ -148,9 +156,10 @@ def answers(
 ) -> tuple[str, list[Span]]:
     """The whole conversation as text, and where in it the answers are, from message `learn_from` on.
 
-    An answer is what the template adds to the generation prompt for one assistant message. Raises NotPrefixStableError
-    when the text up to an answer's begin or end is not the beginning of the whole. With `learn_all` there is one
-    span, from the first answer to the end, and none where that begin cannot be told.
+    An answer is what the template adds to the generation prompt for one assistant message. Raises PromptNotKeptError
+    where the finished answer does not follow that prompt, such as one that opens reasoning, and NotPrefixStableError
+    when the text up to an answer's end is not the beginning of the whole. With `learn_all` neither matters: there is
+    one span, from the first answer to the end of the last.
     """
     messages = [_with_reasoning(message) for message in messages]
     whole = template.render(messages)
@@ -160,9 +169,11 @@ def answers(
             continue
         before = template.render(messages[:index], add_generation_prompt=True)
         if learn_all:
-            return whole, [(len(before), len(whole))] if whole.startswith(before) else []
+            return whole, [(len(before) if whole.startswith(before) else None, len(whole))]
         through = whole if index == len(messages) - 1 else template.render(messages[: index + 1])
-        if not (whole.startswith(through) and through.startswith(before)):
+        if not through.startswith(before):
+            raise PromptNotKeptError(index)
+        if not whole.startswith(through):
             raise NotPrefixStableError(index)
         spans.append((len(before), len(through)))
     return whole, spans

@@ -81,18 +81,23 @@ class RowTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def conversations(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], learn_all: bool) -> list[Tokens]:
-        """Rendered conversations; the template has written all special tokens."""
+        """Tokenise rendered conversations; the template has written all special tokens.
+
+        An answer whose begin is not known is no label and ends no prompt, but where it ends it is seen to stop.
+        """
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows: list[Tokens] = []
         for text, encoding, row_spans in zip(texts, encodings, spans, strict=True):
             ids = np.array(encoding.ids, dtype=np.uint32)
             labels = np.zeros(len(ids), dtype=np.uint8)
             prompt_tokens = len(ids)
-            for begin, end in row_spans:
+            for known_begin, end in row_spans:
+                begin = known_begin or 0
                 end = self._without_tail(text, begin, end)
                 first, last = _token_range(encoding, len(text), begin, end)
-                labels[first:last] = 1
-                prompt_tokens = min(prompt_tokens, first)
+                if known_begin is not None:
+                    labels[first:last] = 1
+                    prompt_tokens = min(prompt_tokens, first)
                 if first < last and text.endswith(self._stops, begin, end):
                     self.stop_ids.add(int(ids[last - 1]))
             rows.append(_row(ids, labels, prompt_tokens, learn_all))
