@@ -1,6 +1,7 @@
 """Checkpoints count only when whole, belong to one plan, and can only be written by the newest attempt."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -278,16 +279,17 @@ def test_a_bug_in_a_save_ends_the_attempt_at_the_next_check(saved: Saved) -> Non
         checkpointer.check()
 
 
+def publish_without_answer(*arguments: Any) -> str:
+    publish_manifest(*arguments)
+    raise StageError(Fault.STORAGE_UNAVAILABLE, action="write", uri="u", tries=12, seconds=1, problem="p")
+
+
 def test_a_save_that_was_published_although_its_answer_was_lost_is_not_written_again(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def publish_and_fail(*arguments: Any) -> str:
-        publish_manifest(*arguments)
-        raise StageError(Fault.STORAGE_UNAVAILABLE, action="write", uri="u", tries=12, seconds=1, problem="p")
-
     checkpointer = saved.checkpointer()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "publish_manifest", publish_and_fail)
+        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
         saved.save(checkpointer, 5)
     before = saved.path(5, 1, checkpoint.TENSORS).stat()
     saved.train()
@@ -297,6 +299,17 @@ def test_a_save_that_was_published_although_its_answer_was_lost_is_not_written_a
     found = saved.newest()
     assert found is not None
     assert checkpointer.last == found.status
+
+
+def test_a_save_that_was_published_although_its_answer_was_lost_is_kept_after_the_next(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = saved.checkpointer()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
+        saved.save(checkpointer, 5)
+    saved.save(checkpointer, 7)
+    assert saved.steps() == [7, 5]
 
 
 def test_a_stop_does_not_wait_for_old_checkpoints_to_be_removed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +345,75 @@ def test_what_a_failed_save_left_is_removed_after_the_next(saved: Saved) -> None
     saved.save(checkpointer, 2)
     left = {Path(info.uri).parent.name for info in saved.store.list(join(saved.run_uri, CHECKPOINTS, ""))}
     assert left == {"00000002-1"}
+
+
+def superseded_after_the_next_list(saved: Saved, patch: pytest.MonkeyPatch) -> None:
+    """Let a newer attempt take over as soon as the finished saves are listed."""
+    listed = checkpoint.manifests
+
+    def list_then_take_over(store: Store, run_uri: str) -> list[checkpoint.Found]:
+        found = listed(store, run_uri)
+        raise_epoch(store, run_uri, 2, "pod-2")
+        return found
+
+    patch.setattr(checkpoint, "manifests", list_then_take_over)
+
+
+def test_an_attempt_superseded_after_its_save_removes_no_old_checkpoint(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved.checkpointer(attempt=1, keep_last=1)
+    saved.save(old, 2)
+    with monkeypatch.context() as patch:
+        superseded_after_the_next_list(saved, patch)
+        saved.save(old, 4)
+    assert saved.steps() == [4, 2], "the newer attempt may be reading it"
+
+
+def test_an_attempt_superseded_after_its_save_removes_nothing_of_a_failed_one(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [StageError(Fault.ACCESS_DENIED, action="write", uri="u")]
+
+    def fail_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    old = saved.checkpointer(attempt=1, before_publishing=fail_once)
+    saved.save(old, 2)
+    with monkeypatch.context() as patch:
+        superseded_after_the_next_list(saved, patch)
+        saved.save(old, 4)
+    assert saved.path(2, 1, checkpoint.TENSORS).exists()
+
+
+def test_what_a_newer_epoch_saved_is_neither_removed_nor_counted_after_a_save(saved: Saved) -> None:
+    checkpointer = saved.checkpointer(attempt=1, keep_last=2)
+    saved.save(checkpointer, 2)
+    shutil.copytree(
+        saved.path(2, 1, checkpoint.MANIFEST).parent, saved.path(3, 2, checkpoint.MANIFEST).parent
+    )  # no fence tells of its writer
+    for step in (4, 6):
+        saved.save(checkpointer, step)
+    assert [(found.step, found.epoch) for found in checkpoint.manifests(saved.store, saved.run_uri)] == [
+        (6, 1),
+        (4, 1),
+        (3, 2),
+    ]
+
+
+def test_a_superseded_attempt_does_not_take_what_an_earlier_try_published_for_its_save(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = saved.checkpointer(attempt=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
+        saved.save(checkpointer, 5)
+    raise_epoch(saved.store, saved.run_uri, 2, "pod-2")
+    with pytest.raises(StageError) as caught:
+        saved.save(checkpointer, 5)
+    assert caught.value.fault is Fault.SUPERSEDED
+    assert checkpointer.last is None
 
 
 def test_a_superseded_attempt_removes_nothing_and_no_attempt_what_a_newer_one_wrote(saved: Saved) -> None:

@@ -382,26 +382,45 @@ def test_a_late_prepare_never_replaces_a_plan_in_use(tmp_path: Path) -> None:
     fetch_rows(ctx.store, in_use.plan.train, tmp_path / "rows")
 
 
-def test_a_prepare_that_finishes_after_training_began_leaves_what_tells_of_the_plan_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("more", "fault"), [(b"", Fault.SUPERSEDED), (b"{", Fault.BROKEN_ROW)])
+def test_a_prepare_that_ends_after_training_began_leaves_what_tells_of_the_plan_in_use(
+    more: bytes, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(30)))
     prepare_run(tmp_path)
     ctx = context(tmp_path, {})
     uris = [join(ctx.config.run_uri, name) for name in (PLAN, REPORT, DECISIONS)]
     told = [ctx.store.read(uri)[0] for uri in uris]
+    _begin_to_train_meanwhile(ctx.config.run_uri, monkeypatch)
+    put(tmp_path, a_jsonl=jsonl(chats(40)) + more)
+    with pytest.raises(StageError) as caught:
+        prepare_run(tmp_path, attempt=2)
+    assert caught.value.fault is fault
+    assert [ctx.store.read(uri)[0] for uri in uris] == told
+
+
+def _begin_to_train_meanwhile(run_uri: str, patch: pytest.MonkeyPatch) -> None:
+    """Let an attempt to train begin after the next prepare stage has begun."""
     original = prepare.read_model
 
     def begin_to_train(store: Store, uri: str) -> Model:
-        raise_epoch(store, ctx.config.run_uri, 1, "the training pod")
+        raise_epoch(store, run_uri, 1, "the training pod")
         return original(store, uri)
 
-    monkeypatch.setattr(prepare, "read_model", begin_to_train)
-    put(tmp_path, a_jsonl=jsonl(chats(40)))
-    with pytest.raises(StageError) as caught:
-        prepare_run(tmp_path, attempt=2)
-    assert caught.value.fault is Fault.SUPERSEDED
-    assert [ctx.store.read(uri)[0] for uri in uris] == told
+    patch.setattr(prepare, "read_model", begin_to_train)
+
+
+def test_a_job_can_be_prepared_again_after_an_attempt_to_train(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(30)))
+    first = prepare_run(tmp_path)
+    ctx = context(tmp_path, {})
+    for attempt in (1, 2):
+        raise_epoch(ctx.store, ctx.config.run_uri, attempt, "the training pod")
+    assert prepare_run(tmp_path, attempt=2).result.plan == first.result.plan
+    put(tmp_path, a_jsonl=jsonl(chats(40)) + b"{")
+    with pytest.raises(StageError):
+        prepare_run(tmp_path, attempt=3)
+    assert json.loads(ctx.store.read(join(ctx.config.run_uri, REPORT))[0])["state"] == "failed", "of the new data"
 
 
 def as_of_the_release_before(run: TinyRun) -> str:
