@@ -1,6 +1,7 @@
 """Limits of time know the size of the work: what is alive is seen to be, and a stop is heard in time."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
-from finetune_trainer import commit, evaluate, guard, recipes, serve, session, train
+from finetune_trainer import checkpoint, commit, evaluate, guard, recipes, serve, session, train
+from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
@@ -23,6 +25,10 @@ from tiny_run import TinyRun, context, make_run
 
 PASS_S = 60.0
 PASSES = 4  # of a step, a row each
+
+
+class EnoughError(Exception):
+    pass
 
 
 def _run(folder: Path, **changes: Any) -> TinyRun:
@@ -184,6 +190,124 @@ def test_the_watchdog_watches_passes_however_many_a_step_has() -> None:
     assert watchdog.overdue() == (1, 1001.0)
 
 
+def _before(patch: pytest.MonkeyPatch, owner: Any, name: str, then: Callable[[str], object]) -> None:
+    """Call `then(name)` before each call of a function."""
+    original = getattr(owner, name)
+
+    def called(*args: Any, **given: Any) -> Any:
+        then(name)
+        return original(*args, **given)
+
+    patch.setattr(owner, name, called)
+
+
+class Watched:
+    """The watchdog of a run, on a hand-moved clock: `overdue` holds (activity, step) of each time it would bark."""
+
+    def __init__(self, ctx: StageContext, clock: Clock, patch: pytest.MonkeyPatch) -> None:
+        self.overdue: list[tuple[str, int]] = []
+        self._ctx, self._clock = ctx, clock
+        self._watchdog: guard.Watchdog | None = None
+        patch.setattr(train, "Watchdog", self._make)
+        patch.setattr(guard.Watchdog, "start", lambda _self: None)  # `after` looks instead of its thread
+
+    def _make(self, on_stall: Callable[[int, float], None], **given: Any) -> guard.Watchdog:
+        self._watchdog = guard.Watchdog(on_stall, clock=self._clock, **given)
+        return self._watchdog
+
+    def after(self, seconds: float) -> None:
+        """Let time go by, and look."""
+        self._clock.now_s += seconds
+        if self._watchdog is not None and (late := self._watchdog.overdue()):
+            self.overdue.append((self._ctx.reporter.progress().activity, late[0]))
+
+
+def test_a_session_tells_its_watchdog_of_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = context(_run(tmp_path))
+    watched = Watched(ctx, Clock(), monkeypatch)
+    left = 2 * PASSES
+
+    def slow_pass(_name: str) -> None:
+        nonlocal left
+        left -= 1
+        watched.after(guard.FIRST_STALL_S - 1)  # two of them are too much
+        if not left:
+            raise EnoughError
+
+    _before(monkeypatch, recipes.sft, "loss_sum", slow_pass)
+    with pytest.raises(EnoughError):
+        train.run(ctx, StopFlag(60))
+    assert watched.overdue == []
+
+
+@pytest.mark.parametrize(("tokens_per_s", "limit_s"), [(1e9, guard.FIRST_STALL_S), (0.01, 96 / 0.01)])
+@pytest.mark.parametrize(("more_s", "overdue"), [(-1, []), (1, [("Training", 0)])])
+def test_the_first_pass_of_a_slow_machine_has_the_time_that_its_plan_says(
+    tokens_per_s: float,
+    limit_s: float,
+    more_s: int,
+    overdue: list[tuple[str, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ctx = context(_run(tmp_path, micro_batch_tokens=96))
+    watched = Watched(ctx, Clock(), monkeypatch)
+
+    def first_pass(_lm: LanguageModel, _batch: Batch) -> Tensor:
+        watched.after(limit_s + more_s)
+        raise EnoughError
+
+    monkeypatch.setattr(recipes.sft, "loss_sum", first_pass)
+    monkeypatch.setattr(train, "slow_tokens_per_second", lambda *_: tokens_per_s)
+    with pytest.raises(EnoughError):
+        train.run(ctx, StopFlag(60))
+    assert watched.overdue == overdue
+
+
+def test_only_passes_of_steps_are_watched_not_evaluations_saves_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = context(_run(tmp_path))
+    watched = Watched(ctx, Clock(), monkeypatch)
+    seen = Counter[str]()
+
+    def long_work(name: str) -> None:
+        seen[name] += 1
+        watched.after(1e9)
+
+    for owner, name in (
+        (session, "held_out_loss"),
+        (session, "snapshot"),
+        (checkpoint.Checkpointer, "start"),
+        (checkpoint.Checkpointer, "finish"),
+        (train, "answers"),
+    ):
+        _before(monkeypatch, owner, name, long_work)
+    monkeypatch.setattr(checkpoint.Checkpointer, "is_due", lambda self: not self.busy)
+    train.run(ctx, StopFlag(60))
+    assert watched.overdue == []
+    assert seen["held_out_loss"] == 4
+    assert len(seen) == 5, "all were looked at"
+
+
+def test_a_slow_evaluation_never_looks_like_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = context(_run(tmp_path))
+    clock, waited = Clock(time.monotonic()), list[float]()
+
+    def slow_pass(_name: str) -> None:
+        clock.now_s += 1000.0
+        waited.append(ctx.reporter.progress().seconds_since_step)
+        if len(waited) == 10:  # a pass of each held-out row
+            raise EnoughError
+
+    _before(monkeypatch, LanguageModel, "token_logprobs", slow_pass)
+    monkeypatch.setattr(serve.time, "monotonic", clock)
+    with pytest.raises(EnoughError):
+        train.run(ctx, StopFlag(10**6, clock))
+    assert ctx.reporter.progress().activity == "Evaluating"
+    assert max(waited) < 1001.0, "one pass's time, not that of all before it"
+
+
 @pytest.mark.parametrize(("seconds", "fits"), [(0.0, True), (40.0, True), (60.0, False)])
 def test_half_of_the_time_after_a_stop_is_kept_for_saving(seconds: float, fits: bool) -> None:
     stop = StopFlag(120, Clock())
@@ -259,10 +383,6 @@ def test_reading_many_slow_files_never_looks_like_standing_still(
     train.run(ctx, StopFlag(10**6, clock))
     assert len(opened) > len(READ_IN_ORDER)
     assert max(waited) < 1001.0, "one file's time, not that of all before it"
-
-
-class EnoughError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("transfer", ["upload", "download", "digest"])
