@@ -6,8 +6,9 @@ from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, words
 class StageError(Exception):
     """A stage ends for a known reason.
 
-    The reason's exit code tells what kind it is: final (the user must change something), retryable (another
-    attempt may work), or Unknown (our bug). Arguments are places and counts, never rows and never secrets.
+    The reason's exit code tells what kind it is: final (the user must change something; in prepare,
+    the operator waits for that where storage is missing or denied), retryable (another attempt may work), or Unknown
+    (our bug, tried again, too). Arguments are places and counts, never rows and never secrets.
     """
 
     def __init__(self, fault: Fault, **args: str | int | float) -> None:

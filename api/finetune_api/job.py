@@ -426,8 +426,8 @@ class OutputSpec(ApiModel):
     """Where the adapter goes."""
 
     uri: OutputUri = Field(
-        description="Parent folder. The job writes only below URI/NAME-UID5/, the adapter to URI/NAME-UID5/adapter/; "
-        "URI/latest.json names the newest. Example: s3://adapters/support-bot"
+        description="Parent folder. The job writes only below URI/NAME-UID5/, the adapter to URI/NAME-UID5/adapter/, "
+        "and URI/latest.json, which names the newest. Example: s3://adapters/support-bot"
     )
 
 

@@ -76,7 +76,8 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
 
 
-# 10-29 are final, 30-49 retryable, 1 and everything else counted as Unknown. 20 is kept for GateFailed.
+# 10-29 are final (but prepare is tried again for a while after 12 and 13, see retry.py), 30-49 retryable, and so are 1
+# and everything else, which count as Unknown. 20 is kept for GateFailed.
 EXIT_CODES: dict[Reason, int] = {
     Reason.COMMITTED: 0,
     Reason.UNKNOWN: 1,

@@ -2,7 +2,7 @@
 
 Exit codes: 0 success; 1 the job failed; 2 wrong usage or a job that is refused; 3 no answer from the cluster, or no
 such job; 124 time-out of `wait`; 130 stopped by Ctrl-C. A `run` that fails ends with the trainer's own code: 10-29 are
-final (change the job, the data or the rights), 30-49 may pass at another try.
+final (change the job, the data or the rights); 30-49, and 1, which nobody foresaw, may pass at another try.
 """
 
 import os

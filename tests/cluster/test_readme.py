@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import testbed
+from demo import local
 from testbed.binaries import search_path
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -61,6 +62,8 @@ def test_the_demo_ends_with_the_adapter_its_digest_the_rows_and_answers_of_base_
 @pytest.mark.parametrize("command", CASES)
 def test_a_command_of_the_documentation_works(demo: tuple[testbed.Cluster, str], command: str) -> None:
     cluster = demo[0]
+    if str(local.FOLDER.relative_to(ROOT)) in command:
+        local.set_up(local.FOLDER)  # as `make try` does before it runs the job
     if command.startswith("helm upgrade"):
         command += " --dry-run=server --take-ownership"  # the demo's operator goes on with the demo's values
     env = {

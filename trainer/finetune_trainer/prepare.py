@@ -1,6 +1,7 @@
 """The prepare stage: rows in object storage become prepared arrays, a batch plan and `plan.json`. No GPU, no torch.
 
-Everything is written at names made of its content, and `plan.json` last: running the stage again is safe at any point.
+Arrays and the plan that is trained on lie at names made of their content; report.json, decisions.jsonl and, last,
+plan.json are replaced by the next prepare, until training begins. Running the stage again is safe at any point.
 """
 
 import errno
