@@ -209,7 +209,11 @@ class Watched:
         self._ctx, self._clock = ctx, clock
         self._watchdog: guard.Watchdog | None = None
         patch.setattr(train, "Watchdog", self._make)
-        patch.setattr(guard.Watchdog, "start", lambda _self: None)  # `after` looks instead of its thread
+        patch.setattr(guard.Watchdog, "start", Watched._no_thread)
+
+    @staticmethod
+    def _no_thread(_watchdog: guard.Watchdog) -> None:
+        """Start nothing: `after` looks instead."""
 
     def _make(self, on_stall: Callable[[int, float], None], **given: Any) -> guard.Watchdog:
         self._watchdog = guard.Watchdog(on_stall, clock=self._clock, **given)
@@ -253,12 +257,15 @@ def test_the_first_pass_of_a_slow_machine_has_the_time_that_its_plan_says(
     ctx = context(_run(tmp_path, micro_batch_tokens=96))
     watched = Watched(ctx, Clock(), monkeypatch)
 
+    def speed(*_: object) -> float:
+        return tokens_per_s
+
     def first_pass(_lm: LanguageModel, _batch: Batch) -> Tensor:
         watched.after(limit_s + more_s)
         raise EnoughError
 
     monkeypatch.setattr(recipes.sft, "loss_sum", first_pass)
-    monkeypatch.setattr(train, "slow_tokens_per_second", lambda *_: tokens_per_s)
+    monkeypatch.setattr(train, "slow_tokens_per_second", speed)
     with pytest.raises(EnoughError):
         train.run(ctx, StopFlag(60))
     assert watched.overdue == overdue
@@ -275,6 +282,9 @@ def test_only_passes_of_steps_are_watched_not_evaluations_saves_and_answers(
         seen[name] += 1
         watched.after(1e9)
 
+    def always(_checkpointer: checkpoint.Checkpointer) -> bool:
+        return True
+
     for owner, name in (
         (session, "held_out_loss"),
         (session, "snapshot"),
@@ -283,11 +293,28 @@ def test_only_passes_of_steps_are_watched_not_evaluations_saves_and_answers(
         (train, "answers"),
     ):
         _before(monkeypatch, owner, name, long_work)
-    monkeypatch.setattr(checkpoint.Checkpointer, "is_due", lambda self: not self.busy)
+    monkeypatch.setattr(checkpoint.Checkpointer, "is_due", always)
     train.run(ctx, StopFlag(60))
     assert watched.overdue == []
     assert seen["held_out_loss"] == 4
     assert len(seen) == 5, "all were looked at"
+
+
+def test_the_save_after_a_step_that_was_given_up_is_not_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = context(_run(tmp_path))
+    watched = Watched(ctx, Clock(), monkeypatch)
+
+    def give_up(_session: session.Session, _part: StepPart) -> bool:
+        return False
+
+    monkeypatch.setattr(session.Session, "_after_pass", give_up)
+    _before(monkeypatch, checkpoint.Checkpointer, "finish", lambda _: watched.after(1e9))
+    with pytest.raises(StageError) as caught:
+        train.run(ctx, StopFlag(60))
+    assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 0})
+    assert watched.overdue == []
 
 
 def test_a_slow_evaluation_never_looks_like_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
