@@ -77,6 +77,10 @@ test: check testbed assets images  ## Check, then all tests: pure, control plane
 test-fast: $(READY)  ## The tests that need no cluster and no real model
 	$(BIN)/pytest -m "not control_plane and not cluster and not real_model"
 
+.PHONY: soak
+soak: assets  ## Longer than a change waits for: the real model killed at twenty random moments
+	FINETUNE_REAL_KILLS=20 $(BIN)/pytest tests/unit/test_exactness.py -k real_model
+
 .PHONY: demo
 demo: assets images  ## From nothing to a committed adapter on a real cluster; leaves the cluster up
 	$(BIN)/python -m demo run

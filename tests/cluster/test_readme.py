@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import testbed
-from demo import local
 from testbed.binaries import search_path
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -26,8 +25,9 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-# `make test` is what runs this test, on every change by `.ci/run`; `make try` by test_cli_real_run.py.
-RUN_ELSEWHERE = {"make demo", "make test", "make try"}
+# `make test` is what runs this test, on every change by `.ci/run`; `make try` and the job it leaves, by
+# test_cli_real_run.py.
+RUN_ELSEWHERE = {"make demo", "make test", "make try", "finetune run .finetune/try/local.yaml"}
 CASES = sorted({command for page in PAGES for command in commands(page)} - RUN_ELSEWHERE)
 
 
@@ -62,8 +62,6 @@ def test_the_demo_ends_with_the_adapter_its_digest_the_rows_and_answers_of_base_
 @pytest.mark.parametrize("command", CASES)
 def test_a_command_of_the_documentation_works(demo: tuple[testbed.Cluster, str], command: str) -> None:
     cluster = demo[0]
-    if str(local.FOLDER.relative_to(ROOT)) in command:
-        local.set_up(local.FOLDER)  # as `make try` does before it runs the job
     if command.startswith("helm upgrade"):
         command += " --dry-run=server --take-ownership"  # the demo's operator goes on with the demo's values
     env = {

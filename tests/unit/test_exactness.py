@@ -34,6 +34,8 @@ from tiny_run import (
 
 CPU = torch.device("cpu")
 
+REAL_KILLS = int(os.environ.get("FINETUNE_REAL_KILLS", "5"))
+
 
 def _trl(
     run: TinyRun, rows: Rows, ids: list[int], values: dict[str, Tensor], folder: Path
@@ -185,15 +187,19 @@ def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_
 
 @pytest.mark.real_model
 @pytest.mark.timeout(3600)
-def test_the_real_model_too_is_bit_equal_after_20_random_kills(tmp_path: Path) -> None:
+def test_the_real_model_too_is_bit_equal_after_random_kills(tmp_path: Path) -> None:
+    """Five, as each attempt loads the model; `make soak` kills twenty times."""
     from demo import assets
 
     model = assets.ensure_model()
-    runs = [make_run(tmp_path / name, steps=160, rows=32, batch=2, longest=12) for name in ("undisturbed", "killed")]
+    runs = [
+        make_run(tmp_path / name, steps=8 * REAL_KILLS, rows=32, batch=2, longest=12)
+        for name in ("undisturbed", "killed")
+    ]
     for run in runs:
         use_model(run, model)
     undisturbed, killed = runs
     train.run(context(undisturbed), StopFlag(60))
     _checkpoint_often(killed)
-    _train_with_kills(killed, 20, start_s=5.0)
+    _train_with_kills(killed, REAL_KILLS, start_s=5.0)
     assert undisturbed.adapter_bytes() == killed.adapter_bytes()

@@ -63,7 +63,7 @@ def any_result(draw: st.DrawFn) -> RunResult:
         rows_held_out=COUNTS,
         dropped=st.lists(dropped, max_size=10),
         digest=st.just(DIGEST),
-        report_uri=st.just(join(run_uri, ".job/report.json")),
+        reportUri=st.just(join(run_uri, ".job/report.json")),  # by its alias, or hypothesis makes up another one
     )
     checkpoint = CheckpointStatus(
         step=draw(COUNTS), uri=join(run_uri, ".job/checkpoints/00000012-1/manifest.json"), digest=DIGEST

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data_run import CHILD
 from finetune_trainer.data import structure
 from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY
 from finetune_trainer.dry_load import judge
@@ -70,7 +71,7 @@ def test_a_child_that_the_machine_failed_says_nothing_of_the_model(
 
     monkeypatch.setattr(structure.subprocess, "run", ended)
     with pytest.raises(expected):
-        structure.load_without_values(b"{}")
+        CHILD(b"{}")
 
 
 @pytest.mark.parametrize(
