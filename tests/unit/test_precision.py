@@ -102,6 +102,7 @@ def test_a_resumed_run_computes_in_what_it_began_with_where_that_is_not_slow(
     ("earlier", "dtype", "steps_left", "expected"),
     [
         (None, torch.bfloat16, 6, "bf16"),
+        ("fp32", torch.bfloat16, 3, "bf16"),  # a GPU's, from a checkpoint of a release that did not say it
         ("bf16", torch.float32, 0, "bf16"),  # no step is left to compute in anything else
         ("bf16", torch.float32, 1, "bf16, then fp32"),
         ("bf16, then fp32", torch.float32, 3, "bf16, then fp32"),

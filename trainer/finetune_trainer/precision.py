@@ -29,9 +29,13 @@ _SAME_LOSS_RATIO = 0.01  # of the first step: bf16 rounds each product by up to 
 def computed_in(earlier: ComputedIn | None, dtype: torch.dtype, steps_left: int) -> ComputedIn:
     """Return what all steps of a run will have been computed in. earlier: those before this attempt, None: there are
     none."""
-    if earlier == "bf16" and dtype == torch.float32 and steps_left:
+    if (
+        dtype == torch.bfloat16
+    ):  # which no attempt changes to after fp32, whatever a checkpoint that does not say it has
+        return "bf16"
+    if earlier == "bf16" and steps_left:
         return "bf16, then fp32"
-    return earlier or ("fp32" if dtype == torch.float32 else "bf16")
+    return earlier or "fp32"
 
 
 def load_for_training(
@@ -45,14 +49,12 @@ def load_for_training(
     exact = world.weight_dtype(device)
     if exact != torch.float32 or earlier not in (None, "bf16"):
         return load_base(folder, plan, device, exact)
-    speedup = world.bf16_speedup()
+    if world.bf16_speedup() < (_FASTER if earlier is None else _SLOWER):
+        if earlier is not None:
+            log.warning("earlier steps were computed in bf16, which is slow on this CPU: the others are in fp32")
+        return load_base(folder, plan, device, exact)
     if earlier is not None:
-        if speedup >= _SLOWER:
-            return load_base(folder, plan, device, torch.bfloat16)
-        log.warning("earlier steps were computed in bf16, which is slow on this CPU: the others are in fp32")
-        return load_base(folder, plan, device, exact)
-    if speedup < _FASTER:
-        return load_base(folder, plan, device, exact)
+        return load_base(folder, plan, device, torch.bfloat16)
     expected = first_loss(load_base(folder, plan, device, exact), plan, rows, steps)
     return _in_bf16(folder, plan, device, rows, steps, expected) or load_base(folder, plan, device, exact)
 
