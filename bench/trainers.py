@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.workload import BATCH_ROWS, LEARNING_RATE, RANK, Row, Workload
+from bench.workload import BATCH_ROWS, LEARNING_RATE, RANK, Row, Workload, local_path
 
 IGNORED = -100
 
@@ -41,14 +41,14 @@ def ours(work: Workload, folder: Path) -> Trained:
     result = RunResult.model_validate_json(result_file.read_bytes())
     if code != 0 or result.artifact is None:
         raise SystemExit(f"our train stage ended with {code}: {result.fault} {result.args}")
-    rows = [json.loads(line) for line in _path(join(work.config.run_uri, METRICS)).read_text().splitlines()]
+    rows = [json.loads(line) for line in local_path(join(work.config.run_uri, METRICS)).read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     return Trained(
-        adapter=_path(result.artifact.uri),
+        adapter=local_path(result.artifact.uri),
         step_s=[row["seconds"] for row in steps],
         step_tokens=[row["tokens"] for row in steps],
         losses=[row["loss"] for row in steps],
-        compute=json.loads(_path(join(result.artifact.uri, EVAL)).read_bytes())["computed_in"],
+        compute=json.loads(local_path(join(result.artifact.uri, EVAL)).read_bytes())["computed_in"],
     )
 
 
@@ -58,7 +58,7 @@ def plain(work: Workload, folder: Path) -> Trained:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model_folder = _path(work.config.spec.model.uri)
+    model_folder = local_path(work.config.spec.model.uri)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
         **({"gradient_checkpointing": False, "bf16": False} if tuned else {}),
     )
     make_trainer: Any = SFTTrainer
-    model_folder = _path(work.config.spec.model.uri)
+    model_folder = local_path(work.config.spec.model.uri)
     trainer = make_trainer(
         str(model_folder),
         args=config,
@@ -199,7 +199,7 @@ def held_out_loss(work: Workload, adapter: Path | None) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(_path(work.config.spec.model.uri), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(local_path(work.config.spec.model.uri), dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
@@ -222,7 +222,3 @@ def _lora(work: Workload) -> Any:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _path(uri: str) -> Path:
-    return Path(uri.removeprefix("file://"))

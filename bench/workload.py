@@ -52,14 +52,14 @@ class Workload:
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        return json.loads(_path(join(self.config.run_uri, PLAN)).read_bytes())
+        return json.loads(local_path(join(self.config.run_uri, PLAN)).read_bytes())
 
     @cached_property
     def steps(self) -> list[list[Row]]:
         """The rows of every optimizer step, in the order in which our trainer reads them."""
         import safetensors.numpy
 
-        arrays = safetensors.numpy.load_file(_path(self.plan["batches"]["uri"]))
+        arrays = safetensors.numpy.load_file(local_path(self.plan["batches"]["uri"]))
         rows, bounds = arrays["rows"], arrays["step_offsets"]
         return [_rows(self._split("train"), rows[begin:end].tolist()) for begin, end in pairwise(bounds)]
 
@@ -76,9 +76,9 @@ class Workload:
     def _split(self, name: str) -> Rows:
         files = self.plan[name]
         return Rows(
-            tokens=np.fromfile(_path(files["tokens"]["uri"]), "<u4"),
-            labels=np.fromfile(_path(files["labels"]["uri"]), "<u1"),
-            offsets=np.fromfile(_path(files["offsets"]["uri"]), "<i8"),
+            tokens=np.fromfile(local_path(files["tokens"]["uri"]), "<u4"),
+            labels=np.fromfile(local_path(files["labels"]["uri"]), "<u1"),
+            offsets=np.fromfile(local_path(files["offsets"]["uri"]), "<i8"),
         )
 
 
@@ -136,7 +136,7 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int) -> Workl
     return Workload(folder, result.plan.digest)
 
 
-def _path(uri: str) -> Path:
+def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 

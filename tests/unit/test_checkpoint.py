@@ -284,13 +284,19 @@ def publish_without_answer(*arguments: Any) -> str:
     raise StageError(Fault.STORAGE_UNAVAILABLE, action="write", uri="u", tries=12, seconds=1, problem="p")
 
 
+def save_without_answer(
+    saved: Saved, checkpointer: checkpoint.Checkpointer, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
+        saved.save(checkpointer, step)
+
+
 def test_a_save_that_was_published_although_its_answer_was_lost_is_not_written_again(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = saved.checkpointer()
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
-        saved.save(checkpointer, 5)
+    save_without_answer(saved, checkpointer, 5, monkeypatch)
     before = saved.path(5, 1, checkpoint.TENSORS).stat()
     saved.train()
     saved.save(checkpointer, 5)
@@ -305,9 +311,7 @@ def test_a_save_that_was_published_although_its_answer_was_lost_is_kept_after_th
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = saved.checkpointer()
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "publish_manifest", publish_without_answer)
-        saved.save(checkpointer, 5)
+    save_without_answer(saved, checkpointer, 5, monkeypatch)
     saved.save(checkpointer, 7)
     assert saved.steps() == [7, 5]
 

@@ -136,19 +136,23 @@ def test_a_stop_while_the_store_is_away_is_used_for_saving_as_long_as_there_is_t
     assert saved == ([] if lasts else ["00000005-1"])
 
 
+def before_the_upload(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
+    upload = export.upload
+
+    def act_and_upload(*args: Any) -> Any:
+        action()
+        return upload(*args)
+
+    monkeypatch.setattr(export, "upload", act_and_upload)
+
+
 def test_a_stop_during_the_upload_saves_the_last_step_that_could_not_be_saved_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, upload = StopFlag(120), export.upload
+    stop = StopFlag(120)
     with run_in_bucket(tmp_path, steps=3) as (run, server):
         server.troubles = [DENIED]
-
-        def stop_and_upload(*args: Any) -> Any:
-            server.troubles.clear()
-            stop.set()
-            return upload(*args)
-
-        monkeypatch.setattr(export, "upload", stop_and_upload)
+        before_the_upload(monkeypatch, lambda: (server.troubles.clear(), stop.set()))
         assert train.run(context(run), stop).fault is Fault.COMMITTED
         saved = checkpoints(server)
     assert saved == ["00000003-1"], "had the time to stop ended during the upload, three steps would be lost"
@@ -157,16 +161,11 @@ def test_a_stop_during_the_upload_saves_the_last_step_that_could_not_be_saved_be
 def test_a_stop_during_the_upload_where_no_checkpoint_can_be_saved_still_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, upload = StopFlag(120), export.upload
+    stop = StopFlag(120)
     with run_in_bucket(tmp_path, steps=3) as (run, server):
         server.troubles = [DENIED]
-
-        def stop_and_upload(*args: Any) -> Any:
-            monkeypatch.setattr(patience, "MAX_AWAY_S", 0.0)  # the end of all patience is no end of what can commit
-            stop.set()
-            return upload(*args)
-
-        monkeypatch.setattr(export, "upload", stop_and_upload)
+        # The end of all patience is no end of what can commit.
+        before_the_upload(monkeypatch, lambda: (monkeypatch.setattr(patience, "MAX_AWAY_S", 0.0), stop.set()))
         assert train.run(context(run), stop).fault is Fault.COMMITTED
         assert checkpoints(server) == []
 

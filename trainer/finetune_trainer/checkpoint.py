@@ -306,6 +306,10 @@ class Checkpointer:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def is_saved(self, step: int) -> bool:
+        """Return whether the newest save is the one after `step`."""
+        return self.last is not None and self.last.step == step
+
     def is_due(self) -> bool:
         """Return whether it is time to save, or to try again."""
         due_s = self._began_s + self._interval_s if self.trouble is None else self.trouble.next_s
@@ -337,17 +341,14 @@ class Checkpointer:
         Once asked to stop, it is tried until the time for that is over, and not waited for what follows a save. Else it
         is tried once: what follows the last step makes a checkpoint needless. Raises as `check`."""
 
-        def is_saved() -> bool:
-            return self.last is not None and self.last.step == step
-
         tries = 0
         while True:
             while not self.wait(_POLL_S):
-                if stop.is_set() and is_saved():
+                if stop.is_set() and self.is_saved(step):
                     return True
                 if stop.remaining_s() == 0:
                     return False
-            if is_saved():
+            if self.is_saved(step):
                 return True
             if tries and not (stop.is_set() and self._pause(tries, stop)):
                 return False

@@ -120,8 +120,7 @@ class Session:
     @property
     def saved(self) -> bool:
         """Whether the state after the newest step is in a checkpoint."""
-        last = self.checkpointer.last
-        return last is not None and last.step == self.position.step
+        return self.checkpointer.is_saved(self.position.step)
 
     def save_last(self) -> None:
         """Try once more, for half of the time that a stop leaves, to save the state after the last step.
