@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--one", choices=TRAINERS, help=argparse.SUPPRESS)
     parser.add_argument("--judge", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps <= SKIPPED_STEPS:
+        parser.error(f"--steps must be above {SKIPPED_STEPS}, as the first ones are left out of the steps' speed")
     threads = arguments.threads
     if arguments.folder:
         work = Workload(arguments.folder, arguments.digest)
