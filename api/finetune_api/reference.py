@@ -9,6 +9,7 @@ from finetune_api.quality import meanings
 from finetune_api.reasons import EXIT_CODES, FAULTS, FINAL_EXIT_CODES, Fault, Reason
 
 _DELAYS = f"{retry.FIRST_DELAY_S:g}, {2 * retry.FIRST_DELAY_S:g} and then every {retry.MAX_DELAY_S:g} s"
+_PHRASES = ("difference", "remedy", "field")  # places of words, where others take a name or a number
 _HEAD = f"""# Reasons and exit codes
 
 Generated from `reasons.py` and `retry.py` in `api/finetune_api` by `make crds`; do not edit.
@@ -34,13 +35,21 @@ def _retry(reason: Reason) -> str:
     return f"once in each stage, {counted}" if reason in retry.FINAL_SECOND_TIME else f"yes, {counted}"
 
 
+def _sentence(fault: Fault) -> str:
+    """Return the fault's sentence; a place that takes whole phrases shows the usual one instead of its name."""
+    text = FAULTS[fault].text
+    for place, usual in FAULTS[fault].unknown.items():
+        text = text.replace(f"{{{place}}}", usual) if place in _PHRASES else text
+    return text
+
+
 def page() -> str:
     """The whole page, as Markdown."""
     lines = ["| exit code | reason | tried again | what happened and what to do |", "|---|---|---|---|"]
     for reason, code in EXIT_CODES.items():
         for fault in Fault:
             if FAULTS[fault].reason is reason:
-                lines.append(f"| {code} | `{reason}` | {_retry(reason)} | `{fault}`: {FAULTS[fault].text} |")
+                lines.append(f"| {code} | `{reason}` | {_retry(reason)} | `{fault}`: {_sentence(fault)} |")
     lines += ["", "What `QualityConcern` says of the model itself; the job goes on, and ends, as it would without:", ""]
     lines += ["| reason | what was measured and what to do |", "|---|---|"]
     lines += [f"| `{reason}` | {text} |" for reason, text in meanings().items()]

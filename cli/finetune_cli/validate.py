@@ -93,7 +93,7 @@ def _words(error: ValidationError) -> Iterator[str]:
             known = cast(dict[str, Any], cast(dict[str, Any], error.schema)["properties"])
             for name in cast(dict[str, Any], error.instance):
                 if name not in known:
-                    yield f'unknown field "{place}.{name}"'.replace('".', '"') + _nearest(name, known)
+                    yield f'unknown field "{place}.{name}"'.replace('".', '"') + _instead(name, known)
         case "type":
             wanted = ",".join(limit) if isinstance(limit, list) else str(limit)
             yield f"{place}: must be of type {wanted}"
@@ -114,13 +114,30 @@ def _words(error: ValidationError) -> Iterator[str]:
             yield f"{place}: {error.validator} {limit} does not hold"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for learning_rate or LearningRate instead of learningRate."""
+def _instead(name: str, known: Iterable[str]) -> str:
+    """Return what to write instead of an unknown field: its right name, its right place, or the fields there are."""
+    if spelt := next((other for other in known if _letters(other) == _letters(name)), None):
+        return f"; write {spelt}"
+    spec = cast(Schema, object_schema()["properties"]["spec"])
+    if found := next(_places_of(name, spec, "spec"), None):
+        place, _, spelt = found.rpartition(".")
+        return f"; it belongs into {place}" + ("" if spelt == name else f", as {spelt}")
+    return f"; the fields here are {', '.join(sorted(known))}"
 
-    def plain(text: str) -> str:
-        return re.sub("[^a-z]", "", text.lower())
 
-    return next((f"; write {other}" for other in known if plain(other) == plain(name)), "")
+def _places_of(name: str, node: Schema, place: str) -> Iterator[str]:
+    """Yield where a field of this name is known at or below `place`."""
+    for field, child in cast(dict[str, Schema], node.get("properties", {})).items():
+        if _letters(field) == _letters(name):
+            yield f"{place}.{field}"
+        yield from _places_of(name, child, f"{place}.{field}")
+    if "items" in node:
+        yield from _places_of(name, node["items"], f"{place}[]")
+
+
+def _letters(name: str) -> str:
+    """Return the name as learning_rate, LearningRate and learningRate have it in common."""
+    return re.sub("[^a-z]", "", name.lower())
 
 
 def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool) -> Iterator[str]:
@@ -130,7 +147,10 @@ def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool)
             continue
         is_uri = local and text == S3_URI_RULE
         if not _holds(LOCAL_URI_RULE if is_uri else text, value, old):
-            yield f"{place}: {_local_advice(value) if is_uri else rule['message']}".removeprefix(": ")
+            words = _local_advice(value) if is_uri else rule["message"]
+            if text == S3_URI_RULE and not is_uri and _holds(LOCAL_URI_RULE, value, old):
+                words += "; only finetune run takes files of this machine"
+            yield f"{place}: {words}".removeprefix(": ")
     if isinstance(value, dict):
         fields, olds = cast(dict[str, Any], value), cast(dict[str, Any], old if isinstance(old, dict) else {})
         for name, child in schema.get("properties", {}).items():

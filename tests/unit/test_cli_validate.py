@@ -40,7 +40,9 @@ def test_files_of_this_machine_are_taken_without_a_cluster_only():
     body = spec_cases.base()
     body["spec"]["model"]["uri"] = "file:///models/x"
     assert problems(body, local=True) == []
-    assert "write s3://BUCKET/FOLDER" in problems(body, local=False)[0]
+    (for_the_cluster,) = problems(body, local=False)
+    assert "write s3://BUCKET/FOLDER" in for_the_cluster
+    assert "only finetune run takes files of this machine" in for_the_cluster
 
 
 def test_a_relative_path_is_not_taken():
@@ -86,6 +88,27 @@ def test_a_misspelt_field_is_told_its_right_name():
     body = spec_cases.base()
     body["spec"]["hyperparameters"] = {"learning_rate": 1e-4}
     assert problems(body) == ['unknown field "spec.hyperparameters.learning_rate"; write learningRate']
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "says"),
+    [
+        ("hyperparameters", "lr", "the fields here are epochs, globalBatchSize, learningRate, "),
+        ("hyperparameters", "batchSize", "globalBatchSize"),
+        ("hyperparameters", "warmup_steps", "warmupRatio"),
+        ("", "learningRate", "it belongs into spec.hyperparameters"),
+        ("", "learning_rate", "it belongs into spec.hyperparameters, as learningRate"),
+        ("hyperparameters", "rank", "it belongs into spec.peft"),
+        ("", "maxSequenceLength", "it belongs into spec.preprocessing"),
+        ("", "dataset", "the fields here are activeDeadlineSeconds, checkpoint, datasets, "),
+    ],
+)
+def test_an_unknown_field_is_told_where_it_belongs_or_what_there_is(place: str, name: str, says: str):
+    body = spec_cases.base()
+    (body["spec"].setdefault(place, {}) if place else body["spec"])[name] = 1
+    (only,) = problems(body)
+    assert only.startswith(f'unknown field "{".".join(filter(None, ("spec", place, name)))}"; ')
+    assert says in only
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])

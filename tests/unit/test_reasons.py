@@ -42,6 +42,11 @@ def test_the_page_of_reasons_explains_each_reason_in_one_place() -> None:
     assert not [reason for reason in listed if f"| `{reason}` |" in explained]
 
 
+def test_the_page_of_reasons_says_what_to_do_in_words() -> None:
+    assert not [line for line in page().splitlines() if "{remedy}" in line or "{message} {difference}" in line]
+    assert "raise resources.disk, or resources.prepare.disk while data is prepared" in page()
+
+
 def test_words_name_the_place_and_survive_a_missing_argument() -> None:
     error = StageError(
         Fault.BROKEN_ROW, file="s3://b/x.jsonl", row=7, field=" field messages", problem="is empty", broken=1
