@@ -98,7 +98,7 @@ def facts(case: Case) -> ModelFacts:
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(config)
     shapes = {name: list(parameter.shape) for name, parameter in causal.named_parameters()}
-    linear = adapted_shapes(shapes)
+    linear = adapted_shapes(shapes, config.model_type)
     return ModelFacts(
         uri="file:///dev/null",
         digest="sha256:" + "0" * 64,

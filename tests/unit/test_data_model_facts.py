@@ -70,6 +70,31 @@ def test_the_weights_of_experts_are_counted_and_none_of_them_is_adapted(
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "left_out", "context_length"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("max_position_embeddings",), 128),
+        ("gptj", {"rotary_dim": 4, "max_position_embeddings": 128}, (), 128),
+        ("bloom", {}, ("max_position_embeddings",), 2**20),
+        ("bloom", {"seq_length": 128}, ("max_position_embeddings",), 128),
+        ("mamba", {}, ("max_position_embeddings",), 2**20),
+        ("llama", {}, ("max_position_embeddings",), 2048),  # what transformers takes a Llama for that does not say it
+    ],
+)
+def test_sizes_are_those_that_transformers_reads_whatever_the_family_calls_them(
+    tmp_path: Path, family: str, changes: dict[str, Any], left_out: tuple[str, ...], context_length: int
+) -> None:
+    write_model(tmp_path / "m")
+    config, shapes = saved_shapes(family, **changes)
+    config = {name: value for name, value in config.items() if name not in left_out}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(weights, tmp_path / "m" / WEIGHTS)
+    facts = read(tmp_path / "m").facts
+    found = (facts.hidden_size, facts.layers, facts.vocabulary_size, facts.context_length)
+    assert found == (32, 2, config["vocab_size"], context_length)
+
+
 def test_a_changed_file_changes_the_digest(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
     before = read(tmp_path / "m").facts.digest

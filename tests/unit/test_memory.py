@@ -48,7 +48,7 @@ def _config(family: str, layers: int, **changes: Any) -> Any:
 def _facts(config: Any) -> ModelFacts:
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(config)
-    linear = adapted_shapes({name: list(weight.shape) for name, weight in causal.named_parameters()})
+    linear = adapted_shapes({name: list(w.shape) for name, w in causal.named_parameters()}, causal.config.model_type)
     shapes = [shape for _, shape in linear.values()]
     return ModelFacts(
         uri="s3://m/x",

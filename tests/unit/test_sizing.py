@@ -155,7 +155,10 @@ def test_steps_that_read_less_than_the_data_say_so_and_learn_from_less() -> None
 def test_experts_that_get_no_adapter_are_named() -> None:
     mixture = SMALL.model_copy(update={"expert_parameters": 100_000_000})
     words = reason(sized(spec(), data(), mixture), "targetModules")
-    assert words == "all other linear layers; experts are not adapted: 100,000,000 of 135,000,000 weights"
+    assert (
+        words
+        == "the linear layers that PEFT adapts beside them; experts are not adapted: 100,000,000 of 135,000,000 weights"
+    )
     assert not any(value.field == "targetModules" for value in sized(spec(), data()).resolved)
 
 

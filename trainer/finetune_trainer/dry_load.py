@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY, LoadReport, is_of_the_machine
+from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY, SIZES, LoadReport, is_of_the_machine
 from finetune_trainer.load_report import report_of
 
 Shapes = dict[str, list[int]]
@@ -42,7 +42,12 @@ def judge(config: dict[str, Any], shapes: Shapes) -> LoadReport:
         )
     except RuntimeError:  # experts that cannot be stacked, say: told by what the conversions would have needed
         return report_of(empty, None, shapes)
-    return report_of(loaded, info, shapes)
+    return report_of(loaded, info, shapes).model_copy(update={"sizes": _sizes(settings)})
+
+
+def _sizes(settings: PreTrainedConfig) -> dict[str, int]:
+    found = {name: getattr(settings, name, None) for name in SIZES}
+    return {name: size for name, size in found.items() if isinstance(size, int) and size > 0}
 
 
 def main() -> int:

@@ -31,9 +31,32 @@ PACKING_FAMILIES = frozenset(
 # What the configuration of a mixture of experts calls their number.
 MIXTURE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 
+# Linear layers that get no adapter, by `model_type`. In these mixtures PEFT takes layers of such names, which dense
+# layers and shared experts have, for the experts, which are one tensor in transformers 5: it would adapt other weights.
+_EXPERTS_W = frozenset({"gate", "w1", "w2", "w3"})
+_EXPERTS_PROJ = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
+_TAKEN_FOR_EXPERTS = {
+    **dict.fromkeys(("minimax", "minimax_m2", "mixtral"), _EXPERTS_W),
+    **dict.fromkeys(
+        ("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+         "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash",
+         "mellum", "olmoe", "qwen3_moe", "qwen3_next", "sarvam_mla", "solar_open"),
+        _EXPERTS_PROJ,
+    ),
+}  # fmt: skip
+# Their state-space layers multiply with these weights themselves, past the layer that an adapter would be put beside.
+_BYPASSED = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), frozenset({"out_proj", "dt_proj"})
+)
+
 # Of transformers' modeling_rope_utils: the frequencies are a function of the configuration alone.
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 _PHI3_ORIGINAL_TOKENS = 4096  # the default of its configuration
+
+
+def not_adapted(family: str) -> frozenset[str]:
+    """Return the names of linear layers that a model of this family has and LoRA is not put beside."""
+    return _TAKEN_FOR_EXPERTS.get(family, frozenset()) | _BYPASSED.get(family, frozenset())
 
 
 def frequencies_change_after(config: Mapping[str, Any], family: str) -> int | None:

@@ -127,7 +127,9 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         steps = -(-total_rows // batch)
     if model.expert_parameters:
         text = f"experts are not adapted: {model.expert_parameters:,} of {model.parameters:,} weights"
-        choices.note("targetModules", ", ".join(model.target_modules), f"all other linear layers; {text}")
+        choices.note(
+            "targetModules", ", ".join(model.target_modules), f"the linear layers that PEFT adapts beside them; {text}"
+        )
     if hyper.max_steps is not None and total_rows < data.rows:
         text = f"as written: the steps read {total_rows:,} of {data.rows:,} rows"
         choices.note("hyperparameters.maxSteps", hyper.max_steps, text)

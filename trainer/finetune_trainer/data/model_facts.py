@@ -19,12 +19,14 @@ from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokens import RowTokenizer, special_tokens
 from finetune_trainer.data.weights import Weights, read_weights
 from finetune_trainer.data.widths import layer_widths
-from finetune_trainer.families import MIXTURE_FIELDS, PACKING_FAMILIES, frequencies_change_after
+from finetune_trainer.families import MIXTURE_FIELDS, PACKING_FAMILIES, frequencies_change_after, not_adapted
 from finetune_trainer.runplan import FileRecord, ModelFacts
 from finetune_trainer.store import Store
 
 _MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
+_CONTEXT = ("max_seq_len", "max_sequence_length", "seq_length")  # of families that know no max_position_embeddings
+_NO_LIMIT = 2**20  # tokens
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(?P<module>[^.]+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\.experts\.|\.router\.|\.gate\.weight$|norm|embed")
@@ -58,7 +60,7 @@ def read_model(store: Store, uri: str) -> Model:
         raise StageError(Fault.REMOTE_CODE, uri=place(uri))
     weights = read_weights(folder)
     architecture, family = _architecture(folder, config)
-    check_structure(folder, architecture, config, weights)
+    sizes = check_structure(folder, architecture, config, weights)
     legacy_map = folder.json("special_tokens_map.json") or {}
     tokens = special_tokens(tokenizer_config, legacy_map)
     bare = _bare_tokenizer(folder)
@@ -67,7 +69,7 @@ def read_model(store: Store, uri: str) -> Model:
         raise folder.broken(problem)
     tokenizer = _tokenizer(folder, bare, config, tokens)
     template = _template(folder, tokenizer_config)
-    facts = _facts(folder, config, architecture, family, weights)
+    facts = _facts(folder, config, sizes, architecture, family, weights)
     return Model(facts, family, tokenizer, tokens, template)
 
 
@@ -132,28 +134,32 @@ def _template(folder: ModelFolder, tokenizer_config: dict[str, Any]) -> str | No
     return template
 
 
-def _number(folder: ModelFolder, config: dict[str, Any], *names: str) -> int:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise folder.broken(f"config.json has no {names[0]}")
+def _size(folder: ModelFolder, sizes: dict[str, int], name: str) -> int:
+    if name in sizes:
+        return sizes[name]
+    raise folder.broken(f"config.json has no {name}")
+
+
+def _context_length(config: dict[str, Any], sizes: dict[str, int]) -> int:
+    """Return how many tokens the model was made for; families without positions have no such limit."""
+    named = next((config[name] for name in _CONTEXT if type(config.get(name)) is int and config[name] > 0), None)
+    return sizes.get("max_position_embeddings") or named or _NO_LIMIT
 
 
 def _facts(
     folder: ModelFolder,
     config: dict[str, Any],
+    sizes: dict[str, int],
     architecture: str,
     family: str,
     weights: Weights,
 ) -> ModelFacts:
     shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items()}
-    linear = adapted_shapes(shapes)
+    linear = adapted_shapes(shapes, family)
     if not linear:
         raise folder.unsupported(architecture, "no linear layers are found in its weights")
     files = folder.identify(sorted(weights.files + [name for name in folder.files if name.endswith(_SMALL_SUFFIXES)]))
-    hidden_size = _number(folder, config, "hidden_size", "n_embd", "d_model")
-    layers = _number(folder, config, "num_hidden_layers", "n_layer", "num_layers")
+    hidden_size, layers = _size(folder, sizes, "hidden_size"), _size(folder, sizes, "num_hidden_layers")
     return ModelFacts(
         uri=folder.uri,
         digest=_digest(files),
@@ -161,10 +167,10 @@ def _facts(
         architecture=architecture,
         hidden_size=hidden_size,
         layers=layers,
-        vocabulary_size=_number(folder, config, "vocab_size"),
+        vocabulary_size=_size(folder, sizes, "vocab_size"),
         parameters=sum(_elements(shape) for shape in shapes.values()),
         expert_parameters=sum(_elements(shape) for name, shape in shapes.items() if _is_expert(name, shape, config)),
-        context_length=_number(folder, config, "max_position_embeddings", "n_positions", "max_sequence_length"),
+        context_length=_context_length(config, sizes),
         lora_parameters_per_rank=sum(sum(shape) for _, shape in linear.values()),
         target_modules=sorted({module for module, _ in linear.values()}),
         packing_safe=family in PACKING_FAMILIES,
@@ -179,12 +185,16 @@ def _is_expert(name: str, shape: list[int], config: dict[str, Any]) -> bool:
     return ".experts." in name or (is_mixture and len(shape) == 3)
 
 
-def adapted_shapes(shapes: dict[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
+def adapted_shapes(shapes: dict[str, list[int]], family: str) -> dict[str, tuple[str, list[int]]]:
     """Return the weights that LoRA is put beside: name -> (module's name, shape)."""
+    left_out = not_adapted(family)
     return {
         name: (match["module"], shape)
         for name, shape in shapes.items()
-        if len(shape) == 2 and (match := _LAYER_WEIGHT.search(name)) and not _NOT_ADAPTED.search(name)
+        if len(shape) == 2
+        and (match := _LAYER_WEIGHT.search(name))
+        and not _NOT_ADAPTED.search(name)
+        and match["module"] not in left_out
     }
 
 

@@ -28,7 +28,9 @@ NO_MEMORY, MACHINE_FAILED = 70, 71  # the child's exit codes where the model is 
 _TIME_LIMIT_S = 600
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "TMPDIR")  # no credentials
 _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# What transformers calls in every family what config.json may call otherwise, or leave to the family's default.
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 _MAX_NAME = 100  # of a tensor, in words
 _TRIED = 8  # missing names that a prefix is looked for with; a tied head is not among what files hold
 
@@ -45,6 +47,9 @@ class LoadReport(BaseModel):
     """What loading a model's tensors said; names as in its files where they can be told. Sorted, layer by layer."""
 
     architecture: str  # the class that transformers builds
+    sizes: dict[
+        str, int
+    ] = {}  # of the configuration as transformers completes it: SIZES, as far as the family has them
     missing: list[str] = []
     mismatched: list[Mismatch] = []
     unexpected: list[str] = []  # of a part that the model has: a layer too many, a bias that the configuration denies
@@ -95,8 +100,11 @@ class LoadReport(BaseModel):
         return None
 
 
-def check_structure(folder: ModelFolder, architecture: str, config: dict[str, Any], weights: Weights) -> None:
-    """Raise BROKEN_MODEL or UNSUPPORTED_MODEL unless the weights are all that a load of this model needs."""
+def check_structure(folder: ModelFolder, architecture: str, config: dict[str, Any], weights: Weights) -> dict[str, int]:
+    """Return the model's sizes, by the names of SIZES.
+
+    Raises BROKEN_MODEL or UNSUPPORTED_MODEL unless the weights are all that a load of this model needs.
+    """
     layers = [config[name] for name in _LAYERS if isinstance(config.get(name), int)]
     if layers and not 0 < layers[0] <= len(weights.tensors):  # the empty model must not be larger than what is there
         found = f"config.json asks for {layers[0]:,} layers, but its files hold {len(weights.tensors):,} tensors"
@@ -118,6 +126,7 @@ def check_structure(folder: ModelFolder, architecture: str, config: dict[str, An
             "the model at %s holds %d tensors of parts that a %s does not have, which are left out: %s …",
             folder.uri, len(report.beside), report.architecture, report.beside[0],
         )  # fmt: skip
+    return report.sizes
 
 
 def load_without_values(request: bytes) -> LoadReport:
