@@ -425,6 +425,31 @@ def _strange_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
 
 
+def test_a_model_whose_own_pass_fails_is_a_final_fault_and_no_bug(tmp_path: Path) -> None:
+    """More experts for each token than there are fit every tensor, and no pass."""
+    run = make_run(tmp_path, family="olmoe", model_changes={"num_experts": 4, "num_experts_per_tok": 8})
+    with pytest.raises(StageError, match="its own pass fails, its config") as caught:
+        load_base(run.folder / "model", run.plan, torch.device("cpu"))
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.UNSUPPORTED_MODEL, 10)
+
+
+def test_a_model_that_transformers_cannot_generate_with_is_refused_before_step_1(tmp_path: Path) -> None:
+    """Layers of a state space alone: transformers asks the cache of such a Jamba for what only attention keeps."""
+    sizes = {"mamba_d_state": 4, "mamba_expand": 1, "mamba_dt_rank": 4, "num_experts": 2}
+    run = make_run(tmp_path, steps=1, family="jamba", model_changes=sizes)
+    with pytest.raises(StageError, match="transformers cannot generate answers with it") as caught:
+        train.run(context(run), StopFlag(60))
+    assert caught.value.fault is Fault.UNSUPPORTED_MODEL
+    assert not run.local(METRICS).exists()
+
+
+@pytest.mark.parametrize("said", ["CUDA error: CUBLAS_STATUS_NOT_INITIALIZED", "cuDNN error: internal"])
+def test_a_gpu_that_fails_in_the_models_own_pass_says_nothing_of_the_model(tmp_path: Path, said: str) -> None:
+    plan = make_run(tmp_path).plan
+    with pytest.raises(RuntimeError, match="error"), base_weights.told_of_the_model(plan, "it fails"):
+        raise RuntimeError(said)
+
+
 @pytest.mark.parametrize("damage", [_cut_weights, _strange_config])
 def test_whatever_loading_raises_is_a_final_fault_and_no_bug(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "model"

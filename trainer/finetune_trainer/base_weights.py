@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from finetune_trainer.runplan import RunPlan
 
 # What transformers and safetensors raise for files and configurations that are not as they should be.
 _REFUSALS = (ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+_OF_THE_GPU = re.compile(r"^(CUDA|cuDNN|cuBLAS|NCCL)\b")  # how torch's own RuntimeErrors about it begin
 _MAX_SAID = 160
 
 
@@ -30,7 +33,7 @@ def load_weights(folder: Path, plan: RunPlan, dtype: torch.dtype) -> PreTrainedM
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     loader: Any = AutoModelForCausalLM  # whose types do not know of a loading report
-    try:
+    with told_of_the_model(plan, "transformers could not load it"):
         causal, info = loader.from_pretrained(
             folder,
             dtype=dtype,
@@ -40,16 +43,25 @@ def load_weights(folder: Path, plan: RunPlan, dtype: torch.dtype) -> PreTrainedM
             ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
         )
+    if any(info[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
+        _require_whole(causal, info, folder, plan)
+    return causal
+
+
+@contextmanager
+def told_of_the_model(plan: RunPlan, problem: str) -> Generator[None]:
+    """Raise UNSUPPORTED_MODEL with `problem` for what the model's files or code refuse, not what the machine does."""
+    try:
+        yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (*_REFUSALS, SafetensorError, StrictDataclassError) as error:
         _require_of_the_model(error)
         if "can't allocate memory" in str(error):  # as torch's CPU allocator says it, in a RuntimeError
             raise MemoryError from error
-        raise _unsupported(plan, "transformers could not load it", error) from error
-    if any(info[kind] for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")):
-        _require_whole(causal, info, folder, plan)
-    return causal
+        if _OF_THE_GPU.search(str(error)):
+            raise
+        raise _unsupported(plan, problem, error) from error
 
 
 def load_tokenizer(folder: Path, plan: RunPlan) -> PreTrainedTokenizerBase:

@@ -143,13 +143,14 @@ def answers(
     prompts: Sequence[SamplePrompt],
     stop_ids: list[int],
     on_token: Callable[[], None] = lambda: None,
+    limit: int = MAX_NEW_TOKENS,
 ) -> list[Answer]:
-    """Return greedy answers of at most MAX_NEW_TOKENS tokens to the prompts, one after another; `on_token` may raise.
+    """Return greedy answers of at most `limit` tokens to the prompts, one after another; `on_token` may raise.
 
     How the base's own configuration generates, such as with a penalty for repetition, changes nothing."""
     padding = stop_ids[0] if stop_ids else 0
     config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=padding
+        max_new_tokens=limit, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=padding
     )
     found: list[Answer] = []
     for prompt in prompts:

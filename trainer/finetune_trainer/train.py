@@ -27,7 +27,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
-from finetune_trainer.base_weights import load_tokenizer
+from finetune_trainer.base_weights import load_tokenizer, told_of_the_model
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _LAST_UPLOAD_S = 60.0
 _POLL_S = 0.5
+_TRIED_TOKENS = 2  # of an answer before step 1: one from the prompt, one from what was kept of it
 _MAX_METRICS_BYTES = 16 * 2**20
 
 
@@ -164,11 +165,16 @@ def _go_on(stop: StopFlag) -> None:
 def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | None) -> LanguageModel:
     ctx.reporter.update(activity="Loading")
     device = world.join(ctx.config.resources).device
-    load_tokenizer(fetched.model_folder, fetched.plan)  # it is needed after the last step, too late to find it broken
+    # Both are needed after the last step, too late to find that they fail.
+    tokenizer = load_tokenizer(fetched.model_folder, fetched.plan)
     earlier = found.snapshot.position.computed_in if found else None
-    return load_for_training(
+    lm = load_for_training(
         fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
     )
+    with told_of_the_model(fetched.plan, "transformers cannot generate answers with it"):
+        shortest = sorted(fetched.plan.sample_prompts, key=lambda prompt: len(prompt.token_ids))[:1]
+        answers(lm, tokenizer, shortest, [], limit=_TRIED_TOKENS)
+    return lm
 
 
 def _begin(
