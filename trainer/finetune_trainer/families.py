@@ -35,7 +35,7 @@ MIXTURE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 # layers and shared experts have, for the experts, which are one tensor in transformers 5: it would adapt other weights.
 _EXPERTS_W = frozenset({"gate", "w1", "w2", "w3"})
 _EXPERTS_PROJ = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
-_TAKEN_FOR_EXPERTS = {
+_TAKEN_FOR_EXPERTS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("minimax", "minimax_m2", "mixtral"), _EXPERTS_W),
     **dict.fromkeys(
         ("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
@@ -45,9 +45,10 @@ _TAKEN_FOR_EXPERTS = {
     ),
 }  # fmt: skip
 # Their state-space layers multiply with these weights themselves, past the layer that an adapter would be put beside.
-_BYPASSED = dict.fromkeys(
-    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), frozenset({"out_proj", "dt_proj"})
-)
+_BYPASSED: dict[str, frozenset[str]] = {
+    family: frozenset({"out_proj", "dt_proj"})
+    for family in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+}
 
 # Of transformers' modeling_rope_utils: the frequencies are a function of the configuration alone.
 _FIXED_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
