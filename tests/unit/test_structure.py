@@ -60,6 +60,14 @@ def test_a_whole_model_passes_and_what_is_lost_bent_or_renamed_is_named(family: 
     assert "has no place in the model" in said(config, shapes | {one_layer_more: shapes[name]})
 
 
+def test_names_of_a_wrapper_and_of_an_adapter_are_told_as_what_they_are() -> None:
+    config, shapes = saved_shapes("llama")
+    inside = {name.replace("model.", "model.language_model.", 1): shape for name, shape in shapes.items()}
+    assert "the names of its tensors have language_model. after model. (" in said(config, inside)
+    left = shapes | {"model.layers.0.self_attn.q_proj.lora_A.weight": [4, 32]}
+    assert "is of an adapter that was not merged" in said(config, left)
+
+
 @pytest.mark.parametrize(
     ("code", "expected"), [(NO_MEMORY, MemoryError), (-9, MemoryError), (MACHINE_FAILED, RuntimeError)]
 )

@@ -59,10 +59,12 @@ class LoadReport(BaseModel):
 
     def problem(self, file_of: Callable[[str], str], config: dict[str, Any]) -> str | None:
         """Return what keeps the model from being the one that its configuration describes, the worst first."""
-        if prefix := self._prefix():
-            first = next(name for name in (*self.unexpected, *self.beside) if name.startswith(prefix))
+        if found := self._wrapper():
+            head, part = found
+            first = next(name for name in (*self.unexpected, *self.beside) if name.startswith(head + part))
+            where = f"have {part} after {head}" if head else f"begin with {part}"
             return (
-                f"the names of its tensors begin with {prefix} ({_cut(first)} in {file_of(first)}), as a wrapper wrote "
+                f"the names of its tensors {where} ({_cut(first)} in {file_of(first)}), as a wrapper wrote "
                 "them; save the model inside it with save_pretrained"
             )
         if self.mismatched:
@@ -80,6 +82,11 @@ class LoadReport(BaseModel):
             )
         if self.unexpected:
             name = self.unexpected[0]
+            if ".lora_" in name:
+                return (
+                    f"{_cut(name)} in {file_of(name)} is of an adapter that was not merged; "
+                    "merge it with merge_and_unload of PEFT and save the model again"
+                )
             return (
                 f"{_cut(name)} in {file_of(name)} has no place in the model that config.json describes"
                 f"{_more(len(self.unexpected))}; its config.json is of another model"
@@ -88,15 +95,21 @@ class LoadReport(BaseModel):
             return f"transformers cannot put its tensors together as a {self.architecture}; save the model again, whole"
         return None
 
-    def _prefix(self) -> str | None:
-        """Return what stands before the names of most missing tensors, if that is why they are not found."""
+    def _wrapper(self) -> tuple[str, str] | None:
+        """Return what most missing tensors have more in their names, after which head, if that is why they are missing.
+
+        The head is "" or a first part such as "model."."""
         extra = {*self.unexpected, *self.beside}
         for missing in self.missing[:_TRIED]:
-            for name in extra:
-                prefix = name.removesuffix(missing)
-                found = prefix.endswith(".") and sum(prefix + each in extra for each in self.missing)
-                if 2 * found > len(self.missing):
-                    return prefix
+            for head in ("", missing[: missing.find(".") + 1]):
+                tail = missing.removeprefix(head)
+                for name in extra:
+                    part = name.removeprefix(head).removesuffix(tail)
+                    if not (name.startswith(head) and name.endswith(tail) and part.endswith(".")):
+                        continue
+                    found = sum(head + part + each.removeprefix(head) in extra for each in self.missing)
+                    if 2 * found > len(self.missing):
+                        return head, part
         return None
 
 
