@@ -50,6 +50,13 @@ def test_the_last_try_comes_when_the_bound_is_reached_and_tells_the_whole_time()
     assert [trouble.since_s for trouble in told if trouble is not None] == [100.0] * len(told)
 
 
+def test_a_try_under_way_when_the_bound_is_reached_is_not_the_last_one() -> None:
+    trouble = after_failure(None, AWAY, 0.0, MAX_AWAY_S + 5)
+    assert trouble.next_s == MAX_AWAY_S + 5, "the store may be back by now"
+    with pytest.raises(StageError):
+        after_failure(trouble, AWAY, MAX_AWAY_S + 5, MAX_AWAY_S + 9)
+
+
 def test_success_ends_the_trouble() -> None:
     clock, told, failures = Clock(), list[FailedTries | None](), [AWAY, AWAY]
 

@@ -32,7 +32,7 @@ def test_the_change_of_a_token_weighted_mean_has_the_error_of_rows_drawn_at_rand
     generator = np.random.default_rng(7)
     labels = generator.integers(1, 60, 200)
     before = labels * generator.gamma(4, 0.5, 200)
-    after = before + labels * generator.normal(0.1, 0.4, 200)
+    after = before + labels * generator.normal(1.0, 0.4, 200)
     found = quality.paired_change(before.tolist(), after.tolist(), labels.tolist())
     assert found.nats == pytest.approx((after.sum() - before.sum()) / labels.sum())
     draws = generator.integers(0, 200, (4000, 200))  # the bootstrap over rows needs no formula

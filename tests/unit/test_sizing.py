@@ -371,10 +371,10 @@ def test_the_plan_says_how_much_gpu_memory_it_counted() -> None:
 
 def test_too_little_disk_is_told_before_training() -> None:
     with pytest.raises(StageError) as caught:
-        sized(spec(), data(prepared_bytes=200 * GIB))
+        sized(spec(), data(prepared_bytes=115 * GIB))
     assert caught.value.fault is Fault.DISK_TOO_SMALL
     assert caught.value.args_by_name["limit_gib"] == 100.0
-    assert float(caught.value.args_by_name["needed_gib"]) > 200
+    assert float(caught.value.args_by_name["needed_gib"]) > 115
     assert "raise resources.disk" in str(caught.value)
 
 
