@@ -1,5 +1,7 @@
 """Claim, fence, manifest and commit on the local store; on a real S3 server: tests/control_plane/test_store_s3.py."""
 
+import hashlib
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from finetune_trainer import commit as protocol
 from finetune_trainer.commit import Committed, Fence
 from finetune_trainer.store import Store, open_store
 from stub_s3 import Trouble, stub_s3
+
+# As whole as the one that is committed, and of the same file.
+_WEIGHTS = {"path": "adapter.bin", "size_bytes": 7, "sha256": f"sha256:{hashlib.sha256(b'weights').hexdigest()}"}
+OTHER_MANIFEST = json.dumps({"files": [_WEIGHTS], "step": 8}).encode()
 
 
 @pytest.fixture
@@ -150,7 +156,8 @@ def test_a_commit_is_read_back_verified_and_found_by_a_second_run(store: Store, 
 
     before = store.read(layout.join(run_uri, layout.COMMITTED))
     again = protocol.raise_epoch(store, run_uri, 2, "pod-b")
-    protocol.commit(store, again, run_uri, artifact.model_copy(update={"digest": f"sha256:{'1' * 64}"}))
+    late = artifact.model_copy(update={"digest": f"sha256:{'1' * 64}"})
+    assert protocol.commit(store, again, run_uri, late).artifact == artifact, "what stands is told, not what came late"
     assert store.read(layout.join(run_uri, layout.COMMITTED)) == before
     assert committed_artifact(store, run_uri) == artifact
 
@@ -173,6 +180,7 @@ def test_a_commit_whose_pointer_was_not_moved_is_finished_by_the_next_attempt(
         ("adapter/adapter.bin", b"weightz"),
         ("adapter/adapter.bin", b"weights and more"),
         ("adapter/manifest.json", b"{}"),
+        ("adapter/manifest.json", OTHER_MANIFEST),
         ("_COMMITTED.json", b"{}"),
     ],
 )
