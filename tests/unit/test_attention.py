@@ -11,11 +11,21 @@ from peft import LoraConfig, get_peft_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import attention
-from finetune_trainer.attention import PACKED, Segments, packed_attention
+from finetune_trainer.attention import (
+    PACKED,
+    Segments,
+    _per_row,  # pyright: ignore[reportPrivateUsage]
+    packed_attention,
+)
 from finetune_trainer.families import PACKING_FAMILIES, frequencies_change_after
 from finetune_trainer.inputs import Batch, pack_rows
-from finetune_trainer.model import LanguageModel, _logit_scale, load_base  # pyright: ignore[reportPrivateUsage]
-from tiny_run import VOCABULARY, linear_modules, make_run, tiny_config, tiny_model
+from finetune_trainer.model import (
+    LanguageModel,
+    _logit_scale,  # pyright: ignore[reportPrivateUsage]
+    language_model,
+    load_base,
+)
+from tiny_run import VOCABULARY, linear_modules, make_run, tiny_config, tiny_model, use_model
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 2, 13, 6)
@@ -190,6 +200,44 @@ def test_a_window_longer_than_every_row_of_the_check_at_load_is_still_checked(
     with pytest.raises(StageError) as caught:
         load_base(run.folder / "model", run.plan, CPU)
     assert caught.value.fault is Fault.UNSUPPORTED_MODEL
+
+
+def _rounded_as_flash_attention(
+    q: Any, k: Any, v: Any, segments: Segments, scale: float | None, _window: Any
+) -> torch.Tensor:
+    """Attention whose probabilities are rounded to bf16 before they are multiplied, as flash attention's are."""
+    mask = torch.where(segments.dense_mask, 0.0, -torch.inf)
+    scores = q.float() @ k.float().transpose(2, 3) * (scale or q.shape[-1] ** -0.5)
+    probabilities = (scores + mask).softmax(-1).to(q.dtype)
+    return (probabilities.float() @ v.float()).to(q.dtype)
+
+
+def _rows_see_each_other(q: Any, k: Any, v: Any, _segments: Any, scale: float | None, _window: Any) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+
+def _nothing_before_the_window(
+    q: Any, k: Any, v: Any, segments: Any, scale: float | None, _window: Any
+) -> torch.Tensor:
+    return _per_row(q, k, v, segments, scale, 4)
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(600)
+def test_a_real_model_in_bf16_passes_whatever_its_kernels_round_and_not_where_rows_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demo import assets
+
+    run = make_run(tmp_path)
+    use_model(run, assets.ensure_model())
+    monkeypatch.setattr(attention, "_per_row", _rounded_as_flash_attention)
+    causal = load_base(Path(run.plan.model.uri.removeprefix("file://")), run.plan, CPU, torch.bfloat16).causal
+    for wrong in (_rows_see_each_other, _nothing_before_the_window):
+        monkeypatch.setattr(attention, "_per_row", wrong)
+        causal.set_attn_implementation("sdpa")
+        with pytest.raises(StageError, match="differ by"):
+            language_model(causal, run.plan, CPU)
 
 
 @pytest.mark.parametrize("window", [None, 3, 50])

@@ -23,8 +23,12 @@ from finetune_trainer.inputs import Batch, pack_rows
 from finetune_trainer.logprobs import nll_sum, token_logprobs
 from finetune_trainer.runplan import RunPlan
 
-# Largest log-probability difference between our pass and the model's own, by dtype: rounding, nothing else.
-_SAME_LOGPROB = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+# Differences of log-probabilities between our pass and the model's own that are rounding and nothing else, in nats.
+_SAME_LOGPROB = 1e-3  # at most, in fp32
+# On average, in bf16: layers multiply what two kernels round differently. SmolLM2-135M's own log-probabilities in bf16
+# are 0.07 to 0.14 away from those in fp32, single ones up to 0.7; rows that see each other change them by 0.5 and more.
+_SAME_MEAN_LOGPROB_BF16 = 0.3
+_CHECKED_LENGTHS = (33, 24)
 _CHECKED_WINDOW = 4
 
 
@@ -135,7 +139,8 @@ def _small_windows(causal: PreTrainedModel) -> Generator[None]:
 
 def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
     generator = np.random.default_rng(0)
-    rows = [generator.integers(0, plan.model.vocabulary_size, length) for length in (9, 6)]
+    lengths = [min(length, plan.model.context_length) for length in _CHECKED_LENGTHS]
+    rows = [generator.integers(0, plan.model.vocabulary_size, length) for length in lengths]
     labels = [np.arange(len(row)) > 0 for row in rows]
     expected: list[Tensor] = []
     for row in rows:
@@ -154,12 +159,13 @@ def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
                 lm.token_logprobs(pack_rows([row], [label], lm.device)) for row, label in zip(rows, labels, strict=True)
             ]
             found = torch.cat(single)
-        difference = float((found - torch.cat(expected)).abs().max())
-        problem = f"its log-probabilities differ by {difference:.3g} from what its head gives"
     except (NotImplementedError, TypeError, AttributeError) as error:
-        difference, problem = float("inf"), f"it has {error}"[:200]
-    if not difference <= _SAME_LOGPROB[lm.dtype]:
-        raise _unsupported(plan, problem)
+        raise _unsupported(plan, f"it has {error}"[:200]) from error
+    differences = (found - torch.cat(expected)).abs()
+    exact = lm.dtype == torch.float32
+    difference = float(differences.max() if exact else differences.mean())
+    if not difference <= (_SAME_LOGPROB if exact else _SAME_MEAN_LOGPROB_BF16):
+        raise _unsupported(plan, f"its log-probabilities differ by {difference:.3g} from what its head gives")
 
 
 def _unsupported(plan: RunPlan, problem: str) -> StageError:
