@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.workload import BATCH_ROWS, LEARNING_RATE, RANK, Row, Workload, local_path
+from bench.workload import LEARNING_RATE, RANK, Row, Workload, local_path
 
 IGNORED = -100
 
@@ -25,6 +25,14 @@ class Trained:
     step_tokens: list[int] = field(default_factory=list[int])
     losses: list[float] = field(default_factory=list[float])  # nats per learned token
     compute: str = "fp32"
+
+
+def ours_in_fp32(work: Workload, folder: Path) -> Trained:
+    """As `ours`, on a CPU that is not asked whether it multiplies faster in bf16."""
+    from finetune_trainer import world
+
+    world.bf16_speedup = lambda: 0.0
+    return ours(work, folder)
 
 
 def ours(work: Workload, folder: Path) -> Trained:
@@ -53,14 +61,19 @@ def ours(work: Workload, folder: Path) -> Trained:
 
 
 def plain(work: Workload, folder: Path) -> Trained:
-    """A loop against transformers and PEFT alone: padded batches, the model's own loss, AdamW, linear decay."""
+    """A loop against transformers and PEFT alone: padded batches, the model's own loss, AdamW, linear decay.
+
+    On a GPU the base is loaded in bf16, its adapter stays in fp32, as PEFT makes it.
+    """
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_folder = local_path(work.config.spec.model.uri)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
-    base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    dtype = torch.bfloat16 if work.device == "cuda" else torch.float32
+    base: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    base.to(work.device)
     torch.manual_seed(0)
     model: Any = get_peft_model(base, _lora(work))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -72,18 +85,18 @@ def plain(work: Workload, folder: Path) -> Trained:
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for rows in _chunks(work.held_out):
-                batch = _padded(rows, pad)
+            for rows in _chunks(work.held_out, work.batch_rows):
+                batch = _padded(rows, pad, work.device)
                 labels = int((batch["labels"] != IGNORED).sum())
                 total, count = total + float(model(**batch).loss) * labels, count + labels
         model.train()
         return total / count
 
-    trained = Trained(folder / "adapter")
+    trained = Trained(folder / "adapter", compute="bf16" if work.device == "cuda" else "fp32")
     evaluate()
     for rows in work.steps:
         began_s = time.perf_counter()
-        loss = model(**_padded(rows, pad)).loss
+        loss = model(**_padded(rows, pad, work.device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -101,15 +114,16 @@ def plain(work: Workload, folder: Path) -> Trained:
 
 def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
     """TRL's SFTTrainer. As it comes: its own defaults, bf16 and recomputation among them. Tuned: as its pages on speed
-    and memory say for a machine whose memory suffices, packed (best fit) and without recomputation, and in fp32, as
-    somebody would who sees how long bf16 takes on a CPU without instructions for it.
+    and memory say for a machine whose memory suffices, packed (best fit) and without recomputation; on the CPU in
+    fp32, as somebody would who sees how long bf16 takes on a CPU without instructions for it.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    trained = Trained(folder / "adapter", compute="fp32" if tuned else "bf16")
+    on_gpu = work.device == "cuda"
+    trained = Trained(folder / "adapter", compute="fp32" if tuned and not on_gpu else "bf16")
 
     class Clock(TrainerCallback):
         began_s = 0.0
@@ -132,18 +146,18 @@ def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
     make_config: Any = SFTConfig
     config = make_config(
         output_dir=str(_made(folder) / "checkpoints"),
-        per_device_train_batch_size=1 if tuned else BATCH_ROWS,
+        per_device_train_batch_size=1 if tuned else work.batch_rows,
         num_train_epochs=1,
         learning_rate=LEARNING_RATE,
         train_sampling_strategy="sequential",
         logging_steps=1,
         eval_strategy="no",
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=not on_gpu,
         disable_tqdm=True,
         report_to=[],
         **packed,
-        **({"gradient_checkpointing": False, "bf16": False} if tuned else {}),
+        **({"gradient_checkpointing": False, "bf16": on_gpu} if tuned else {}),
     )
     make_trainer: Any = SFTTrainer
     model_folder = local_path(work.config.spec.model.uri)
@@ -175,22 +189,23 @@ def _columns(rows: list[Row]) -> dict[str, list[list[int]]]:
     return {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
 
 
-def _chunks(rows: list[Row]) -> Iterator[list[Row]]:
-    for begin in range(0, len(rows), BATCH_ROWS):
-        yield rows[begin : begin + BATCH_ROWS]
+def _chunks(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size]
 
 
-def _padded(rows: list[Row], pad: int) -> dict[str, Any]:
-    """(rows, longest) tensors, padded at the right."""
+def _padded(rows: list[Row], pad: int, device: str) -> dict[str, Any]:
+    """(rows, longest) tensors on the device, padded at the right."""
     import torch
 
     longest = max(len(row.input_ids) for row in rows)
     short = [longest - len(row.input_ids) for row in rows]
-    return {
-        "input_ids": torch.tensor([row.input_ids + [pad] * n for row, n in zip(rows, short, strict=True)]),
-        "attention_mask": torch.tensor([[1] * (longest - n) + [0] * n for n in short]),
-        "labels": torch.tensor([row.labels + [IGNORED] * n for row, n in zip(rows, short, strict=True)]),
+    columns = {
+        "input_ids": [row.input_ids + [pad] * n for row, n in zip(rows, short, strict=True)],
+        "attention_mask": [[1] * (longest - n) + [0] * n for n in short],
+        "labels": [row.labels + [IGNORED] * n for row, n in zip(rows, short, strict=True)],
     }
+    return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
 def held_out_loss(work: Workload, adapter: Path | None) -> float:
@@ -202,12 +217,12 @@ def held_out_loss(work: Workload, adapter: Path | None) -> float:
     model: Any = AutoModelForCausalLM.from_pretrained(local_path(work.config.spec.model.uri), dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    model.eval()
+    model.eval().to(work.device)
     total, count = 0.0, 0
     with torch.no_grad():
         for row in work.held_out:
             labels = sum(label != IGNORED for label in row.labels[1:])
-            total += float(model(**_padded([row], 0)).loss) * labels
+            total += float(model(**_padded([row], 0, work.device)).loss) * labels
             count += labels
     return total / count
 

@@ -21,9 +21,10 @@ from finetune_api.layout import PLAN, join
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
 from finetune_trainer.inputs import Rows
 
-BATCH_ROWS = 8
 RANK = 16
 LEARNING_RATE = 2e-4
+_BATCH_ROWS = {"cpu": 8, "cuda": 32}
+_JOINED = 12  # conversations in a row for a GPU, whose time short rows would leave to the host
 _TIMEOUT_S = 600
 
 
@@ -41,6 +42,15 @@ class Workload:
 
     folder: Path
     plan_digest: str
+
+    @property
+    def device(self) -> str:
+        """Where the trainers compute, as torch names it."""
+        return "cuda" if self.config.resources.gpus else "cpu"
+
+    @property
+    def batch_rows(self) -> int:
+        return self.plan["hyperparameters"]["global_batch_size"]
 
     @property
     def config_file(self) -> Path:
@@ -82,13 +92,22 @@ class Workload:
         )
 
 
-def prepare(folder: Path, model_folder: Path, steps: int, threads: int) -> Workload:
-    """Prepare the demo's conversations in `folder`, a new run each time."""
+def _conversations(device: str) -> list[dict[str, list[dict[str, str]]]]:
+    """Return the rows of a device: the demo's conversations; for a GPU joined into long ones, of the same order."""
     from demo.rows import good_rows
 
+    rows = good_rows()
+    if device == "cpu":
+        return rows
+    joined = [rows[begin : begin + _JOINED] for begin in range(0, len(rows), _JOINED)]
+    return [{"messages": [message for row in part for message in row["messages"]]} for part in joined]
+
+
+def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: str) -> Workload:
+    """Prepare conversations for a device in `folder`, a new run each time."""
     folder.mkdir(parents=True)
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in good_rows()))
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _conversations(device)))
     config = RunConfig.model_validate(
         {
             "contract_version": CONTRACT_VERSION,
@@ -100,7 +119,7 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int) -> Workl
                 "datasets": [{"uri": data.as_uri()}],
                 "hyperparameters": {
                     "maxSteps": steps,
-                    "globalBatchSize": BATCH_ROWS,
+                    "globalBatchSize": _BATCH_ROWS[device],
                     "learningRate": LEARNING_RATE,
                     "warmupRatio": 0.0,
                     "schedule": "Linear",
@@ -111,7 +130,10 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int) -> Workl
             "run_uri": join((folder / "out").as_uri(), "bench"),
             "storage": StorageConfig().model_dump(),
             "resources": RunResources(
-                cpu_count=threads, memory_bytes=16 * 2**30, disk_bytes=shutil.disk_usage(folder).free, gpus=0
+                cpu_count=threads,
+                memory_bytes=16 * 2**30,
+                disk_bytes=shutil.disk_usage(folder).free,
+                gpus=int(device == "cuda"),
             ).model_dump(),
             "work_dir": str(folder / "work"),
             "http_port": 0,

@@ -1,5 +1,6 @@
-"""What only a GPU can show: flash attention over packed rows, no host sync in a step, a whole run in bf16."""
+"""What only a GPU can show: flash attention over packed rows, no host sync in a step, whole runs in bf16."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from finetune_api.errors import StageError
+from finetune_api.layout import ADAPTER, METRICS
+from finetune_api.reasons import Fault
 from finetune_trainer import attention, recipes, train
 from finetune_trainer.attention import Segments
+from finetune_trainer.export import EVAL
+from finetune_trainer.guard import OomRetry
 from finetune_trainer.inputs import fetch_rows, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
-from tiny_run import TinyRun, context, make_run
+from finetune_trainer.world import release_memory
+from tiny_run import TinyRun, context, make_run, use_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch here")
 
@@ -69,3 +76,58 @@ def test_a_whole_run_on_the_gpu_is_committed(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.metrics is not None
     assert result.metrics.train_loss is not None
+
+
+def _losses(run: TinyRun) -> dict[int, float]:
+    rows = [json.loads(line) for line in run.local(METRICS).read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_that_was_stopped_half_way_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention's backward adds in any order, so not to the last bit as on the CPU."""
+    undisturbed, stopped = (make_run(tmp_path / name, model_changes=WIDE, gpus=1) for name in ("whole", "stopped"))
+    train.run(context(undisturbed), StopFlag(60))
+    stop, run_step = StopFlag(60), Stepper.run
+
+    def stopping(stepper: Stepper, step: int) -> torch.Tensor:
+        if step == 6:
+            stop.set()
+        return run_step(stepper, step)
+
+    monkeypatch.setattr(Stepper, "run", stopping)
+    with pytest.raises(StageError) as caught:
+        train.run(context(stopped), stop)
+    assert caught.value.fault is Fault.INTERRUPTED
+    monkeypatch.undo()
+    result = train.run(context(stopped, attempt=2), StopFlag(60))
+    assert (result.exit_code, result.resumed_from_step) == (0, 7)
+    assert _losses(stopped) == pytest.approx(_losses(undisturbed), rel=0.01)
+    assert json.loads(stopped.local(ADAPTER, EVAL).read_bytes())["computed_in"] == "bf16"
+
+
+def test_a_step_for_which_memory_runs_out_is_done_in_smaller_passes(tmp_path: Path) -> None:
+    """Really out of memory: the process may hold little more than the smaller passes need."""
+    run = make_run(tmp_path, rows=256, batch=256, longest=250, micro_batch_tokens=2**17, model_changes=WIDE, gpus=1)
+    stepper = _stepper(run, tmp_path / "fetched")
+    torch.cuda.reset_peak_memory_stats()
+    whole = stepper.run(0)
+    limit = 0.7 * torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory
+    stepper = _stepper(run, tmp_path / "fetched again")
+    retry = OomRetry(lambda: None)
+    release_memory()
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        divided = retry.run(0, stepper)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert retry.retries > 0
+    torch.testing.assert_close(divided, whole, rtol=0.01, atol=0.0)
+
+
+@pytest.mark.real_model
+def test_a_real_model_trains_on_the_gpu(tmp_path: Path) -> None:
+    from demo import assets
+
+    run = make_run(tmp_path, gpus=1)
+    use_model(run, assets.ensure_model())
+    assert train.run(context(run), StopFlag(60)).exit_code == 0

@@ -68,7 +68,7 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
 @dataclass
 class OomRetry:
-    """Repeats a step with half the tokens per pass when the GPU's memory runs out: same rows, same update."""
+    """Repeats a step in passes of half the tokens when the GPU's memory runs out: same rows, same update."""
 
     on_retry: Callable[[], None]
     retries: int = 0
@@ -84,7 +84,8 @@ class OomRetry:
             # Outside the handler: the error's trace holds the failed pass's tensors.
             self.retries += 1
             self.on_retry()
-            stepper.budget_tokens = max(1, stepper.budget_tokens // 2)
+            # Half of what the pass held: the plan's budget may be many times the tokens of a step.
+            stepper.budget_tokens = max(1, min(stepper.budget_tokens, stepper.largest_pass_tokens(step)) // 2)
             log.warning("GPU memory ran out at step %d; passes of %d tokens from now on", step, stepper.budget_tokens)
             release_memory()
 

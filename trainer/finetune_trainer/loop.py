@@ -87,8 +87,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.lm.device)
         labels = max(1, int(self.steps.label_tokens[step]))
-        rows = self.steps.rows_of(step)
-        groups = list(passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing))
+        groups = self._passes_of(step)
         tokens_done = 0
         running: deque[torch.cuda.Event] = deque()
         for done, batch in enumerate(self._batches(groups), start=1):
@@ -107,6 +106,14 @@ class Stepper:
             group["lr"] = learning_rate(step, self.hyper)
         self.optimizer.step()
         return torch.stack([loss, norm.double(), finite.double()])
+
+    def largest_pass_tokens(self, step: int) -> int:
+        """Return the tokens of the largest pass of a step."""
+        return max(sum(self.rows.lengths(group)) for group in self._passes_of(step))
+
+    def _passes_of(self, step: int) -> list[list[int]]:
+        rows = self.steps.rows_of(step)
+        return list(passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing))
 
     def _let_run_ahead(self, running: deque[torch.cuda.Event]) -> None:
         """Wait for the pass before this one on CUDA: the host is one pass ahead, and what it reports has happened."""
