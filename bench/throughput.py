@@ -198,8 +198,12 @@ def main() -> None:
             for name, found in runs.items():
                 if not _is_due(name, runs, arguments.device):
                     continue
-                run = _child(work, threads, "--one", name)
-                run |= _child(work, threads, "--judge", run["adapter"])
+                own = work
+                if name == "ours-fp32":  # in a run of its own, or it would find ours committed
+                    folder = Path(temporary, f"{number}-fp32")
+                    own = prepare(folder, model_folder, arguments.steps, threads, arguments.device)
+                run = _child(own, threads, "--one", name)
+                run |= _child(own, threads, "--judge", run["adapter"])
                 found.append(run)
                 told = f"{run['whole_s']:.1f} s, {step_speed(run):.1f} tokens/s in steps"
                 print(f"run {number} {name}: {told}, held-out {run['held_out']:.4f}", file=sys.stderr, flush=True)

@@ -23,9 +23,22 @@ from finetune_trainer.inputs import Rows
 
 RANK = 16
 LEARNING_RATE = 2e-4
-_BATCH_ROWS = {"cpu": 8, "cuda": 32}
-_JOINED = 12  # conversations in a row for a GPU, whose time short rows would leave to the host
 _TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much work there is for a device: a GPU's time would be the host's with short rows."""
+
+    joined: int  # conversations in a row
+    batch_rows: int
+    holdout_fraction: float
+
+
+_SIZES = {
+    "cpu": _Size(joined=1, batch_rows=8, holdout_fraction=0.02),
+    "cuda": _Size(joined=12, batch_rows=32, holdout_fraction=0.25),
+}
 
 
 @dataclass(frozen=True)
@@ -92,22 +105,21 @@ class Workload:
         )
 
 
-def _conversations(device: str) -> list[dict[str, list[dict[str, str]]]]:
-    """Return the rows of a device: the demo's conversations; for a GPU joined into long ones, of the same order."""
+def _conversations(joined: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Return the demo's conversations, so many of them in each row."""
     from demo.rows import good_rows
 
     rows = good_rows()
-    if device == "cpu":
-        return rows
-    joined = [rows[begin : begin + _JOINED] for begin in range(0, len(rows), _JOINED)]
-    return [{"messages": [message for row in part for message in row["messages"]]} for part in joined]
+    parts = [rows[begin : begin + joined] for begin in range(0, len(rows), joined)]
+    return [{"messages": [message for row in part for message in row["messages"]]} for part in parts]
 
 
 def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: str) -> Workload:
     """Prepare conversations for a device in `folder`, a new run each time."""
+    size = _SIZES[device]
     folder.mkdir(parents=True)
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _conversations(device)))
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _conversations(size.joined)))
     config = RunConfig.model_validate(
         {
             "contract_version": CONTRACT_VERSION,
@@ -119,12 +131,13 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: 
                 "datasets": [{"uri": data.as_uri()}],
                 "hyperparameters": {
                     "maxSteps": steps,
-                    "globalBatchSize": _BATCH_ROWS[device],
+                    "globalBatchSize": size.batch_rows,
                     "learningRate": LEARNING_RATE,
                     "warmupRatio": 0.0,
                     "schedule": "Linear",
                     "weightDecay": 0.0,
                 },
+                "evaluation": {"holdoutFraction": size.holdout_fraction},
                 "output": {"uri": (folder / "out").as_uri()},
             },
             "run_uri": join((folder / "out").as_uri(), "bench"),
