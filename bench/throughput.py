@@ -41,7 +41,10 @@ TRAINERS: dict[str, tuple[str, Callable[[Workload, Path], Trained]]] = {
     "ours-fp32": ("finetune-operator, held to fp32", trainers.ours_in_fp32),
     "plain": ("plain loop, transformers + PEFT", trainers.plain),
     "trl": ("TRL SFTTrainer as it comes", lambda work, folder: trainers.trl(work, folder, tuned=False)),
-    "trl-tuned": ("TRL packed, no recomputation", lambda work, folder: trainers.trl(work, folder, tuned=True)),
+    "trl-tuned": (
+        "TRL tuned: no recomputation, on the CPU packed",
+        lambda work, folder: trainers.trl(work, folder, tuned=True),
+    ),
 }
 _SAME_STEPS = ("ours", "ours-fp32")  # as the plain loop's, where they compute in the same; TRL tuned packs otherwise
 # Without bf16 instructions in the CPU its default precision takes many times as long: measured once, not in each turn.

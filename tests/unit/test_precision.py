@@ -2,7 +2,9 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +25,18 @@ def computed_in(run: TinyRun) -> str:
     return json.loads(run.local("adapter/eval.json").read_bytes())["computed_in"]
 
 
-def speedup(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+def speedup(monkeypatch: pytest.MonkeyPatch, times: float, of_pass: float | None = None, loss_ratio: float = 1) -> None:
+    """Let this CPU multiply `times` as fast in bf16, and a pass be `of_pass` times as fast, or as much faster."""
+    measure = precision.first_pass
+
+    def timed(lm: LanguageModel, *rest: Any) -> precision.FirstPass:
+        found = measure(lm, *rest)
+        if lm.dtype != torch.bfloat16:
+            return replace(found, seconds=1.0)
+        return precision.FirstPass(found.loss * loss_ratio, 1.0 / (of_pass or times))
+
     monkeypatch.setattr(world, "bf16_speedup", lambda: times)
+    monkeypatch.setattr(precision, "first_pass", timed)
 
 
 @pytest.mark.parametrize(("times", "expected"), [(5.0, "bf16"), (1.1, "fp32")])
@@ -42,18 +54,21 @@ def test_a_cpu_computes_in_bf16_where_that_is_faster_and_says_so(
 def test_a_first_loss_that_bf16_changes_leaves_the_run_in_fp32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    speedup(monkeypatch, 5.0)
-    measure = precision.first_loss
-
-    def worse_in_bf16(lm: LanguageModel, *rest: object) -> float:
-        return measure(lm, *rest) * (1.02 if lm.dtype == torch.bfloat16 else 1.0)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(precision, "first_loss", worse_in_bf16)
+    speedup(monkeypatch, 5.0, loss_ratio=1.02)
     run = make_run(tmp_path, steps=2)
     with caplog.at_level(logging.INFO):
         train.run(context(run), StopFlag(60))
     assert computed_in(run) == "fp32"
-    assert "computes in fp32: the first loss is" in caplog.text
+    assert "computes in fp32: the first pass is 5 times as fast in bf16, its loss" in caplog.text
+
+
+def test_a_pass_that_is_hardly_faster_leaves_the_run_in_fp32_whatever_the_probe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speedup(monkeypatch, 5.0, of_pass=1.15)
+    run = make_run(tmp_path, steps=2)
+    train.run(context(run), StopFlag(60))
+    assert computed_in(run) == "fp32"
 
 
 def test_a_model_that_does_not_pass_in_bf16_is_trained_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

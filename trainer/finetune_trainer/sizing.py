@@ -154,7 +154,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     packing = _packing(choices, preprocessing, model, family, data)
     micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace)
     if not resources.gpus:
-        reason = "bf16 where a probe on the node that trains finds it faster, and the first step's loss agrees"
+        reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
     gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
     disk = _disk_bytes(model, data, rank)
