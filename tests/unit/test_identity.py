@@ -433,6 +433,8 @@ def as_of_the_release_before(run: TinyRun) -> str:
 def test_a_plan_of_another_release_is_prepared_again_while_no_step_is_finished(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=2, rows=12)
     told = as_of_the_release_before(run)
+    # Where a stop came before the first step.
+    run.store.put(join(run.run_uri, CHECKPOINTS, "00000000-1", "manifest.json"), b"{}")
     with pytest.raises(StageError, match="version 1, and this trainer follows plans of version 2") as caught:
         train.run(replace(train_context(run), plan_digest=told), StopFlag(60))
     assert (caught.value.fault, caught.value.exit_code) == (Fault.PLAN_OUTDATED, 36)

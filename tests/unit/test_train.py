@@ -19,7 +19,8 @@ from e2e_prometheus import lint
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
-from finetune_api.reasons import Fault
+from finetune_api.quality import Quality
+from finetune_api.reasons import Fault, Reason
 from finetune_api.status import Artifact
 from finetune_trainer import base_weights, checkpoint, commit, patience, session, train
 from finetune_trainer.base_weights import load_tokenizer
@@ -29,6 +30,7 @@ from finetune_trainer.loop import Stepper
 from finetune_trainer.model import load_base
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.stop import StopFlag
+from finetune_trainer.store import Store
 from tiny_run import STOP_ID, TinyRun, context, make_run, use_model
 
 
@@ -290,6 +292,34 @@ def test_an_attempt_after_the_commit_verifies_it_and_ends_well(tmp_path: Path) -
     assert (run.local().parent / LATEST).exists()
 
 
+def test_what_another_job_has_committed_in_the_folder_is_no_success_of_this_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=1)
+    train.run(context(run), StopFlag(60))
+    job = run.config.job.model_copy(update={"uid": "9" * 8})
+    run.config = run.config.model_copy(update={"job": job})
+    with pytest.raises(StageError) as caught:
+        train.run(context(run), StopFlag(60))
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.OUTPUT_CONFLICT, 17)
+
+
+def test_where_another_attempt_has_committed_first_its_adapter_and_figures_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=1)
+    concern = Quality(concerns=[Reason.WORSE_THAN_START])
+    original, theirs = commit.commit, list[Artifact]()
+
+    def commit_after_another(store: Store, fence: commit.Fence, run_uri: str, artifact: Artifact) -> commit.Committed:
+        theirs.append(artifact.model_copy(update={"uri": f"{run_uri}/adapter-9/"}))
+        store.put(f"{theirs[0].uri}eval.json", json.dumps({"quality": concern.model_dump(mode="json")}).encode())
+        original(store, fence, run_uri, theirs[0])
+        return original(store, fence, run_uri, artifact)
+
+    monkeypatch.setattr(commit, "commit", commit_after_another)
+    result = train.run(context(run), StopFlag(60))
+    assert (result.artifact, result.quality) == (theirs[0], concern)
+
+
 def test_an_attempt_that_died_before_the_commit_is_finished_from_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,6 +542,25 @@ def test_a_run_that_diverges_is_not_committed(tmp_path: Path) -> None:
         train.run(context(run), StopFlag(60))
     assert (caught.value.fault, caught.value.exit_code) == (Fault.NOT_FINITE, 15)
     assert commit.read_commit(run.store, run.run_uri) is None
+
+
+def test_the_card_of_a_run_counts_rows_once_and_no_tokens_of_a_skipped_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, steps=8, rows=12)
+    original = Stepper.run
+
+    def skip_one(self: Stepper, number: int) -> torch.Tensor:
+        values = original(self, number)
+        return torch.full_like(values, torch.nan).index_fill(0, torch.tensor([2]), 0.0) if number == 3 else values
+
+    monkeypatch.setattr(Stepper, "run", skip_one)
+    train.run(context(run), StopFlag(60))
+    steps = fetch_steps(run.store, run.plan, tmp_path)
+    learned = int(steps.label_tokens.sum() - steps.label_tokens[3])
+    card = run.local("adapter", "README.md").read_text()
+    assert "8 steps (1 of them skipped: not finite) read 32 rows, 12 of the 12 prepared for training" in card
+    assert f"{steps.total_tokens:,} tokens, {learned:,} of them learned from" in card
 
 
 def test_a_run_without_held_out_rows_and_prompts_ends_well(tmp_path: Path) -> None:

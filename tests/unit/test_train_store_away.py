@@ -170,6 +170,20 @@ def test_a_stop_during_the_upload_where_no_checkpoint_can_be_saved_still_commits
         assert checkpoints(server) == []
 
 
+def test_a_stop_whose_time_ends_during_the_upload_promises_no_step_that_is_in_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+    stop = StopFlag(120, clock=lambda: now_s[0])
+    with run_in_bucket(tmp_path, steps=3) as (run, server):
+        server.troubles = [DENIED]
+        before_the_upload(monkeypatch, lambda: (stop.set(), now_s.__setitem__(0, 1e6)))
+        with pytest.raises(StageError) as caught:
+            train.run(context(run), stop)
+        assert checkpoints(server) == []
+    assert caught.value.fault is Fault.STOPPED, "Interrupted says that training goes on from step 3"
+
+
 def test_a_failed_save_hides_no_step_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touches: list[str | None] = []
     touch = Reporter.touch
