@@ -36,7 +36,7 @@ RUN python /tmp/build/metadata.py /tmp/build/pyproject.toml . && python -m compi
     && python -c "import finetune_operator, kopf" && ! python -c "import torch" 2>/dev/null
 USER 10001:10001
 LABEL org.opencontainers.image.title=finetune-operator
-ENTRYPOINT ["python", "-m", "finetune_operator"]
+ENTRYPOINT ["python", "-P", "-m", "finetune_operator"]
 
 FROM trainer-dependencies AS trainer
 COPY api/finetune_api finetune_api
@@ -49,4 +49,4 @@ RUN python /tmp/build/metadata.py /tmp/build/pyproject.toml . && python -m compi
 ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HOME=/scratch USER=finetune
 USER 10001:10001
 LABEL org.opencontainers.image.title=finetune-trainer
-ENTRYPOINT ["python", "-m", "finetune_trainer.supervisor"]
+ENTRYPOINT ["python", "-P", "-m", "finetune_trainer.supervisor"]

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from finetune_cli.errors import CommandError, Exit
 NAMESPACE = "local"
 _STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
+_DEFAULT_PARENT = ".finetune"
+_MAX_ENTRIES = 100_000  # far above what the files of a model, a data set and checkpoints are
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def local_uid(path: Path, job: dict[str, Any]) -> str:
 
 
 def default_work_dir(path: Path, job: dict[str, Any]) -> Path:
-    return path.resolve().parent / ".finetune" / run_name(job["metadata"]["name"], local_uid(path, job))
+    return path.resolve().parent / _DEFAULT_PARENT / run_name(job["metadata"]["name"], local_uid(path, job))
 
 
 def run_config(
@@ -119,19 +122,58 @@ def this_machine(work_dir: Path) -> Machine:
 def locked(work_dir: Path) -> Generator[IO[str]]:
     """One run at a time in a work folder. The lock is handed to the stage, so that it holds as long as anything runs.
 
-    Raises CommandError when another run is at work, or the folder cannot be made.
+    Raises CommandError when another run is at work, or the folder cannot be made or trusted.
     """
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        handle = (work_dir / _LOCK_FILE).open("w")
+        _make_private(work_dir)
+        descriptor = os.open(work_dir / _LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CommandError(f"{work_dir} cannot be used: {error.strerror}; choose --work-dir", Exit.USAGE) from error
-    with handle:
+    with os.fdopen(descriptor, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CommandError(f"this job is running already in {work_dir}; wait until it ends", Exit.USAGE) from None
         yield handle
+
+
+def _make_private(work_dir: Path) -> None:
+    """Make the folder, or make sure that nobody else has put anything into it.
+
+    It holds tokens of the data, and files in it are written without looking. Raises CommandError for a folder that is
+    another user's or a link, or that has a link in it: whoever packed or shared it chooses what a link leads to.
+    """
+    above = [work_dir.parent] if work_dir.parent.name == _DEFAULT_PARENT else []
+    for folder in (*above, work_dir):
+        if folder.is_symlink():
+            raise _untrusted(folder, "is a link: remove it")
+    work_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = work_dir.lstat()
+    if found.st_uid != os.geteuid():
+        raise _untrusted(work_dir, "belongs to another user: remove it")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        work_dir.chmod(0o700)
+    for entry in _entries(work_dir):
+        if entry.is_symlink():
+            raise _untrusted(Path(entry.path), "is a link, which no run makes: remove it")
+
+
+def _untrusted(path: Path, problem: str) -> CommandError:
+    return CommandError(f"{path} {problem}, or choose --work-dir", Exit.USAGE)
+
+
+def _entries(folder: Path) -> Generator[os.DirEntry[str]]:
+    """Yield all that lies below a folder, without following links. Raises CommandError when it is very much."""
+    folders, seen = [str(folder)], 0
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > _MAX_ENTRIES:
+                    raise _untrusted(folder, f"holds over {_MAX_ENTRIES:,} files: remove it")
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                yield entry
 
 
 def load_state(work_dir: Path, uid: str, now: datetime) -> State:

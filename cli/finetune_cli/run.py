@@ -40,7 +40,7 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     if importlib.util.find_spec("torch") is None:
         raise CommandError('training needs more packages: pip install ".[trainer,cli]", in a checkout', Exit.USAGE)
     uid = local.local_uid(path, job)
-    folder = (work_dir or local.default_work_dir(path, job)).resolve()
+    folder = work_dir.resolve() if work_dir else local.default_work_dir(path, job)
     with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, stop, times)) as stop:
         state = local.load_state(folder, uid, datetime.now(UTC))
         config = _config(job, state, folder)

@@ -40,7 +40,8 @@ class StageRun:
     def command(self) -> list[str]:
         digest = ["--plan-digest", self.plan_digest] if self.plan_digest and self.stage is Stage.TRAIN else []
         return [
-            *(sys.executable, "-m", "finetune_trainer.supervisor", self.stage.value),
+            # -P: without it files of the current folder would be imported in the place of packages.
+            *(sys.executable, "-P", "-m", "finetune_trainer.supervisor", self.stage.value),
             *("--config", str(self.config_file), "--attempt", str(self.attempt), *digest),
         ]
 

@@ -461,10 +461,10 @@ def test_the_entrypoint_is_the_one_of_the_image(tmp_path: Path):
     config = local.run_config(spec_cases.base(), local.State(uid="0" * 36), tmp_path, local.Machine(2, GIB, GIB, 0), {})
     stage_run = stages.StageRun(config, tmp_path / "run.json", Stage.TRAIN, 2, DIGEST, tmp_path / "log", 0)
     assert stage_run.command()[1:] == [
-        *("-m", "finetune_trainer.supervisor", "train", "--config", str(tmp_path / "run.json")),
+        *("-P", "-m", "finetune_trainer.supervisor", "train", "--config", str(tmp_path / "run.json")),
         *("--attempt", "2", "--plan-digest", DIGEST),
     ]
-    done = subprocess.run([*stage_run.command()[:4], "--help"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*stage_run.command()[:5], "--help"], capture_output=True, text=True, timeout=60, check=False)
     assert "--config" in done.stdout
 
 

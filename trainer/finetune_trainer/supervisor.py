@@ -189,7 +189,7 @@ def supervise(arguments: Sequence[str], stage: Stage, attempt: int, config: RunC
     with tempfile.TemporaryDirectory(dir=config.work_dir, prefix="result-", ignore_cleanup_errors=True) as folder:
         file = Path(folder, "result.json")
         oom_kills_before = cgroup.oom_kills()
-        command = [sys.executable, "-m", "finetune_trainer", *arguments, "--result", str(file)]
+        command = [sys.executable, "-P", "-m", "finetune_trainer", *arguments, "--result", str(file)]
         child = Child(command, kill_after_s(config.grace_period_s))
         status = child.wait()
         return verdict(

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from finetune_api.errors import StageError
+from finetune_api.layout import JOB
 from finetune_api.reasons import Fault
 from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
 from finetune_trainer.store.uri import local_name, local_path
 
 _HIDDEN = ".finetune-"  # temporary files, which are not objects
 _COPY_BYTES = 1 << 20
+os.umask(_UMASK := os.umask(0o077))  # which can only be read by setting it: here, where no thread writes files yet
 
 
 def fail_local(error: OSError, action: str, uri: str) -> NoReturn:
@@ -127,7 +129,7 @@ class LocalFiles:
         """A temporary file in the target's folder; it is gone afterwards unless it was published."""
         target = local_path(uri)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=_HIDDEN, delete=False) as staged:
                 try:
                     yield staged.file, target
@@ -136,6 +138,14 @@ class LocalFiles:
                         os.unlink(staged.name)
         except OSError as error:
             fail_local(error, "write", uri)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; what a run keeps for itself, such as tokens of the rows, is its owner's."""
+    own = next((each for each in (folder, *folder.parents) if each.name == JOB), None)
+    if own is not None:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 class _Version(io.FileIO):
@@ -166,7 +176,7 @@ class _Version(io.FileIO):
 def _publish(staged: IO[bytes], target: Path, uri: str, *, if_none_match: bool, if_match: str | None) -> str:
     staged.flush()
     os.fsync(staged.fileno())
-    os.fchmod(staged.fileno(), 0o644)
+    os.fchmod(staged.fileno(), 0o666 & ~_UMASK)
     etag = _etag(os.fstat(staged.fileno()))
     with _locked(target.parent):
         if if_none_match:
