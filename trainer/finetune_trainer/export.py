@@ -38,16 +38,8 @@ log = logging.getLogger(__name__)
 
 EVAL = "eval.json"
 TEMPLATE = "chat_template.jinja"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
+_TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, and reads no vocabulary beside it
 _SAME_LOGPROB = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
 _MAX_EVAL_BYTES = 16 * 2**20

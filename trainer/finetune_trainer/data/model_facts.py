@@ -12,7 +12,7 @@ from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_trainer.data.added_tokens import problem_of_tokens
-from finetune_trainer.data.model_folder import ModelFolder
+from finetune_trainer.data.model_folder import SMALL_FILES, ModelFolder
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.structure import check_structure
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
@@ -27,7 +27,6 @@ _MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
 _CONTEXT = ("max_seq_len", "max_sequence_length", "seq_length")  # of families that know no max_position_embeddings
 _NO_LIMIT = 2**20  # tokens
-_SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(?P<module>[^.]+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\.experts\.|\.router\.|\.gate\.weight$|norm|embed")
 
@@ -158,7 +157,7 @@ def _facts(
     linear = adapted_shapes(shapes, family)
     if not linear:
         raise folder.unsupported(architecture, "no linear layers are found in its weights")
-    files = folder.identify(sorted(weights.files + [name for name in folder.files if name.endswith(_SMALL_SUFFIXES)]))
+    files = folder.identify(sorted(weights.files + [name for name in folder.files if name in SMALL_FILES]))
     hidden_size, layers = _size(folder, sizes, "hidden_size"), _size(folder, sizes, "num_hidden_layers")
     return ModelFacts(
         uri=folder.uri,

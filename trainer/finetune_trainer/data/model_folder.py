@@ -13,6 +13,26 @@ from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
+# What transformers reads of a model besides its weights. Other files, whatever their names, are never fetched: an
+# adapter, or a second configuration, would be loaded that nobody has judged.
+SMALL_FILES = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    }
+)
+# Fields by which transformers takes another file in the place of the one that prepare has judged.
+_OTHER_FILES = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
 _PARALLEL_SAMPLES = 8
 _MAX_PROBLEM = 256  # as much as a result carries of one argument
 
@@ -30,6 +50,9 @@ class ModelFolder:
                 if "/" not in info.uri.removeprefix(prefix)
             }
         self.records: dict[str, FileRecord] = {}  # of those that were read whole
+        for name, info in self.files.items():
+            if is_read(name) and store.leads_outside(info.uri, prefix):
+                raise self.broken(f"{name} is a link to a file outside of the folder; copy the file itself into it")
 
     def read(self, name: str, max_bytes: int = 16 * 2**20) -> bytes | None:
         info = self.files.get(name)
@@ -78,6 +101,9 @@ class ModelFolder:
             raise self.broken(f"{name} is not valid JSON") from error
         if not isinstance(value, dict):
             raise self.broken(f"{name} is not a JSON object")
+        other = _OTHER_FILES.get(name)
+        if other in value:
+            raise self.broken(f"{name} names other files to be read in its place ({other}); remove that field")
         return cast(dict[str, Any], value)
 
     def unsupported(self, architecture: str, problem: str) -> StageError:
@@ -97,3 +123,8 @@ class ModelFolder:
         return self.broken(
             f"{name} is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned, and copy it again"
         )
+
+
+def is_read(name: str) -> bool:
+    """Return whether a file of this name is a part of a model."""
+    return name in SMALL_FILES or name.endswith(".safetensors")

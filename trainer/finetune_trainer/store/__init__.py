@@ -86,6 +86,10 @@ class Store:
         """What the object is, or None when it does not exist."""
         return self._files(uri).head(uri)
 
+    def leads_outside(self, uri: str, folder_uri: str) -> bool:
+        """Return whether a file of a folder is a link to one that is not in it; False for objects of a bucket."""
+        return not is_s3(uri) and LocalFiles().leads_outside(uri, folder_uri)
+
     def read(self, uri: str, *, max_bytes: int = 16 * _MIB, if_match: str | None = None) -> tuple[bytes, str]:
         """Content and ETag of a small object.
 

@@ -69,6 +69,17 @@ class LocalFiles:
                 if info := self.head(folder_uri + local_name(below)):
                     yield info
 
+    def leads_outside(self, uri: str, folder_uri: str) -> bool:
+        """Return whether a file in a folder is a link to one that is not.
+
+        A snapshot in the Hub's cache consists of links into the `blobs` beside it, which are its own."""
+        folder = local_path(folder_uri).resolve()
+        inside = [folder]
+        if folder.parent.name == "snapshots":
+            inside.append(folder.parent.parent / "blobs")
+        target = local_path(uri).resolve()
+        return not any(target.is_relative_to(each) for each in inside)
+
     def head(self, uri: str) -> ObjectInfo | None:
         try:
             found = local_path(uri).stat()
