@@ -523,7 +523,9 @@ def test_memory_stays_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None
         code = (
             "import sys; from pathlib import Path; from data_run import LoadReport, prepare_run, structure\n"
             # Judged by its own tests, in a process of its own, which takes seconds of imports.
-            "structure.load_without_values = lambda _: LoadReport(architecture='LlamaForCausalLM')\n"
+            "sizes = {'hidden_size': 32, 'num_hidden_layers': 2, 'vocab_size': 600, 'max_position_embeddings': 512}\n"
+            "report = LoadReport(architecture='LlamaForCausalLM', sizes=sizes)\n"
+            "structure.load_without_values = lambda _: report\n"
             "prepare_run(Path(sys.argv[1]))\n"
             "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
         )
