@@ -26,7 +26,7 @@ from finetune_cli.errors import CommandError, Exit
 NAMESPACE = "local"
 _STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
-_DEFAULT_PARENT = ".finetune"
+_PARENT_NAME = ".finetune"
 _MAX_ENTRIES = 100_000  # far above what the files of a model, a data set and checkpoints are
 
 
@@ -60,7 +60,7 @@ def local_uid(path: Path, job: dict[str, Any]) -> str:
 
 
 def default_work_dir(path: Path, job: dict[str, Any]) -> Path:
-    return path.resolve().parent / _DEFAULT_PARENT / run_name(job["metadata"]["name"], local_uid(path, job))
+    return path.resolve().parent / _PARENT_NAME / run_name(job["metadata"]["name"], local_uid(path, job))
 
 
 def run_config(
@@ -143,7 +143,7 @@ def _make_private(work_dir: Path) -> None:
     It holds tokens of the data, and files in it are written without looking. Raises CommandError for a folder that is
     another user's or a link, or that has a link in it: whoever packed or shared it chooses what a link leads to.
     """
-    above = [work_dir.parent] if work_dir.parent.name == _DEFAULT_PARENT else []
+    above = [work_dir.parent] if work_dir.parent.name == _PARENT_NAME else []
     for folder in (*above, work_dir):
         if folder.is_symlink():
             raise _untrusted(folder, "is a link: remove it")
