@@ -20,7 +20,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.world import release_memory
-from tiny_run import TinyRun, context, make_run, use_model
+from tiny_run import TinyRun, context, make_run, stop_before, use_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch here")
 
@@ -87,14 +87,8 @@ def test_a_run_that_was_stopped_half_way_learns_the_same(tmp_path: Path, monkeyp
     """Flash attention's backward adds in any order, so not to the last bit as on the CPU."""
     undisturbed, stopped = (make_run(tmp_path / name, model_changes=WIDE, gpus=1) for name in ("whole", "stopped"))
     train.run(context(undisturbed), StopFlag(60))
-    stop, run_step = StopFlag(60), Stepper.run
-
-    def stopping(stepper: Stepper, step: int) -> torch.Tensor:
-        if step == 6:
-            stop.set()
-        return run_step(stepper, step)
-
-    monkeypatch.setattr(Stepper, "run", stopping)
+    stop = StopFlag(60)
+    stop_before(monkeypatch, stop, 7)
     with pytest.raises(StageError) as caught:
         train.run(context(stopped), stop)
     assert caught.value.fault is Fault.INTERRUPTED

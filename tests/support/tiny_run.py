@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.numpy
 import torch
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,7 @@ from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, 
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import PACKING_FAMILIES
+from finetune_trainer.loop import Stepper
 from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, RunPlan, SamplePrompt, SplitFiles
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
@@ -321,6 +323,18 @@ def context(run: TinyRun, attempt: int = 1, stage: Stage = Stage.TRAIN) -> Stage
         store=run.store,
         reporter=Reporter(stage, attempt, CollectorRegistry()),
     )
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> None:
+    """Ask to stop while step `step - 1` runs."""
+    original = Stepper.run
+
+    def run_and_stop(self: Stepper, number: int) -> torch.Tensor:
+        if number == step - 1:
+            stop.set()
+        return original(self, number)
+
+    monkeypatch.setattr(Stepper, "run", run_and_stop)
 
 
 def train_in_child(run: TinyRun, attempt: int) -> None:

@@ -16,7 +16,7 @@ from finetune_trainer.checkpoint import CheckpointManifest, Position
 from finetune_trainer.evaluate import HeldOut
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.stop import StopFlag
-from tiny_run import TinyRun, context, make_run
+from tiny_run import TinyRun, context, make_run, stop_before
 
 HELD_OUT = HeldOut(step=0, loss=1.0, rows=1, label_tokens=1)
 
@@ -96,14 +96,7 @@ def test_a_resumed_run_computes_in_what_it_began_with_where_that_is_not_slow(
 ) -> None:
     run, stop = make_run(tmp_path, steps=6), StopFlag(60)
     speedup(monkeypatch, first)
-    run_step = train.Stepper.run
-
-    def run_and_stop(self: train.Stepper, number: int) -> torch.Tensor:
-        if number == 2:
-            stop.set()
-        return run_step(self, number)
-
-    monkeypatch.setattr(train.Stepper, "run", run_and_stop)
+    stop_before(monkeypatch, stop, 3)
     with pytest.raises(StageError) as caught:
         train.run(context(run), stop)
     assert caught.value.fault is Fault.INTERRUPTED

@@ -21,7 +21,7 @@ from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapte
 from finetune_trainer.stop import StopFlag, done_after_s
 from finetune_trainer.store import Store, open_store
 from hand_clock import Clock
-from tiny_run import TinyRun, context, make_run
+from tiny_run import TinyRun, context, make_run, stop_before
 
 PASS_S = 60.0
 PASSES = 4  # of a step, a row each
@@ -377,14 +377,8 @@ def test_a_stop_is_heard_within_whatever_file_is_read(
 
 def test_a_stop_is_heard_while_a_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, stop = make_run(tmp_path), StopFlag(60)
-    original = Stepper.run
-
-    def run_and_stop(self: Stepper, step: int) -> Tensor:
-        stop.set()
-        return original(self, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "run", run_and_stop)
+        stop_before(patch, stop, 1)
         with pytest.raises(StageError):
             train.run(context(run), stop)
     again = StopFlag(60)

@@ -31,7 +31,7 @@ from finetune_trainer.model import load_base
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
-from tiny_run import STOP_ID, TinyRun, context, make_run, use_model
+from tiny_run import STOP_ID, TinyRun, context, make_run, stop_before, use_model
 
 
 def committed_artifact(run: TinyRun) -> Artifact | None:
@@ -41,18 +41,6 @@ def committed_artifact(run: TinyRun) -> Artifact | None:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _stop_before(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> None:
-    """Ask to stop while step `step - 1` runs."""
-    original = Stepper.run
-
-    def run_and_stop(self: Stepper, number: int) -> torch.Tensor:
-        if number == step - 1:
-            stop.set()
-        return original(self, number)
-
-    monkeypatch.setattr(Stepper, "run", run_and_stop)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +109,7 @@ def test_metrics_tell_what_was_done_and_hold_nothing_that_is_not_known(tmp_path:
 def test_counts_of_tokens_go_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, stop = make_run(tmp_path), StopFlag(60)
     with monkeypatch.context() as patch:
-        _stop_before(patch, stop, 5)
+        stop_before(patch, stop, 5)
         with pytest.raises(StageError):
             train.run(context(run), stop)
     ctx = context(run, attempt=2)
@@ -167,7 +155,7 @@ def test_a_stop_is_a_checkpoint_and_the_next_attempt_ends_with_the_same_bits(
     train.run(context(undisturbed), StopFlag(60))
     stop = StopFlag(60)
     with monkeypatch.context() as patch:
-        _stop_before(patch, stop, 5)
+        stop_before(patch, stop, 5)
         ctx = context(stopped)
         with pytest.raises(StageError) as caught:
             train.run(ctx, stop)
@@ -258,7 +246,7 @@ def test_a_stop_during_an_evaluation_leaves_no_hole_among_the_evaluations(
 ) -> None:
     run, stop = make_run(tmp_path), StopFlag(60)
     with monkeypatch.context() as patch:
-        _stop_before(patch, stop, 4)
+        stop_before(patch, stop, 4)
         with pytest.raises(StageError) as caught:
             train.run(context(run), stop)
     assert caught.value.args_by_name == {"step": 4}
@@ -595,7 +583,7 @@ def test_a_stop_during_the_last_evaluation_leaves_it_to_the_next_attempt(
     run = make_run(tmp_path)
     stop = StopFlag(60)
     with monkeypatch.context() as patch:
-        _stop_before(patch, stop, 12)
+        stop_before(patch, stop, 12)
         with pytest.raises(StageError) as caught:
             train.run(context(run), stop)
     assert (caught.value.fault, caught.value.args_by_name) == (Fault.INTERRUPTED, {"step": 12})

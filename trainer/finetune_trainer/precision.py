@@ -38,10 +38,11 @@ class FirstPass:
 
 def computed_in(earlier: ComputedIn | None, dtype: torch.dtype, steps_left: int) -> ComputedIn:
     """Return what all steps of a run will have been computed in. earlier: those before this attempt, None: there are
-    none."""
-    if (
-        dtype == torch.bfloat16
-    ):  # which no attempt changes to after fp32, whatever a checkpoint that does not say it has
+    none.
+
+    No attempt changes from fp32 to bf16: an earlier "fp32" before it is of a checkpoint that does not say what it is.
+    """
+    if dtype == torch.bfloat16:
         return "bf16"
     if earlier == "bf16" and steps_left:
         return "bf16, then fp32"

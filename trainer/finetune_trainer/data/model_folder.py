@@ -13,13 +13,14 @@ from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import Store, spec_field
 
+INDEX = "model.safetensors.index.json"
 # What transformers reads of a model besides its weights. Other files, whatever their names, are never fetched: an
 # adapter, or a second configuration, would be loaded that nobody has judged.
 SMALL_FILES = frozenset(
     {
         "config.json",
         "generation_config.json",
-        "model.safetensors.index.json",
+        INDEX,
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",

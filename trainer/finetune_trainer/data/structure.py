@@ -47,9 +47,7 @@ class LoadReport(BaseModel):
     """What loading a model's tensors said; names as in its files where they can be told. Sorted, layer by layer."""
 
     architecture: str  # the class that transformers builds
-    sizes: dict[
-        str, int
-    ] = {}  # of the configuration as transformers completes it: SIZES, as far as the family has them
+    sizes: dict[str, int] = {}  # SIZES of the configuration as transformers completes it, as far as the family has them
     missing: list[str] = []
     mismatched: list[Mismatch] = []
     unexpected: list[str] = []  # of a part that the model has: a layer too many, a bias that the configuration denies

@@ -11,11 +11,11 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.data.model_folder import ModelFolder
+from finetune_trainer.data.model_folder import INDEX, ModelFolder
 from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.store import ObjectInfo
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
           "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
