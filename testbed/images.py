@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -24,6 +25,7 @@ from testbed.processes import last_lines, run
 BASE_IMAGE = "localhost/finetune-base:bookworm"
 PAUSE_IMAGE = "localhost/pause:1"
 LOAD_TIMEOUT_S = 900.0
+DISK_RESERVE_BYTES = 1_000_000_000
 _ID_LABEL = "testbed.finetune.dev/source"
 _CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -92,11 +94,12 @@ def _import_difference(source: str, name: str, timeout_s: float = LOAD_TIMEOUT_S
     that is what `buildah push` cannot do.
     """
     store = containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
+    _make_room(source, name, store)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="layout-") as directory:
         layout = Path(directory)
         blobs = layout / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        present = {blob.name for blob in store.iterdir()} if store.exists() else set[str]()
+        present = _blobs_of(store)
         for digest in present:
             os.link(store / digest, blobs / digest)
         (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
@@ -115,6 +118,7 @@ def _import_difference(source: str, name: str, timeout_s: float = LOAD_TIMEOUT_S
                 with contextlib.suppress(BrokenPipeError), tarfile.open(fileobj=importer.stdin, mode="w|") as tar:
                     for member in ["oci-layout", "index.json", *new]:
                         tar.add(layout / member, member)
+                        (layout / member).unlink()  # containerd has it now: the disk never holds a layer three times
             finally:
                 if importer.stdin:
                     with contextlib.suppress(BrokenPipeError):
@@ -124,6 +128,46 @@ def _import_difference(source: str, name: str, timeout_s: float = LOAD_TIMEOUT_S
             if status != 0:
                 said.seek(0)
                 raise TestbedError(f"loading {name} failed:\n{last_lines(said.read().decode(errors='replace'))}")
+
+
+def _blobs_of(store: Path) -> set[str]:
+    return {blob.name for blob in store.iterdir()} if store.exists() else set()
+
+
+def _make_room(source: str, name: str, store: Path) -> None:
+    """Remove the image that is about to be replaced where the disk cannot hold both.
+
+    Raises TestbedError when the new layers do not fit then either, as a full disk ends whatever else runs."""
+    if is_room_for(_bytes_of_new_layers(source, _blobs_of(store)), _free_bytes()):
+        return
+    # --sync waits until its layers are gone. Containers that run keep what they use.
+    ctr("images", "rm", "--sync", name, timeout_s=LOAD_TIMEOUT_S, check=False)
+    new_bytes, free_bytes = _bytes_of_new_layers(source, _blobs_of(store)), _free_bytes()
+    if not is_room_for(new_bytes, free_bytes):
+        raise TestbedError(
+            f"{name} brings {new_bytes / 1e9:.1f} GB of layers, which containerd keeps packed and unpacked: "
+            f"{disk_bytes_for(new_bytes) / 1e9:.1f} GB are needed in {cache_dir()}, and {free_bytes / 1e9:.1f} GB are "
+            "free. Free some, or set FINETUNE_CACHE to a folder on a larger disk"
+        )
+
+
+def _bytes_of_new_layers(source: str, present: set[str]) -> int:
+    manifest = json.loads(run(["skopeo", "inspect", "--raw", f"containers-storage:{source}"], timeout_s=120).stdout)
+    layers = {layer["digest"].removeprefix("sha256:"): layer["size"] for layer in manifest["layers"]}
+    return sum(size for digest, size in layers.items() if digest not in present)
+
+
+def _free_bytes() -> int:
+    return shutil.disk_usage(cache_dir()).free
+
+
+def disk_bytes_for(new_bytes: int) -> int:
+    """Return the disk that new layers take at most: packed, unpacked, and what pods write meanwhile."""
+    return 2 * new_bytes + DISK_RESERVE_BYTES if new_bytes else 0
+
+
+def is_room_for(new_bytes: int, free_bytes: int) -> bool:
+    return disk_bytes_for(new_bytes) <= free_bytes
 
 
 def ensure_base_image() -> str:

@@ -19,9 +19,9 @@ import pytest
 
 import testbed
 from built import require_testbed
-from testbed import host
+from testbed import host, images
 from testbed.instance import Instance, containerd_root
-from testbed.processes import marked_pids
+from testbed.processes import marked_pids, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -259,6 +259,38 @@ def test_a_second_node_is_refused_while_the_first_one_runs(cluster: testbed.Clus
         testbed.up("second")
     testbed.down("second")
     assert cluster.kubectl("get", "nodes", "-o", "name") == "node/testbed-node\n"
+
+
+def test_an_image_that_the_disk_cannot_hold_is_refused_with_the_sizes_and_loads_once_there_is_room(
+    cluster: testbed.Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    name = "localhost/finetune-base:bookworm"
+    container = run(["buildah", "from", name], timeout_s=60).stdout.strip()
+    try:
+        run(
+            [
+                "buildah",
+                "run",
+                "--isolation",
+                "chroot",
+                container,
+                "dd",
+                "if=/dev/urandom",
+                "of=/new",
+                "bs=1M",
+                "count=20",
+            ],
+            timeout_s=60,
+        )
+        run(["buildah", "commit", "--quiet", container, "localhost/larger:1"], timeout_s=300)
+        monkeypatch.setattr(images, "_free_bytes", lambda: images.DISK_RESERVE_BYTES)
+        with pytest.raises(testbed.TestbedError, match=r"localhost/larger:1 brings 0.0 GB of layers.* GB are free"):
+            testbed.load_image("localhost/larger:1")
+        monkeypatch.undo()
+        assert testbed.load_image("localhost/larger:1")
+    finally:
+        run(["buildah", "rm", container], timeout_s=60, check=False)
+        run(["buildah", "rmi", "localhost/larger:1"], timeout_s=60, check=False)
 
 
 def test_a_second_control_plane_runs_beside_the_node(cluster: testbed.Cluster):
