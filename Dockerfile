@@ -1,8 +1,9 @@
 # Two images from one lock: `operator` (small, no torch) and `trainer`. Dependencies are a layer of their own, so that a change of
-# code rebuilds in seconds. BASE_IMAGE is any Debian with Python 3.11 and its venv module.
+# code rebuilds in seconds. BASE_IMAGE is any Debian with Python 3.11 and its venv module; the digest is that of the tag's index of
+# all platforms, so that the same Dockerfile builds on the same files. Renew both for fixes of Debian and Python.
 #   docker build --target operator -t finetune-operator .
 #   docker build --target trainer -t finetune-trainer .
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 FROM ${BASE_IMAGE} AS base
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/finetune PYTHONUNBUFFERED=1 LANG=C.UTF-8

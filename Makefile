@@ -103,9 +103,18 @@ COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11
 lock: $(READY)  ## Write requirements/*.txt anew from pyproject.toml
 	$(COMPILE) $(UPGRADE) --extra operator --extra trainer --extra cli --group dev pyproject.toml -o requirements/dev.txt
 	$(COMPILE) $(UPGRADE) --extra operator -c requirements/dev.txt pyproject.toml -o requirements/operator.txt
+	$(COMPILE) $(UPGRADE) --extra cli -c requirements/dev.txt pyproject.toml -o requirements/cli.txt
 	$(COMPILE) $(UPGRADE) --extra trainer -c requirements/dev.txt pyproject.toml -o requirements/trainer.txt
 	$(COMPILE) $(UPGRADE) -c requirements/dev.txt requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) $(UPGRADE) --no-deps requirements/assets.in -o requirements/assets.txt
+
+.PHONY: sbom
+sbom: $(READY)  ## Write dist/sbom/*.cdx.json: what the images and the command line consist of, from the locks
+	mkdir -p dist/sbom
+	# Not validated: checking the tool's own output against the schema takes six times as long as writing it.
+	for part in operator trainer cli; do \
+		$(BIN)/cyclonedx-py requirements --no-validate --pyproject pyproject.toml --output-reproducible \
+			--output-file dist/sbom/$$part.cdx.json requirements/$$part.txt; done
 
 .PHONY: clean
 clean:  ## Remove what was made in this folder (not the cache)

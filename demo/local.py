@@ -9,12 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from demo.assets import CHECKOUT, ensure_model
 from demo.rows import demo_files
 from finetune_cli.errors import CommandError
 from finetune_cli.run import run
+from finetune_cli.screen import terminal
 
 EXAMPLE = CHECKOUT / "examples" / "local.yaml"
 FOLDER = CHECKOUT / ".finetune" / "try"
@@ -63,7 +62,7 @@ def main() -> int:
     job = set_up(folder)
     print(f"$ finetune run {job}", flush=True)
     try:
-        code = run(job, None, Console(highlight=False))
+        code = run(job, None, terminal())
     except CommandError as error:
         print(f"try: {error}", file=sys.stderr)
         return error.code

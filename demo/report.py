@@ -6,6 +6,7 @@ from typing import Any
 import testbed
 from demo import bucket, watch
 from demo.setup import RELEASE, SYSTEM_NAMESPACE
+from finetune_api.printable import printable
 from testbed import binaries
 
 
@@ -44,7 +45,7 @@ def _last_question(prompt: str) -> str:
 
 
 def _line(text: str, limit: int = 100) -> str:
-    one_line = " ".join(text.split())
+    one_line = " ".join(printable(text).split())
     return one_line if len(one_line) <= limit else one_line[: limit - 1] + "…"
 
 

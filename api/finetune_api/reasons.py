@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from finetune_api.names import Stage
+from finetune_api.printable import printable
 
 
 class Reason(StrEnum):
@@ -108,6 +109,9 @@ FINAL_EXIT_CODES = range(10, 30)  # also those of a newer trainer, which have no
 def reason_of_exit(exit_code: int) -> Reason:
     """The reason a container's exit code stands for; Unknown for codes outside the table."""
     return REASON_BY_EXIT_CODE.get(exit_code, Reason.UNKNOWN)
+
+
+LARGEST_COUNT = 2**63  # that a fault's argument may be; more is said to be more
 
 
 class FaultText(NamedTuple):
@@ -395,11 +399,20 @@ FAULTS: dict[Fault, FaultText] = {
 
 
 def words(fault: Fault, args: dict[str, str | int | float]) -> str:
-    """Return the fault's sentence with its arguments; a missing argument shows as `?` instead of raising."""
-    known = {**FAULTS[fault].unknown, **args}
+    """Return the fault's sentence with its arguments on one printable line; never raises.
+
+    A missing argument shows as `?`."""
+    known = {**FAULTS[fault].unknown, **{name: _readable(value) for name, value in args.items()}}
 
     class _Args(dict[str, str | int | float]):
         def __missing__(self, key: str) -> str:
             return "?"
 
     return FAULTS[fault].text.format_map(_Args(known))
+
+
+def _readable(value: str | int | float) -> str | int | float:
+    if isinstance(value, str):
+        return printable(value)
+    # Python refuses to write numbers of more than 4,300 digits, and a hostile file's may have any number of them.
+    return value if isinstance(value, float) or abs(value) < LARGEST_COUNT else f"more than {LARGEST_COUNT}"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from finetune_cli.errors import CommandError, Exit
+from finetune_cli.screen import terminal
 
 app = typer.Typer(
     help=(__doc__ or "").replace("\n", " ").replace("  ", "\n\n"),
@@ -43,7 +43,7 @@ def run_command(
     """
     from finetune_cli.run import run
 
-    raise typer.Exit(run(job, work_dir, Console(soft_wrap=False, highlight=False)))
+    raise typer.Exit(run(job, work_dir, terminal()))
 
 
 Name = Annotated[str, typer.Argument(help="Name of the FineTuneJob.", show_default=False)]
@@ -65,7 +65,7 @@ def wait_command(
     from finetune_cli.wait import wait
 
     cluster = Cluster(context)
-    raise typer.Exit(wait(cluster, namespace or cluster.namespace, name, timeout, Console(highlight=False)))
+    raise typer.Exit(wait(cluster, namespace or cluster.namespace, name, timeout, terminal()))
 
 
 @app.command("describe")
@@ -79,7 +79,7 @@ def describe_command(name: Name, namespace: Namespace = None, context: Context =
         job = cluster.get(namespace or cluster.namespace, name)
     except UnavailableError as error:
         raise CommandError(str(error), Exit.CLUSTER) from error
-    describe(job, Console(highlight=False))
+    describe(job, terminal())
 
 
 @app.command("validate")
@@ -90,7 +90,7 @@ def validate_command(
     from finetune_cli.load import load_job
     from finetune_cli.validate import problems
 
-    console = Console(highlight=False, stderr=True)
+    console = terminal(stderr=True)
     wrong = [f"{path}: {line}" for path in jobs for line in problems(load_job(path), local=False)]
     for line in wrong:
         console.print(line, markup=False, soft_wrap=True)
@@ -102,7 +102,7 @@ def main() -> None:
     try:
         app()
     except CommandError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]Error[/] {escape(str(error))}", soft_wrap=True)
+        terminal(stderr=True).print(f"[bold red]Error[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
@@ -112,7 +112,7 @@ def main() -> None:
     except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
         words = f"{where}{error.strerror or type(error).__name__}"
-        Console(stderr=True, highlight=False).print(f"[bold red]Error[/] {escape(words)}", soft_wrap=True)
+        terminal(stderr=True).print(f"[bold red]Error[/] {escape(words)}", soft_wrap=True)
         sys.exit(Exit.FAILED)
 
 

@@ -28,6 +28,7 @@ from finetune_cli.validate import problems
 # A pod waits for data and grants that may be on their way; at a terminal, somebody fixes them and calls again.
 PATIENCE_S = 0.0
 MAX_SAMPLES = 3
+INSTALL = "pip install --require-hashes -r requirements/trainer.txt"
 _ONLY_IN_A_CLUSTER = ("suspend", "activeDeadlineSeconds", "runtime", "ttlSecondsAfterFinished")
 MAX_SAMPLE_CHARS = 400
 
@@ -38,7 +39,7 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
     if wrong := problems(job):
         raise CommandError("\n".join([f"{path} is refused:", *(f"  {line}" for line in wrong)]), Exit.USAGE)
     if importlib.util.find_spec("torch") is None:
-        raise CommandError('training needs more packages: pip install ".[trainer,cli]", in a checkout', Exit.USAGE)
+        raise CommandError(f"training needs more packages: {INSTALL}, in a checkout", Exit.USAGE)
     uid = local.local_uid(path, job)
     folder = work_dir.resolve() if work_dir else local.default_work_dir(path, job)
     with local.locked(folder) as lock, Stop(lambda times: _say_stopping(console, stop, times)) as stop:

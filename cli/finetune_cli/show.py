@@ -10,6 +10,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from finetune_api.names import Stage
+from finetune_api.printable import printable
 from finetune_api.quality import Quality, concern_words, verdict
 from finetune_api.reasons import Fault, Reason, reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
@@ -34,9 +35,8 @@ def count_files(files: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Words of a model on one line, without what could command the terminal."""
-    visible = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(visible.split()) or "(nothing)"
+    """Return a model's words on one line."""
+    return " ".join(printable(text).split()) or "(nothing)"
 
 
 def describe(progress: Progress) -> str:

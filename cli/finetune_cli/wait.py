@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from finetune_api.printable import printable
 from finetune_cli.cluster import Cluster, UnavailableError
 from finetune_cli.errors import CommandError, Exit
 
@@ -27,7 +28,7 @@ def verdict(job: dict[str, Any]) -> Exit | None:
 
 
 def line(job: dict[str, Any]) -> str:
-    """Phase, place, loss and what the operator says."""
+    """Return phase, place, loss and what the operator says, on one printable line."""
     status = job.get("status") or {}
     progress = status.get("progress") or {}
     eta = progress.get("eta")
@@ -41,7 +42,7 @@ def line(job: dict[str, Any]) -> str:
         loss and f"loss {loss}",
         told.get("message"),
     ]
-    return " · ".join(str(part) for part in parts if part)
+    return printable(" · ".join(str(part) for part in parts if part))  # it also stands in a live line
 
 
 def wait(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from finetune_api.printable import printable
 from finetune_api.reasons import Reason
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.clock import format_time
@@ -53,6 +54,6 @@ def _condition(old: Condition | None, claim: Claim, generation: int, now: dateti
 
 
 def one_line(text: str) -> str:
-    """At most 1,024 printable characters on one line: parts of it come from outside."""
-    clean = "".join(char if char.isprintable() else " " for char in text)
+    """Return at most 1,024 printable characters on one line: parts of it come from outside."""
+    clean = printable(text)
     return clean if len(clean) <= MAX_MESSAGE else clean[: MAX_MESSAGE - 1] + "…"

@@ -17,6 +17,7 @@ ASKED = {
     "dev": [*BASE, *EXTRAS["operator"], *EXTRAS["trainer"], *EXTRAS["cli"], *PROJECT["dependency-groups"]["dev"]],
     "operator": [*BASE, *EXTRAS["operator"]],
     "trainer": [*BASE, *EXTRAS["trainer"]],
+    "cli": [*BASE, *EXTRAS["cli"]],
     "uv": ["uv"],
 }
 # Written in halves, as this file is searched too.
@@ -52,7 +53,7 @@ def test_every_dependency_is_locked_at_a_version_that_was_asked_for(lock: str):
         assert requirement.specifier.contains(version), f"{requirement} is locked at {version}: make lock"
 
 
-@pytest.mark.parametrize("lock", ["dev", "operator", "trainer", "uv", "assets"])
+@pytest.mark.parametrize("lock", ["dev", "operator", "trainer", "cli", "uv", "assets"])
 def test_every_locked_package_has_a_hash_and_no_place_to_come_from(lock: str):
     text = (ROOT / f"requirements/{lock}.txt").read_text()
     for block in re.split(r"\n(?=[a-z0-9])", text):
@@ -61,7 +62,7 @@ def test_every_locked_package_has_a_hash_and_no_place_to_come_from(lock: str):
     assert "find-links" not in text
 
 
-@pytest.mark.parametrize("lock", ["operator", "trainer", "uv"])
+@pytest.mark.parametrize("lock", ["operator", "trainer", "cli", "uv"])
 def test_images_hold_the_versions_that_the_tests_ran_with(lock: str):
     assert pins(lock).items() <= pins("dev").items()
 

@@ -1,9 +1,12 @@
 """README.md of an adapter: what it is, how well it does, how it was made, how to serve it. Pure; holds no data rows."""
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from finetune_api.job import MethodType
+from finetune_api.printable import markdown, markdown_code, printable
 from finetune_api.quality import Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
@@ -68,19 +71,20 @@ def model_card(plan: RunPlan, lineage: Lineage, learned: Learned, found: Evaluat
     hyper = plan.hyperparameters
     rank = vllm_rank(hyper.lora_rank)
     name = lineage.job_name
+    model = f"{markdown(plan.model.architecture)}, {plan.model.parameters:,} weights"
     ends = ", with the token ids that ended what was trained" if plan.stop_token_ids else ""
     sections = [
         f"""---
 library_name: peft
-base_model: {plan.model.uri}
+base_model: {json.dumps(printable(plan.model.uri), ensure_ascii=False)}
 pipeline_tag: text-generation
 tags: [lora, {plan.method.value.lower()}]
 ---
 
-# {name}
+# {markdown(name)}
 """,
         "\n".join(f"> **{reason}**: {words}\n" for reason, words in _concerns(found.quality)),
-        f"""A LoRA adapter for `{plan.model.uri}` ({plan.model.architecture}, {plan.model.parameters:,} weights),
+        f"""A LoRA adapter for {markdown_code(plan.model.uri)} ({model}),
 trained by {"supervised fine-tuning" if plan.method is MethodType.SFT else "continued pre-training"}.
 {_learned(plan, learned)}{_not_adapted(plan)}
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
@@ -92,7 +96,7 @@ the trained model, and others than the base model's. That says that the files ar
 With vLLM, from local copies of the base model and of this folder:
 
 ```sh
-vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {name}=ADAPTER_FOLDER
+vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(printable(name))}=ADAPTER_FOLDER
 ```
 
 With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)}
@@ -102,7 +106,7 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
         _table(
             "## Chosen values",
             ("Field", "Value", "Why"),
-            [(value.field, value.value, value.reason) for value in plan.resolved],
+            [(value.field, markdown(value.value), markdown(value.reason)) for value in plan.resolved],
         ),
         _table(
             "## Lineage",
@@ -112,8 +116,8 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
                 ("training tokens", str(plan.train.tokens.sha256)),
                 ("training labels", str(plan.train.labels.sha256)),
                 ("base model", lineage.base_digest),
-                *((f"base model: {file}", _known(file, lineage)) for file in sorted(lineage.base_files)),
-                ("trainer image, as it was named", lineage.image or "none, it ran without a container"),
+                *((f"base model: {markdown(file)}", _known(file, lineage)) for file in sorted(lineage.base_files)),
+                ("trainer image, as it was named", markdown(lineage.image or "none, it ran without a container")),
                 *((package, version) for package, version in sorted(lineage.versions.items())),
             ],
         ),
@@ -182,12 +186,12 @@ def _results(found: Evaluations) -> str:
 
 def _hyperparameters(plan: RunPlan) -> list[tuple[str, str]]:
     values = plan.hyperparameters.model_dump(mode="json")
-    return [(name, str(value)) for name, value in values.items()]
+    return [(name, markdown(str(value))) for name, value in values.items()]
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table below its title; nothing without rows."""
     if not rows:
         return ""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     return "\n".join([title, "", lines[0], "|" + " --- |" * len(header), *lines[1:], ""])

@@ -15,6 +15,7 @@ from types import TracebackType
 from finetune_api import layout
 from finetune_api.errors import StageError
 from finetune_api.names import Stage
+from finetune_api.printable import printable_lines
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class PlainFormatter(logging.Formatter):
 def clean(message: str) -> str:
     """Return the message without secrets and colours, cut to MAX_MESSAGE_CHARS."""
     cut = message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "…"
-    return _SECRETS.sub(lambda found: f"{found[2] or found[3] or ''}***", _COLOURS.sub("", cut))
+    readable = printable_lines(_COLOURS.sub("", cut))
+    return _SECRETS.sub(lambda found: f"{found[2] or found[3] or ''}***", readable)
 
 
 def trace_text(error: BaseException, *, messages: bool) -> str:

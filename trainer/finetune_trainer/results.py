@@ -9,7 +9,8 @@ from pathlib import Path
 
 from finetune_api.errors import StageError
 from finetune_api.names import Stage
-from finetune_api.reasons import DISK_FIELDS, MEMORY_FIELDS, Fault
+from finetune_api.printable import printable
+from finetune_api.reasons import DISK_FIELDS, LARGEST_COUNT, MEMORY_FIELDS, Fault
 from finetune_api.run import MAX_ARG_CHARS, MAX_ARGS, MAX_RESULT_BYTES, FaultArg, Progress, RunResult, Trouble
 from finetune_api.status import MetricsStatus
 
@@ -105,10 +106,12 @@ def _args(error: StageError) -> dict[str, FaultArg]:
 
 
 def _bounded(value: str | int | float) -> FaultArg:
-    """Return the value as a result can hold it: finite, short, and without what is no character (of a file's name)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value.encode(errors="replace").decode()[:MAX_ARG_CHARS] if isinstance(value, str) else value
+    """Return the value as a result can hold it: finite, short, and printable."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return max(-LARGEST_COUNT, min(value, LARGEST_COUNT))
+    return printable(value)[:MAX_ARG_CHARS]
 
 
 def metrics_of(progress: Progress) -> MetricsStatus | None:
