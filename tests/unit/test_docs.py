@@ -1,5 +1,6 @@
 """Pages say what is so: files, links, commands, versions, variables."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -120,3 +121,22 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert len(text.splitlines()) < 200
     for page in (*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"):
         assert f"({page.relative_to(ROOT)})" in text
+
+
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "s": 1, "min": 60, "h": 3600, "%": 0.01}
+
+
+def limits() -> list[tuple[str, float, str]]:
+    """Return (what, value in bytes, seconds or pieces, name of the constant) of the page's table of limits."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([\d,.]+) ?(\w+|%|) \| `([\w.]+)` \|$", (ROOT / "docs/security.md").read_text(), re.M
+    )
+    return [(what, float(number.replace(",", "")) * _UNITS.get(unit, 1), name) for what, number, unit, name in rows]
+
+
+def test_the_page_on_security_names_limits_that_are_enforced() -> None:
+    section = (ROOT / "docs/security.md").read_text().partition("## Limits")[2].partition("\n## ")[0]
+    assert len(limits()) == len(re.findall(r"^\| .*`", section, re.MULTILINE))
+    for what, value, name in limits():
+        module, _, constant = name.rpartition(".")
+        assert getattr(importlib.import_module(module), constant) == pytest.approx(value), what
