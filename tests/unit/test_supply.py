@@ -51,7 +51,7 @@ def test_no_package_that_is_shipped_is_under_the_gpl_or_agpl_and_each_has_a_lice
     tool = Path(sys.executable).with_name("pip-licenses")
     command = [str(tool), "--with-system", "--from=mixed", "--format=json"]
     told = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
-    licences = {canonicalize_name(one["Name"]): str(one["License"]) for one in told}
+    licences = {str(canonicalize_name(one["Name"])): str(one["License"]) for one in told}
     shipped = {name for part in SHIPPED for name in locked(part)}
     assert sorted(shipped - set(licences)) == []
     assert {name: licences[name] for name in sorted(shipped) if is_copyleft(licences[name])} == {}
