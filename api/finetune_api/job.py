@@ -366,8 +366,8 @@ class RecoverySpec(ApiModel):
         default=None,
         ge=30,
         le=86400,
-        description="A training pod that gets no further for so long, not by one forward and backward pass, is "
-        f"restarted. Absent: {defaults.PROGRESS_DEADLINE_S}.",
+        description="A pod that gets no further for so long is restarted: in training not by one forward and backward "
+        f"pass, in prepare not by one row or part of a file. Absent: {defaults.PROGRESS_DEADLINE_S}.",
     )
 
 

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     SUPERSEDED = "Superseded"
     HOST_OOM = "HostOOM"
     PLAN_OUTDATED = "PlanOutdated"
+    NO_PROGRESS = "NoProgress"  # also the operator's, of a pod that tells so
     UNKNOWN = "Unknown"
     # The operator's: progress.
     ACCEPTED = "Accepted"
@@ -64,7 +65,6 @@ class Reason(StrEnum):
     JOB_LOST = "JobLost"
     POD_LOST = "PodLost"
     DISRUPTED = "Disrupted"
-    NO_PROGRESS = "NoProgress"
     BAD_REPORT = "BadReport"
     # The operator's: ends.
     SPEC_INVALID = "SpecInvalid"
@@ -101,6 +101,7 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.SUPERSEDED: 34,
     Reason.HOST_OOM: 35,
     Reason.PLAN_OUTDATED: 36,
+    Reason.NO_PROGRESS: 37,
 }
 REASON_BY_EXIT_CODE: dict[int, Reason] = {code: reason for reason, code in EXIT_CODES.items()}
 FINAL_EXIT_CODES = range(10, 30)  # also those of a newer trainer, which have no name here
@@ -176,6 +177,7 @@ class Fault(StrEnum):
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     CORRUPT_TRANSFER = "CorruptTransfer"
     STALLED = "Stalled"
+    NO_PROGRESS = "NoProgress"
     GPU_FAULT = "GpuFault"
     SUPERSEDED = "Superseded"
     HOST_OOM = "HostOOM"
@@ -264,7 +266,7 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,
         "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because it {reason}; "
-        "report.json and decisions.jsonl in the bucket name every row",
+        "report.json and decisions.jsonl in the bucket name the rows",
     ),
     Fault.INPUT_CHANGED: FaultText(
         Reason.DATA_INVALID,
@@ -358,6 +360,11 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.STALLED: FaultText(
         Reason.DISTRIBUTED_FAULT, "no forward or backward pass finished for {seconds} s after step {step}"
+    ),
+    Fault.NO_PROGRESS: FaultText(
+        Reason.NO_PROGRESS,
+        "no row and no part of a file was read or written for {seconds} s (doing: {activity}; {rows} rows read); the "
+        "log shows where it hangs. For a machine that slow, raise recovery.progressDeadlineSeconds",
     ),
     Fault.GPU_FAULT: FaultText(Reason.GPU_FAULT, "the GPU failed at step {step}"),
     Fault.SUPERSEDED: FaultText(

@@ -5,6 +5,7 @@ Each is the end of a sentence about the row, or about the field of it that is na
 
 MAX_LINE_BYTES = 8 * 2**20
 MAX_DEPTH = 64
+MAX_VALUES = 500_000  # of JSON in one row: numbers of token ids are fewer, and in 8 MiB there is room for millions
 MAX_MESSAGES = 512
 
 ROW_WORDS: dict[str, str] = {
@@ -15,6 +16,7 @@ ROW_WORDS: dict[str, str] = {
     "nul_character": "contains a NUL character",
     "too_deep": f"is nested deeper than {MAX_DEPTH} levels",
     "line_too_long": f"is longer than {MAX_LINE_BYTES // 2**20} MiB",
+    "too_many_values": f"has more than {MAX_VALUES:,} values of JSON",
     "repeated_field": "names a field twice, so that one of the two values would be lost",
     "not_an_object": "is not a JSON object",
     "missing_field": "is missing",

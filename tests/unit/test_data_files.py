@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
-from finetune_trainer.data.files import decode, gunzip, jsonl_rows, parquet_rows
+from finetune_trainer.data.files import decode, gunzip, jsonl_rows
+from finetune_trainer.data.parquet import ParquetDecoder
+from finetune_trainer.data.parquet_worker import rows_at_once
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.rows import FIELDS
 
 
 def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
@@ -144,33 +147,39 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
         list(jsonl_rows(gunzip(chunks(bytes(content)), "f"), "f"))
 
 
+@pytest.fixture(scope="module")
+def decoder() -> Generator[ParquetDecoder]:
+    with ParquetDecoder(FIELDS) as opened:
+        yield opened
+
+
 def parquet(path: Path, table: Any) -> Path:
     pq.write_table(table, path)
     return path
 
 
-def test_parquet_rows_have_only_the_fields_a_row_can_have(tmp_path: Path) -> None:
+def test_parquet_rows_have_only_the_fields_a_row_can_have(decoder: ParquetDecoder, tmp_path: Path) -> None:
     messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 300
     table = pa.table({"messages": messages, "embedding": [[0.5] * 8] * 300})
-    found = list(parquet_rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+    found = list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
     assert [item.number for item in found] == list(range(1, 301))
     assert found[-1].value == {"messages": messages[0]}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_a_parquet_file_without_a_known_field_has_all_its_rows_with_the_fields_it_has(
-    tmp_path: Path, rows: int
+    decoder: ParquetDecoder, tmp_path: Path, rows: int
 ) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"question": pa.array(["q"] * rows, pa.string())}))
-    found = list(parquet_rows(path, "a.parquet"))
+    found = list(decoder.rows(path, "a.parquet"))
     assert [item.number for item in found] == list(range(1, rows + 1))
     assert all(item.value == {"question": None} for item in found)
 
 
-def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table([pa.array(["kept"]), pa.array(["lost"])], names=["text", "text"])
     with pytest.raises(StageError, match="two columns have the same name"):
-        list(parquet_rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+        list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -178,45 +187,48 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) 
     [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
     ids=str,
 )
-def test_parquet_texts_of_every_arrow_type_are_texts(tmp_path: Path, kind: Any) -> None:
+def test_parquet_texts_of_every_arrow_type_are_texts(decoder: ParquetDecoder, tmp_path: Path, kind: Any) -> None:
     table = pa.table({"text": pa.array(["a", None, "b"], pa.string()).cast(kind)})
-    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", table), "a")]
+    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
     assert found == [{"text": "a"}, {"text": None}, {"text": "b"}]
 
 
 @pytest.mark.parametrize(("characters", "most"), [(10, 256), (2**20, 32), (2**25, 1)])
-def test_long_parquet_rows_are_decoded_a_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int, most: int
-) -> None:
+def test_long_parquet_rows_are_decoded_a_few_at_a_time(tmp_path: Path, characters: int, most: int) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"text": [str(i) + "x" * characters for i in range(3)]}))
-    asked: list[int] = []
-    whole = pq.ParquetFile.iter_batches
-
-    def iter_batches(self: Any, batch_size: int, **others: Any) -> Any:
-        asked.append(batch_size)
-        return whole(self, batch_size=batch_size, **others)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
-    assert len(list(parquet_rows(path, "a.parquet"))) == 3
-    assert asked[0] <= most
+    with pq.ParquetFile(path) as opened:
+        assert rows_at_once(opened.metadata) <= most
 
 
-def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_path: Path) -> None:
+    text = "x" * (7 * 2**20)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([text]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    with ParquetDecoder(FIELDS) as decoder:
+        found = decoder.rows(tmp_path / "a.parquet", "a.parquet")
+        assert [next(found).value for _ in range(3)] == [{"text": text}] * 3
+        found.close()
+        assert [item.value for item in decoder.rows(parquet(tmp_path / "b", pa.table({"text": ["b"]})), "b")] == [
+            {"text": "b"}
+        ], "the rest of the other file is not taken for this one"
+
+
+def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:
     texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).cast(pa.string(), safe=False)
-    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")]
+    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")]
     assert found == [{"text": "good"}, Broken(Problem.INVALID_UTF8), {"text": "fine"}]
 
 
-def test_a_parquet_string_above_the_limit_is_one_broken_row(tmp_path: Path) -> None:
+def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "x" * (MAX_LINE_BYTES + 1)]})
-    found = [item.value for item in parquet_rows(parquet(tmp_path / "a.parquet", table), "a")]
+    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
     assert found == [{"text": "a"}, Broken(Problem.LINE_TOO_LONG)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_damage_to_a_parquet_file_gives_rows_or_a_named_end(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    decoder: ParquetDecoder, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = parquet(tmp_path_factory.mktemp("p") / "a.parquet", pa.table({"text": ["some words"] * 50}))
     content = bytearray(path.read_bytes())
@@ -224,4 +236,4 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_named_end(
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with named_end():
-        list(parquet_rows(path, "a.parquet"))
+        list(decoder.rows(path, "a.parquet"))

@@ -7,6 +7,7 @@ import jinja2
 import pytest
 
 from data_run import CHATML
+from finetune_trainer.data import renderer
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
@@ -125,17 +126,63 @@ def test_the_template_is_found_where_transformers_finds_it(
 
 
 def test_a_template_may_say_its_own_words_but_never_the_rows() -> None:
-    source = "{{ raise_exception('Only user and assistant') }}"
-    assert safe_words(jinja2.TemplateError("Only user and assistant"), source) == "Only user and assistant"
-    assert safe_words(jinja2.TemplateError("secret of the row"), source) == "TemplateError"
+    constants = ChatTemplate("{{ raise_exception('Only user and assistant') }}", {}, NOW).constants
+    assert safe_words(jinja2.TemplateError("Only user and assistant"), constants) == "Only user and assistant"
+    assert safe_words(jinja2.TemplateError("secret of the row"), constants) == "TemplateError"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{# my secret plan #}{{ raise_exception(messages[0].content) }}",
+        "my secret plan{{ raise_exception(messages[0].content) }}",
+        "{% if messages[0].content == 'my secret plan, whole' %}{% endif %}{{ raise_exception(messages[0].content) }}",
+        "{% set my_secret_plan = 1 %}{{ raise_exception(messages[0].content | replace(' ', '_')) }}",
+    ],
+)
+def test_words_of_a_row_that_stand_somewhere_in_the_template_are_still_the_rows(source: str) -> None:
+    assert rendered(source, ("my secret plan", "a")) == [Broken(Problem.TEMPLATE_FAILED, detail="TemplateError")]
+
+
+def test_a_template_that_takes_longer_than_all_templates_do_is_refused_after_a_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(renderer, "BASE_CPU_S", 0.5)
+    slow = "{% for i in range(9999) %}{% for j in range(20) %}{% endfor %}{% endfor %}" + CHATML
+    with pytest.raises(TemplateInvalidError, match=r"s of CPU for \d+ rows, .* s for each") as caught:
+        rendered(slow, *[("a", "b")] * 500)
+    assert caught.value.row is None, "no row is to blame"
+
+
+def test_long_conversations_may_take_the_time_that_all_their_beginnings_take() -> None:
+    spent, turns = renderer.Spent(), [{"role": "user", "content": ""}] * 512
+    spent.add(Conversation(turns, 0), 20_000, Rendered("", []))
+    spent.cpu_s = renderer.BASE_CPU_S + 5
+    assert spent.too_much is None
+    spent.cpu_s += 5
+    assert spent.too_much is not None
 
 
 def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5) -> list[Rendered | Broken]:
-    renderer = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False, row_cpu_s=row_cpu_s)
+    child = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False, row_cpu_s=row_cpu_s)
+    rows = [Conversation(messages(*texts), 0) for texts in conversations]
+    results: list[Rendered | Broken] = []
     try:
-        return renderer.render([Conversation(messages(*texts), 0) for texts in conversations])
+        while len(results) < len(rows):
+            results += child.render(rows[len(results) :])
     finally:
-        renderer.close()
+        child.close()
+    return results
+
+
+def test_texts_that_are_much_come_a_few_at_a_time() -> None:
+    child = Renderer("{{ 'x' * 1500000 }}" + CHATML, {}, NOW, learn_all=True)
+    rows = [Conversation(messages("a", "b"), 0)] * 9
+    try:
+        counts = [len(child.render(rows)) for _ in range(3)]
+    finally:
+        child.close()
+    assert counts == [2, 2, 2]
 
 
 def test_the_child_process_renders_as_the_template_does() -> None:
@@ -153,7 +200,7 @@ def test_the_child_process_renders_as_the_template_does() -> None:
         ("{{ messages.__class__.x }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages[9].role.x }}", "UndefinedError"),
-        ("{{ 'x' * 40000000 }}", "it made more than 33554432 characters"),
+        ("{{ 'x' * 40000000 }}", "it makes more than 10 Mi characters of the row"),
         ("{{ 'x' * 4000000000 }}", "MemoryError"),
         ("{{ '\\ud800' }}", "UnicodeEncodeError"),
     ],

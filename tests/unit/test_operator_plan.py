@@ -827,6 +827,17 @@ def test_a_training_without_steps_is_stopped_counted_and_tried_again():
     assert world.created[-1] == "train-2"
 
 
+def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_tried_again():
+    world = World(recovery={"progressDeadlineSeconds": 600}).step().run("prepare-1")
+    world.progress = SeenProgress(said(stage="prepare", activity="Reading", seconds_since_step=601), world.now)
+    world.step()
+    assert world.jobs["prepare-1"].deleting
+    world.gone("prepare-1").step().run("prepare-2").end("prepare-2", fault=Fault.NO_PROGRESS).step().step(after_s=60)
+    ends = [(each["reason"], each["class"]) for each in world.status["attempts"][:2]]
+    assert ends == [("NoProgress", "Failure")] * 2
+    assert world.created[-1] == "prepare-3"
+
+
 def test_an_interrupted_attempt_that_saved_lost_nothing():
     world = World().training()
     world.progress = SeenProgress(said(step=40, seconds_since_checkpoint=50), world.now)

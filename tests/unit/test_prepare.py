@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,11 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.row_words import row_words
 from finetune_api.run import MAX_RESULT_BYTES
-from finetune_trainer import prepare
+from finetune_trainer import prepare, serve
+from finetune_trainer.data import accounts
+from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.renderer import Renderer
+from hand_clock import Clock
 
 CPT: dict[str, Any] = {"method": {"type": "CPT"}}
 QUARANTINE: dict[str, Any] = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
@@ -478,6 +482,49 @@ def test_a_template_that_needs_too_much_for_many_rows_is_told_with_one_of_them(
     error = fails(tmp_path, QUARANTINE)
     assert error.args_by_name["row"] == 26
     assert "5 rows before it" in str(error)
+
+
+def test_decisions_that_are_very_many_are_counted_and_no_longer_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "MAX_DECISIONS_BYTES", 2000)
+    put(tmp_path, a_jsonl=jsonl(chats(5)) + b"1\n" * 90 + b'{"a": 1}\n' * 10)
+    prepared = prepare_run(tmp_path, {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 1}})
+    *listed, last = prepared.decisions
+    assert 5 < len(listed) < 40
+    assert last == {"not_listed": {"missing_field": 10, "not_an_object": 90 - len(listed)}}
+    assert prepared.report["dropped"] == {"missing_field": 10, "not_an_object": 90}
+
+
+def test_reading_many_slow_rows_never_looks_like_standing_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(1200)), b_jsonl=jsonl(chats(600)))
+    ctx, clock, waited = context(tmp_path, {}), Clock(time.monotonic()), list[float]()
+    original = Pipeline._sequences  # pyright: ignore[reportPrivateUsage]
+
+    def slow(self: Pipeline, *args: Any) -> Any:
+        clock.now_s += 1000.0
+        waited.append(ctx.reporter.progress().seconds_since_step)
+        return original(self, *args)
+
+    monkeypatch.setattr(Pipeline, "_sequences", slow)
+    monkeypatch.setattr(serve.time, "monotonic", clock)
+    prepare.run(ctx)
+    assert len(waited) >= 4
+    assert max(waited) < 1001.0, "the time of one part, not that of all before it"
+
+
+def test_broken_rows_end_the_job_only_once_their_share_cannot_recover(tmp_path: Path) -> None:
+    spec = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+    broken, good = b"1\n" * 3000, jsonl(chats(3100))
+    put(tmp_path, a_jsonl=broken + good)
+    assert prepare_run(tmp_path, spec).report["dropped"] == {"not_an_object": 3000}
+    put(tmp_path, a_jsonl=broken, b_jsonl=good)
+    assert prepare_run(tmp_path, spec).report["dropped"] == {"not_an_object": 3000}
+    put(tmp_path, a_jsonl=broken * 9 + jsonl(chats(10)), b_jsonl=b"")
+    error = fails(tmp_path, spec)
+    assert (error.args_by_name["broken"], error.args_by_name["rows"]) == (5000, 5000), "the others cannot outweigh them"
 
 
 def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,7 +407,7 @@ def test_reading_many_slow_files_never_looks_like_standing_still(
     assert max(waited) < 1001.0, "one file's time, not that of all before it"
 
 
-@pytest.mark.parametrize("transfer", ["upload", "download", "digest"])
+@pytest.mark.parametrize("transfer", ["upload", "download", "digest", "open"])
 def test_every_part_of_a_large_object_is_told_and_what_is_raised_then_leaves_nothing(
     transfer: str, tmp_path: Path
 ) -> None:
@@ -425,6 +426,7 @@ def test_every_part_of_a_large_object_is_told_and_what_is_raised_then_leaves_not
         "upload": lambda: store.upload(source, target.as_uri()),
         "download": lambda: store.download(source.as_uri(), target),
         "digest": lambda: store.digest(source.as_uri()),
+        "open": lambda: list(iter(partial(store.open(source.as_uri()).read, 2**20), b"")),
     }[transfer]
     with pytest.raises(EnoughError):
         run()

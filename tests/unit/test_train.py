@@ -22,7 +22,7 @@ from finetune_api.layout import CHECKPOINTS, LATEST, METRICS, join
 from finetune_api.quality import Quality
 from finetune_api.reasons import Fault, Reason
 from finetune_api.status import Artifact
-from finetune_trainer import base_weights, checkpoint, commit, patience, session, train
+from finetune_trainer import base_weights, checkpoint, commit, patience, session, standstill, train
 from finetune_trainer.base_weights import load_tokenizer
 from finetune_trainer.context import StageContext
 from finetune_trainer.inputs import fetch_steps
@@ -571,7 +571,7 @@ def test_a_step_that_hangs_is_reported_and_ends_the_process(tmp_path: Path, monk
     ctx = context(run)
     file = tmp_path / "result.json"
     ended: list[int] = []
-    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(standstill.os, "_exit", ended.append)
     train._end_stalled(replace(ctx, result_file=file), 7, 301.0)  # pyright: ignore[reportPrivateUsage]
     assert ended == [32]
     assert json.loads(file.read_text())["args"] == {"seconds": 301, "step": 7}

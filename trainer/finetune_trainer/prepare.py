@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from finetune_trainer.data.template import plain_template
 from finetune_trainer.patience import best_effort
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts
+from finetune_trainer.standstill import ended_by_standstill
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +81,17 @@ class _Stage:
 
 
 def run(ctx: StageContext) -> RunResult:
-    """Prepare one job; returns PREPARED with the plan's essence. Known ends are raised as StageError.
+    """Prepare one job; returns PREPARED with the plan's essence. Known ends are raised as StageError, but for
+    NO_PROGRESS, which ends the process.
 
     Raises SUPERSEDED when training begins meanwhile: the report and plan.json tell of the plan that is trained on."""
-    claim(ctx.store, ctx.config.run_uri, ctx.config.job.uid)
-    fence = before_training(ctx.store, ctx.config.run_uri)
+    recovery = ctx.config.spec.recovery
+    limit_s = defaults.given(recovery and recovery.progress_deadline_seconds, defaults.PROGRESS_DEADLINE_S)
+    ctx = replace(ctx, store=ctx.store.telling(ctx.reporter.touch))
     try:
-        return _prepare(ctx, fence)
+        with ended_by_standstill(ctx, limit_s):
+            claim(ctx.store, ctx.config.run_uri, ctx.config.job.uid)
+            return _prepare(ctx, before_training(ctx.store, ctx.config.run_uri))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StageError(Fault.DISK_FULL, what="the prepared data") from error
@@ -101,7 +106,7 @@ def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
     model = read_model(ctx.store, spec.model.uri)
     ctx.reporter.update(activity="Reading")
     limit = sizing.sequence_limit(spec, model.facts)
-    with Ledger(ctx.work_dir / "decisions.jsonl") as ledger:
+    with Ledger(ctx.work_dir / "decisions.jsonl", lambda rows: ctx.reporter.update(rows_read=rows)) as ledger:
         stage = _Stage(ctx, model, limit, Choices(), ledger)
         try:
             _read_datasets(stage)
@@ -169,7 +174,8 @@ def _read_datasets(stage: _Stage) -> None:
         for dataset, files in zip(spec.datasets, inputs, strict=True):
             rows = checked_rows(ctx.store, ledger, bad, files, dataset.format, method, ctx.work_dir, stage.formats)
             for _ in pipeline.run(rows):
-                ctx.reporter.update(activity="Reading", rows_read=ledger.rows_read)
+                ctx.reporter.update(rows_read=ledger.rows_read)
+                ctx.reporter.touch()
         if renderer is not None and renderer.used:
             stage.template = source
     bad.check()
@@ -229,7 +235,7 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     lengths = division.sequences["tokens"]
     with stage.timings.of("split"):
         written = {
-            name: write_split(stage.spool_dir, ctx.work_dir / name, mask, lengths)
+            name: write_split(stage.spool_dir, ctx.work_dir / name, mask, lengths, ctx.reporter.touch)
             for name, mask in masks.items()
             if mask.any()
         }

@@ -67,6 +67,8 @@ class Reporter:
             if "step" in known and known["step"] != self._fields.get("step"):
                 self._step_at_s = now_s
                 bind_step(cast("int", known["step"]))
+            if "rows_read" in known and known["rows_read"] != self._fields.get("rows_read"):
+                self._step_at_s = now_s
             if "checkpoint" in known and known["checkpoint"] != self._fields.get("checkpoint"):
                 self._checkpoint_at_s = now_s
             if "activity" in known and known["activity"] != self._fields["activity"]:

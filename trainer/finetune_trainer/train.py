@@ -6,7 +6,6 @@ what counts is published last and whole, and the next attempt goes on from there
 """
 
 import logging
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
 from finetune_trainer.speed import slow_tokens_per_second
+from finetune_trainer.standstill import end_process
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 
@@ -303,12 +303,8 @@ def _report_trouble(reporter: Reporter, trouble: FailedTries | None) -> None:
 
 
 def _end_stalled(ctx: StageContext, step: int, seconds: float) -> None:
-    """End the process from the watchdog's thread: the main one hangs, perhaps in a kernel, and cannot be raised in."""
-    error = StageError(Fault.STALLED, seconds=round(seconds), step=step)
-    if ctx.result_file is not None:
-        result = results.failed(ctx.stage, ctx.attempt, error, ctx.reporter.progress(), None)
-        results.write(result, ctx.result_file)
-    os._exit(error.exit_code)
+    """End the process from the watchdog's thread."""
+    end_process(ctx, StageError(Fault.STALLED, seconds=round(seconds), step=step))
 
 
 def _finish(

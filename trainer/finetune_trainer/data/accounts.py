@@ -1,7 +1,7 @@
 """Every row's fate: counts per file, a decision record per dropped row, and the report. Never any content."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,9 @@ import orjson
 
 from finetune_api.status import DroppedRows
 
+MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
+_LEAST_ROW_BYTES = len('{"text":"a"}')
+_BEAT_ROWS = 256
 _MAX_REASONS = 10
 _MAX_IGNORED_FIELDS = 50
 _MAX_FIELD_NAME = 32
@@ -18,16 +21,27 @@ _MAX_FIELD_NAME = 32
 
 @dataclass
 class FileAccount:
-    """Rows of one file. rows_in = used + held_out + the sum of dropped."""
+    """Rows of one file. rows_in = used + held_out + the sum of dropped.
+
+    most_bytes: what its rows cannot come to more than, unpacked; most_rows: how many it has, where that is known."""
 
     uri: str
     size_bytes: int
     etag: str
+    most_bytes: int = 0
+    most_rows: int | None = None
+    bytes_in: int = 0  # of the rows that were read, at least
     sha256: str | None = None
     rows_in: int = 0
     used: int = 0
     held_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def most_good_rows_to_come(self) -> int:
+        """How many of the rows that are not read yet can be good at most."""
+        by_size = max(0, self.most_bytes - self.bytes_in) // _LEAST_ROW_BYTES
+        return by_size if self.most_rows is None else min(by_size, max(0, self.most_rows - self.rows_in))
 
     def check(self) -> None:
         """Raises AssertionError when a row was lost: a bug of ours that must not reach training."""
@@ -37,13 +51,18 @@ class FileAccount:
 
 
 class Ledger:
-    """Writes decisions.jsonl and keeps the counts."""
+    """Writes decisions.jsonl and keeps the counts.
 
-    def __init__(self, path: Path) -> None:
+    on_rows: called with the number of rows read, every few hundred of them."""
+
+    def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda _: None) -> None:
         self.files: list[FileAccount] = []
         self.rows_read = 0
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self._decisions = path.open("wb")
+        self._written_bytes = 0
+        self._unlisted: Counter[str] = Counter()
+        self._on_rows = on_rows
 
     def __enter__(self) -> Self:
         return self
@@ -51,25 +70,36 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.flush()
         self._decisions.close()
 
     def drop(self, file: int, number: int, stage: str, reason: str, field_path: str = "") -> None:
-        """Row `number` of a file is left out."""
+        """Row `number` of a file is left out; beyond MAX_DECISIONS_BYTES it is counted and no longer listed."""
         account = self.files[file]
         account.dropped[reason] += 1
+        if self._written_bytes >= MAX_DECISIONS_BYTES:
+            self._unlisted[reason] += 1
+            return
         record = {"file": account.uri, "row": number, "stage": stage, "reason": reason}
         if field_path:
             record["field"] = field_path
-        self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._written_bytes += self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def flush(self) -> None:
-        """Make decisions so far readable."""
+        """Make decisions so far readable, the last line telling how many rows are not listed."""
+        if self._unlisted:
+            line = {"not_listed": dict(sorted(self._unlisted.items()))}
+            self._decisions.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            self._unlisted.clear()
         self._decisions.flush()
 
-    def count(self, file: int) -> None:
-        """One more row of a file was read."""
+    def count(self, file: int, size_bytes: int = 0) -> None:
+        """One more row of a file was read, of so many bytes at least."""
         self.files[file].rows_in += 1
+        self.files[file].bytes_in += size_bytes
         self.rows_read += 1
+        if self.rows_read % _BEAT_ROWS == 0:
+            self._on_rows(self.rows_read)
 
     def ignore_fields(self, names: Iterable[str], rows: int = 1) -> None:
         """Fields that `rows` rows have, and that are not read. Only names that look like names: a key may be data."""

@@ -1,4 +1,4 @@
-"""Files to decoded rows, a bounded piece at a time: JSONL, gzipped JSONL and Parquet.
+"""Files to decoded rows, a bounded piece at a time: JSONL and gzipped JSONL; Parquet is read by `parquet`.
 
 A row that cannot be decoded comes out as Broken with its number. A file that cannot be read on (cut gzip stream, bad
 Parquet footer, decompression bomb) raises BROKEN_FILE: how many rows are lost is unknown, so nothing may go on.
@@ -8,26 +8,22 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.row_words import MAX_DEPTH, MAX_LINE_BYTES
+from finetune_api.row_words import MAX_DEPTH, MAX_LINE_BYTES, MAX_VALUES
 from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem, place
-from finetune_trainer.data.rows import FIELDS
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _CHUNK_BYTES = 2**20
 _SLICE_BYTES = 2**16  # what is copied at the end of every gzip member
 _MAX_GZIP_RATIO = 100
-_PARQUET_ROWS = 256
-_PARQUET_BYTES = 32 * 2**20  # of one batch, going by the mean row
+_DENSE_BYTES = 12  # a line with fewer for each value takes many times its size in memory
+_VALUE_BYTES = 100  # that Python takes for a value of JSON, on the mean over objects, lists and numbers
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -35,17 +31,13 @@ _KEY = re.compile(rb'"\s*:')
 
 
 class Decoded(NamedTuple):
-    """A row: its number in the file (line or record, from 1), the decoded value or what is wrong, and its size."""
+    """A row: its number in the file (line or record, from 1), the decoded value or what is wrong, its size in the file
+    (at least), and in memory (roughly)."""
 
     number: int
     value: object
     size_bytes: int
-
-
-def parquet_names(path: Path) -> list[str]:
-    """All columns of a file that `parquet_rows` has read."""
-    with pq.ParquetFile(path) as parquet:
-        return list(parquet.schema_arrow.names)
+    held_bytes: int
 
 
 class HashingReader:
@@ -69,14 +61,20 @@ class HashingReader:
         return "sha256:" + self._sha256.hexdigest()
 
 
-def _damaged(file: str, row: int, problem: str) -> StageError:
+def damaged(file: str, row: int, problem: str) -> StageError:
+    """Return what a file ends the job with that cannot be read from `row` on; row 0: it is not known yet."""
     return StageError(Fault.BROKEN_FILE, file=place(file), row=row, problem=problem)
 
 
 def refuse_pointer(begin: bytes, file: str) -> None:
     """Raise BROKEN_FILE for a file that Git LFS has left a pointer of: its few lines are no rows to put aside."""
     if begin.startswith(LFS_POINTER):
-        raise _damaged(file, 1, "it is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
+        raise damaged(file, 1, "it is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
+
+
+def most_unpacked_bytes(gzip_bytes: int) -> int:
+    """Return what a gzip stream of that size may unpack to."""
+    return _MAX_GZIP_RATIO * gzip_bytes + _CHUNK_BYTES
 
 
 def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
@@ -112,15 +110,15 @@ def _unpacked(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
             try:
                 piece = member.decompress(data, _CHUNK_BYTES)
             except zlib.error as error:
-                raise _damaged(file, 0, "the gzip stream is damaged") from error
+                raise damaged(file, 0, "the gzip stream is damaged") from error
             data = member.unused_data if member.eof else member.unconsumed_tail
             given += len(piece)
-            if given > _MAX_GZIP_RATIO * taken + _CHUNK_BYTES:
-                raise _damaged(file, 0, f"it unpacks to more than {_MAX_GZIP_RATIO} times its size")
+            if given > most_unpacked_bytes(taken):
+                raise damaged(file, 0, f"it unpacks to more than {_MAX_GZIP_RATIO} times its size")
             if piece:
                 yield piece
     if not member.eof:  # nothing at all is cut off too: even an empty file has a header
-        raise _damaged(file, 0, "the gzip stream is cut off")
+        raise damaged(file, 0, "the gzip stream is cut off")
 
 
 def lines(chunks: Iterator[bytes], file: str) -> Iterator[tuple[int, bytes | Broken]]:
@@ -131,7 +129,7 @@ def lines(chunks: Iterator[bytes], file: str) -> Iterator[tuple[int, bytes | Bro
     first = True
     for chunk in chunks:
         if first and chunk.startswith(_UTF16_BOMS):
-            raise _damaged(file, 1, "it is UTF-16; write it as UTF-8")
+            raise damaged(file, 1, "it is UTF-16; write it as UTF-8")
         pieces = (rest + chunk).split(b"\n")
         if first:
             pieces[0] = pieces[0].removeprefix(_BOM)
@@ -166,6 +164,23 @@ def _is_too_deep(value: object) -> bool:
     return True
 
 
+def _most_values(line: bytes) -> int:
+    """Return what a line's JSON cannot have more values than; commas and brackets in texts count too."""
+    return 1 + line.count(b",") + line.count(b"[") + line.count(b"{")
+
+
+def _has_too_many_values(value: object) -> bool:
+    waiting, found = [value], 0
+    while waiting and found <= MAX_VALUES:
+        item = waiting.pop()
+        found += 1
+        if isinstance(item, dict):
+            waiting.extend(cast(dict[str, Any], item).values())
+        elif isinstance(item, list):
+            waiting.extend(cast(list[Any], item))
+    return found > MAX_VALUES
+
+
 def decode(line: bytes) -> object:
     """The line's JSON value, or Broken with the most telling name."""
     try:
@@ -182,6 +197,8 @@ def decode(line: bytes) -> object:
         return Broken(Problem.NOT_JSON, detail=f"column {error.colno}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_too_deep(value):
         return Broken(Problem.TOO_DEEP)
+    if _most_values(line) > MAX_VALUES and _has_too_many_values(value):
+        return Broken(Problem.TOO_MANY_VALUES)
     # orjson keeps the last of two equal keys. Texts may hold `":` too, so only a second reading is sure.
     if len(_KEY.findall(line)) > _keys(value) and _repeats_a_key(line):
         return Broken(Problem.REPEATED_FIELD)
@@ -208,73 +225,25 @@ def _repeats_a_key(line: bytes) -> bool:
     return repeated
 
 
+def decoded(number: int, line: bytes) -> Decoded:
+    """Return the row that a line is."""
+    value = decode(line)
+    most_values = _most_values(line)
+    is_dense = _DENSE_BYTES * most_values > len(line)
+    held_bytes = len(line) + (_VALUE_BYTES * most_values if is_dense else 0)
+    return Decoded(number, value, len(line), 0 if isinstance(value, Broken) else held_bytes)
+
+
 def jsonl_rows(chunks: Iterator[bytes], file: str) -> Iterator[Decoded]:
     """Rows of a JSONL stream."""
     number = 0
     try:
         for number, line in lines(chunks, file):
             if isinstance(line, Broken):
-                yield Decoded(number, line, MAX_LINE_BYTES)
+                yield Decoded(number, line, MAX_LINE_BYTES, 0)
             else:
-                yield Decoded(number, decode(line), len(line))
+                yield decoded(number, line)
     except StageError as error:
         if error.fault is Fault.BROKEN_FILE and error.args_by_name["row"] == 0:
             raise StageError(Fault.BROKEN_FILE, **{**error.args_by_name, "row": number + 1}) from error
         raise
-
-
-def parquet_rows(path: Path, file: str) -> Generator[Decoded, None, None]:
-    """Rows of a Parquet file: only the fields a row can have are read."""
-    number = 0
-    with path.open("rb") as opened:
-        refuse_pointer(opened.read(len(LFS_POINTER)), file)
-    try:
-        with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES, pre_buffer=False) as parquet:
-            names = parquet.schema_arrow.names
-            columns = [name for name in names if name in FIELDS]
-            if len(set(columns)) < len(columns):
-                raise _damaged(file, 1, "two columns have the same name")
-            if not columns:  # every row is there and counts; the error can say which fields they have
-                for number in range(1, parquet.metadata.num_rows + 1):
-                    yield Decoded(number, dict.fromkeys(names[:64]), 0)
-                return
-            batch_rows = _batch_rows(parquet.metadata)
-            for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False):
-                size = max(1, batch.nbytes // max(1, batch.num_rows))
-                for value in _values(batch):
-                    number += 1
-                    too_long = size * _PARQUET_ROWS > MAX_LINE_BYTES and _text_bytes(value) > MAX_LINE_BYTES
-                    yield Decoded(number, Broken(Problem.LINE_TOO_LONG) if too_long else value, size)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        # Arrow's own words can quote the file, so only the kind of error is told.
-        problem = f"Parquet cannot be decoded ({type(error).__name__})"
-        raise _damaged(file, number + 1, problem) from error
-
-
-def _batch_rows(metadata: Any) -> int:
-    """Rows to decode at once, so that a batch of long texts needs no more memory than one of short ones."""
-    size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES * metadata.num_rows // max(1, size_bytes)))
-
-
-def _values(batch: Any) -> Iterator[object]:
-    """The batch's rows as dicts; a row whose strings are not UTF-8 comes out as Broken."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(batch.num_rows):
-            try:
-                yield from batch.slice(index, 1).to_pylist()
-            except UnicodeDecodeError:
-                yield Broken(Problem.INVALID_UTF8)
-
-
-def _text_bytes(value: object) -> int:
-    """Characters in all strings of a row; nesting is bounded by the file's schema."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_text_bytes(item) for item in cast(dict[str, Any], value).values())
-    if isinstance(value, list):
-        return sum(_text_bytes(item) for item in cast(list[Any], value))
-    return 0

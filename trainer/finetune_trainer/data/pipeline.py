@@ -78,7 +78,7 @@ class Pipeline:
     timings: Timings
 
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
-        """Take all rows of one dataset; yields after every batch.
+        """Take all rows of one dataset; yields whenever some were stored.
 
         Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, BROKEN_MODEL.
         """
@@ -87,28 +87,26 @@ class Pipeline:
             for batch in self._batches(rows):
                 pending.append((batch, pool.submit(self._render, batch)))
                 if len(pending) > 1:
-                    self._finish(*pending.popleft())
-                    yield
+                    yield from self._finish(pool, *pending.popleft())
             while pending:
-                self._finish(*pending.popleft())
-                yield
+                yield from self._finish(pool, *pending.popleft())
 
     def _batches(self, rows: Iterator[Checked]) -> Iterator[Batch]:
         while True:
             batch: Batch = []
-            size_bytes = 0
+            held_bytes = 0
             with self.timings.of("read"):
                 for row in rows:
                     batch.append(row)
-                    size_bytes += row.size_bytes
-                    if len(batch) >= _BATCH_ROWS or size_bytes >= _BATCH_BYTES:
+                    held_bytes += row.held_bytes
+                    if len(batch) >= _BATCH_ROWS or held_bytes >= _BATCH_BYTES:
                         break
             if not batch:
                 return
             yield batch
 
     def _render(self, batch: Batch) -> list[Rendered | Broken]:
-        """The batch's conversations as text, in order. Runs in the pool's thread."""
+        """The first of the batch's conversations as text, in order. Runs in the pool's thread."""
         conversations = [item.row for item in batch if isinstance(item.row, Conversation)]
         if not conversations:
             return []
@@ -116,20 +114,31 @@ class Pipeline:
             raise StageError(Fault.NO_CHAT_TEMPLATE, uri=place(self.model.facts.uri))
         return self.renderer.render(conversations)
 
-    def _finish(self, batch: Batch, future: Future[list[Rendered | Broken]]) -> None:
-        with self.timings.of("render"):
-            try:
-                rendered = future.result()
-            except TemplateInvalidError as error:
-                if error.row is None:
-                    raise self._template_invalid(str(error)) from error
-                conversations = [item for item in batch if isinstance(item.row, Conversation)]
-                raise self._template_failed(conversations[error.row], str(error)) from error
-        with self.timings.of("tokenise"):
-            sequences = self._sequences(batch, rendered)
-        with self.timings.of("write"):
-            for item, parts in sequences:
-                self._store(item, parts)
+    def _finish(
+        self, pool: ThreadPoolExecutor, batch: Batch, future: Future[list[Rendered | Broken]]
+    ) -> Iterator[None]:
+        """Store a batch, in as many parts as its texts are rendered in; yields after each."""
+        while batch:
+            with self.timings.of("render"):
+                rendered = self._rendered(batch, future)
+            part, batch = _divided(batch, len(rendered))
+            if batch:
+                future = pool.submit(self._render, batch)
+            with self.timings.of("tokenise"):
+                sequences = self._sequences(part, rendered)
+            with self.timings.of("write"):
+                for item, parts in sequences:
+                    self._store(item, parts)
+            yield
+
+    def _rendered(self, batch: Batch, future: Future[list[Rendered | Broken]]) -> list[Rendered | Broken]:
+        try:
+            return future.result()
+        except TemplateInvalidError as error:
+            if error.row is None:
+                raise self._template_invalid(str(error)) from error
+            conversations = [item for item in batch if isinstance(item.row, Conversation)]
+            raise self._template_failed(conversations[error.row], str(error)) from error
 
     def _sequences(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
         """Every row's sequences, in the order of the batch; broken rows are left out and recorded."""
@@ -199,6 +208,13 @@ class Pipeline:
             row=item.number,
             problem=problem[:200],
         )
+
+
+def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:
+    """Return the rows before the first conversation that is not among the first `conversations`, and the others."""
+    places = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
+    cut = places[conversations] if conversations < len(places) else len(batch)
+    return batch[:cut], batch[cut:]
 
 
 def _text_tokens(ids: npt.NDArray[np.uint32]) -> Tokens:

@@ -17,6 +17,7 @@ class Problem(StrEnum):
     NUL = "nul_character"
     TOO_DEEP = "too_deep"
     LINE_TOO_LONG = "line_too_long"
+    TOO_MANY_VALUES = "too_many_values"
     REPEATED_FIELD = "repeated_field"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"

@@ -1,7 +1,8 @@
 """Datasets to checked rows: which files, in which order, which of their rows are broken."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -9,12 +10,12 @@ from typing import Any, NamedTuple, cast
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
 from finetune_api.reasons import Fault
-from finetune_trainer.data import detect, files
+from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.problems import Broken, place
 from finetune_trainer.data.rows import FIELDS, Row, check, content_hash, ignored
 from finetune_trainer.runplan import FileRecord
-from finetune_trainer.store import Store, spec_field
+from finetune_trainer.store import ObjectInfo, Store, spec_field
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +28,13 @@ _MAX_REREAD_BYTES = 2**30
 
 
 class Checked(NamedTuple):
-    """A valid row: index of its file, its number there, what it says, the hash of that, and its size."""
+    """A valid row: index of its file, its number there, what it says, the hash of that, and its size in memory."""
 
     file: int
     number: int
     row: Row
     content_hash: bytes
-    size_bytes: int
+    held_bytes: int
 
 
 class BadRows:
@@ -48,12 +49,18 @@ class BadRows:
         self._count = 0
 
     def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
-        """Row `number` of a file is broken."""
+        """Row `number` of a file is broken.
+
+        Raises BROKEN_ROW once more are than will be allowed, were all rows that are still to come good."""
         self._ledger.drop(file, number, stage, broken.problem, broken.field)
         self._count += 1
         if self._first is None:
             self._first = (self._ledger.files[file].uri, number, broken)
             self._first_at = self._ledger.rows_read
+        if self.quarantine and self._count % _MAX_BROKEN == 0:
+            most_rows = self._ledger.rows_read + sum(each.most_good_rows_to_come for each in self._ledger.files)
+            if self._count > self._max_fraction * most_rows:
+                raise self.error()
 
     @property
     def failing(self) -> bool:
@@ -110,11 +117,18 @@ def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -
     first = len(ledger.files)
     if first + len(kept) > _MAX_FILES:
         raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
-    ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag) for info in kept]
+    ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=_most_bytes(info)) for info in kept]
     if others:
         suffixes = ", ".join(files.SUFFIXES)
         log.warning("%d files are passed over, as their names end in none of %s", len(others), suffixes)
     return Inputs(range(first, first + len(kept)), others)
+
+
+def _most_bytes(info: ObjectInfo) -> int:
+    """Return what the rows of a file cannot come to more than."""
+    if info.uri.endswith(".parquet"):
+        return parquet.most_bytes(info.size_bytes)
+    return files.most_unpacked_bytes(info.size_bytes) if info.uri.endswith(".gz") else info.size_bytes
 
 
 def changed_files(store: Store, datasets: Sequence[DatasetSpec], planned: Sequence[FileRecord]) -> list[str]:
@@ -151,24 +165,35 @@ def checked_rows(
 
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
-    decoded = _decoded_rows(store, ledger, inputs.files, work_dir)
+    with closing(_decoded_rows(store, ledger, inputs.files, work_dir)) as decoded:
+        yield from _checked(ledger, bad, decoded, given, method, formats)
+
+
+def _checked(
+    ledger: Ledger,
+    bad: BadRows,
+    decoded: Iterator[tuple[int, files.Decoded]],
+    given: DatasetFormat | None,
+    method: MethodType,
+    formats: list[DatasetFormat],
+) -> Iterator[Checked]:
     peeked: list[tuple[int, files.Decoded]] = []
     peeked_bytes = 0
     for item in decoded:
         peeked.append(item)
-        peeked_bytes += item[1].size_bytes
+        peeked_bytes += item[1].held_bytes
         if len(peeked) >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
             break
     data_format = given or _detect(ledger, bad, peeked, method)
     formats.append(data_format)
-    for file, (number, value, size_bytes) in chain(peeked, decoded):
-        ledger.count(file)
+    for file, (number, value, size_bytes, held_bytes) in chain(_given_away(peeked), decoded):
+        ledger.count(file, size_bytes)
         checked = _check(value, data_format)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
         elif not bad.failing:
             ledger.ignore_fields(ignored(cast(dict[str, Any], value), data_format))
-            yield Checked(file, number, *checked, size_bytes)
+            yield Checked(file, number, *checked, held_bytes)
         if bad.failing and bad.counted_enough:
             break
     if bad.failing:
@@ -191,7 +216,7 @@ def _detect(ledger: Ledger, bad: BadRows, peeked: list[tuple[int, files.Decoded]
         return detect.FORMATS[method][0]  # no rows, so it does not matter
     if not any(isinstance(item.value, dict) for _, item in peeked):
         for file, item in peeked:
-            ledger.count(file)
+            ledger.count(file, item.size_bytes)
             broken = _check(item.value, detect.FORMATS[method][0])
             assert isinstance(broken, Broken)
             bad.add(file, item.number, "read", broken)
@@ -199,27 +224,49 @@ def _detect(ledger: Ledger, bad: BadRows, peeked: list[tuple[int, files.Decoded]
     return detect.detect([(ledger.files[file].uri, item.number, item.value) for file, item in peeked], method)
 
 
-def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) -> Iterator[tuple[int, files.Decoded]]:
+def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) -> Generator[tuple[int, files.Decoded]]:
     """Rows of the files in order, each file at one version. Only Parquet, which needs seeking, goes to disk."""
-    for index in indices:
-        account = ledger.files[index]
-        if account.uri.endswith(".parquet"):
-            path = work_dir / "input.parquet"
-            account.sha256 = store.download(account.uri, path)
-            account.size_bytes = path.stat().st_size
-            rows = 0
-            for item in files.parquet_rows(path, account.uri):
-                rows += 1
+    with parquet.ParquetDecoder(FIELDS) as decoder:
+        for index in indices:
+            account = ledger.files[index]
+            size_bytes = 0
+            if account.uri.endswith(".parquet"):
+                rows = _parquet_rows(store, ledger, account, decoder, work_dir / "input.parquet")
+            else:
+                rows = _jsonl_rows(store, account)
+            for item in rows:
+                size_bytes += item.size_bytes
                 yield index, item
-            if rows:
-                ledger.ignore_fields([name for name in files.parquet_names(path) if name not in FIELDS], rows)
-            path.unlink()
-            continue
-        with store.open(account.uri) as stream:
-            reader = files.HashingReader(stream, account.uri)
-            chunks = iter(reader)
-            if account.uri.endswith(".gz"):
-                chunks = files.gunzip(chunks, account.uri)
-            for item in files.jsonl_rows(chunks, account.uri):
-                yield index, item
-            account.sha256, account.size_bytes = reader.digest, reader.size_bytes
+            account.most_bytes = size_bytes
+
+
+def _parquet_rows(
+    store: Store, ledger: Ledger, account: FileAccount, decoder: parquet.ParquetDecoder, path: Path
+) -> Iterator[files.Decoded]:
+    account.sha256 = store.download(account.uri, path)
+    account.size_bytes = path.stat().st_size
+    rows = 0
+    for item in decoder.rows(path, account.uri):
+        account.most_rows = decoder.facts.rows
+        rows += 1
+        yield item
+    if rows:
+        ledger.ignore_fields([name for name in decoder.facts.names if name not in FIELDS], rows)
+    path.unlink()
+
+
+def _jsonl_rows(store: Store, account: FileAccount) -> Iterator[files.Decoded]:
+    with store.open(account.uri) as stream:
+        reader = files.HashingReader(stream, account.uri)
+        chunks = iter(reader)
+        if account.uri.endswith(".gz"):
+            chunks = files.gunzip(chunks, account.uri)
+        yield from files.jsonl_rows(chunks, account.uri)
+        account.sha256, account.size_bytes = reader.digest, reader.size_bytes
+
+
+def _given_away(items: list[tuple[int, files.Decoded]]) -> Iterator[tuple[int, files.Decoded]]:
+    """Yield the items and hold none that was taken: they may be large."""
+    items.reverse()
+    while items:
+        yield items.pop()

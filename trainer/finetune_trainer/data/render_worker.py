@@ -1,48 +1,40 @@
 """The child process that runs chat templates: they are code from outside and may loop or eat memory.
 
-`python -m finetune_trainer.data.render_worker`, spoken to over stdin and stdout by `renderer`. Every message is a
-4-byte length and JSON. A row may take 5 s of CPU, the process 512 MiB: beyond that it dies, or the row fails.
+`python -m finetune_trainer.data.render_worker`, spoken to over stdin and stdout by `renderer`. Every message is JSON. A
+row may take 5 s of CPU, the process 512 MiB: beyond that it dies, or the row fails. It answers before all rows are done
+once their texts, or the time they took, are much.
 """
 
 import resource
 import signal
 import sys
+import time
+from collections.abc import Collection
 from datetime import datetime
-from typing import IO, Any
+from typing import Any
 
 import jinja2
 import orjson
 
+from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.template import ChatTemplate, PromptNotKeptError, UnstableError, answers
 
 MEMORY_BYTES = 512 * 2**20
 _MAX_WORDS = 120
 _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-_MAX_TEXT = 32 * 2**20  # characters; more than any line can hold
+MAX_TEXT = MAX_LINE_BYTES + 2 * 2**20  # characters of a row: what the longest line holds, and what is written around it
+PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of one are held, and tokenised, at once
+_PIECE_CPU_S = 2.0
+MAX_MESSAGE_BYTES = 128 * 2**20  # JSON may write a character of a text in six bytes
 
 
-def read_message(stream: IO[bytes]) -> Any | None:
-    """The next message, None at the stream's end."""
-    head = stream.read(4)
-    if len(head) < 4:
-        return None
-    size = int.from_bytes(head, "big")
-    body = stream.read(size)
-    return orjson.loads(body) if len(body) == size else None
+def safe_words(error: Exception, constants: Collection[str]) -> str:
+    """Return what a template says when it refuses a row, if that is all of a constant in its code.
 
-
-def write_message(stream: IO[bytes], message: Any) -> None:
-    body = orjson.dumps(message)
-    stream.write(len(body).to_bytes(4, "big"))
-    stream.write(body)
-    stream.flush()
-
-
-def safe_words(error: Exception, source: str) -> str:
-    """What a template says when it refuses a row, if the words are the template's own and not the row's."""
+    Other words, also those in its comments, may be the row's."""
     said = str(error)
-    literal = said and "\n" not in said and said in source
-    return said[:_MAX_WORDS] if literal else type(error).__name__
+    return said[:_MAX_WORDS] if said in constants and "\n" not in said else type(error).__name__
 
 
 def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
@@ -53,18 +45,33 @@ def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[st
     )  # SIGPROF ends the process: a loop in C heeds no Python handler
     try:
         text, spans = answers(template, messages, learn_from, setup["learn_all"])
+        if len(text) > MAX_TEXT:
+            return [None, f"it makes more than {MAX_TEXT // 2**20} Mi characters of the row"]
         text.encode()  # refuse surrogates that a template can make
-        if len(text) > _MAX_TEXT:
-            return [None, f"it made more than {_MAX_TEXT} characters"]
         return [text, spans]
     except UnstableError as unstable:
         return [None, [unstable.message, isinstance(unstable, PromptNotKeptError)]]
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        return [None, safe_words(error, setup["source"])]
+        return [None, safe_words(error, template.constants)]
     except (MemoryError, RecursionError) as error:
         return [None, type(error).__name__]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def render_some(template: ChatTemplate, setup: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
+    """Return the results of the first rows, one at least, and the CPU time that they took."""
+    began_s = time.process_time()
+    results: list[list[Any]] = []
+    characters, cpu_s = 0, 0.0
+    for messages, learn_from in rows:
+        result = render(template, setup, messages, learn_from)
+        results.append(result)
+        characters += len(result[0] or "")
+        cpu_s = time.process_time() - began_s
+        if characters >= PIECE_TEXT or cpu_s >= _PIECE_CPU_S:
+            break
+    return {"results": results, "cpu_s": cpu_s}
 
 
 def failure_of_all(template: ChatTemplate) -> str | None:
@@ -95,21 +102,21 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    setup = read_message(requests)
-    if setup is None:
+    begin = read_frame(requests, MAX_MESSAGE_BYTES)
+    if begin is None:
         return 0
-    source = setup["source"]
+    setup = orjson.loads(begin)
     signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
     try:
-        template = ChatTemplate(source, setup["special_tokens"], datetime.fromisoformat(setup["now"]))
+        template = ChatTemplate(setup["source"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
     except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
-        write_message(replies, {"problem": _told(error)})
+        write_frame(replies, orjson.dumps({"problem": _told(error)}))
         return 0
     fails_always = failure_of_all(template)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    write_message(replies, {"problem": None, "fails_always": fails_always})
-    while (rows := read_message(requests)) is not None:
-        write_message(replies, [render(template, setup, messages, learn_from) for messages, learn_from in rows])
+    write_frame(replies, orjson.dumps({"problem": None, "fails_always": fails_always}))
+    while (request := read_frame(requests, MAX_MESSAGE_BYTES)) is not None:
+        write_frame(replies, orjson.dumps(render_some(template, setup, orjson.loads(request))))
     return 0
 
 

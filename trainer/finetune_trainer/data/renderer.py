@@ -5,17 +5,30 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import orjson
+
+from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.render_worker import MEMORY_BYTES, read_message, write_message
+from finetune_trainer.data.render_worker import MAX_MESSAGE_BYTES, MEMORY_BYTES, PIECE_TEXT
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.template import Span
 
-_REPLY_TIMEOUT_S = 600  # wall clock for one batch; CPU per row is limited inside
+_REPLY_TIMEOUT_S = 600  # wall clock for one answer; CPU per row is limited inside
 _MAX_KILLED = 5
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
+
+# What a template may take in all. The first part bounds what a bad one costs; the rest is dozens of times what the
+# longest conversations and the wordiest templates of published models need.
+BASE_CPU_S = 600.0
+ROW_CPU_S = 0.02
+MESSAGE_CPU_S = 25e-6  # every answer is rendered with all messages before it
+BASE_TEXT = 64 * 2**20  # characters
+ROW_TEXT = 16 * 2**10
+TEXT_RATIO = 4  # of the rows' own size, as JSON
 
 
 class Rendered(NamedTuple):
@@ -33,6 +46,34 @@ class TemplateInvalidError(Exception):
         self.row = row
 
 
+@dataclass
+class Spent:
+    """What a template has taken for the rows so far, and what their number and size allow it."""
+
+    rows: int = 0
+    rows_bytes: int = 0
+    squared_messages: int = 0
+    cpu_s: float = 0.0
+    characters: int = 0
+
+    def add(self, row: Conversation, row_bytes: int, result: "Rendered | Broken") -> None:
+        """Count a row that was rendered, but for its time."""
+        self.rows += 1
+        self.rows_bytes += row_bytes
+        self.squared_messages += len(row.messages) ** 2
+        self.characters += len(result.text) if isinstance(result, Rendered) else 0
+
+    @property
+    def too_much(self) -> str | None:
+        """What the template has taken too much of, if anything."""
+        rows = max(1, self.rows)
+        if self.cpu_s > BASE_CPU_S + ROW_CPU_S * self.rows + MESSAGE_CPU_S * self.squared_messages:
+            return f"it took {self.cpu_s:.0f} s of CPU for {rows} rows, {self.cpu_s / rows:.2g} s for each"
+        if self.characters > BASE_TEXT + ROW_TEXT * self.rows + TEXT_RATIO * self.rows_bytes:
+            return f"it made {self.characters:,} characters of {rows} rows, {self.characters // rows:,} of each"
+        return None
+
+
 class Renderer:
     """One template and its child process, started with the first batch. Not thread-safe."""
 
@@ -46,9 +87,11 @@ class Renderer:
             "learn_all": learn_all,
             "row_cpu_s": row_cpu_s,
         }
+        self._row_cpu_s = row_cpu_s
         self._too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
         self.fails_always: str | None = None  # how it fails on any conversation; known once something was rendered
         self._killed = 0  # rows that the child died of
+        self._spent = Spent()
         self._child: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,7 +107,7 @@ class Renderer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        reply = _exchange(child, self._setup)
+        reply = _exchange(child, orjson.dumps(self._setup))
         problem = self._too_much if reply is None else reply["problem"]
         if problem is not None:
             _end(child)
@@ -74,39 +117,57 @@ class Renderer:
         return child
 
     def render(self, rows: list[Conversation]) -> list[Rendered | Broken]:
-        """Render rows in order. A row that kills the child is found by rendering its batch one by one.
+        """Render the first of the rows, in order and one at least: as many as it is good to hold at once.
 
-        Raises TemplateInvalidError when the template cannot be compiled, or when too many rows kill the child."""
+        A row that kills the child is found by rendering one by one. Raises TemplateInvalidError when the template
+        cannot be compiled, when too many rows kill the child, and when it takes too much for all rows so far."""
         results = self._try(rows)
-        if results is None:
-            return [self._render_one(row, index) for index, row in enumerate(rows)]
-        return [_result(result) for result in results]
+        if results is not None:
+            return results
+        results = list[Rendered | Broken]()
+        characters = 0
+        for index, row in enumerate(rows):
+            result = self._render_one(row, index)
+            results.append(result)
+            characters += len(result.text) if isinstance(result, Rendered) else 0
+            if characters >= PIECE_TEXT:
+                break
+        return results
 
     def _render_one(self, row: Conversation, index: int) -> Rendered | Broken:
         results = self._try([row])
         if results is not None:
-            return _result(results[0])
+            return results[0]
         self._killed += 1
+        self._spent.cpu_s += self._row_cpu_s
         if self._killed > _MAX_KILLED:
             raise TemplateInvalidError(f"{self._too_much}, as {_MAX_KILLED} rows before it", index)
         return Broken(Problem.TEMPLATE_FAILED, detail=self._too_much)
 
-    def _try(self, rows: list[Conversation]) -> list[Any] | None:
+    def _try(self, rows: list[Conversation]) -> list[Rendered | Broken] | None:
         """The child's reply, or None when it died; then there is a new one."""
         if self._child is None:
             self._child = self._start()
-        reply = _exchange(self._child, [[row.messages, row.learn_from] for row in rows])
+        sent = [orjson.dumps([row.messages, row.learn_from]) for row in rows]
+        reply = _exchange(self._child, b"[" + b",".join(sent) + b"]")
         if reply is None:
             _end(self._child)
             self._child = self._start()
-        return reply
+            return None
+        results = [_result(result) for result in reply["results"]]
+        self._spent.cpu_s += reply["cpu_s"]
+        for row, body, result in zip(rows, sent, results, strict=False):
+            self._spent.add(row, len(body), result)
+        if (problem := self._spent.too_much) is not None:
+            raise TemplateInvalidError(problem)
+        return results
 
     def close(self) -> None:
         if self._child is not None:
             _end(self._child)
 
 
-def _exchange(child: subprocess.Popen[bytes], message: Any) -> Any | None:
+def _exchange(child: subprocess.Popen[bytes], message: bytes) -> Any | None:
     """Send a message and await the reply; None when the child died or did not answer in time."""
     assert child.stdin is not None
     assert child.stdout is not None
@@ -114,12 +175,13 @@ def _exchange(child: subprocess.Popen[bytes], message: Any) -> Any | None:
     deadline.daemon = True
     deadline.start()
     try:
-        write_message(child.stdin, message)
-        return read_message(child.stdout)
+        write_frame(child.stdin, message)
+        reply = read_frame(child.stdout, MAX_MESSAGE_BYTES)
     except BrokenPipeError:
         return None
     finally:
         deadline.cancel()
+    return None if reply is None else orjson.loads(reply)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -4,7 +4,7 @@ Memory: a few MiB of buffers, and about 60 bytes per row while dividing.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -131,12 +131,14 @@ class Written:
     sha256: dict[str, str]  # tokens, labels, offsets
 
 
-def write_split(spool: Path, target: Path, keep: npt.NDArray[np.bool_], lengths: Array) -> Written:
-    """Copy the kept sequences, in order. keep, lengths: (sequences,)."""
+def write_split(
+    spool: Path, target: Path, keep: npt.NDArray[np.bool_], lengths: Array, beat: Callable[[], None] = lambda: None
+) -> Written:
+    """Copy the kept sequences, in order, calling `beat` with every part. keep, lengths: (sequences,)."""
     target.mkdir(parents=True, exist_ok=True)
     bounds = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
     sha256 = {
-        name: _copy(spool / name, target / name, dtype, _runs(keep, bounds))
+        name: _copy(spool / name, target / name, dtype, _runs(keep, bounds), beat)
         for name, dtype in (("tokens", "<u4"), ("labels", "<u1"))
     }
     offsets = np.concatenate([[0], np.cumsum(lengths[keep].astype(np.int64))]).astype("<i8")
@@ -152,7 +154,7 @@ def _runs(keep: npt.NDArray[np.bool_], bounds: npt.NDArray[np.int64]) -> Iterato
         yield int(bounds[first]), int(bounds[last])
 
 
-def _copy(source: Path, target: Path, dtype: str, runs: Iterator[tuple[int, int]]) -> str:
+def _copy(source: Path, target: Path, dtype: str, runs: Iterator[tuple[int, int]], beat: Callable[[], None]) -> str:
     digest = hashlib.sha256()
     width = np.dtype(dtype).itemsize
     with source.open("rb") as reader, target.open("wb") as writer:
@@ -165,5 +167,6 @@ def _copy(source: Path, target: Path, dtype: str, runs: Iterator[tuple[int, int]
                     raise EOFError(f"{source.name} is shorter than its index")
                 digest.update(piece)
                 writer.write(piece)
+                beat()
                 left -= len(piece)
     return "sha256:" + digest.hexdigest()

@@ -101,7 +101,7 @@ def _tojson(
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A compiled template. constants: the texts in its code, which no row has written.
 
     special_tokens: bos_token, eos_token and so on, as the template sees them; now: what `strftime_now` tells, one
     moment for the whole stage. Raises jinja2.TemplateError when the template is not valid.
@@ -122,6 +122,9 @@ class ChatTemplate:
         }
         environment.globals.update(functions)
         self._template = environment.from_string(source)
+        self.constants = frozenset(
+            node.value for node in environment.parse(source).find_all(nodes.Const) if isinstance(node.value, str)
+        )
         self._special_tokens = special_tokens
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:

@@ -98,14 +98,17 @@ class Store:
         with stream:
             if info.size_bytes > max_bytes:
                 raise StageError(Fault.OBJECT_TOO_LARGE, uri=uri, size_bytes=info.size_bytes, limit_bytes=max_bytes)
-            return stream.read(max_bytes), info.etag
+            content = stream.read(max_bytes)
+        self._beat()
+        return content, info.etag
 
     def open(self, uri: str, *, if_match: str | None = None) -> BinaryIO:
         """A stream from the first byte to the last, buffered; a cut connection is resumed.
 
         Raises StageError(OBJECT_NOT_FOUND), and INPUT_CHANGED when the object is not, or no longer, the version
         `if_match`, or changes while it is read."""
-        return self._open(uri, if_match)[0]
+        stream = self._open(uri, if_match)[0]
+        return io.BufferedReader(_ToldReader(stream, self._beat), _MIB)
 
     def download(self, uri: str, path: Path, *, if_match: str | None = None) -> str:
         """Copy to `path`, which appears whole and survives a crash; returns "sha256:…" of what was written.
@@ -139,9 +142,11 @@ class Store:
 
         Raises as `open`."""
         try:
-            return self._files(uri).read_range(uri, offset, size_bytes, if_match)
+            content = self._files(uri).read_range(uri, offset, size_bytes, if_match)
         except PreconditionFailed as error:
             raise StageError(Fault.INPUT_CHANGED, file=uri) from error
+        self._beat()
+        return content
 
     def digest(self, uri: str) -> tuple[str, int]:
         """ "sha256:…" over the object's content, and its size in bytes; nothing is kept."""
@@ -185,6 +190,26 @@ class Store:
     @cached_property
     def _s3(self) -> S3Files:
         return S3Files(self._storage)
+
+
+class _ToldReader(io.RawIOBase):
+    """A stream that calls `beat` with every part that is read."""
+
+    def __init__(self, stream: io.BufferedReader, beat: Callable[[], None]) -> None:
+        self._stream, self._beat = stream, beat
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        count = self._stream.readinto(buffer)
+        if count:
+            self._beat()
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _bounded(found: Iterator[ObjectInfo], uri: str, limit: int) -> Objects:

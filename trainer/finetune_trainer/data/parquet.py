@@ -1,0 +1,143 @@
+"""Rows of Parquet files, from the child process of `parquet_worker`, which is replaced when a file ends it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import orjson
+
+from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.files import Decoded, damaged, decoded, refuse_pointer
+from finetune_trainer.data.frames import read_frame, write_frame
+from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem
+
+MEMORY_BYTES = 2**30  # the child's address space, of which Python and the libraries take a quarter
+NO_MEMORY = 35  # the child's exit code
+MAX_FRAME_BYTES = 16 * 2**20  # a frame is sent once it has a MiB, and the longest row has 8
+BATCH_ROWS = (256, 16, 1)  # rows decoded at once; the next where memory did not suffice
+MAX_RATIO = 1000  # of the rows to the file; one long text in every row is stored once
+MIN_RATIO_BYTES = 64 * 2**20  # rows that any file may have, however small it is
+READY = b"ready"  # its first message
+_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
+# Other allocators reserve a GiB of addresses before they need it.
+_FRUGAL = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
+
+
+def most_bytes(file_bytes: int) -> int:
+    """Return what the rows of a file of that size may come to, each as a line of JSON."""
+    return MAX_RATIO * file_bytes + MIN_RATIO_BYTES
+
+
+class Facts(NamedTuple):
+    """What a file says of itself: how many rows its row groups have, and the first thousand names of its columns."""
+
+    rows: int
+    names: list[str]
+
+
+class ParquetDecoder:
+    """The child process, started with the first file. Not thread-safe.
+
+    fields: names of the columns that are read."""
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        self._fields = fields
+        self._child: subprocess.Popen[bytes] | None = None
+        self.facts = Facts(0, [])  # of the file that is read
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def rows(self, path: Path, file: str) -> Generator[Decoded]:
+        """Yield the rows of a file, each as the line that it would be in a JSONL file.
+
+        Of a file without such a column every row comes with the names of its columns. Raises BROKEN_FILE."""
+        with path.open("rb") as opened:
+            refuse_pointer(opened.read(len(LFS_POINTER)), file)
+        self.facts = Facts(0, [])
+        allowed_bytes = most_bytes(path.stat().st_size)
+        number = size_bytes = 0
+        for batch_rows in BATCH_ROWS:
+            for line in self._lines(path, file, number, batch_rows):
+                number += 1
+                size_bytes += len(line)
+                if size_bytes > allowed_bytes:
+                    raise damaged(file, number, f"it unpacks to more than {MAX_RATIO} times its size")
+                yield _row(number, line)
+            if self._child is not None:
+                return
+            if self.facts.rows - number == 1:  # it was alone already
+                break
+        raise damaged(file, number + 1, f"Parquet cannot be decoded in {MEMORY_BYTES // 2**20} MiB of memory")
+
+    def _lines(self, path: Path, file: str, from_row: int, batch_rows: int) -> Iterator[bytes]:
+        """Yield the lines after `from_row` as they come; where the file ends the child, there is none afterwards."""
+        child = self._child = self._child or self._start()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        request = {"path": str(path), "fields": self._fields, "from_row": from_row, "batch_rows": batch_rows}
+        with suppress(BrokenPipeError):  # it has ended, and says nothing
+            write_frame(child.stdin, orjson.dumps(request))
+        number = from_row
+        is_at_end = False
+        try:
+            while (frame := read_frame(child.stdout, MAX_FRAME_BYTES)) is not None:
+                kind, content = frame[:1], frame[1:]
+                is_at_end = kind in (b"e", b"x")
+                if kind == b"e":
+                    return
+                if kind == b"x":
+                    raise damaged(file, number + 1, content.decode(errors="replace"))
+                if kind == b"i":
+                    self.facts = Facts(**orjson.loads(content))
+                    continue
+                for line in content.split(b"\n"):
+                    number += 1
+                    yield line
+        finally:
+            if not is_at_end:
+                self._end()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Raises RuntimeError: before it has seen a file, its end is no file's fault."""
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "finetune_trainer.data.parquet_worker"],
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _FRUGAL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert child.stdout is not None
+        if read_frame(child.stdout, MAX_FRAME_BYTES) != READY:
+            child.kill()
+            raise RuntimeError(f"finetune_trainer.data.parquet_worker did not start ({child.wait(timeout=60)})")
+        return child
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait(timeout=60)
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _row(number: int, line: bytes) -> Decoded:
+    if line.startswith(b"!"):
+        problem, field, detail = orjson.loads(line[1:])
+        broken = Broken(Problem(problem), field, detail)
+        return Decoded(number, broken, MAX_LINE_BYTES if broken.problem is Problem.LINE_TOO_LONG else len(line), 0)
+    return decoded(number, line)

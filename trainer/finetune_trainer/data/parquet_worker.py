@@ -1,0 +1,167 @@
+"""The child process that decodes Parquet: a few bytes of such a file may become any amount of memory.
+
+`python -m finetune_trainer.data.parquet_worker`, spoken to over stdin and stdout by `parquet`. A message is a letter
+and what belongs to it: `i` the file's facts, `r` rows, `x` what is wrong with the file, `e` its end. A row is sent as
+the line that it would be in a JSONL file, so that the same limits hold for it; one that cannot be such a line begins
+with `!`. Whatever takes more memory than MEMORY_BYTES ends the process.
+"""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.frames import read_frame, write_frame
+from finetune_trainer.data.parquet import BATCH_ROWS, MAX_FRAME_BYTES, MEMORY_BYTES, NO_MEMORY, READY
+from finetune_trainer.data.problems import Broken, Problem
+
+_MAX_NAMES = 1000
+_BATCH_BYTES = 32 * 2**20  # of one batch, going by the mean row
+_FRAME_BYTES = 2**20
+_BUFFER_BYTES = 2**20
+_MAX_NAME = 64  # characters; of a longer name nothing is told anyway
+_SHOWN_NAMES = 64
+
+
+class DamagedError(Exception):
+    """What is wrong with a file, in words without its content."""
+
+
+def messages(path: str, fields: Sequence[str], from_row: int, batch_rows: int) -> Iterator[bytes]:
+    """Yield the messages about a file's rows, beginning after `from_row` of them.
+
+    Only columns of the names in `fields` are read. Raises DamagedError, what Arrow raises, MemoryError."""
+    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet:
+        names = parquet.schema_arrow.names
+        columns = [name for name in names if name in fields]
+        if len(set(columns)) < len(columns):
+            raise DamagedError("two columns have the same name")
+        ends = _ends_of_groups(parquet.metadata)
+        facts = {"rows": ends[-1], "names": [name[:_MAX_NAME] for name in names[:_MAX_NAMES]]}
+        yield b"i" + orjson.dumps(facts)
+        nameless = orjson.dumps({name[:_MAX_NAME]: None for name in names[:_SHOWN_NAMES]})
+        # Every row of a file without such a field counts; one column shows how many there are.
+        read = columns or [_smallest(parquet.metadata, names)] if names else []
+        first = next((group for group, end in enumerate(ends[1:]) if end > from_row), len(ends) - 1)
+        skip = from_row - ends[first]
+        held: list[bytes] = []
+        size = 0
+        rows = ends[first]
+        for batch in parquet.iter_batches(
+            batch_size=min(batch_rows, rows_at_once(parquet.metadata)),
+            row_groups=list(range(first, len(ends) - 1)),
+            columns=read,
+            use_threads=False,
+        ):
+            rows += batch.num_rows
+            part = batch.slice(min(skip, batch.num_rows))
+            skip -= batch.num_rows - part.num_rows
+            for line in _lines(part) if columns else [nameless] * part.num_rows:
+                held.append(line)
+                size += len(line) + 1
+                if size >= _FRAME_BYTES:
+                    yield b"r" + b"\n".join(held)
+                    held, size = [], 0
+            if held:
+                yield b"r" + b"\n".join(held)
+                held, size = [], 0
+        if rows != ends[-1]:
+            raise DamagedError(f"its row groups count {ends[-1]} rows, their pages {rows}")
+    yield b"e"
+
+
+def _ends_of_groups(metadata: Any) -> list[int]:
+    """Return how many rows come before each row group, and in all. Raises DamagedError where the footer says another
+    number, or none that can be."""
+    counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    if metadata.num_rows != sum(counts) or any(count < 0 for count in counts):
+        raise DamagedError(f"its footer counts {metadata.num_rows} rows, its row groups {sum(counts)}")
+    return [0, *accumulate(counts)]
+
+
+def _smallest(metadata: Any, names: list[str]) -> str:
+    """Return the column that takes the fewest bytes of the first row group."""
+    if not metadata.num_row_groups:
+        return names[0]
+    group = metadata.row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    return min(columns, key=lambda column: column.total_compressed_size).path_in_schema.partition(".")[0]
+
+
+def rows_at_once(metadata: Any) -> int:
+    """Return how many rows to decode, so that a batch of long texts needs no more memory than one of short ones."""
+    size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return max(1, min(BATCH_ROWS[0], _BATCH_BYTES * metadata.num_rows // max(1, size_bytes)))
+
+
+def _lines(batch: Any) -> Iterator[bytes]:
+    """Yield each row as a line of JSON, or what is wrong with it behind a `!`."""
+    for value in _values(batch):
+        found = value if isinstance(value, Broken) else _line(value)
+        if isinstance(found, Broken):
+            found = b"!" + orjson.dumps([found.problem.value, found.field, found.detail])
+        yield found
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield Broken(Problem.INVALID_UTF8)
+
+
+def _line(row: dict[str, Any]) -> bytes | Broken:
+    try:
+        line = orjson.dumps(row)
+    except orjson.JSONEncodeError as error:
+        if "ecursion" in str(error):
+            return Broken(Problem.TOO_DEEP)
+        field = next((name for name, value in row.items() if not _is_json(value)), "")
+        return Broken(Problem.WRONG_TYPE, field, "holds a value that is not JSON")
+    return line if len(line) <= MAX_LINE_BYTES else Broken(Problem.LINE_TOO_LONG)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return False
+    return True
+
+
+def _answer(request: dict[str, Any]) -> None:
+    try:
+        for message in messages(**request):
+            write_frame(sys.stdout.buffer, message)
+        return
+    except DamagedError as error:
+        problem = str(error)
+    except MemoryError:
+        os._exit(NO_MEMORY)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, RecursionError, NotImplementedError) as error:
+        # Arrow's own words can quote the file, so only the kind of error is told.
+        problem = f"Parquet cannot be decoded ({type(error).__name__})"
+    write_frame(sys.stdout.buffer, b"x" + problem.encode())
+
+
+def main() -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    write_frame(sys.stdout.buffer, READY)
+    while (request := read_frame(sys.stdin.buffer, MAX_FRAME_BYTES)) is not None:
+        _answer(orjson.loads(request))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

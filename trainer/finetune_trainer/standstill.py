@@ -1,0 +1,51 @@
+"""Ends a stage that stands still: what hangs in a library, or in what data made it do, would hang for ever."""
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer import results
+from finetune_trainer.context import StageContext
+
+log = logging.getLogger(__name__)
+
+
+def end_process(ctx: StageContext, error: StageError) -> NoReturn:
+    """End the process from another thread than the main one, which hangs, perhaps in native code."""
+    if ctx.result_file is not None:
+        result = results.failed(ctx.stage, ctx.attempt, error, ctx.reporter.progress(), None)
+        results.write(result, ctx.result_file)
+    os._exit(error.exit_code)
+
+
+@contextmanager
+def ended_by_standstill(ctx: StageContext, limit_s: float) -> Generator[None]:
+    """End the process with NO_PROGRESS when nothing moved for `limit_s`, as the reporter is told, within the block."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, limit_s / 4)):
+            progress = ctx.reporter.progress()
+            seconds = progress.seconds_since_step
+            if seconds > limit_s:
+                error = StageError(
+                    Fault.NO_PROGRESS, seconds=round(seconds), activity=progress.activity, rows=progress.rows_read
+                )
+                faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+                log.error("%s", error)
+                end_process(ctx, error)
+
+    thread = threading.Thread(target=watch, name="standstill", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
