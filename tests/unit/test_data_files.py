@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.errors import StageError
+from finetune_api.job import DatasetFormat
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.files import decode, gunzip, jsonl_rows
 from finetune_trainer.data.parquet import ParquetDecoder
 from finetune_trainer.data.parquet_worker import rows_at_once
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.rows import FIELDS
+from finetune_trainer.data.rows import FIELDS, Text, check
 
 
 def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
@@ -217,6 +218,21 @@ def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(decoder: ParquetDec
     texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).cast(pa.string(), safe=False)
     found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")]
     assert found == [{"text": "good"}, Broken(Problem.INVALID_UTF8), {"text": "fine"}]
+
+
+def test_a_parquet_value_that_no_json_has_breaks_rows_that_need_its_field_alone(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
+    messages = [
+        {"role": "user", "content": "q", "image": b"\xff"},
+        {"role": "assistant", "content": "a", "image": None},
+    ]
+    table = pa.table({"text": ["words"], "messages": [messages], "prompt": [b"q"], "completion": ["a"]})
+    (found,) = decoder.rows(parquet(tmp_path / "a.parquet", table), "a")
+    odd = Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
+    assert check(found.value, DatasetFormat.TEXT) == Text("words")
+    assert check(found.value, DatasetFormat.MESSAGES) == odd
+    assert check(found.value, DatasetFormat.PROMPT_COMPLETION) == Broken(odd.problem, "prompt", odd.detail)
 
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:

@@ -516,7 +516,7 @@ def test_reading_many_slow_rows_never_looks_like_standing_still(
 
 
 def test_broken_rows_end_the_job_only_once_their_share_cannot_recover(tmp_path: Path) -> None:
-    spec = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+    spec = {**QUARANTINE, "datasets": [{"uri": (tmp_path / "data").as_uri() + "/", "format": "Messages"}]}
     broken, good = b"1\n" * 3000, jsonl(chats(3100))
     put(tmp_path, a_jsonl=broken + good)
     assert prepare_run(tmp_path, spec).report["dropped"] == {"not_an_object": 3000}

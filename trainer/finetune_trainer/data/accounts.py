@@ -88,7 +88,7 @@ class Ledger:
     def flush(self) -> None:
         """Make decisions so far readable, the last line telling how many rows are not listed."""
         if self._unlisted:
-            line = {"not_listed": dict(sorted(self._unlisted.items()))}
+            line = {"not_listed": {str(reason): rows for reason, rows in sorted(self._unlisted.items())}}
             self._decisions.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             self._unlisted.clear()
         self._decisions.flush()

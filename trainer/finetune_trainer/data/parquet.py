@@ -140,4 +140,10 @@ def _row(number: int, line: bytes) -> Decoded:
         problem, field, detail = orjson.loads(line[1:])
         broken = Broken(Problem(problem), field, detail)
         return Decoded(number, broken, MAX_LINE_BYTES if broken.problem is Problem.LINE_TOO_LONG else len(line), 0)
+    if line.startswith(b"?"):
+        problems, sound = orjson.loads(line[1:])
+        details = {Problem.WRONG_TYPE: "holds a value that is not JSON"}
+        broken = {name: Broken(Problem(code), name, details.get(Problem(code), "")) for name, code in problems.items()}
+        row = decoded(number, orjson.dumps(sound))
+        return row._replace(value=row.value | broken) if isinstance(row.value, dict) else row
     return decoded(number, line)

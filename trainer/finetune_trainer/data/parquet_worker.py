@@ -3,7 +3,7 @@
 `python -m finetune_trainer.data.parquet_worker`, spoken to over stdin and stdout by `parquet`. A message is a letter
 and what belongs to it: `i` the file's facts, `r` rows, `x` what is wrong with the file, `e` its end. A row is sent as
 the line that it would be in a JSONL file, so that the same limits hold for it; one that cannot be such a line begins
-with `!`. Whatever takes more memory than MEMORY_BYTES ends the process.
+with `!`, one of whose fields some cannot with `?`. Whatever takes more memory than MEMORY_BYTES ends the process.
 """
 
 import os
@@ -124,20 +124,20 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
 def _line(row: dict[str, Any]) -> bytes | Broken:
     try:
         line = orjson.dumps(row)
-    except orjson.JSONEncodeError as error:
-        if "ecursion" in str(error):
-            return Broken(Problem.TOO_DEEP)
-        field = next((name for name, value in row.items() if not _is_json(value)), "")
-        return Broken(Problem.WRONG_TYPE, field, "holds a value that is not JSON")
+    except orjson.JSONEncodeError:
+        problems = {name: _problem_of(value) for name, value in row.items()}
+        sound = {name: value for name, value in row.items() if problems[name] is None}
+        line = b"?" + orjson.dumps([{name: problem for name, problem in problems.items() if problem}, sound])
     return line if len(line) <= MAX_LINE_BYTES else Broken(Problem.LINE_TOO_LONG)
 
 
-def _is_json(value: object) -> bool:
+def _problem_of(value: object) -> str | None:
+    """Return why a field's value cannot be JSON."""
     try:
         orjson.dumps(value)
-    except orjson.JSONEncodeError:
-        return False
-    return True
+    except orjson.JSONEncodeError as error:
+        return Problem.TOO_DEEP if "ecursion" in str(error) else Problem.WRONG_TYPE
+    return None
 
 
 def _answer(request: dict[str, Any]) -> None:

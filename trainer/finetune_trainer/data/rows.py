@@ -51,7 +51,7 @@ Row = Conversation | Completion | Text
 
 
 def check(value: object, data_format: DatasetFormat) -> Row | Broken:
-    """Check one decoded row against its format; the first problem found is returned."""
+    """Check one decoded row against its format; the first problem found is returned. A field's value may be Broken."""
     if not isinstance(value, dict):
         return Broken(Problem.NOT_AN_OBJECT)
     row = cast(dict[str, Any], value)
@@ -78,6 +78,8 @@ def ignored(names: Iterable[str], data_format: DatasetFormat) -> list[str]:
 def _check_string(value: object, field: str) -> Broken | None:
     if value is None:
         return Broken(Problem.MISSING_FIELD, field)
+    if isinstance(value, Broken):
+        return value
     if not isinstance(value, str):
         return Broken(Problem.WRONG_TYPE, field, "must be a string")
     if "\0" in value:
@@ -96,6 +98,8 @@ def _conversation(first: object, first_field: str, second: object, second_field:
     for value, field in parts:
         if value is None:
             return Broken(Problem.MISSING_FIELD, field)
+        if isinstance(value, Broken):
+            return value
         if not isinstance(value, list):
             return Broken(Problem.WRONG_TYPE, field, "must be a list of messages")
         if not value:
