@@ -120,8 +120,8 @@ ATTACKS = {
     "dictionary of a text above the limit": Attack(
         write=lambda folder: _large_dictionary(folder, 30 * MIB, 26),
         spec=TEXTS,
-        fault=Fault.BROKEN_ROW,
-        words=("a.parquet row 1", "is longer than 8 MiB"),
+        fault=Fault.BROKEN_FILE,
+        words=("a.parquet", "unpacks to more than 1000 times its size"),
     ),
     "dictionary of a text below the limit": Attack(
         write=lambda folder: _large_dictionary(folder, 2 * MIB, 20_000),

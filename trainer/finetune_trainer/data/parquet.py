@@ -70,10 +70,11 @@ class ParquetDecoder:
         for batch_rows in BATCH_ROWS:
             for line in self._lines(path, file, number, batch_rows):
                 number += 1
-                size_bytes += len(line)
+                row = _row(number, line)
+                size_bytes += row.size_bytes
                 if size_bytes > allowed_bytes:
                     raise damaged(file, number, f"it unpacks to more than {MAX_RATIO} times its size")
-                yield _row(number, line)
+                yield row
             if self._child is not None:
                 return
             if self.facts.rows - number == 1:  # it was alone already
