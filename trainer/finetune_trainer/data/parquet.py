@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import orjson
 
@@ -146,5 +146,7 @@ def _row(number: int, line: bytes) -> Decoded:
         details = {Problem.WRONG_TYPE: "holds a value that is not JSON"}
         broken = {name: Broken(Problem(code), name, details.get(Problem(code), "")) for name, code in problems.items()}
         row = decoded(number, orjson.dumps(sound))
-        return row._replace(value=row.value | broken) if isinstance(row.value, dict) else row
+        if isinstance(row.value, dict):
+            return row._replace(value=cast(dict[str, Any], row.value) | broken)
+        return row
     return decoded(number, line)
