@@ -90,17 +90,6 @@ def test_connections_that_break_without_end_are_given_up(store: Store, server: S
     assert len(server.requests) == reading.MAX_CUTS + 1
 
 
-def test_a_connection_that_crawls_is_replaced(store: Store, server: StubS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "SLOW_WINDOW_S", 0.0)
-    monkeypatch.setattr(reading, "SLOW_BYTES_PER_S", 1 << 60)
-    monkeypatch.setattr(reading, "PROGRESS_BYTES", 1)
-    content = os.urandom(3 << 20)
-    server.objects[NAME] = content
-    with store.open(URI) as stream:
-        assert b"".join(iter(lambda: stream.read(100_000), b"")) == content
-    assert len(server.requests) > 1
-
-
 @pytest.mark.parametrize("status", [500, 502, 503, 504])
 def test_errors_of_the_server_are_tried_again(store: Store, server: StubS3, status: int) -> None:
     server.troubles = [Trouble("PUT", status=status, code="SlowDown")] * 5

@@ -1,7 +1,7 @@
 """What an S3 server or the network answered, as the fault it stands for."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -22,6 +22,8 @@ from botocore.exceptions import (
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_trainer.store import transport
+from finetune_trainer.store.transport import AnswerTooLargeError, CallTimeoutError, ForbiddenAnswerError
 
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 # The credentials themselves are refused: newer ones may be in the Secret by now.
@@ -43,6 +45,9 @@ _DENIED = frozenset(
     }
 )
 _ELSEWHERE = frozenset({"PermanentRedirect", "IllegalLocationConstraintException", "IncorrectEndpoint", "301"})
+MAX_OBJECT_BYTES = 1 << 50  # twenty times the largest object of S3
+MAX_ETAG_CHARS = 1024  # those of S3 have at most 38
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _FIELD = "its URI in the job"  # for callers that do not name the field with `spec_field`
 
 
@@ -107,9 +112,21 @@ def untrusted(error: BaseException | None) -> str | None:
 
 def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageError:
     """The fault of a request that got no answer, or that could not be made."""
+    times = max_tries
     match error:
+        case CallTimeoutError():
+            times = int(error.kwargs["tries"])
+            problem = f"{tried.endpoint} does not answer to the end within {transport.CALL_TIMEOUT_S} s"
+        case AnswerTooLargeError():
+            times = 1
+            problem = (
+                f"{tried.endpoint} answers with more than {transport.MAX_ANSWER_BYTES >> 20} MiB where S3 says less"
+            )
+        case ForbiddenAnswerError():
+            times = 1
+            problem = f"{tried.endpoint} does not answer as S3 does: XML with declarations, or no text"
         case ParamValidationError():  # such a name cannot even be asked for
-            return StageError(Fault.CONFIG_UNREADABLE, field=tried.uri[:200], problem="not a valid bucket and key")
+            return StageError(Fault.CONFIG_UNREADABLE, field=tried.uri, problem="not a valid bucket and key")
         case NoCredentialsError() | PartialCredentialsError() | NoAuthTokenError():
             return StageError(Fault.NO_CREDENTIALS)
         case CredentialRetrievalError() | TokenRetrievalError() | UnauthorizedSSOTokenError():
@@ -124,7 +141,44 @@ def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageE
             problem = f"{tried.endpoint} stopped answering"
         case _:
             problem = f"the connection to {tried.endpoint} broke ({type(error).__name__})"
-    return unavailable(tried, max_tries, problem)
+    return unavailable(tried, times, problem)
+
+
+class OddAnswerError(Exception):
+    """An answer lacks or garbles what every S3 says; the text names what, and quotes nothing of it."""
+
+
+def odd(error: Exception, tried: Attempted) -> StageError:
+    """The fault of an answer that could be read, but not understood."""
+    what = str(error) if isinstance(error, OddAnswerError) else type(error).__name__
+    return unavailable(tried, 1, f"{tried.endpoint} does not answer as S3 does: {what}")
+
+
+def size_of(answer: dict[str, Any], name: str) -> int:
+    """The size in bytes that an answer names. Raises OddAnswerError."""
+    size_bytes = answer.get(name)
+    if not isinstance(size_bytes, int) or not 0 <= size_bytes <= MAX_OBJECT_BYTES:
+        raise OddAnswerError("it names no size, or one that no object has")
+    return size_bytes
+
+
+def etag_of(answer: dict[str, Any]) -> str:
+    """The ETag that an answer names. Raises OddAnswerError."""
+    etag = answer.get("ETag")
+    if not isinstance(etag, str) or not 0 < len(etag) <= MAX_ETAG_CHARS:
+        raise OddAnswerError("it names no ETag, or one of thousands of characters")
+    return etag
+
+
+def range_of(text: str) -> tuple[int, int]:
+    """(first byte, size of the whole object) of a Content-Range as "bytes 5-9/10". Raises OddAnswerError."""
+    found = _CONTENT_RANGE.fullmatch(text)
+    if found is None:
+        raise OddAnswerError("its Content-Range says no place")
+    first, last, total = (int(number) for number in found.groups())
+    if not first <= last < total or total > MAX_OBJECT_BYTES:
+        raise OddAnswerError("its Content-Range contradicts itself")
+    return first, total
 
 
 def unavailable(tried: Attempted, times: int, problem: str) -> StageError:

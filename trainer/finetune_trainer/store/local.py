@@ -9,7 +9,9 @@ import errno
 import fcntl
 import io
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -22,6 +24,8 @@ from finetune_trainer.store.uri import local_name, local_path
 
 _HIDDEN = ".finetune-"  # temporary files, which are not objects
 _COPY_BYTES = 1 << 20
+LOCK_TIMEOUT_S = 60  # a writer holds it while it renames one file
+_LOCK_POLL_S = 0.01
 os.umask(_UMASK := os.umask(0o077))  # which can only be read by setting it: here, where no thread writes files yet
 
 
@@ -163,19 +167,24 @@ class _Version(io.FileIO):
     """An open file that was not written to from its first byte to its last; else INPUT_CHANGED, as in a bucket."""
 
     def __init__(self, path: Path, uri: str) -> None:
-        super().__init__(path, "rb")
+        super().__init__(path, "rb", opener=_open_at_once)
         self._uri = uri
         found = os.fstat(self.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            raise OSError(errno.ENOENT, "no regular file")  # nor is it one for `head`
         self.size_bytes, self.etag = found.st_size, _etag(found)
 
     def readinto(self, buffer: Any, /) -> int | None:
         count = super().readinto(buffer)
-        if not count:
+        if not count or self.tell() > self.size_bytes:  # somebody may write to it for ever, and faster than we read
             self._check()
         return count
 
     def readall(self) -> bytes:
-        content = super().readall()
+        content = b""
+        while part := self.read(max(0, self.size_bytes + 1 - self.tell())):
+            content += part
         self._check()
         return content
 
@@ -184,12 +193,17 @@ class _Version(io.FileIO):
             raise StageError(Fault.INPUT_CHANGED, file=self._uri)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that nobody writes to would hold us for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _publish(staged: IO[bytes], target: Path, uri: str, *, if_none_match: bool, if_match: str | None) -> str:
     staged.flush()
     os.fsync(staged.fileno())
     os.fchmod(staged.fileno(), 0o666 & ~_UMASK)
     etag = _etag(os.fstat(staged.fileno()))
-    with _locked(target.parent):
+    with _locked(target.parent, uri):
         if if_none_match:
             try:
                 os.link(staged.name, target)  # unlike rename, fails when the target exists
@@ -204,10 +218,21 @@ def _publish(staged: IO[bytes], target: Path, uri: str, *, if_none_match: bool, 
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
+def _locked(folder: Path, uri: str) -> Generator[None]:
+    """Keep other writers out of a folder. Raises StageError(STORAGE_UNAVAILABLE) when one does not leave."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline_s:
+                    problem = "another process holds a lock on the folder"
+                    args = {"action": "write", "uri": uri, "problem": problem}
+                    raise StageError(Fault.STORAGE_UNAVAILABLE, tries=1, seconds=LOCK_TIMEOUT_S, **args) from None
+                time.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(descriptor)

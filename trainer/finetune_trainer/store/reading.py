@@ -11,14 +11,13 @@ from urllib3.exceptions import HTTPError
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_trainer.store import transport
 from finetune_trainer.store.objects import PreconditionFailed
 
 MAX_CUTS = 8  # in a row, each without PROGRESS_BYTES since the one before
 PROGRESS_BYTES = 1 << 20
+_READ_BYTES = 1 << 20  # at once: what a connection brought before it broke within one read is lost
 _MAX_PAUSE_S = 20.0
-# A connection slower than this is given up, as another one often is not.
-SLOW_BYTES_PER_S = 64 << 10
-SLOW_WINDOW_S = 60.0
 
 
 class Body(Protocol):
@@ -39,8 +38,8 @@ class Answer(NamedTuple):
 class ResumingReader(io.RawIOBase):
     """One object from its first to its last byte, all of the same version.
 
-    A connection that breaks is replaced by a request for the rest (Range), on condition that the object is still
-    the same (If-Match). Raises StageError(INPUT_CHANGED) when it is not, STORAGE_UNAVAILABLE after MAX_CUTS.
+    A connection that breaks or crawls is replaced by a request for the rest (Range), on condition that the object is
+    still the same (If-Match). Raises StageError(INPUT_CHANGED) when it is not, STORAGE_UNAVAILABLE after MAX_CUTS.
     `first` begins at byte `begin`; the stream ends before byte `end`, or with the object."""
 
     def __init__(
@@ -54,26 +53,22 @@ class ResumingReader(io.RawIOBase):
         self._cuts = 0
         self._offset_of_last_cut = begin
         self._started_s = time.monotonic()
-        self._window_s = 0.0  # time spent waiting for the network, without what the reader does in between
-        self._window_bytes = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         while self._offset < self._end and len(buffer):
-            asked_s = time.monotonic()
             try:
-                count = self._answer.body.readinto(buffer)
+                count = self._answer.body.readinto(memoryview(buffer)[:_READ_BYTES])
             except (BotoCoreError, HTTPError, OSError) as error:
-                self._resume(type(error).__name__)
+                slow = transport.is_slow(error)
+                self._resume(f"slower than {transport.SLOW_BYTES_PER_S >> 10} KiB/s" if slow else type(error).__name__)
                 continue
             if not count:
                 self._resume("it ended early")
                 continue
             self._offset += count
-            if self._is_slow(time.monotonic() - asked_s, count) and self._offset < self._end:
-                self._resume(f"slower than {SLOW_BYTES_PER_S >> 10} KiB/s")
             return count
         return 0
 
@@ -81,15 +76,6 @@ class ResumingReader(io.RawIOBase):
         if not self.closed:
             self._answer.body.close()
         super().close()
-
-    def _is_slow(self, waited_s: float, count: int) -> bool:
-        self._window_s += waited_s
-        self._window_bytes += count
-        if self._window_s < SLOW_WINDOW_S:
-            return False
-        slow = self._window_bytes < SLOW_BYTES_PER_S * self._window_s
-        self._window_s, self._window_bytes = 0.0, 0
-        return slow
 
     def _resume(self, problem: str) -> None:
         self._answer.body.close()

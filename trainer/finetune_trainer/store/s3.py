@@ -6,9 +6,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -29,6 +30,11 @@ _BUFFER_BYTES = 1 << 20
 _CHECKSUMS = ("SHA256", "CRC64NVME", "CRC32C", "CRC32", "SHA1")  # what a store may keep, the strongest first
 _WHOLE_CHECKSUM = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}")
 
+MAX_LISTED = 1_000_000  # objects of one listing, whether they match or not: all files of the largest data sets
+LIST_TIMEOUT_S = 1800  # of all pages together: a million objects take about five minutes
+# What botocore raises when it takes values from an answer that was made to be no answer of S3.
+_ODD = (faults.OddAnswerError, ResponseParserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+
 T = TypeVar("T")
 
 
@@ -42,17 +48,29 @@ class S3Files:
         self._existing_buckets: set[str] = set()
 
     def list(self, prefix_uri: str, *, deep: bool = True) -> Iterator[ObjectInfo]:
-        """Objects in the order of their keys, a page at a time; not deep: in the prefix's folder alone."""
+        """Objects in the order of their keys, a page at a time; not deep: in the prefix's folder alone.
+
+        Raises StageError(TOO_MANY_FILES) beyond MAX_LISTED, STORAGE_UNAVAILABLE when it takes LIST_TIMEOUT_S."""
         bucket, prefix = s3_location(prefix_uri)
-        page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix} | ({} if deep else {"Delimiter": "/"})
+        request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix} | ({} if deep else {"Delimiter": "/"})
+        started_s = time.monotonic()
+        tokens: set[int] = set()
+        listed = 0
         while True:
-            answer = self._call("list", prefix_uri, lambda s3, page=page: s3.list_objects_v2(**page))
-            for found in answer.get("Contents", []):
-                if "Key" in found and not found["Key"].endswith("/"):  # folder markers are no files
-                    yield ObjectInfo(f"s3://{bucket}/{found['Key']}", found.get("Size", 0), found.get("ETag", ""))
-            if not answer.get("IsTruncated"):
+            page = self._call(
+                "list", prefix_uri, lambda s3: _page(bucket, prefix, s3.list_objects_v2(**request), tokens)
+            )
+            yield from page.objects
+            listed += page.listed
+            if page.token is None:
                 return
-            page["ContinuationToken"] = answer["NextContinuationToken"]
+            if listed > MAX_LISTED:
+                raise StageError(Fault.TOO_MANY_FILES, uri=prefix_uri, limit=MAX_LISTED)
+            if (spent_s := time.monotonic() - started_s) > LIST_TIMEOUT_S:
+                problem = f"the listing goes on after {listed} objects and {LIST_TIMEOUT_S} s"
+                raise faults.unavailable(self._tried("list", prefix_uri, spent_s), 1, problem)
+            tokens.add(hash(page.token))
+            request["ContinuationToken"] = page.token
 
     def head(self, uri: str) -> ObjectInfo | None:
         bucket, key = s3_location(uri)
@@ -66,7 +84,8 @@ class S3Files:
                 # Answers to HEAD have no body and so no code: a GET tells an expired token from a denial.
                 s3.get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].close()
                 raise
-            return ObjectInfo(uri, found["ContentLength"], found["ETag"], _checksum(cast("dict[str, Any]", found)))
+            answer = cast("dict[str, Any]", found)
+            return ObjectInfo(uri, faults.size_of(answer, "ContentLength"), faults.etag_of(answer), _checksum(answer))
 
         found = self._call("read", uri, ask)
         if found is None:
@@ -142,16 +161,20 @@ class S3Files:
 
         def ask(s3: "S3Client") -> Answer:
             try:
-                answer = s3.get_object(**request)
+                answer = cast("dict[str, Any]", s3.get_object(**request))
             except ClientError as error:
                 if faults.http_status(error) == 412:
                     raise PreconditionFailed(uri) from error
                 raise
-            # "bytes 5-9/10"; a whole answer to a request for the rest would be appended wrongly.
-            start, _, total = answer.get("ContentRange", f"bytes 0-/{answer['ContentLength']}").partition("/")
-            if not start.startswith(f"bytes {offset}-"):
-                raise faults.unavailable(self._tried("read", uri, 0), 1, "the store does not answer to Range")
-            return Answer(answer["Body"], int(total), answer["ETag"])
+            if "transfer-encoding" in answer["ResponseMetadata"]["HTTPHeaders"]:  # its end could be put off for ever
+                raise faults.OddAnswerError("the content of an object comes without its size")
+            # A whole answer to a request for the rest would be appended wrongly.
+            start, size_bytes = 0, faults.size_of(answer, "ContentLength")
+            if "ContentRange" in answer:
+                start, size_bytes = faults.range_of(answer["ContentRange"])
+            if start != offset:
+                raise faults.OddAnswerError("it does not answer to Range")
+            return Answer(answer["Body"], size_bytes, faults.etag_of(answer))
 
         return self._call("read", uri, ask)
 
@@ -225,12 +248,43 @@ class S3Files:
             except BotoCoreError as error:
                 tried = self._tried(action, uri, time.monotonic() - started_s)
                 raise faults.unanswered(error, tried, clients.MAX_TRIES) from error
+            except _ODD as error:
+                raise faults.odd(error, self._tried(action, uri, time.monotonic() - started_s)) from error
             if done is not None:  # some stores answer 404, without a body, to HEAD by an unknown key
                 self._clients.accepted = True
             return done
 
     def _tried(self, action: str, uri: str, seconds: float) -> faults.Attempted:
         return faults.Attempted(action, uri, s3_location(uri).bucket, self._endpoint, self._region, seconds)
+
+
+class _Page(NamedTuple):
+    """A part of a listing; `listed` counts folder markers too, `token` leads to the next page."""
+
+    objects: list[ObjectInfo]
+    listed: int
+    token: str | None
+
+
+def _page(bucket: str, prefix: str, answer: Any, earlier: set[int]) -> _Page:
+    """Raises OddAnswerError, also when the page leads back to one of the `earlier` tokens, which are hashes."""
+    found: list[dict[str, Any]] = answer.get("Contents", [])
+    objects: list[ObjectInfo] = []
+    for each in found:
+        key = each.get("Key")
+        if not isinstance(key, str) or not key.startswith(prefix):
+            raise faults.OddAnswerError("it lists keys that were not asked for")
+        if not key.endswith("/"):  # folder markers are no files
+            etag = faults.etag_of(each) if each.get("ETag") else ""
+            objects.append(ObjectInfo(f"s3://{bucket}/{key}", faults.size_of(each, "Size"), etag))
+    if not isinstance(more := answer.get("IsTruncated"), bool):  # any XML would do for a listing of nothing
+        raise faults.OddAnswerError("it does not say whether the listing is complete")
+    if not more:
+        return _Page(objects, len(found), None)
+    token = answer.get("NextContinuationToken")
+    if not isinstance(token, str) or not token or hash(token) in earlier:
+        raise faults.OddAnswerError("a listing that is not complete does not lead on")
+    return _Page(objects, len(found), token)
 
 
 def _checksum(found: dict[str, Any]) -> str | None:

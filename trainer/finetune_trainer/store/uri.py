@@ -25,14 +25,14 @@ def is_s3(uri: str) -> bool:
         return True
     if uri.startswith("file:///"):
         return False
-    raise StageError(Fault.CONFIG_UNREADABLE, field=uri[:200], problem="expected s3://BUCKET/KEY or file:///PATH")
+    raise StageError(Fault.CONFIG_UNREADABLE, field=uri, problem="expected s3://BUCKET/KEY or file:///PATH")
 
 
 def s3_location(uri: str) -> Location:
     """Bucket and key; the key may be empty or end in a slash."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
-        raise StageError(Fault.CONFIG_UNREADABLE, field=uri[:200], problem="it names no bucket")
+        raise StageError(Fault.CONFIG_UNREADABLE, field=uri, problem="it names no bucket")
     return Location(bucket, key)
 
 

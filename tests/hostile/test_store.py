@@ -1,0 +1,359 @@
+"""An object store that answers without end, byte by byte, or wrongly: every call ends by a named fault."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from socket import socket
+
+import pytest
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_api.run import StorageConfig
+from finetune_trainer.store import Store, multipart, open_store, reading, s3, transport
+from hostile_http import Answer, serving
+
+OBJECT = "s3://bucket/folder/object"
+OK = b"HTTP/1.1 200 OK\r\n"
+TAG = b'ETag: "e"\r\n'
+MIB = 1 << 20
+
+
+def sized(body: bytes, *headers: bytes, status: bytes = OK) -> bytes:
+    return status + b"".join(headers) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def listing(inner: str) -> bytes:
+    inner = inner if "IsTruncated" in inner else f"<IsTruncated>false</IsTruncated>{inner}"
+    return sized(f"<ListBucketResult>{inner}</ListBucketResult>".encode())
+
+
+def says(answer: bytes) -> Answer:
+    return lambda connection, _request: connection.sendall(answer)
+
+
+def for_ever(beginning: bytes, then: bytes) -> Answer:
+    """Never stops, as fast as it is read."""
+    block = then * (65536 // len(then) + 1)
+
+    def answer(connection: socket, _request: str) -> None:
+        connection.sendall(beginning)
+        while True:
+            connection.sendall(block)
+
+    return answer
+
+
+def dripping(beginning: bytes, then: bytes = b" ") -> Answer:
+    """Never stops, and never pauses for long."""
+
+    def answer(connection: socket, _request: str) -> None:
+        connection.sendall(beginning)
+        while True:
+            connection.sendall(then)
+            time.sleep(0.01)
+
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries as in production, without the waits between them; the product's own deadlines, shorter."""
+
+    def no_delay(_self: object, _context: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
+    monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(transport, "SLOW_WINDOW_S", 0.1)
+    monkeypatch.setattr(s3, "LIST_TIMEOUT_S", 0.5)
+
+
+ACTIONS: dict[str, Callable[[Store], object]] = {
+    "list": lambda store: store.list("s3://bucket/folder/"),
+    "head": lambda store: store.head(OBJECT),
+    "read": lambda store: store.read(OBJECT),
+    "rest": lambda store: store.read_range(OBJECT, 5, 5),
+    "put": lambda store: store.put(OBJECT, b"content"),
+}
+
+
+class Hostile:
+    """A store whose server gives the answer that a test sets."""
+
+    def __init__(self, store: Store, keys: Path) -> None:
+        self.store, self.keys = store, keys
+        self.answer = says(b"")
+
+    def fault_of(self, answer: Answer, action: str) -> StageError:
+        """How an action on such a store ends."""
+        self.answer = answer
+        with pytest.raises(StageError) as caught:
+            ACTIONS[action](self.store)
+        return caught.value
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Generator[Hostile]:
+    """One for all tests: its client takes longer to make than to use."""
+    keys = tmp_path_factory.mktemp("keys")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        (keys / name).write_text("key")
+    with serving(lambda connection, request: found.answer(connection, request)) as endpoint:
+        found = Hostile(open_store(StorageConfig(endpoint=endpoint, path_style=True, credentials_dir=str(keys))), keys)
+        yield found
+
+
+ENDLESS = {
+    "a listing": ("list", for_ever(OK + b"\r\n<ListBucketResult>", b" ")),
+    "a listing in chunks": (
+        "list",
+        for_ever(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1000\r\n" + b" " * 4096 + b"\r\n"),
+    ),
+    "the end of the chunks": ("list", for_ever(OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n")),
+    "an error": ("read", for_ever(b"HTTP/1.1 404 Not Found\r\n\r\n<Error>", b" ")),
+    "an error of a write": ("put", for_ever(b"HTTP/1.1 403 Forbidden\r\n\r\n<Error>", b" ")),
+    "answers that say Continue": ("put", for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n")),
+    "headers after Continue": ("put", for_ever(b"HTTP/1.1 100 Continue\r\n", b"a: b\r\n")),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_an_answer_without_end_is_given_up(hostile: Hostile, what: str) -> None:
+    action, answer = ENDLESS[what]
+    error = hostile.fault_of(answer, action)
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "more than 4 MiB" in str(error)
+
+
+DRIPPING = {
+    "a status line": ("list", dripping(b"", b"H")),
+    "headers of a listing": ("list", dripping(OK + b"a: ")),
+    "headers of a head": ("head", dripping(OK + b"a: ")),
+    "headers of an object": ("read", dripping(OK + b"a: ")),
+    "a listing": ("list", dripping(OK + b"\r\n<ListBucketResult>")),
+    "an error": ("read", dripping(b"HTTP/1.1 404 Not Found\r\n\r\n<Error>")),
+    "an answer to a write": ("put", dripping(OK + TAG + b"Content-Length: 100000\r\n\r\n")),
+}
+
+
+@pytest.mark.parametrize("what", DRIPPING)
+def test_an_answer_that_drips_ends_with_the_time_of_the_call(
+    hostile: Hostile, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "CALL_TIMEOUT_S", 0.3)
+    action, answer = DRIPPING[what]
+    error = hostile.fault_of(answer, action)
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "does not answer to the end" in str(error)
+
+
+def test_the_content_of_an_object_that_drips_is_given_up(hostile: Hostile) -> None:
+    error = hostile.fault_of(dripping(OK + TAG + b"Content-Length: 100000\r\n\r\n"), "read")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "slower than 64 KiB/s" in str(error)
+    assert error.args_by_name["tries"] == reading.MAX_CUTS + 1
+
+
+def test_a_connection_that_crawls_is_replaced_by_one_for_the_rest(hostile: Hostile) -> None:
+    content = bytes(range(256)) * 12_000
+    begins: list[int] = []
+
+    def answer(connection: socket, request: str) -> None:
+        begins.append(int(request.partition("Range: bytes=")[2].partition("-")[0] or 0))
+        rest = content[begins[-1] :]
+        if begins[-1] == 0:
+            dripping(OK + TAG + b"Content-Length: %d\r\n\r\n" % len(content) + content[: 2 * MIB])(connection, "")
+        place = b"Content-Range: bytes %d-%d/%d\r\n" % (begins[-1], len(content) - 1, len(content))
+        connection.sendall(sized(rest, TAG, place, status=b"HTTP/1.1 206 Partial Content\r\n"))
+
+    hostile.answer = answer
+    assert hostile.store.read(OBJECT)[0] == content
+    assert begins[-1] >= MIB
+
+
+def test_a_server_that_does_not_take_what_is_written_is_given_up(
+    hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(transport, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(transport, "SLOW_BYTES_PER_S", 1 << 40)  # else its size would be allowed a minute
+
+    def answer(_connection: socket, _request: str) -> None:
+        time.sleep(10)
+
+    hostile.answer = answer
+    with pytest.raises(StageError) as caught:
+        hostile.store.put(OBJECT, b"x" * (32 * MIB))
+    assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
+
+
+def leading_on(*tokens: str, entries: str = "") -> Answer:
+    """Listings that are never complete, each with the next of the tokens, over and over."""
+    pages = iter(range(10**9))
+
+    def answer(connection: socket, _request: str) -> None:
+        number = next(pages)
+        token = tokens[number % len(tokens)].format(number)
+        inner = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>{entries}"
+        connection.sendall(listing(inner))
+
+    return answer
+
+
+ENTRY = "<Contents><Key>folder/{}</Key><Size>1</Size></Contents>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        leading_on("again"),
+        leading_on("a", "b", "c"),
+        leading_on(""),
+        says(listing("<IsTruncated>true</IsTruncated>" + ENTRY.format("a"))),
+    ],
+)
+def test_a_listing_that_leads_nowhere_is_given_up(hostile: Hostile, answer: Answer) -> None:
+    error = hostile.fault_of(answer, "list")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "a listing that is not complete does not lead on" in str(error)
+
+
+def test_a_listing_whose_pages_never_end_ends_with_its_time(hostile: Hostile) -> None:
+    error = hostile.fault_of(leading_on("{}"), "list")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "the listing goes on" in str(error)
+
+
+def test_a_listing_without_end_of_what_does_not_match_is_given_up(
+    hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "MAX_LISTED", 1000)
+    hostile.answer = leading_on("{}", entries="".join(ENTRY.format(number) for number in range(100)))
+    with pytest.raises(StageError) as caught:
+        hostile.store.match("s3://bucket/folder/**/none.jsonl")
+    assert caught.value.fault is Fault.TOO_MANY_FILES
+
+
+ODD = {
+    "no bytes at all": ("list", OK + b"\r\n"),
+    "a page of something else": ("list", sized(b"<html/>")),
+    "a size in words": ("list", listing(ENTRY.format("a").replace(">1<", ">many<"))),
+    "a negative size": ("list", listing(ENTRY.format("a").replace(">1<", ">-1<"))),
+    "a size beyond all objects": ("list", listing(ENTRY.format("a").replace(">1<", f">{10**30}<"))),
+    "an entry without a size": ("list", listing("<Contents><Key>folder/a</Key></Contents>")),
+    "an entry without a name": ("list", listing("<Contents><Size>1</Size></Contents>")),
+    "a name that was not asked for": ("list", listing(ENTRY.format("a").replace("folder/", "../../etc/"))),
+    "a time that is none": ("list", listing("<Contents><LastModified>soon</LastModified></Contents>")),
+    "declared entities": ("list", sized(b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>')),
+    "declared entities in UTF-16": ("list", sized('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'.encode("utf-16"))),
+    "a head without an ETag": ("head", sized(b"")),
+    "a head without a size": ("head", OK + TAG + b"\r\n"),
+    "a head with a size in words": ("head", OK + TAG + b"Content-Length: many\r\n\r\n"),
+    "a head with a time that is none": ("head", sized(b"", TAG, b"Last-Modified: soon\r\n")),
+    "content without an ETag": ("read", sized(b"content")),
+    "content without a size": ("read", OK + TAG + b"\r\ncontent"),
+    "content in chunks beside a size": (
+        "read",
+        OK + TAG + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n",
+    ),
+    "an ETag of thousands of characters": ("read", sized(b"a", b"ETag: " + b"e" * 9000 + b"\r\n")),
+    "a range without a size": ("rest", sized(b"56789", TAG, b"Content-Range: bytes 5-9/*\r\n")),
+    "a range in words": ("rest", sized(b"56789", TAG, b"Content-Range: bytes five-nine/ten\r\n")),
+    "a range with a negative size": ("rest", sized(b"56789", TAG, b"Content-Range: bytes 5-9/-10\r\n")),
+    "a range of another place": ("rest", sized(b"56789", TAG, b"Content-Range: bytes 4-8/10\r\n")),
+    "a range beyond its object": ("rest", sized(b"56789", TAG, b"Content-Range: bytes 5-9/7\r\n")),
+    "an empty range": ("rest", sized(b"56789", TAG, b"Content-Range: \r\n")),
+    "a range of all": ("rest", sized(b"0123456789", TAG)),
+    "a write without an ETag": ("put", sized(b"")),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_answer_that_is_none_is_named(hostile: Hostile, what: str) -> None:
+    action, answer = ODD[what]
+    error = hostile.fault_of(says(answer), action)
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "does not answer as S3 does" in str(error)
+
+
+def test_a_listing_that_is_cut_off_is_not_taken_for_all_there_is(hostile: Hostile) -> None:
+    whole = listing(ENTRY.format("a"))
+    error = hostile.fault_of(says(sized(whole.partition(b"\r\n\r\n")[2][:-9])), "list")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+
+
+def test_an_upload_that_is_given_no_number_is_named(
+    hostile: Hostile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "MULTIPART_THRESHOLD_BYTES", 100)
+    monkeypatch.setattr(multipart, "PART_BYTES", 64)
+    (tmp_path / "file").write_bytes(b"x" * 200)
+    hostile.answer = says(sized(b"<InitiateMultipartUploadResult/>"))
+    with pytest.raises(StageError) as caught:
+        hostile.store.upload(tmp_path / "file", OBJECT)
+    assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
+
+
+def test_a_connection_that_ends_after_continue_does_not_spin(hostile: Hostile) -> None:
+    error = hostile.fault_of(says(b"HTTP/1.1 100 Continue\r\n"), "put")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_a_key_with_a_line_break_is_named_and_not_quoted(name: str, tmp_path: Path) -> None:
+    for each in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", name):
+        (tmp_path / each).write_text("very\nsecret" if each == name else "key")
+    with pytest.raises(StageError) as caught:
+        open_store(StorageConfig(credentials_dir=str(tmp_path))).read(OBJECT)
+    assert caught.value.fault is Fault.CONFIG_UNREADABLE
+    assert name in str(caught.value)
+    assert "very" not in str(caught.value)
+
+
+PEAK = """
+import json, resource, sys
+from finetune_api.errors import StageError
+from finetune_api.run import StorageConfig
+from finetune_trainer.store import open_store
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+store = open_store(StorageConfig(endpoint=sys.argv[1], path_style=True, credentials_dir=sys.argv[2]))
+store.head("s3://bucket/warm")
+before = peak_mib()
+try:
+    getattr(store, sys.argv[3])("s3://bucket/folder/x")
+    fault = ""
+except StageError as error:
+    fault = error.fault.value
+print(json.dumps({"fault": fault, "more_mib": peak_mib() - before}))
+"""
+MANY = "<Contents/>" * ((4 * MIB - 100) // len("<Contents/>"))
+
+
+@pytest.mark.parametrize(
+    ("action", "answer"),
+    [
+        ("list", for_ever(OK + b"\r\n<ListBucketResult>", b"<Contents></Contents>")),
+        ("read", for_ever(b"HTTP/1.1 404 Not Found\r\n\r\n<Error>", b" ")),
+        ("list", says(listing(MANY))),
+    ],
+    ids=["an endless listing", "an endless error", "the largest listing there may be"],
+)
+def test_no_answer_takes_much_memory(hostile: Hostile, action: str, answer: Answer) -> None:
+    def first_a_head(connection: socket, request: str) -> None:
+        (says(sized(b"", TAG)) if request.startswith("HEAD") else answer)(connection, request)
+
+    with serving(first_a_head) as endpoint:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", PEAK, endpoint, str(hostile.keys), action],
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+    found = json.loads(done.stdout)
+    assert found["fault"] == Fault.STORAGE_UNAVAILABLE
+    assert found["more_mib"] < 256
