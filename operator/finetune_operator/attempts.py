@@ -168,7 +168,8 @@ def _without_container(
 def _stopped(entry: AttemptStatus) -> tuple[AttemptClass, Reason, str]:
     if reason_of(entry.reason) == Reason.SUSPENDED:
         return "Suspended", Reason.SUSPENDED, "stopped because spec.suspend is true"
-    return "Failure", Reason.NO_PROGRESS, "stopped because it got no further within recovery.progressDeadlineSeconds"
+    within = "within recovery.progressDeadlineSeconds"
+    return "Failure", Reason.NO_PROGRESS, f"stopped because it got no further, or did not say so, {within}"
 
 
 def _without_message(

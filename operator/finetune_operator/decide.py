@@ -108,7 +108,9 @@ def _stop(folded: Folded, seen: Seen, suspend: bool, seen_as: Look, limits: Limi
     if suspend:
         return _with_last(folded, last.model_copy(update={"reason": Reason.SUSPENDED.value}))
     said = seen.answer_of(last)
-    if said is not None and seen_as.running and said.progress.seconds_since_step > limits.progress_deadline_s:
+    # Silence is judged as standing still: whoever keeps a pod from answering must not keep it from being judged.
+    still_s = max(said.progress.seconds_since_step if said is not None else 0.0, seen.silent_s(last))
+    if seen_as.running and still_s > limits.progress_deadline_s:
         return _with_last(folded, last.model_copy(update={"reason": Reason.NO_PROGRESS.value}))
     return folded
 

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
-from finetune_operator.seen import SeenProgress
+from finetune_operator.seen import SeenProgress, SeenSilence
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,13 @@ WRITES_PER_S = 10.0
 
 
 class ProgressError(Exception):
-    """No usable answer; the text is a word for the metric."""
+    """No usable answer; the text is a word for the metric.
+
+    `silent`: it is the pod that does not answer. False: the network may be what keeps us apart."""
+
+    def __init__(self, word: str, *, silent: bool = True) -> None:
+        self.silent = silent
+        super().__init__(word)
 
 
 def write_interval_s(running: int) -> float:
@@ -41,12 +48,13 @@ def write_interval_s(running: int) -> float:
 
 async def fetch(host: str, port: int, timeout_s: float = TIMEOUT_S) -> Progress:
     """GET /progress. Raises ProgressError within `timeout_s`, after at most 20 KiB."""
+    reached = asyncio.Event()
     try:
-        answer = await asyncio.wait_for(_exchange(host, port), timeout_s)
+        answer = await asyncio.wait_for(_exchange(host, port, reached), timeout_s)
     except TimeoutError:
-        raise ProgressError("timeout") from None
+        raise ProgressError("timeout", silent=reached.is_set()) from None
     except OSError:
-        raise ProgressError("unreachable") from None
+        raise ProgressError("unreachable", silent=reached.is_set()) from None
     return parse(answer)
 
 
@@ -64,8 +72,10 @@ def parse(answer: bytes) -> Progress:
         raise ProgressError("schema") from None
 
 
-async def _exchange(host: str, port: int) -> bytes:
+async def _exchange(host: str, port: int, reached: asyncio.Event) -> bytes:
+    """Sets `reached` once there is a connection: the kernel accepts it even for a process that stands still."""
     reader, writer = await asyncio.open_connection(host, port, limit=MAX_PROGRESS_BYTES)
+    reached.set()
     try:
         writer.write(f"GET /progress HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n".encode())
         await writer.drain()
@@ -96,6 +106,7 @@ class ProgressPuller:
         self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
         self._lock = threading.Lock()
         self._answers: dict[Owner, SeenProgress] = {}  # the last
+        self._silences: dict[Owner, SeenSilence] = {}  # of those that do not answer now
         self._looked_at: dict[Owner, datetime] = {}
         self._running = 0
         self._clock = clock
@@ -105,6 +116,11 @@ class ProgressPuller:
     def last(self, owner: Owner) -> SeenProgress | None:
         with self._lock:
             return self._answers.get(owner)
+
+    def silence(self, owner: Owner) -> SeenSilence | None:
+        """How long the pod has not answered, although it can be reached; None when it has."""
+        with self._lock:
+            return self._silences.get(owner)
 
     def age_s(self) -> float:
         """Seconds since a round began or ended: it grows when the thread is dead or hangs."""
@@ -116,8 +132,9 @@ class ProgressPuller:
     def retain(self, owners: set[Owner]) -> None:
         """Forget all other FineTuneJobs."""
         with self._lock:
-            for owner in set(self._answers) - owners:
-                del self._answers[owner]
+            for owner in (set(self._answers) | set(self._silences)) - owners:
+                self._answers.pop(owner, None)
+                self._silences.pop(owner, None)
                 self._looked_at.pop(owner, None)
 
     def run(self, interval_s: float) -> None:
@@ -143,14 +160,34 @@ class ProgressPuller:
                     said = await fetch(pod.ip or "", self._port)
                 except ProgressError as error:
                     self._metrics.progress_pulls.labels(str(error)).inc()
+                    self._note_silence(owner, pod, silent=error.silent)
                     return
             if (said.stage, said.attempt) != (pod.stage, pod.attempt):
                 self._metrics.progress_pulls.labels("stranger").inc()
+                self._note_silence(owner, pod, silent=True)
                 return
+            self._end_silence(owner)
             self._metrics.progress_pulls.labels("ok").inc()
             self._keep(owner, SeenProgress(said, self._now()))
 
         await asyncio.gather(*(ask(owner, pod) for owner, pod in targets))
+
+    def _note_silence(self, owner: Owner, pod: ObservedPod, *, silent: bool) -> None:
+        """Begin or go on with the pod's silence.
+
+        One that cannot be reached at all begins none, as a policy or a fault of the network, ours even, is not the
+        pod's. It goes on with one: for a process that stands still the kernel takes a hundred connections, no more."""
+        now = self._now()
+        with self._lock:
+            before = self._silences.pop(owner, None)
+            if before is not None and before.pod_uid == pod.uid:
+                self._silences[owner] = replace(before, until=now)
+            elif silent:
+                self._silences[owner] = SeenSilence(pod.stage, pod.attempt, pod.uid, now, now)
+
+    def _end_silence(self, owner: Owner) -> None:
+        with self._lock:
+            self._silences.pop(owner, None)
 
     def _keep(self, owner: Owner, answer: SeenProgress) -> None:
         with self._lock:

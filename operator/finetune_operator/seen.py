@@ -28,6 +28,17 @@ class SeenProgress:
 
 
 @dataclass(frozen=True)
+class SeenSilence:
+    """A training pod that can be reached but gave no usable answer, from the first to the last time it was asked."""
+
+    stage: Stage
+    attempt: int
+    pod_uid: str
+    since: datetime
+    until: datetime
+
+
+@dataclass(frozen=True)
 class Seen:
     """Everything that is observed of one FineTuneJob."""
 
@@ -36,12 +47,20 @@ class Seen:
     progress: SeenProgress | None = None
     blocked: Blocked | None = None
     progress_write_interval_s: float = 30
+    silence: SeenSilence | None = None
 
     def answer_of(self, entry: AttemptStatus) -> SeenProgress | None:
         """The pod's last answer, if it is about this attempt."""
         said = self.progress
         mine = said is not None and (said.progress.stage, said.progress.attempt) == (entry.stage, entry.number)
         return said if mine else None
+
+    def silent_s(self, entry: AttemptStatus) -> float:
+        """Seconds for which this attempt's pod has not answered, although it was asked and could be reached."""
+        silence = self.silence
+        if silence is None or (silence.stage, silence.attempt) != (entry.stage, entry.number):
+            return 0.0
+        return (silence.until - silence.since).total_seconds()
 
 
 @dataclass(frozen=True)

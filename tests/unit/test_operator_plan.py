@@ -15,7 +15,7 @@ from finetune_api.status import ConditionType, Phase
 from finetune_operator.clock import format_time
 from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
 from finetune_operator.plan import plan
-from finetune_operator.seen import Blocked, CreateJob, DeleteJob, JobEvent, Seen, SeenProgress, SetTtl
+from finetune_operator.seen import Blocked, CreateJob, DeleteJob, JobEvent, Seen, SeenProgress, SeenSilence, SetTtl
 from finetune_operator.view import JobView, view
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
@@ -39,6 +39,7 @@ class World:
         self.jobs: dict[str, ObservedJob] = {}
         self.pods: dict[str, ObservedPod] = {}
         self.progress: SeenProgress | None = None
+        self.silence: SeenSilence | None = None
         self.blocked: Blocked | None = None
         self.events: list[JobEvent] = []
         self.created: list[str] = []
@@ -50,7 +51,8 @@ class World:
 
     @property
     def seen(self) -> Seen:
-        return Seen(tuple(self.jobs.values()), tuple(self.pods.values()), self.progress, self.blocked)
+        jobs, pods = tuple(self.jobs.values()), tuple(self.pods.values())
+        return Seen(jobs, pods, self.progress, self.blocked, silence=self.silence)
 
     def step(self, after_s: float = 0) -> "World":
         """Plan and apply until nothing changes any more."""
@@ -836,6 +838,33 @@ def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_
     ends = [(each["reason"], each["class"]) for each in world.status["attempts"][:2]]
     assert ends == [("NoProgress", "Failure")] * 2
     assert world.created[-1] == "prepare-3"
+
+
+def silent(world: World, seconds: int, attempt: int = 1) -> World:
+    """The pod can be reached, but has not answered for so long."""
+    since = world.now - timedelta(seconds=seconds)
+    world.silence = SeenSilence(TRAIN, attempt, "uid-train-1-0", since, world.now)
+    return world
+
+
+def test_a_pod_that_is_silent_for_the_deadline_of_progress_is_stopped_whatever_it_said_before():
+    world = World(recovery={"progressDeadlineSeconds": 600}).training()
+    world.progress = SeenProgress(said(step=7, seconds_since_step=1), world.now)
+    silent(world.step(), 600).step()
+    assert not world.jobs["train-1"].deleting
+    silent(world, 601).step()
+    assert world.jobs["train-1"].deleting
+    world.gone("train-1").step()
+    assert world.status["attempts"][-2]["reason"] == "NoProgress"
+    assert any("or did not say so" in e.message for e in world.events if e.reason == Reason.NO_PROGRESS)
+    assert world.created[-1] == "train-2"
+
+
+def test_the_silence_of_one_attempt_is_not_that_of_the_next():
+    world = silent(World(recovery={"progressDeadlineSeconds": 600}).training(), 601).step()
+    world.gone("train-1").step().run("train-2").step()
+    assert world.created[-1] == "train-2"
+    assert not world.jobs["train-2"].deleting
 
 
 def test_an_interrupted_attempt_that_saved_lost_nothing():

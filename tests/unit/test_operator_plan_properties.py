@@ -14,7 +14,7 @@ from finetune_api.run import Progress, RunResult
 from finetune_operator.clock import format_time
 from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
 from finetune_operator.plan import plan
-from finetune_operator.seen import Blocked, CreateJob, DeleteJob, Plan, Seen, SeenProgress, SetTtl
+from finetune_operator.seen import Blocked, CreateJob, DeleteJob, Plan, Seen, SeenProgress, SeenSilence, SetTtl
 from finetune_operator.view import JobView, is_finished, view
 from status_samples import ARTIFACT, DATA, PLAN, SPEC
 
@@ -91,12 +91,14 @@ def answer(attempt: int, step: int, seconds: float, loss: float | None, at: date
 
 steps = st.integers(0, 200) | st.just(2**53 - 1)
 progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times)
+silences = st.builds(SeenSilence, st.just(Stage.TRAIN), attempts, st.just("u"), times, times)
 seens = st.builds(
     Seen,
     st.lists(jobs, max_size=3).map(tuple),
     st.lists(pods, max_size=3).map(tuple),
     st.none() | progresses,
     st.none() | st.builds(Blocked, st.sampled_from(list(Reason)), words),
+    silence=st.none() | silences,
 )
 entries = st.fixed_dictionaries(
     {

@@ -1,8 +1,6 @@
 """/progress and /metrics of a running stage."""
 
 import http.client
-import json
-import socket
 import time
 from collections.abc import Generator
 
@@ -124,26 +122,6 @@ def test_the_time_of_every_activity_is_counted(reporter: Reporter, monkeypatch: 
 )
 def test_nothing_else_is_served(reporter: Reporter, method: str, path: str, status: int) -> None:
     assert get(reporter.start(0), path, method)[0] == status
-
-
-def test_clients_that_say_nothing_do_not_stop_others_for_long(
-    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve._Handler, "timeout", 0.2)  # pyright: ignore[reportPrivateUsage]
-    port = reporter.start(0)
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
-    try:
-        deadline_s = time.monotonic() + 120
-        while True:
-            try:
-                status, body = get(port, "/progress")
-                break
-            except (ConnectionError, http.client.HTTPException):
-                assert time.monotonic() < deadline_s
-    finally:
-        for connection in silent:
-            connection.close()
-    assert (status, json.loads(body)["attempt"]) == (200, 2)
 
 
 def test_a_port_that_is_taken_is_an_error_of_the_system(reporter: Reporter) -> None:

@@ -1,5 +1,6 @@
 """The window into a running stage: GET /progress for the operator, GET /metrics for Prometheus, nothing else."""
 
+import contextlib
 import logging
 import socket
 import threading
@@ -15,14 +16,12 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from finetune_api.base import finite
+from finetune_api.connections import CONNECTION_TIMEOUT_S, Connections
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_trainer.logs import bind_step
 
 log = logging.getLogger(__name__)
-
-_REQUEST_TIMEOUT_S = 5
-_MAX_CONNECTIONS = 8
 
 # Progress field -> metric name and its help.
 _TRAIN_GAUGES = {
@@ -155,7 +154,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, port: int, registry: CollectorRegistry, reporter: Reporter) -> None:
         self.registry = registry
         self.reporter = reporter
-        self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self._connections = Connections(_hang_up)
         super().__init__(("", port), _Handler, bind_and_activate=False)
         self.socket.close()
         # Pods have IPv4, IPv6 or both.
@@ -166,25 +165,29 @@ class _Server(ThreadingHTTPServer):
         self.server_port = self.socket.getsockname()[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        self._connections.enter(request)
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.leave(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        self._connections.end_overdue()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the name of the hook)
         """A client that hangs up is no news; the default prints a trace to stderr."""
         log.debug("a client of /progress or /metrics broke off", exc_info=True)
 
 
+def _hang_up(request: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the client was faster
+        request.shutdown(socket.SHUT_RDWR)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
-    timeout = _REQUEST_TIMEOUT_S
+    timeout = CONNECTION_TIMEOUT_S
     server_version = "finetune"
     sys_version = ""
 

@@ -1,0 +1,50 @@
+"""Which connections of a small HTTP server have to end, so that slow clients keep nobody else out.
+
+A timeout for each read ends no client that sends a byte now and then, and a server that refuses the newest of too many
+is shut by the first few who stay.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# An answer takes milliseconds, the operator's own for thousands of jobs a second or two. The kubelet, Prometheus and
+# the operator ask, each on one connection at a time.
+MAX_CONNECTIONS = 16
+CONNECTION_TIMEOUT_S = 10.0
+
+
+class Connections(Generic[T]):
+    """The open connections of a server, at most MAX_CONNECTIONS, none open for longer than CONNECTION_TIMEOUT_S.
+
+    Thread-safe. `hang_up` makes whatever reads from or writes to a connection end, and does not wait for it."""
+
+    def __init__(self, hang_up: Callable[[T], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._hang_up, self._clock = hang_up, clock
+        self._lock = threading.Lock()
+        self._since_s: dict[int, tuple[float, T]] = {}  # by identity, the oldest first
+
+    def enter(self, connection: T) -> None:
+        """Count a connection that was opened, and hang up on the oldest when they are too many."""
+        with self._lock:
+            while len(self._since_s) >= MAX_CONNECTIONS:
+                self._drop(next(iter(self._since_s)))
+            self._since_s[id(connection)] = (self._clock(), connection)
+
+    def leave(self, connection: T) -> None:
+        """Count a connection no longer; to be called before it is closed."""
+        with self._lock:
+            self._since_s.pop(id(connection), None)
+
+    def end_overdue(self) -> None:
+        """Hang up on those that were open for too long; to be called about once a second."""
+        with self._lock:
+            latest_s = self._clock() - CONNECTION_TIMEOUT_S
+            for key in [key for key, (since_s, _) in self._since_s.items() if since_s <= latest_s]:
+                self._drop(key)
+
+    def _drop(self, key: int) -> None:
+        self._hang_up(self._since_s.pop(key)[1])

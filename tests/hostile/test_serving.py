@@ -1,0 +1,156 @@
+"""Slow clients of a port keep nobody else out of it, and a pod that says nothing is judged by its silence."""
+
+import asyncio
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from finetune_api import connections
+from finetune_api.connections import MAX_CONNECTIONS, Connections
+from finetune_api.names import Stage
+from finetune_operator.children import Children
+from finetune_operator.health import HttpServer
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import ObservedPod
+from finetune_operator.progress import ProgressPuller
+from finetune_trainer.serve import Reporter
+from hand_clock import Clock
+
+OWNER = ("team", "uid")
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@contextlib.contextmanager
+def stage_port() -> Generator[tuple[int, str]]:
+    reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
+    try:
+        yield reporter.start(0), "/progress"
+    finally:
+        reporter.close()
+
+
+@contextlib.contextmanager
+def operator_port() -> Generator[tuple[int, str]]:
+    server = HttpServer(0, CollectorRegistry(), list)
+    try:
+        yield server.port, "/healthz"
+    finally:
+        server.close()
+
+
+Port = Callable[[], contextlib.AbstractContextManager[tuple[int, str]]]
+PORTS = pytest.mark.parametrize("port_of", [stage_port, operator_port])
+
+
+class Drip:
+    """A client that never ends its request, and never pauses; `ended` is set when it is hung up on."""
+
+    def __init__(self, port: int) -> None:
+        self.ended = threading.Event()
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError), self._socket:
+            self._socket.sendall(b"GET /progress HTTP/1.1\r\na: ")
+            while True:
+                self._socket.sendall(b"b")
+                time.sleep(0.02)
+        self.ended.set()
+
+
+def status_of(port: int, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@PORTS
+def test_clients_that_drip_keep_nobody_else_out(port_of: Port) -> None:
+    with port_of() as (port, path):
+        clients = [Drip(port) for _ in range(3 * MAX_CONNECTIONS)]
+        assert [status_of(port, path) for _ in range(5)] == [200] * 5
+        assert any(not client.ended.is_set() for client in clients), "they were still at it"
+
+
+@PORTS
+def test_a_client_that_drips_is_hung_up_on(port_of: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "CONNECTION_TIMEOUT_S", 0.3)
+    with port_of() as (port, _path):
+        assert Drip(port).ended.wait(60)
+
+
+@PORTS
+def test_a_client_that_does_not_read_is_hung_up_on(port_of: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "CONNECTION_TIMEOUT_S", 0.3)
+    with port_of() as (port, _path), socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(60)
+        client.sendall(b"GET ")
+        assert client.recv(1) in (b"", b"H"), "closed, or told that the request is bad"
+
+
+def test_the_oldest_of_too_many_connections_makes_room_and_none_stays_for_ever() -> None:
+    clock, gone = Clock(), list[str]()
+    table = Connections(gone.append, clock)
+    names = [f"client {number}" for number in range(MAX_CONNECTIONS)]
+    for name in names:
+        table.enter(name)
+    table.leave(names[0])
+    table.enter("late")
+    assert gone == []
+    table.enter("later")
+    assert gone == [names[1]]
+    clock.now_s += connections.CONNECTION_TIMEOUT_S
+    table.enter("newest")
+    table.end_overdue()
+    assert gone == [*names[1:], "late", "later"]
+
+
+def silence_after(minutes: int, behave: str) -> float:
+    """Seconds of silence that the puller has seen of a pod after asking it every minute."""
+    now = NOW
+    pod = ObservedPod("p", "u", Stage.TRAIN, 1, NOW, "Running", ip="127.0.0.1", started_at=NOW)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if behave == "rubbish":
+            writer.write(b"HTTP/1.0 200 OK\r\n\r\n{}")
+        writer.close()
+
+    async def rounds() -> ProgressPuller:
+        nonlocal now
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        puller = ProgressPuller(
+            Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: now, port
+        )
+        for minute in range(minutes + 1):
+            if (behave == "closed" and minute == 0) or (behave == "closed later" and minute == 1):
+                server.close()
+                await server.wait_closed()
+            await puller.pull([(OWNER, pod)])
+            now += timedelta(minutes=1)
+        server.close()
+        return puller
+
+    silence = asyncio.run(rounds()).silence(OWNER)
+    return 0.0 if silence is None else (silence.until - silence.since).total_seconds()
+
+
+@pytest.mark.parametrize("behave", ["hangs up", "rubbish", "closed later"])
+def test_a_pod_that_can_be_reached_and_says_nothing_is_silent(behave: str) -> None:
+    assert silence_after(31, behave) == 31 * 60
+
+
+def test_a_pod_that_was_never_reached_may_be_behind_a_policy_of_the_network() -> None:
+    assert silence_after(31, "closed") == 0
