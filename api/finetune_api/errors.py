@@ -1,6 +1,7 @@
 """The one exception that crosses stages: a known fault with its arguments."""
 
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason, words
+from finetune_api.redact import without_secrets
 
 
 class StageError(Exception):
@@ -13,8 +14,8 @@ class StageError(Exception):
 
     def __init__(self, fault: Fault, **args: str | int | float) -> None:
         self.fault = fault
-        self.args_by_name = args
-        super().__init__(words(fault, args))
+        self.args_by_name = {k: without_secrets(v) if isinstance(v, str) else v for k, v in args.items()}
+        super().__init__(words(fault, self.args_by_name))
 
     @property
     def reason(self) -> Reason:

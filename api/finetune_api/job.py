@@ -383,12 +383,16 @@ class CaBundleSpec(ApiModel):
     config_map_ref: LocalObjectRef = Field(description="ConfigMap with the PEM certificates under the key ca.crt.")
 
 
-_ENDPOINT = "^https?://[^ /]+$"
+_ENDPOINT = "^https?://[^ /@?#]+$"  # no user:password@, as the endpoint stands in messages and events
 _REGION = "^[a-z0-9-]+$"
 Endpoint = Annotated[
     str,
     StringConstraints(pattern=_ENDPOINT, max_length=256),
-    matching(_ENDPOINT, "write http:// or https:// with host and port and no path, such as https://minio.example:9000"),
+    matching(
+        _ENDPOINT,
+        "write http:// or https:// with host and port and no path, such as https://minio.example:9000; "
+        "a user name and a password belong into the Secret of storage.secretRef",
+    ),
 ]
 Region = Annotated[
     str,

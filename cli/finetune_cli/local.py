@@ -73,7 +73,7 @@ def run_config(
     """
     spec = FineTuneJobSpec.model_validate(job["spec"])
     asked, storage = spec.resources, spec.storage
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or (storage and storage.endpoint) or None
+    endpoint = _endpoint_of(env) or (storage and storage.endpoint) or None
     asked_region = defaults.given(storage.region if storage else None, defaults.REGION)
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or asked_region
     path_style = storage.path_style if storage and storage.path_style is not None else endpoint is not None
@@ -89,6 +89,17 @@ def run_config(
         http_port=0,
         termination_log=str(work_dir / "termination-log"),
     )
+
+
+def _endpoint_of(env: Mapping[str, str]) -> str | None:
+    """Return the endpoint that the environment names. Raises CommandError where it holds a password."""
+    name = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if env.get(name)), None)
+    if name is None:
+        return None
+    if "@" in env[name]:
+        words = f"{name} holds a user name or a password, which messages would show; write it without, and set"
+        raise CommandError(f"{words} AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", Exit.USAGE)
+    return env[name]
 
 
 def _granted(machine: Machine, asked: ResourcesSpec | PrepareResourcesSpec | None) -> RunResources:

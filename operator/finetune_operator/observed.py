@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.quantity import quantity_bytes
+from finetune_api.redact import without_secrets
 from finetune_api.run import MAX_RESULT_BYTES, RunResult
 from finetune_operator.clock import parse_time
 
@@ -217,4 +218,4 @@ def _int(value: object) -> int | None:
 
 
 def _cut(value: object) -> str:
-    return (_text(value) or "")[:MAX_TEXT]
+    return without_secrets(_text(value) or "")[:MAX_TEXT]

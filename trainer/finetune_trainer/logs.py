@@ -16,6 +16,7 @@ from finetune_api import layout
 from finetune_api.errors import StageError
 from finetune_api.names import Stage
 from finetune_api.printable import printable_lines
+from finetune_api.redact import without_secrets
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,6 @@ MAX_MESSAGE_CHARS = 4000
 MAX_LOCAL_BYTES = 32 << 20  # of the log file, twice with its predecessor
 MAX_UPLOAD_BYTES = 16 << 20  # the newest part of a longer file
 
-_SECRETS = re.compile(
-    r"(?i)(AKIA|ASIA)[0-9A-Z]{16}"
-    r"|(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+"
-    r"|((?:aws_secret_access_key|aws_session_token|authorization)[\"']?\s*[:=]\s*).+"
-)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _step: int | None = None  # of the whole process: threads of the loop log for the loop's step
@@ -114,10 +110,10 @@ class PlainFormatter(logging.Formatter):
 
 
 def clean(message: str) -> str:
-    """Return the message without secrets and colours, cut to MAX_MESSAGE_CHARS."""
-    cut = message if len(message) <= MAX_MESSAGE_CHARS else message[:MAX_MESSAGE_CHARS] + "…"
-    readable = printable_lines(_COLOURS.sub("", cut))
-    return _SECRETS.sub(lambda found: f"{found[2] or found[3] or ''}***", readable)
+    """Return the message without colours and secrets, as letters, then cut to MAX_MESSAGE_CHARS."""
+    whole = without_secrets(_COLOURS.sub("", message))
+    cut = whole if len(whole) <= MAX_MESSAGE_CHARS else whole[:MAX_MESSAGE_CHARS] + "…"
+    return printable_lines(cut)
 
 
 def trace_text(error: BaseException, *, messages: bool) -> str:
@@ -125,7 +121,7 @@ def trace_text(error: BaseException, *, messages: bool) -> str:
     parts: list[str] = []
     current: BaseException | None = error
     while current is not None and len(parts) < 10:
-        said = f": {current}"[:500] if messages or isinstance(current, StageError) else ""
+        said = f": {without_secrets(str(current))}"[:500] if messages or isinstance(current, StageError) else ""
         parts.append(f"{type(current).__name__}{said}\n{_frames(current.__traceback__)}")
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return clean("\ncaused by ".join(parts))
