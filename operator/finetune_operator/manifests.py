@@ -259,7 +259,11 @@ def _env(runtime: Runtime) -> list[Manifest]:
         "USER": "finetune",
         "HF_HUB_OFFLINE": "1",
     }
-    env: list[Manifest] = [{"name": name, "value": value} for name, value in {**runtime.env, **ours}.items()]
+    # Of the credentials that boto3 looks for, those of the node alone come unasked; IRSA and Pod Identity are no part
+    # of the metadata service. Nothing else in the trainer looks for an identity.
+    no_node = {} if runtime.node_identity else {"AWS_EC2_METADATA_DISABLED": "true"}
+    named = {**runtime.env, **ours, **no_node}
+    env: list[Manifest] = [{"name": name, "value": value} for name, value in named.items()]
     return [*env, {"name": "POD_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}]
 
 

@@ -26,8 +26,19 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.observed import observe_job
 from finetune_operator.plan import plan
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, JobEvent, Plan, Seen, SeenProgress, SetTtl
-from finetune_operator.settings import Runtime
+from finetune_operator.seen import (
+    Action,
+    Blocked,
+    CreateJob,
+    DeleteJob,
+    JobEvent,
+    Plan,
+    Seen,
+    SeenProgress,
+    SeenSilence,
+    SetTtl,
+)
+from finetune_operator.settings import Runtime, runtime_of_snapshot
 from finetune_operator.view import JobView, view
 
 log = logging.getLogger(__name__)
@@ -39,6 +50,7 @@ class Progresses(Protocol):
     """The part of ProgressPuller that is used here."""
 
     def last(self, owner: Owner) -> SeenProgress | None: ...
+    def silence(self, owner: Owner) -> SeenSilence | None: ...
     def interval_s(self) -> float: ...
 
 
@@ -119,6 +131,7 @@ class Reconciler:
             pods=pods,
             progress=self._progress.last(job.owner),
             progress_write_interval_s=self._progress.interval_s(),
+            silence=self._progress.silence(job.owner),
         )
         entries = job.status.attempts
         if job.finished or not entries:
@@ -180,7 +193,7 @@ class Reconciler:
         try:
             return (
                 RunConfig.model_validate_json(data.get(names.CONFIG_FILE, "")),
-                Runtime.model_validate_json(data.get(RUNTIME_FILE, "")),
+                runtime_of_snapshot(data.get(RUNTIME_FILE, "")),
             )
         except ValidationError as error:
             text = f"ConfigMap {job.namespace}/{names.run_name(job.name, job.uid)} is of another version"

@@ -20,7 +20,7 @@ MAX_INTERVAL_S = 120  # below health.STALL_S: what is done more seldom would loo
 # Set by the manifest itself; a runtime that changed them would break the read-only root or the GPU isolation.
 RESERVED_ENV = frozenset({
     "HOME", "HF_HOME", "TMPDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "USER",
-    "HF_HUB_OFFLINE", "POD_UID", "NVIDIA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE", "POD_UID", "NVIDIA_VISIBLE_DEVICES", "AWS_EC2_METADATA_DISABLED",
 })  # fmt: skip
 
 
@@ -90,10 +90,22 @@ class Runtime(_Closed):
     pod_labels: dict[str, str] = Field(default_factory=dict[str, str])
     pod_annotations: dict[str, str] = Field(default_factory=dict[str, str])
     env: Env = Field(default_factory=dict[str, str])
+    # Whether pods without credentials of their own take the role of their node, from the metadata service.
+    node_identity: bool = False
     termination_grace_period_seconds: int = Field(default=120, ge=5, le=3600)
     gpu: Gpu = Gpu()
     defaults: TrainDefaults = TrainDefaults()
     prepare: PrepareDefaults = PrepareDefaults()
+
+
+def runtime_of_snapshot(text: str) -> Runtime:
+    """Return the runtime that a job was started with. Raises pydantic.ValidationError.
+
+    A job that began before there was `nodeIdentity` goes on with what it had."""
+    runtime = Runtime.model_validate_json(text)
+    if "node_identity" in runtime.model_fields_set:
+        return runtime
+    return runtime.model_copy(update={"node_identity": True})
 
 
 class _RuntimesFile(_Closed):

@@ -33,6 +33,9 @@ GPU_RUNTIME = Runtime.model_validate(
 )
 
 
+NO_NODE_IDENTITY = {"name": "AWS_EC2_METADATA_DISABLED", "value": "true"}
+
+
 def job(**spec: Any) -> JobView:
     return view(
         {
@@ -214,7 +217,14 @@ def test_credentials_and_certificates_are_files_and_never_environment():
     assert mounts["credentials"] == names.CREDENTIALS_DIR
     assert mounts["ca"] == names.CA_BUNDLE_DIR
     assert spec["serviceAccountName"] == "trainer"
-    assert "AWS" not in json.dumps(spec["containers"][0]["env"])
+    assert [e for e in spec["containers"][0]["env"] if "AWS" in e["name"]] == [NO_NODE_IDENTITY]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_no_pod_takes_the_role_of_its_node_unless_the_runtime_says_so(stage: Stage):
+    assert NO_NODE_IDENTITY in container(rendered(stage))["env"]
+    with_it = GPU_RUNTIME.model_copy(update={"node_identity": True})
+    assert "AWS_EC2_METADATA_DISABLED" not in json.dumps(rendered(stage, runtime=with_it))
 
 
 def test_caches_go_to_scratch_and_the_hub_stays_offline():

@@ -17,7 +17,7 @@ from finetune_operator.manifests import RUNTIME_FILE
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import SeenProgress
+from finetune_operator.seen import SeenProgress, SeenSilence
 from status_samples import SPEC
 
 UID = "1a2b3c4d-0000"
@@ -84,6 +84,9 @@ class FakeCluster:
 
 class NoProgress:
     def last(self, owner: Owner) -> SeenProgress | None:
+        return None
+
+    def silence(self, owner: Owner) -> SeenSilence | None:
         return None
 
     def interval_s(self) -> float:
@@ -230,6 +233,7 @@ def test_a_job_begun_by_the_release_before_keeps_its_image_and_configuration(
     assert pod["containers"][0]["image"] == json.loads(before[RUNTIME_FILE])["image"]
     assert pod["volumes"][0]["configMap"]["name"] == run["metadata"]["name"]
     assert run["data"] == before
+    assert "AWS_EC2_METADATA_DISABLED" not in json.dumps(pod), "it may have begun with the role of its node"
 
 
 def test_an_event_that_is_not_taken_changes_nothing(reconciler: Reconciler, cluster: FakeCluster):

@@ -58,6 +58,7 @@ def test_a_number_that_is_none_or_out_of_bounds_is_named(text: str):
         ("runtimes: {default: {}}", "runtimes.default.image"),
         ("runtimes: {default: {image: x, imagePulPolicy: Always}}", "runtimes.default.imagePulPolicy"),
         ("runtimes: {default: {image: x, env: {HOME: /}}}", "runtimes.default.env"),
+        ('runtimes: {default: {image: x, env: {AWS_EC2_METADATA_DISABLED: "false"}}}', "runtimes.default.env"),
         ("runtimes: {default: {image: x, defaults: {memory: 16GB}}}", "runtimes.default.defaults.memory"),
         ("runtimes: {default: {image: x, defaults: {cpu: 0}}}", "runtimes.default.defaults.cpu"),
         ("runtimes: {default: {image: x, prepare: {cpu: -1}}}", "runtimes.default.prepare.cpu"),
