@@ -254,6 +254,8 @@ ODD = {
     "a head without a size": ("head", OK + TAG + b"\r\n"),
     "a head with a size in words": ("head", OK + TAG + b"Content-Length: many\r\n\r\n"),
     "a head with a time that is none": ("head", sized(b"", TAG, b"Last-Modified: soon\r\n")),
+    "a head of the year 10^15": ("head", sized(b"", TAG, b"Last-Modified: 99999999999999999\r\n")),
+    "a head with parts in words": ("head", sized(b"", TAG, b"x-amz-mp-parts-count: many\r\n")),
     "content without an ETag": ("read", sized(b"content")),
     "content without a size": ("read", OK + TAG + b"\r\ncontent"),
     "content in chunks beside a size": (

@@ -33,7 +33,7 @@ _WHOLE_CHECKSUM = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}")
 MAX_LISTED = 1_000_000  # objects of one listing, whether they match or not: all files of the largest data sets
 LIST_TIMEOUT_S = 1800  # of all pages together: a million objects take about five minutes
 # What botocore raises when it takes values from an answer that was made to be no answer of S3.
-_ODD = (faults.OddAnswerError, ResponseParserError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+_ODD = (faults.OddAnswerError, ResponseParserError, ValueError, KeyError, RuntimeError)
 
 T = TypeVar("T")
 
