@@ -61,3 +61,12 @@ def test_a_uri_with_a_password_is_hidden_however_long_it_is() -> None:
     with pytest.raises(StageError) as caught:
         open_store(StorageConfig()).read(f"https://user:{'p' * 300}@hub.example/model")
     assert "ppp" not in str(caught.value)
+
+
+def test_half_a_key_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+    with pytest.raises(StageError) as caught:
+        open_store(StorageConfig()).read("s3://bucket/object")
+    assert caught.value.fault is Fault.NO_CREDENTIALS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, PartialCredentialsError
 
 from finetune_api.errors import StageError
 from finetune_api.names import SECRET_KEYS
@@ -77,10 +77,10 @@ class Clients:
     def _create(self) -> "S3Client":
         try:
             client = self._boto3_client(self._read_secrets())
-        except (
-            ValueError,
-            BotoCoreError,
-        ) as error:  # of the endpoint, the region, a profile or a proxy; may quote them
+        except PartialCredentialsError as error:
+            raise StageError(Fault.NO_CREDENTIALS) from error
+        except (ValueError, BotoCoreError) as error:
+            # Its text may quote an endpoint or a proxy with a password, so it is not even chained.
             problem = f"boto3 does not accept endpoint, region, proxy or profile ({type(error).__name__})"
             raise StageError(Fault.CONFIG_UNREADABLE, field="storage", problem=problem) from None
         client.meta.events.register_first("needs-retry.s3", _give_up)
