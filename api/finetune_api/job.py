@@ -391,7 +391,7 @@ Endpoint = Annotated[
     matching(
         _ENDPOINT,
         "write http:// or https:// with host and port and no path, such as https://minio.example:9000; "
-        "a user name and a password belong into the Secret of storage.secretRef",
+        "passwords belong into the Secret of storage.secretRef",
     ),
 ]
 Region = Annotated[
