@@ -295,7 +295,7 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.NO_CREDENTIALS: FaultText(
         Reason.ACCESS_DENIED,
         "no storage credentials: set storage.secretRef, or storage.serviceAccountName with a cloud identity; the role "
-        "of the node is used only where the runtime says nodeIdentity: true "
+        "of the node is used only where the platform team lets the runtime do so "
         "(for finetune run: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)",
     ),
     Fault.CERTIFICATE_UNTRUSTED: FaultText(
