@@ -29,7 +29,7 @@ class SeenProgress:
 
 @dataclass(frozen=True)
 class SeenSilence:
-    """A training pod that can be reached but gave no usable answer, from the first to the last time it was asked."""
+    """A pod that can be reached but gave no usable answer, from the first to the last time it was asked."""
 
     stage: Stage
     attempt: int

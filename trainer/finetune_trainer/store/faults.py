@@ -115,7 +115,7 @@ def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageE
     times = max_tries
     match error:
         case CallTimeoutError():
-            times = int(error.kwargs["tries"])
+            times = error.tries
             problem = f"{tried.endpoint} does not answer to the end within {transport.CALL_TIMEOUT_S} s"
         case AnswerTooLargeError():
             times = 1

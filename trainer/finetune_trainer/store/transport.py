@@ -36,7 +36,11 @@ _DEADLINE = "finetune_deadline_s"  # in botocore's context of a call, which all 
 class CallTimeoutError(HTTPClientError):
     """All tries of a call together took too long."""
 
-    fmt = "no complete answer within the time of a call, after {tries} tries"
+    fmt = "no complete answer within the time of a call"
+
+    def __init__(self, tries: int, **known: Any) -> None:
+        self.tries = tries
+        super().__init__(**known)
 
 
 class AnswerTooLargeError(HTTPClientError):
