@@ -31,8 +31,9 @@ _CASE_TIMEOUT_S = 120.0
 class Case:
     """One prepare stage; see `data_run.context` for `folder` and `spec`.
 
-    template: of the model. limits: module.CONSTANT -> a smaller value. deadline_s: recovery.progressDeadlineSeconds,
-    also below the least that a job may have. hangs: name of the module whose child process is stopped once it runs."""
+    template: of the model, if there is none in the folder. limits: module.CONSTANT -> a smaller value.
+    deadline_s: recovery.progressDeadlineSeconds, also below the least that a job may have. hangs: name of the
+    module whose child process is stopped once it runs."""
 
     folder: str
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -76,7 +77,8 @@ def _run(case: Case) -> dict[str, Any]:
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant)
         setattr(importlib.import_module(module), constant, value)
-    data_run.write_model(Path(case.folder, "model"), template=case.template or data_run.CHATML)
+    if not Path(case.folder, "model").exists():
+        data_run.write_model(Path(case.folder, "model"), template=case.template or data_run.CHATML)
     ctx = data_run.context(Path(case.folder), case.spec)
     if case.deadline_s is not None:
         recovery = RecoverySpec.model_construct(progress_deadline_seconds=case.deadline_s)

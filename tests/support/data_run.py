@@ -64,7 +64,9 @@ def judged(request: bytes) -> LoadReport:
         return CHILD(request)
     from finetune_trainer.dry_load import judge
 
-    return judge(**json.loads(request))
+    asked = json.loads(request)
+    del asked["memory_bytes"]  # of a process of its own
+    return judge(**asked)
 
 
 structure.load_without_values = judged

@@ -9,7 +9,7 @@ import pytest
 
 from data_run import CHILD
 from finetune_trainer.data import structure
-from finetune_trainer.data.structure import MACHINE_FAILED, NO_MEMORY, READY
+from finetune_trainer.data.structure import MACHINE_FAILED, READY, TOO_LARGE
 from finetune_trainer.dry_load import judge
 from finetune_trainer.families import PACKING_FAMILIES
 from tiny_run import saved_shapes
@@ -68,9 +68,7 @@ def test_names_of_a_wrapper_and_of_an_adapter_are_told_as_what_they_are() -> Non
     assert "is of an adapter that was not merged" in said(config, left)
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"), [(NO_MEMORY, MemoryError), (-9, MemoryError), (MACHINE_FAILED, RuntimeError)]
-)
+@pytest.mark.parametrize(("code", "expected"), [(-9, MemoryError), (MACHINE_FAILED, RuntimeError)])
 def test_a_child_that_the_machine_failed_says_nothing_of_the_model(
     monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception]
 ) -> None:
@@ -84,7 +82,7 @@ def test_a_child_that_the_machine_failed_says_nothing_of_the_model(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(MemoryError(), NO_MEMORY), (OSError(errno.EMFILE, "Too many open files"), MACHINE_FAILED)],
+    [(MemoryError(), TOO_LARGE), (OSError(errno.EMFILE, "Too many open files"), MACHINE_FAILED)],
 )
 def test_the_child_tells_what_the_machine_refused_from_what_is_wrong_with_the_model(
     error: Exception, code: int

@@ -12,16 +12,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer.data.structure import file_of, is_of_the_machine
+from finetune_trainer.data.structure import REFUSALS, file_of, is_of_the_machine
 from finetune_trainer.load_report import report_of
 from finetune_trainer.runplan import RunPlan
 
-# What transformers and safetensors raise for files and configurations that are not as they should be.
-_REFUSALS = (ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 _OF_THE_GPU = re.compile(r"^(CUDA|cuDNN|cuBLAS|NCCL)\b")  # how torch's own RuntimeErrors about it begin
 _MAX_SAID = 160
 
@@ -40,6 +38,7 @@ def load_weights(folder: Path, plan: RunPlan, dtype: torch.dtype) -> PreTrainedM
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            generation_config=GenerationConfig(),  # the model's own is never read: `evaluate` decides alone
             ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
         )
@@ -55,22 +54,13 @@ def told_of_the_model(plan: RunPlan, problem: str) -> Generator[None]:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (*_REFUSALS, SafetensorError, StrictDataclassError) as error:
+    except (*REFUSALS, SafetensorError, StrictDataclassError) as error:
         _require_of_the_model(error)
         if "can't allocate memory" in str(error):  # as torch's CPU allocator says it, in a RuntimeError
             raise MemoryError from error
         if _OF_THE_GPU.search(str(error)):
             raise
         raise _unsupported(plan, problem, error) from error
-
-
-def load_tokenizer(folder: Path, plan: RunPlan) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer. Raises UNSUPPORTED_MODEL when transformers cannot load it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _REFUSALS as error:
-        _require_of_the_model(error)
-        raise _unsupported(plan, "transformers could not load its tokenizer", error) from error
 
 
 def _require_of_the_model(error: Exception) -> None:

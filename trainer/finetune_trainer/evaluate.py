@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.base import StoredModel
 from finetune_api.defaults import MAX_HELD_OUT_ROWS
@@ -125,6 +125,12 @@ def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) ->
     return last
 
 
+class Decoder(Protocol):
+    """Whatever makes text of token ids."""
+
+    def decode(self, ids: Sequence[int], /) -> Any: ...
+
+
 class _EveryToken(StoppingCriteria):
     """Calls a function after every token of an answer, and stops nothing itself."""
 
@@ -139,7 +145,7 @@ class _EveryToken(StoppingCriteria):
 @torch.no_grad()
 def answers(
     lm: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     prompts: Sequence[SamplePrompt],
     stop_ids: list[int],
     on_token: Callable[[], None] = lambda: None,
@@ -164,7 +170,7 @@ def answers(
             )
         new: list[int] = output[0, ids.shape[1] :].tolist()
         stopped = bool(new) and new[-1] in stop_ids
-        text = tokenizer.decode(new[:-1] if stopped else new)
+        text = decoder.decode(new[:-1] if stopped else new)
         found.append(Answer(str(text), new, stopped))
     return found
 

@@ -26,6 +26,7 @@ from finetune_api.status import Artifact
 from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, repetition, stop_ratio
 from finetune_trainer.checkpoint import MANIFEST, disk_error, file_digest
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
+from finetune_trainer.data.tokens import TOKENIZER_CLASS, end_ids
 from finetune_trainer.evaluate import Answer
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 EVAL = "eval.json"
 TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, and reads no vocabulary beside it
 _SAME_LOGPROB = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _NO_EFFECT_LOGPROB = 1e-6  # fp32 rounding of a log-probability; an adapter with no effect differs by exactly 0
 _MAX_EVAL_BYTES = 16 * 2**20
@@ -52,13 +52,13 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
 
 
-def model_stop_ids(model_folder: Path) -> list[int]:
-    """Token ids that the base model's own configuration stops at."""
+def model_stop_ids(model_folder: Path, plan: RunPlan) -> list[int]:
+    """Return the token ids that the base model's own configuration stops at."""
     for name in ("generation_config.json", "config.json"):
         path = model_folder / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found = end_ids(json.loads(path.read_text()), plan.model.vocabulary_size) if path.exists() else None
         if found is not None:
-            return [int(token_id) for token_id in (found if isinstance(found, list) else [found])]
+            return found
     return []
 
 
@@ -107,7 +107,7 @@ def _write_tokenizer(folder: Path, model_folder: Path, plan: RunPlan) -> None:
             shutil.copyfile(model_folder / name, folder / name)
     config = model_folder / "tokenizer_config.json"
     content = json.loads(config.read_text()) if config.exists() else {}
-    content["tokenizer_class"] = _TOKENIZER_CLASS
+    content["tokenizer_class"] = TOKENIZER_CLASS
     if plan.chat_template is not None:
         content.pop("chat_template", None)
     (folder / config.name).write_text(json.dumps(content, indent=2, ensure_ascii=False))

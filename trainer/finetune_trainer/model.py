@@ -104,7 +104,9 @@ def language_model(causal: PreTrainedModel, plan: RunPlan, device: torch.device)
     """
     causal.requires_grad_(False).eval()
     causal.to(device)  # type: ignore[arg-type]
-    lm = LanguageModel(causal, device, plan.model.packing_safe, _logit_scale(causal.config))
+    with told_of_the_model(plan, "config.json has a scale of its logits that is no number"):
+        scale = _logit_scale(causal.config)
+    lm = LanguageModel(causal, device, plan.model.packing_safe, scale)
     _check_our_pass(lm, plan)
     return lm
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, 
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
 from finetune_api.row_words import row_words
-from finetune_api.run import RunResult
+from finetune_api.run import MAX_ARG_CHARS, RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
 from finetune_trainer import batches, sizing
 from finetune_trainer.commit import Fence, before_training, claim
@@ -33,7 +33,7 @@ from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
-from finetune_trainer.data.problems import Drop
+from finetune_trainer.data.problems import Drop, place
 from finetune_trainer.data.reading import BadRows, checked_rows, find_files
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.spool import (
@@ -44,6 +44,7 @@ from finetune_trainer.data.spool import (
     write_split,
 )
 from finetune_trainer.data.template import plain_template
+from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.patience import best_effort
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts
@@ -105,7 +106,17 @@ def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
     ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
     model = read_model(ctx.store, spec.model.uri)
     ctx.reporter.update(activity="Reading")
-    limit = sizing.sequence_limit(spec, model.facts)
+    try:
+        with closing(model.tokenizer):
+            return _prepare_with(model, ctx, fence)
+    except TokenizerFailedError as error:
+        uri, architecture = place(spec.model.uri), model.facts.architecture[:64]
+        problem = str(error)[:MAX_ARG_CHARS]
+        raise StageError(Fault.UNSUPPORTED_MODEL, uri=uri, architecture=architecture, problem=problem) from error
+
+
+def _prepare_with(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
+    limit = sizing.sequence_limit(ctx.config.spec, model.facts)
     with Ledger(ctx.work_dir / "decisions.jsonl", lambda rows: ctx.reporter.update(rows_read=rows)) as ledger:
         stage = _Stage(ctx, model, limit, Choices(), ledger)
         try:

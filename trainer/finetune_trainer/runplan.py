@@ -58,6 +58,7 @@ FIRST_TO_CHANGE = (
     "hyperparameters.seed",
     "peft.type",
 )
+MAX_MODULES = 64  # kinds of linear layers
 _MAX_PLAN_BYTES = 64 * 2**20
 FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
@@ -97,7 +98,7 @@ class ModelFacts(StoredModel):
     context_length: int
     expert_parameters: int = 0  # in the experts of a mixture, which get no adapter
     lora_parameters_per_rank: int  # sum of d_in + d_out over all linear layers
-    target_modules: list[Str64] = Field(max_length=64)
+    target_modules: list[Str64] = Field(max_length=MAX_MODULES)
     packing_safe: bool  # whether rows packed into one pass cannot see each other, by the family
     widths: LayerWidths
     frequencies_change_after: int | None = None  # tokens of a row; see families.frequencies_change_after

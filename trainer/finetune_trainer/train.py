@@ -7,6 +7,7 @@ what counts is published last and whole, and the next attempt goes on from there
 
 import logging
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from finetune_api.reasons import Fault
 from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
-from finetune_trainer.base_weights import load_tokenizer, told_of_the_model
+from finetune_trainer.base_weights import told_of_the_model
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
+from finetune_trainer.decoding import LastWords, open_tokenizer
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
@@ -166,14 +168,14 @@ def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | Non
     ctx.reporter.update(activity="Loading")
     device = world.join(ctx.config.resources).device
     # Both are needed after the last step, too late to find that they fail.
-    tokenizer = load_tokenizer(fetched.model_folder, fetched.plan)
-    earlier = found.snapshot.position.computed_in if found else None
-    lm = load_for_training(
-        fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
-    )
-    with told_of_the_model(fetched.plan, "transformers cannot generate answers with it"):
-        shortest = sorted(fetched.plan.sample_prompts, key=lambda prompt: len(prompt.token_ids))[:1]
-        answers(lm, tokenizer, shortest, [], limit=_TRIED_TOKENS)
+    with open_tokenizer(fetched.model_folder, fetched.plan) as tokenizer:
+        earlier = found.snapshot.position.computed_in if found else None
+        lm = load_for_training(
+            fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
+        )
+        with told_of_the_model(fetched.plan, "transformers cannot generate answers with it"):
+            shortest = sorted(fetched.plan.sample_prompts, key=lambda prompt: len(prompt.token_ids))[:1]
+            answers(lm, tokenizer, shortest, [], limit=_TRIED_TOKENS)
     return lm
 
 
@@ -338,11 +340,11 @@ def _finish(
             raise StageError(Fault.INTERRUPTED, step=step) if session.saved else StageError(Fault.STOPPED)
 
     ctx.reporter.update(activity="Evaluating")
-    tokenizer = load_tokenizer(fetched.model_folder, plan)
-    stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder))
-    with adapted.disable_adapter():
-        base_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids, beat)
-    tuned_answers = answers(lm, tokenizer, plan.sample_prompts, stop_ids, beat)
+    stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder, plan))
+    with closing(LastWords(fetched.model_folder)) as words:
+        with adapted.disable_adapter():
+            base_answers = answers(lm, words, plan.sample_prompts, stop_ids, beat)
+        tuned_answers = answers(lm, words, plan.sample_prompts, stop_ids, beat)
     lineage = Lineage(
         ctx.config.job.name,
         fetched.plan_digest,
@@ -360,8 +362,8 @@ def _finish(
     )
     learned = _learned(session)
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
-    for words in concern_words(quality):
-        log.warning("%s", words)
+    for concern in concern_words(quality):
+        log.warning("%s", concern)
     rows = fetched.held_out or fetched.rows
     batches = [rows.batch([row], lm.device) for row in range(min(RELOAD_ROWS, len(rows)))]
     checks = export.check_reload(lm, adapted, folder, batches, beat)

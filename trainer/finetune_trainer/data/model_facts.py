@@ -3,30 +3,34 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
-
-from tokenizers import Tokenizer
 
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.data.added_tokens import problem_of_tokens
 from finetune_trainer.data.model_folder import SMALL_FILES, ModelFolder
 from finetune_trainer.data.problems import place
-from finetune_trainer.data.structure import check_structure
+from finetune_trainer.data.structure import LoadReport, check_structure
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
-from finetune_trainer.data.tokens import RowTokenizer, special_tokens
+from finetune_trainer.data.tokenizer import Tokenizer, TokenizerFailedError
+from finetune_trainer.data.tokenizer_worker import MAX_TOKEN_ID
+from finetune_trainer.data.tokens import TOKENIZER_CLASS, end_ids, special_tokens
 from finetune_trainer.data.weights import Weights, read_weights
 from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import MIXTURE_FIELDS, PACKING_FAMILIES, frequencies_change_after, not_adapted
-from finetune_trainer.runplan import FileRecord, ModelFacts
+from finetune_trainer.runplan import MAX_MODULES, FileRecord, LayerWidths, ModelFacts
 from finetune_trainer.store import Store
 
+_GENERATION = "generation_config.json"
 _MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
 _CONTEXT = ("max_seq_len", "max_sequence_length", "seq_length")  # of families that know no max_position_embeddings
 _NO_LIMIT = 2**20  # tokens
+_MAX_MODULE_NAME = 64
+_MOST = 2**31 - 1  # of what is counted in tokens: a number of config.json may have a thousand digits
+_LAYER = re.compile(r"^(?:.*?\.)?\d+\.")  # of a tensor's name, through its first number
 _LAYER_WEIGHT = re.compile(r"\.\d+\.(?:.+\.)?(?P<module>[^.]+)\.weight$")
 _NOT_ADAPTED = re.compile(r"\.experts\.|\.router\.|\.gate\.weight$|norm|embed")
 
@@ -37,7 +41,7 @@ class Model:
 
     facts: ModelFacts
     family: str  # model_type of config.json
-    tokenizer: RowTokenizer
+    tokenizer: Tokenizer  # a process: to be closed
     special_tokens: dict[str, str]
     chat_template: str | None
 
@@ -59,16 +63,22 @@ def read_model(store: Store, uri: str) -> Model:
         raise StageError(Fault.REMOTE_CODE, uri=place(uri))
     weights = read_weights(folder)
     architecture, family = _architecture(folder, config)
-    sizes = check_structure(folder, architecture, config, weights)
-    legacy_map = folder.json("special_tokens_map.json") or {}
+    others = {name: folder.json(name) for name in ("added_tokens.json", "special_tokens_map.json", _GENERATION)}
+    added_tokens, legacy_map, generation_config = (content or {} for content in others.values())
     tokens = special_tokens(tokenizer_config, legacy_map)
-    bare = _bare_tokenizer(folder)
-    problem = problem_of_tokens(bare, tokenizer_config, folder.json("added_tokens.json") or {}, legacy_map)
-    if problem is not None:
-        raise folder.broken(problem)
-    tokenizer = _tokenizer(folder, bare, config, tokens)
     template = _template(folder, tokenizer_config)
-    facts = _facts(folder, config, sizes, architecture, family, weights)
+    content = folder.read("tokenizer.json", _MAX_TOKENIZER_BYTES)
+    if content is None:
+        raise folder.broken("it has no tokenizer.json; save its tokenizer with a current transformers")
+    ends = _end_ids(folder, generation_config, config)
+    tokenizer = _tokenizer(
+        folder, architecture, content, tokens.get("eos_token"), ends, [tokenizer_config, added_tokens, legacy_map]
+    )
+    exported = {name: json.dumps(other) for name, other in others.items() if other is not None}
+    exported["tokenizer_config.json"] = json.dumps(tokenizer_config | {"tokenizer_class": TOKENIZER_CLASS})
+    exported["tokenizer.json"] = content.decode()
+    report = check_structure(folder, architecture, config, weights, exported)
+    facts = _facts(folder, config, report, architecture, family, weights)
     return Model(facts, family, tokenizer, tokens, template)
 
 
@@ -86,39 +96,31 @@ def _architecture(folder: ModelFolder, config: dict[str, Any]) -> tuple[str, str
     return name, str(family)[:64]
 
 
-def _bare_tokenizer(folder: ModelFolder) -> Tokenizer:
-    """Return the tokenizer of tokenizer.json alone."""
-    content = folder.read("tokenizer.json", _MAX_TOKENIZER_BYTES)
-    if content is None:
-        raise folder.broken("it has no tokenizer.json; save its tokenizer with a current transformers")
-    try:
-        return Tokenizer.from_buffer(content)
-    except ValueError as error:
-        raise folder.broken("its tokenizer.json cannot be read") from error
-
-
 def _tokenizer(
-    folder: ModelFolder, tokenizer: Tokenizer, config: dict[str, Any], tokens: dict[str, str]
-) -> RowTokenizer:
-    eos, ids = tokens.get("eos_token"), _end_ids(folder, config)
-    if eos is None and ids and ids[0] >= 0:
-        eos = tokenizer.id_to_token(ids[0])
-    return RowTokenizer(tokenizer, eos)  # an eos_token that is named was found in tokenizer.json
+    folder: ModelFolder,
+    architecture: str,
+    content: bytes,
+    eos_token: str | None,
+    ends: list[int],
+    files: list[dict[str, Any]],
+) -> Tokenizer:
+    try:
+        return Tokenizer(content, eos_token, ends[0] if ends else None, files)
+    except TokenizerFailedError as error:
+        if error.readable:
+            raise folder.broken(str(error)) from error
+        raise folder.unsupported(architecture, str(error)) from error
 
 
-def _end_ids(folder: ModelFolder, config: dict[str, Any]) -> list[int]:
+def _end_ids(folder: ModelFolder, generation_config: dict[str, Any], config: dict[str, Any]) -> list[int]:
     """Return the tokens that the model itself stops at. Raises BROKEN_MODEL: train needs them after its last step."""
-    for name, content in (
-        ("generation_config.json", folder.json("generation_config.json") or {}),
-        ("config.json", config),
-    ):
-        found: Any = content.get("eos_token_id")
-        if found is None:
-            continue
-        ids = cast(list[Any], found) if isinstance(found, list) else [found]
-        if any(type(each) is not int for each in ids):
-            raise folder.broken(f"eos_token_id in {name} is neither a token id nor a list of them")
-        return ids
+    for name, content in ((_GENERATION, generation_config), ("config.json", config)):
+        try:
+            found = end_ids(content, MAX_TOKEN_ID)
+        except ValueError as error:
+            raise folder.broken(f"{name}: {error}") from error
+        if found is not None:
+            return found
     return []
 
 
@@ -148,33 +150,80 @@ def _context_length(config: dict[str, Any], sizes: dict[str, int]) -> int:
 def _facts(
     folder: ModelFolder,
     config: dict[str, Any],
-    sizes: dict[str, int],
+    report: LoadReport,
     architecture: str,
     family: str,
     weights: Weights,
 ) -> ModelFacts:
-    shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items()}
+    beside = {*report.beside}
+    shapes = {name: list(tensor.shape) for name, tensor in weights.tensors.items() if name not in beside}
     linear = adapted_shapes(shapes, family)
     if not linear:
         raise folder.unsupported(architecture, "no linear layers are found in its weights")
+    modules = sorted({module for module, _ in linear.values()})
+    if len(modules) > MAX_MODULES or max(map(len, modules)) > _MAX_MODULE_NAME:
+        most = f"{MAX_MODULES} with names of {_MAX_MODULE_NAME} characters are the most"
+        problem = f"it has {len(modules)} kinds of linear layers, such as {max(modules, key=len)[:64]!r}; {most}"
+        raise folder.unsupported(architecture, problem)
     files = folder.identify(sorted(weights.files + [name for name in folder.files if name in SMALL_FILES]))
-    hidden_size, layers = _size(folder, sizes, "hidden_size"), _size(folder, sizes, "num_hidden_layers")
+    width, layers = _width(_size(folder, report.sizes, "hidden_size"), shapes), _layers(shapes)
+    layers = layers or min(_size(folder, report.sizes, "num_hidden_layers"), len(shapes))
+    widths = layer_widths(config, width, layers, [shape for _, shape in linear.values()])
+    frequencies = frequencies_change_after(config, family)
     return ModelFacts(
         uri=folder.uri,
         digest=_digest(files),
         files=files,
         architecture=architecture,
-        hidden_size=hidden_size,
+        hidden_size=width,
         layers=layers,
-        vocabulary_size=_size(folder, sizes, "vocab_size"),
+        vocabulary_size=_size(folder, report.sizes, "vocab_size"),
         parameters=sum(_elements(shape) for shape in shapes.values()),
         expert_parameters=sum(_elements(shape) for name, shape in shapes.items() if _is_expert(name, shape, config)),
-        context_length=_context_length(config, sizes),
+        context_length=min(_context_length(config, report.sizes), _MOST),
         lora_parameters_per_rank=sum(sum(shape) for _, shape in linear.values()),
-        target_modules=sorted({module for module, _ in linear.values()}),
+        target_modules=modules,
         packing_safe=family in PACKING_FAMILIES,
-        widths=layer_widths(config, hidden_size, layers, [shape for _, shape in linear.values()]),
-        frequencies_change_after=frequencies_change_after(config, family),
+        widths=_as_wide_as_the_weights(widths, width, layers, shapes),
+        frequencies_change_after=None if frequencies is None else min(frequencies, _MOST),
+    )
+
+
+def _layers(shapes: dict[str, list[int]]) -> int:
+    """Return how many layers the tensors are of, by their names; 0 where these have no numbers."""
+    stacks = Counter(layer.rstrip(".").rpartition(".")[0] for layer in {*_by_layer(shapes)} - {""})
+    return max(stacks.values(), default=0)
+
+
+def _by_layer(shapes: dict[str, list[int]]) -> Counter[str]:
+    """Return the number of weights of each layer: model.layers.3.experts.7.… is of `model.layers.3.`, others of ""."""
+    found: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        match = _LAYER.match(name)
+        found[match[0] if match else ""] += _elements(shape)
+    return found
+
+
+def _width(hidden_size: int, shapes: dict[str, list[int]]) -> int:
+    """Return `hidden_size` if weights have it, or the side that most weights have."""
+    sides = Counter(side for shape in shapes.values() if len(shape) == 2 for side in {*shape})
+    return hidden_size if sides[hidden_size] else sides.most_common(1)[0][0]
+
+
+def _as_wide_as_the_weights(
+    widths: LayerWidths, hidden_size: int, layers: int, shapes: dict[str, list[int]]
+) -> LayerWidths:
+    """Return the widths as far as a layer's weights can have them: a field that no one reads may say more."""
+    per_layer = _by_layer(shapes)
+    most = max(
+        1, (max((count for layer, count in per_layer.items() if layer), default=0) or per_layer[""]) // hidden_size
+    )
+    return LayerWidths(
+        query=min(widths.query, most),
+        key=min(widths.key, most),
+        mlp=min(widths.mlp, most),
+        window=None if widths.window is None else min(widths.window, _MOST),
+        windowed_layers=min(widths.windowed_layers, layers),
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -34,6 +35,12 @@ SMALL_FILES = frozenset(
 )
 # Fields by which transformers takes another file in the place of the one that prepare has judged.
 _OTHER_FILES = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
+# The largest in use: an index of 94,000 tensors has 9 MiB, a tokenizer_config.json with templates 1 MiB.
+_MAX_JSON_BYTES = {INDEX: 32 * 2**20}
+_MAX_OTHER_JSON_BYTES = 4 * 2**20
+_MAX_JSON_DEPTH = 32
+MAX_VALUES = 2**20  # of a JSON file; Python needs 64 to 250 bytes for each
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _PARALLEL_SAMPLES = 8
 _MAX_PROBLEM = 256  # as much as a result carries of one argument
 
@@ -93,15 +100,21 @@ class ModelFolder:
         )
 
     def json(self, name: str) -> dict[str, Any] | None:
-        content = self.read(name)
+        content = self.read(name, _MAX_JSON_BYTES.get(name, _MAX_OTHER_JSON_BYTES))
         if content is None:
             return None
+        if (values := count_values(content)) > MAX_VALUES:
+            raise self.broken(f"{name} has {values:,} values; {MAX_VALUES:,} are the most")
         try:
             value = json.loads(content.decode())  # as transformers reads it: some configurations hold Infinity
         except (ValueError, RecursionError) as error:
             raise self.broken(f"{name} is not valid JSON") from error
         if not isinstance(value, dict):
             raise self.broken(f"{name} is not a JSON object")
+        if _is_deeper(value, _MAX_JSON_DEPTH):
+            raise self.broken(f"{name} is nested deeper than {_MAX_JSON_DEPTH} levels")
+        if _SURROGATE.search(content) and not _is_text(value):
+            raise self.broken(f"{name} holds half of a surrogate pair, which is no character")
         other = _OTHER_FILES.get(name)
         if other in value:
             raise self.broken(f"{name} names other files to be read in its place ({other}); remove that field")
@@ -124,6 +137,31 @@ class ModelFolder:
         return self.broken(
             f"{name} is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned, and copy it again"
         )
+
+
+def count_values(content: bytes) -> int:
+    """Return at least how many lists, objects and values in them there are, before they are made."""
+    return content.count(b",") + content.count(b"{") + content.count(b"[")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Return whether lists and objects lie within each other more than `depth` times. Goes level by level."""
+    level = [value]
+    for _ in range(depth + 1):
+        children = [each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)]
+        level = [each for each in children if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether all strings can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_read(name: str) -> bool:

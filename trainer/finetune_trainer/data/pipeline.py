@@ -24,6 +24,7 @@ from finetune_trainer.data.reading import BadRows, Checked
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
 from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, split
 
 _BATCH_ROWS = 512
@@ -80,7 +81,8 @@ class Pipeline:
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
         """Take all rows of one dataset; yields whenever some were stored.
 
-        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, BROKEN_MODEL.
+        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, BROKEN_MODEL, and
+        TokenizerFailedError.
         """
         pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -125,7 +127,7 @@ class Pipeline:
             if batch:
                 future = pool.submit(self._render, batch)
             with self.timings.of("tokenise"):
-                sequences = self._sequences(part, rendered)
+                sequences = self._tokenised(part, rendered)
             with self.timings.of("write"):
                 for item, parts in sequences:
                     self._store(item, parts)
@@ -139,6 +141,13 @@ class Pipeline:
                 raise self._template_invalid(str(error)) from error
             conversations = [item for item in batch if isinstance(item.row, Conversation)]
             raise self._template_failed(conversations[error.row], str(error)) from error
+
+    def _tokenised(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
+        try:
+            return self._sequences(batch, rendered)
+        except TokenizerFailedError as error:
+            file = place(self.ledger.files[batch[0].file].uri)
+            raise TokenizerFailedError(f"{error}, at row {batch[0].number} of {file} or soon after") from error
 
     def _sequences(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
         """Every row's sequences, in the order of the batch; broken rows are left out and recorded."""

@@ -1,25 +1,18 @@
 """Conversations to text through the child process of `render_worker`, which is replaced when a row kills it."""
 
-import os
-import subprocess
-import sys
-import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import orjson
 
-from finetune_trainer.data.frames import read_frame, write_frame
+from finetune_trainer.data import child
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import MAX_MESSAGE_BYTES, MEMORY_BYTES, PIECE_TEXT
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.template import Span
 
-_REPLY_TIMEOUT_S = 600  # wall clock for one answer; CPU per row is limited inside
 _MAX_KILLED = 5
-_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
 
 # What a template may take in all. The first part bounds what a bad one costs; the rest is dozens of times what the
 # longest conversations and the wordiest templates of published models need.
@@ -92,29 +85,23 @@ class Renderer:
         self.fails_always: str | None = None  # how it fails on any conversation; known once something was rendered
         self._killed = 0  # rows that the child died of
         self._spent = Spent()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: child.Process | None = None
 
     @property
     def used(self) -> bool:
         """Whether anything was rendered."""
         return self._child is not None
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "finetune_trainer.data.render_worker"],
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        reply = _exchange(child, orjson.dumps(self._setup))
+    def _start(self) -> child.Process:
+        process = child.start("finetune_trainer.data.render_worker")
+        reply = _ask(process, orjson.dumps(self._setup))
         problem = self._too_much if reply is None else reply["problem"]
         if problem is not None:
-            _end(child)
+            child.end(process)
             raise TemplateInvalidError(problem)
         assert reply is not None
         self.fails_always = reply["fails_always"]
-        return child
+        return process
 
     def render(self, rows: list[Conversation]) -> list[Rendered | Broken]:
         """Render the first of the rows, in order and one at least: as many as it is good to hold at once.
@@ -149,9 +136,9 @@ class Renderer:
         if self._child is None:
             self._child = self._start()
         sent = [orjson.dumps([row.messages, row.learn_from]) for row in rows]
-        reply = _exchange(self._child, b"[" + b",".join(sent) + b"]")
+        reply = _ask(self._child, b"[" + b",".join(sent) + b"]")
         if reply is None:
-            _end(self._child)
+            child.end(self._child)
             self._child = self._start()
             return None
         results = [_result(result) for result in reply["results"]]
@@ -164,34 +151,13 @@ class Renderer:
 
     def close(self) -> None:
         if self._child is not None:
-            _end(self._child)
+            child.end(self._child)
 
 
-def _exchange(child: subprocess.Popen[bytes], message: bytes) -> Any | None:
+def _ask(process: child.Process, message: bytes) -> Any | None:
     """Send a message and await the reply; None when the child died or did not answer in time."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    deadline = threading.Timer(_REPLY_TIMEOUT_S, child.kill)
-    deadline.daemon = True
-    deadline.start()
-    try:
-        write_frame(child.stdin, message)
-        reply = read_frame(child.stdout, MAX_MESSAGE_BYTES)
-    except BrokenPipeError:
-        return None
-    finally:
-        deadline.cancel()
-    return None if reply is None else orjson.loads(reply)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child and free its pipes."""
-    child.kill()
-    child.wait(timeout=60)
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            with suppress(BrokenPipeError):
-                pipe.close()
+    replies = child.exchange(process, message, max_bytes=MAX_MESSAGE_BYTES)
+    return None if replies is None else orjson.loads(replies[0])
 
 
 def _result(result: list[Any]) -> Rendered | Broken:

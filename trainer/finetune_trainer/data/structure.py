@@ -1,9 +1,10 @@
 """Judge if the weights are those of the architecture: transformers loads them without their values, in a child process.
 
-The child (`finetune_trainer.dry_load`) builds the empty model and gives transformers' own loader tensors that have
-shapes alone. What it reports is what the train stage's load would, with all renamings, conversions and ties of the
-family. The process costs what importing torch and transformers costs, measured as 10 s of one CPU and 0.8 GiB;
-a mixture of 128 experts and 94 layers, 36,945 tensors, 12 s more.
+The child (`finetune_trainer.dry_load`), which may take MEMORY_BYTES, builds the empty model and gives transformers'
+own loader tensors that have shapes alone. What it reports is what the train stage's load would, with all renamings,
+conversions and ties of the family; it loads what an adapter is exported with, too. The process costs what importing
+torch and transformers costs, measured as 10 s of one CPU and 0.8 GiB; a mixture of 128 experts and 94 layers, 36,945
+tensors, 12 s more.
 """
 
 import errno
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +26,17 @@ from finetune_trainer.data.weights import FLOATS, Weights
 log = logging.getLogger(__name__)
 
 READY = b"ready\n"  # what the child says once its imports are done
-NO_MEMORY, MACHINE_FAILED = 70, 71  # the child's exit codes where the model is not to blame
+TOO_LARGE, MACHINE_FAILED = 70, 71  # the child's exit codes; the second where the model is not to blame
+MEMORY_BYTES = 4 * 2**30  # of data that the child may have
+_MAX_REPORT_BYTES = 2**28
 _TIME_LIMIT_S = 600
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "TMPDIR")  # no credentials
 _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+# What transformers and safetensors raise for files and configurations that are not as they should be.
+REFUSALS = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, OSError, RuntimeError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # What transformers calls in every family what config.json may call otherwise, or leave to the family's default.
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
@@ -54,6 +63,7 @@ class LoadReport(BaseModel):
     beside: list[str] = []  # of parts that the model does not have, such as a value head; they change nothing
     unconvertible: bool = False  # the tensors do not go together as the family's conversions need
     failed: str | None = None  # why the empty model could not be built, so that no tensor was judged
+    not_exported: str | None = None  # why what is exported beside an adapter could not be loaded
 
     def problem(self, file_of: Callable[[str], str], config: dict[str, Any]) -> str | None:
         """Return what keeps the model from being the one that its configuration describes, the worst first."""
@@ -111,17 +121,22 @@ class LoadReport(BaseModel):
         return None
 
 
-def check_structure(folder: ModelFolder, architecture: str, config: dict[str, Any], weights: Weights) -> dict[str, int]:
-    """Return the model's sizes, by the names of SIZES.
+def check_structure(
+    folder: ModelFolder, architecture: str, config: dict[str, Any], weights: Weights, exported: Mapping[str, str]
+) -> LoadReport:
+    """Return what a load of the model says: its sizes, and tensors that are beside it.
 
-    Raises BROKEN_MODEL or UNSUPPORTED_MODEL unless the weights are all that a load of this model needs.
+    exported: the files that an adapter is exported with, name -> content. Raises BROKEN_MODEL or UNSUPPORTED_MODEL
+    unless the weights are all that a load of this model needs, and those files can be loaded too.
     """
-    layers = [config[name] for name in _LAYERS if isinstance(config.get(name), int)]
-    if layers and not 0 < layers[0] <= len(weights.tensors):  # the empty model must not be larger than what is there
-        found = f"config.json asks for {layers[0]:,} layers, but its files hold {len(weights.tensors):,} tensors"
+    layers = [config[name] for name in _LAYERS if type(config.get(name)) is int]
+    wrong = next((each for each in layers if not 0 < each <= len(weights.tensors)), None)
+    if wrong is not None:  # the empty model must not be larger than what is there
+        found = f"config.json asks for {wrong:,} layers, but its files hold {len(weights.tensors):,} tensors"
         raise folder.broken(found)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    report = load_without_values(json.dumps({"config": config, "shapes": shapes}).encode())  # may hold Infinity
+    request = {"config": config, "shapes": shapes, "exported": exported, "memory_bytes": MEMORY_BYTES}
+    report = load_without_values(json.dumps(request).encode())  # may hold Infinity
     if report.failed is not None:
         raise folder.unsupported(architecture, report.failed)
     holders = weights.index | {name: tensor.file for name, tensor in weights.tensors.items()}
@@ -137,7 +152,9 @@ def check_structure(folder: ModelFolder, architecture: str, config: dict[str, An
             "the model at %s holds %d tensors of parts that a %s does not have, which are left out: %s …",
             folder.uri, len(report.beside), report.architecture, report.beside[0],
         )  # fmt: skip
-    return report.sizes
+    if report.not_exported is not None:
+        raise folder.broken(report.not_exported)
+    return report
 
 
 def load_without_values(request: bytes) -> LoadReport:
@@ -160,11 +177,14 @@ def load_without_values(request: bytes) -> LoadReport:
     said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     if ready != READY:
         raise RuntimeError(f"finetune_trainer.dry_load did not start ({child.returncode}): {said[:500]}")
-    if child.returncode < 0 or child.returncode == NO_MEMORY:  # killed by the kernel, most likely for its memory
+    if child.returncode == -signal.SIGKILL:  # by the kernel, most likely for its memory
         raise MemoryError(f"finetune_trainer.dry_load ended with {child.returncode}")
+    if child.returncode in (TOO_LARGE, -signal.SIGABRT):
+        words = f"transformers needs more than {MEMORY_BYTES / 2**30:.3g} GiB to build it without its values"
+        return LoadReport(architecture="", failed=words)
     if child.returncode == MACHINE_FAILED:
         raise RuntimeError("finetune_trainer.dry_load could not work on this machine")
-    if child.returncode:
+    if child.returncode or len(reply) > _MAX_REPORT_BYTES:
         return LoadReport(architecture="", failed=f"transformers cannot build it from its config.json: {said[:160]}")
     return LoadReport.model_validate_json(reply)
 

@@ -7,16 +7,18 @@ never be.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from finetune_trainer.data.rows import Completion
-from finetune_trainer.data.template import Span
+if TYPE_CHECKING:  # the process that runs tokenizers must start fast
+    from finetune_trainer.data.template import Span
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, and reads no vocabulary beside it
+_MAX_END_IDS = 256
 _STOP_WINDOW = 256  # characters at an answer's end in which its stop token is looked for
 _NEWLINES = ("Ċ", "\n", "<0x0A>")  # a newline in byte-level, plain and byte-fallback vocabularies
 
@@ -47,8 +49,22 @@ def special_tokens(config: dict[str, Any], legacy_map: dict[str, Any]) -> dict[s
     return found
 
 
+def end_ids(content: dict[str, Any], vocabulary_size: int) -> list[int] | None:
+    """Return the tokens that the model stops at, by its generation_config.json or config.json.
+
+    None where that says nothing. Raises ValueError for what are no ids; those of no token are left out.
+    """
+    found: Any = content.get("eos_token_id")
+    if found is None:
+        return None
+    ids = cast(list[Any], found) if isinstance(found, list) else [found]
+    if any(type(each) is not int for each in ids) or len(ids) > _MAX_END_IDS:
+        raise ValueError(f"eos_token_id is neither a token id nor a list of at most {_MAX_END_IDS} of them")
+    return [each for each in ids if 0 <= each < vocabulary_size]
+
+
 class RowTokenizer:
-    """The model's tokenizer and the tokens that begin and end rows.
+    """The model's tokenizer and the tokens that begin and end rows; in the child process of `tokenizer_worker`.
 
     eos_token: ends texts and completions; None when the model names none. Raises ValueError when it is no token.
     """
@@ -80,7 +96,7 @@ class RowTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def conversations(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], learn_all: bool) -> list[Tokens]:
+    def conversations(self, texts: Sequence[str], spans: "Sequence[Sequence[Span]]", learn_all: bool) -> list[Tokens]:
         """Tokenise rendered conversations; the template has written all special tokens.
 
         An answer whose begin is not known is no label and ends no prompt, but where it ends it is seen to stop.
@@ -109,21 +125,21 @@ class RowTokenizer:
         bare = tail.rstrip()
         return end - (len(tail) - len(bare)) if bare.endswith(self._stops) else end
 
-    def completions(self, rows: Sequence[Completion], learn_all: bool) -> list[Tokens]:
-        """prompt + completion + end token, after the token that the tokenizer itself begins texts with."""
+    def completions(self, rows: Sequence[tuple[str, str]], learn_all: bool) -> list[Tokens]:
+        """Tokenise pairs as prompt + completion + end token, after the token that the tokenizer begins texts with."""
         if not rows:
             return []
         assert self.eos_id is not None
         encodings = self._tokenizer.encode_batch(
-            [row.prompt + row.completion for row in rows], add_special_tokens=False
+            [prompt + completion for prompt, completion in rows], add_special_tokens=False
         )
         self.stop_ids.add(self.eos_id)
         result: list[Tokens] = []
-        for row, encoding in zip(rows, encodings, strict=True):
+        for (prompt, completion), encoding in zip(rows, encodings, strict=True):
             ids = np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32)
             labels = np.zeros(len(ids), dtype=np.uint8)
-            characters = len(row.prompt) + len(row.completion)
-            first = len(self.prefix_ids) + _token_range(encoding, characters, len(row.prompt), characters)[0]
+            characters = len(prompt) + len(completion)
+            first = len(self.prefix_ids) + _token_range(encoding, characters, len(prompt), characters)[0]
             labels[first:] = 1
             result.append(_row(ids, labels, first, learn_all))
         return result

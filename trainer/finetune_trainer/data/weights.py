@@ -11,15 +11,22 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.data.model_folder import INDEX, ModelFolder
+from finetune_trainer.data.model_folder import INDEX, MAX_VALUES, SMALL_FILES, ModelFolder, count_values
 from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.store import ObjectInfo
 
 WEIGHTS = "model.safetensors"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-          "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
-_MAX_HEADER_BYTES = 64 * 2**20
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+         "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+         "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
+# Generous: a mixture of 384 experts and 61 layers has 71,000 tensors, in 60 files.
+MAX_TENSORS = 2**18
+_MAX_HEADER_BYTES = 32 * 2**20
+_MAX_NAME = 256  # characters of a tensor's name
+_MAX_FILES = 1000 - len(SMALL_FILES)  # so many, with the small ones, can a plan hold
+_MAX_DIMENSIONS = 8
+_MAX_ELEMENTS = 2**50  # of sides that are not 0: what torch can count
 _MAX_POINTER_BYTES = 1024
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -52,16 +59,22 @@ def read_weights(folder: ModelFolder) -> Weights:
     files, index = _files(folder)
     tensors: dict[str, StoredTensor] = {}
     for name in files:
-        tensors |= _tensors(folder, name)
+        found = _tensors(folder, name)
+        if twice := min(found.keys() & tensors.keys(), default=None):
+            raise folder.broken(f"{_cut(twice)} is in {tensors[twice].file} and in {name}; copy the model again, whole")
+        tensors |= found
+        if len(tensors) > MAX_TENSORS:
+            raise folder.broken(f"its files hold more than {MAX_TENSORS:,} tensors, which is no model's number")
     if not tensors:
         raise folder.broken(f"{files[0]} holds no weights")
     return Weights(files, tensors, index)
 
 
 def _files(folder: ModelFolder) -> tuple[list[str], dict[str, str]]:
-    if WEIGHTS in folder.files:  # where both are, transformers takes this one too
-        return [WEIGHTS], {}
     index = folder.json(INDEX)
+    if WEIGHTS in folder.files:
+        _require_alone(folder, index)
+        return [WEIGHTS], {}
     if index is None:
         raise _no_weights(folder)
     weight_map: Any = index.get("weight_map")
@@ -69,10 +82,22 @@ def _files(folder: ModelFolder) -> tuple[list[str], dict[str, str]]:
         raise folder.broken(f"{INDEX} has no weight_map")
     index_of = {str(tensor): str(file) for tensor, file in cast(dict[str, Any], weight_map).items()}
     names = sorted(set(index_of.values()))
+    if len(names) > _MAX_FILES:
+        raise folder.broken(f"{INDEX} names {len(names):,} files; {_MAX_FILES:,} are the most")
     missing = [name for name in names if name not in folder.files]
     if missing:
         raise StageError(Fault.OBJECT_NOT_FOUND, uri=place(join(folder.uri, missing[0])), field="model.uri")
     return names, index_of
+
+
+def _require_alone(folder: ModelFolder, index: dict[str, Any] | None) -> None:
+    """Raise BROKEN_MODEL where other weights lie beside model.safetensors: some load it, others, such as vLLM, them."""
+    shard = _first(sorted(folder.files), lambda name: bool(_SHARD.search(name)))
+    weight_map: Any = (index or {}).get("weight_map")
+    if shard is None and isinstance(weight_map, dict):
+        shard = _first((str(file) for file in cast(dict[str, Any], weight_map).values()), lambda name: name != WEIGHTS)
+    if shard is not None:
+        raise folder.broken(f"it has {WEIGHTS} and, as others would load it, {shard[:100]}; leave only one of both")
 
 
 def _no_weights(folder: ModelFolder) -> StageError:
@@ -107,14 +132,21 @@ def _tensors(folder: ModelFolder, name: str) -> dict[str, StoredTensor]:
     for key, value in header.items():
         if key == "__metadata__":
             continue
+        if len(key) > _MAX_NAME:
+            raise folder.broken(f"{name} names a tensor with {len(key):,} characters; {_MAX_NAME} are the most")
         try:
-            dtype, shape = str(value["dtype"]), tuple(int(side) for side in value["shape"])
-            begin, end = (int(offset) for offset in value["data_offsets"])
+            dtype, shape = value["dtype"], tuple(value["shape"])
+            begin, end = value["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise damaged from error
-        size = _BYTES.get(dtype)
-        if min(shape, default=0) < 0 or (size is not None and end - begin != size * math.prod(shape)):
-            raise folder.broken(f"{key} in {name} is damaged: its shape and its place in the file do not agree")
+        if any(type(number) is not int for number in (*shape, begin, end)) or not isinstance(dtype, str):
+            raise damaged
+        bits = _BITS.get(dtype)
+        if bits is None:
+            raise folder.broken(f"{_cut(key)} in {name} is of the type {dtype[:32]!r}, which is not known")
+        countable = len(shape) <= _MAX_DIMENSIONS and math.prod(max(side, 1) for side in shape) <= _MAX_ELEMENTS
+        if min(shape, default=0) < 0 or not countable or 8 * (end - begin) != bits * math.prod(shape):
+            raise folder.broken(f"{_cut(key)} in {name} is damaged: its shape and its place in the file do not agree")
         tensors[key] = StoredTensor(dtype, shape, name)
         spans.append((begin, end))
     spans.sort()
@@ -138,11 +170,16 @@ def _header(folder: ModelFolder, name: str, info: ObjectInfo) -> tuple[dict[str,
         if LFS_POINTER.startswith(head) and len(head) == 8 and info.size_bytes <= _MAX_POINTER_BYTES:
             raise folder.lfs_pointer(name)
         size = int.from_bytes(head, "little")
-        if len(head) < 8 or not 2 <= size <= _MAX_HEADER_BYTES:
+        if len(head) < 8 or not 2 <= size <= 2**32:  # random bytes, most likely
             raise not_safetensors
+        if size > _MAX_HEADER_BYTES:
+            limit = f"{_MAX_HEADER_BYTES // 2**20} MiB are the most"
+            raise folder.broken(f"the header of {name} has {size // 2**20:,} MiB; {limit}")
         if size > info.size_bytes - 8:
             raise folder.broken(f"{name} is cut off within its header: {info.size_bytes:,} bytes; copy it again")
         body = stream.read(size)
+    if (values := count_values(body)) > MAX_VALUES:  # a tensor has about ten
+        raise folder.broken(f"the header of {name} has {values:,} values; {MAX_VALUES:,} are the most")
     try:
         header = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -150,3 +187,7 @@ def _header(folder: ModelFolder, name: str, info: ObjectInfo) -> tuple[dict[str,
     if not isinstance(header, dict):
         raise not_safetensors
     return cast(dict[str, Any], header), info.size_bytes - 8 - size
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 100 else "…" + name[-99:]

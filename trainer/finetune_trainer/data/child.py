@@ -1,0 +1,76 @@
+"""Child processes for what somebody else wrote, templates and tokenizers: started without credentials, bounded, ended.
+
+They speak in frames (`frames`). The child sets its own limits of memory and CPU first; what it does beyond them ends
+it, and the parent sees that no reply comes. Nothing that comes from it is executed or unpickled.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+from finetune_trainer.data.frames import read_frame, write_frame
+
+REPLY_TIMEOUT_S = 600  # wall clock for one reply; the CPU time is limited inside
+_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
+
+Process = subprocess.Popen[bytes]
+
+
+def limit_data(memory_bytes: int) -> None:
+    """Let this process have so much data, or less where less is allowed already, and write no core.
+
+    Of data alone: threads reserve address space that they never use."""
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    most = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def start(module: str) -> Process:
+    """Start `python -P -m module`, to be spoken to over its stdin and stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def exchange(child: Process, *frames: bytes, replies: int = 1, max_bytes: int) -> list[bytes] | None:
+    """Send frames, return the `replies` frames that answer them, each of at most `max_bytes`.
+
+    None when the child died, sends something else, or did not answer in time and was killed.
+    """
+    assert child.stdin is not None
+    assert child.stdout is not None
+    deadline = threading.Timer(REPLY_TIMEOUT_S, child.kill)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        for frame in frames:
+            write_frame(child.stdin, frame)
+        found: list[bytes] = []
+        while len(found) < replies:
+            reply = read_frame(child.stdout, max_bytes)
+            if reply is None:
+                return None
+            found.append(reply)
+        return found
+    except BrokenPipeError:
+        return None
+    finally:
+        deadline.cancel()
+
+
+def end(child: Process) -> None:
+    """End the child and free its pipes."""
+    child.kill()
+    child.wait(timeout=60)
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
