@@ -29,7 +29,7 @@ LIMITS: dict[str, float] = {
 }
 
 Json = dict[str, Any]
-Spoil = Callable[[Path], None]
+Spoil = Callable[[Path], object]
 
 
 def _replace(find: str, content: str) -> Json:
@@ -63,7 +63,7 @@ def _json(name: str, **changes: Any) -> Spoil:
 
 
 def _raw(name: str, content: str) -> Spoil:
-    return lambda model: (model / name).write_text(content) and None
+    return lambda model: (model / name).write_text(content)
 
 
 DOUBLINGS = [_replace("a", "aa")] * 40
@@ -98,7 +98,7 @@ TOKENIZERS: dict[str, tuple[Spoil, str]] = {
 
 
 def _header(body: bytes) -> Spoil:
-    return lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", len(body)) + body) and None
+    return lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", len(body)) + body)
 
 
 def _entry(**changes: Any) -> Spoil:
