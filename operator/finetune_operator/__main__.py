@@ -1,12 +1,12 @@
 """`python -m finetune_operator`: one process, standalone, configured by its environment."""
 
-import logging
 import sys
 from typing import Any, cast
 
 import kopf
 from prometheus_client import REGISTRY
 
+from finetune_operator import logs
 from finetune_operator.engine import Engine
 from finetune_operator.handlers import registry
 from finetune_operator.health import HttpServer
@@ -17,8 +17,7 @@ from finetune_operator.settings import Settings, SettingsError
 def main() -> int:
     try:
         settings = Settings.from_env()
-        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("kopf").setLevel("WARNING")
+        logs.configure(settings.log_level)
         metrics = Metrics(REGISTRY)
         engine = Engine(settings, metrics)
     except SettingsError as error:

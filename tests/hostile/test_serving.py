@@ -49,6 +49,13 @@ Port = Callable[[], contextlib.AbstractContextManager[tuple[int, str]]]
 PORTS = pytest.mark.parametrize("port_of", [stage_port, operator_port])
 
 
+def test_a_run_without_a_cluster_answers_this_machine_alone() -> None:
+    with stage_port() as (port, _):
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        with pytest.raises(ConnectionRefusedError):  # another address of this machine, as one of its network would be
+            socket.create_connection(("127.0.0.2", port), timeout=60).close()
+
+
 class Drip:
     """A client that never ends its request, and never pauses; `ended` is set when it is hung up on."""
 

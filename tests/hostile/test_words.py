@@ -22,6 +22,7 @@ from finetune_api.status import DataStatus, PlanStatus, ResolvedValue
 from finetune_cli import show
 from finetune_cli.describe import describe
 from finetune_cli.screen import cleaned
+from finetune_operator.logs import LineFormatter
 from finetune_trainer import logs, results
 from finetune_trainer.card import Evaluations, Learned, Lineage, model_card
 from status_samples import DATA, DIGEST, PLAN
@@ -110,6 +111,23 @@ def test_a_log_line_is_printable(text: str) -> None:
     ):
         assert _shows_letters_alone(formatter.format(record))
         assert _shows_letters_alone(formatter.format(failed))
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_line_of_the_operators_log_is_printable_whole_and_without_credentials(text: str) -> None:
+    said = f"422 Invalid: {text}\n2026-01-01 ERROR x: forged; Authorization: Bearer abcdefgh12345678"
+    try:
+        raise ValueError(said)
+    except ValueError as error:
+        trace = (ValueError, error, error.__traceback__)
+    formatter = LineFormatter()
+    line = formatter.format(logging.LogRecord("x", logging.WARNING, "x.py", 1, "%s", (said,), None))
+    head, *rest = formatter.format(logging.LogRecord("x", logging.ERROR, "x.py", 1, "bug", (), trace)).split("\n")
+    assert "\n" not in line
+    assert all(each.startswith("    ") for each in rest)
+    for each in (line, head, *rest):
+        assert _shows_letters_alone(each)
+        assert "abcdefgh12345678" not in each
 
 
 def _job(text: str) -> dict[str, Any]:

@@ -104,7 +104,9 @@ class Reporter:
         self._activity_at_s = now_s
 
     def start(self, port: int) -> int:
-        """Serve on `port` (0: any free one) until `close`; returns the port. Raises OSError when it is taken."""
+        """Serve on `port` until `close`; return the port. Raises OSError when it is taken.
+
+        0: any free port, for this machine alone."""
         self._server = _Server(port, self.registry, self)
         threading.Thread(target=self._server.serve_forever, name="report", daemon=True).start()
         return self._server.server_port
@@ -157,8 +159,11 @@ class _Server(ThreadingHTTPServer):
         self._connections = Connections(_hang_up)
         super().__init__(("", port), _Handler, bind_and_activate=False)
         self.socket.close()
-        # Pods have IPv4, IPv6 or both.
-        if socket.has_dualstack_ipv6():
+        # A pod's port is asked by the operator and Prometheus, over IPv4, IPv6 or both; any free port, by a run on this
+        # machine alone.
+        if port == 0:
+            self.socket = socket.create_server(("127.0.0.1", port))
+        elif socket.has_dualstack_ipv6():
             self.socket = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         else:
             self.socket = socket.create_server(("", port))
