@@ -139,7 +139,9 @@ def locked(work_dir: Path) -> Generator[IO[str]]:
         _make_private(work_dir)
         descriptor = os.open(work_dir / _LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise CommandError(f"{work_dir} cannot be used: {error.strerror}; choose --work-dir", Exit.USAGE) from error
+        raise CommandError(
+            f"{work_dir} cannot be used: {error.strerror}; choose another --work-dir", Exit.USAGE
+        ) from error
     with os.fdopen(descriptor, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,7 +172,7 @@ def _make_private(work_dir: Path) -> None:
 
 
 def _untrusted(path: Path, problem: str) -> CommandError:
-    return CommandError(f"{path} {problem}, or choose --work-dir", Exit.USAGE)
+    return CommandError(f"{path} {problem}, or choose another --work-dir", Exit.USAGE)
 
 
 def _entries(folder: Path) -> Generator[os.DirEntry[str]]:

@@ -12,7 +12,9 @@ from types import ModuleType
 import pytest
 
 from finetune_api.job import HyperparametersSpec
+from finetune_api.names import HTTP_PORT
 from finetune_cli.main import app
+from finetune_operator.settings import RESERVED_ENV, Settings
 from testbed import binaries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,3 +142,18 @@ def test_the_page_on_security_names_limits_that_are_enforced() -> None:
     for what, value, name in limits():
         module, _, constant = name.rpartition(".")
         assert getattr(importlib.import_module(module), constant) == pytest.approx(value), what
+
+
+def test_the_page_on_security_names_all_rights_of_the_operator_and_the_ports_that_answer() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    chart = ROOT / "charts/finetune-operator/templates"
+    rules = "".join((chart / name).read_text() for name in ("_helpers.tpl", "rbac.yaml"))
+    rights = re.findall(r"^ *resources: \[(.+)\]\n *verbs: \[(.+)\]$", rules, re.MULTILINE)
+    assert len(rights) == rules.count("apiGroups:")
+    assert [f"{what}: {verbs}" for what, verbs in rights if f"{what}: {verbs}" not in page] == []
+    assert set(re.findall(r"port (\d+)", page)) == {str(HTTP_PORT), str(Settings().http_port)}
+
+
+def test_the_variables_that_a_runtime_cannot_set_are_listed() -> None:
+    section = (ROOT / "docs/operations.md").read_text().partition("`env` must not set")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([A-Z_0-9]+)`", section)) == RESERVED_ENV

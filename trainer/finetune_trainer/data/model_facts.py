@@ -24,7 +24,7 @@ from finetune_trainer.runplan import MAX_MODULES, FileRecord, LayerWidths, Model
 from finetune_trainer.store import Store
 
 _GENERATION = "generation_config.json"
-_MAX_TOKENIZER_BYTES = 64 * 2**20
+MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
 _CONTEXT = ("max_seq_len", "max_sequence_length", "seq_length")  # of families that know no max_position_embeddings
 _NO_LIMIT = 2**20  # tokens
@@ -67,7 +67,7 @@ def read_model(store: Store, uri: str) -> Model:
     added_tokens, legacy_map, generation_config = (content or {} for content in others.values())
     tokens = special_tokens(tokenizer_config, legacy_map)
     template = _template(folder, tokenizer_config)
-    content = folder.read("tokenizer.json", _MAX_TOKENIZER_BYTES)
+    content = folder.read("tokenizer.json", MAX_TOKENIZER_BYTES)
     if content is None:
         raise folder.broken("it has no tokenizer.json; save its tokenizer with a current transformers")
     ends = _end_ids(folder, generation_config, config)

@@ -29,7 +29,7 @@ READY = b"ready\n"  # what the child says once its imports are done
 TOO_LARGE, MACHINE_FAILED = 70, 71  # the child's exit codes; the second where the model is not to blame
 MEMORY_BYTES = 4 * 2**30  # of data that the child may have
 _MAX_REPORT_BYTES = 2**28
-_TIME_LIMIT_S = 600
+TIME_LIMIT_S = 600
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "TMPDIR")  # no credentials
 _QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 # What transformers and safetensors raise for files and configurations that are not as they should be.
@@ -166,13 +166,13 @@ def load_without_values(request: bytes) -> LoadReport:
             env=environment | _QUIET,
             input=request,
             capture_output=True,
-            timeout=_TIME_LIMIT_S,
+            timeout=TIME_LIMIT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as expired:
         if not (expired.stdout or b"").startswith(READY):  # the machine's fault, as no model was looked at yet
-            raise RuntimeError(f"finetune_trainer.dry_load did not start within {_TIME_LIMIT_S} s") from None
-        return LoadReport(architecture="", failed=f"transformers did not build it within {_TIME_LIMIT_S} s")
+            raise RuntimeError(f"finetune_trainer.dry_load did not start within {TIME_LIMIT_S} s") from None
+        return LoadReport(architecture="", failed=f"transformers did not build it within {TIME_LIMIT_S} s")
     ready, reply = child.stdout[: len(READY)], child.stdout[len(READY) :]
     said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     if ready != READY:

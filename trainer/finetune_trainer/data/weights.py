@@ -22,7 +22,7 @@ _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32"
          "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
 # Generous: a mixture of 384 experts and 61 layers has 71,000 tensors, in 60 files.
 MAX_TENSORS = 2**18
-_MAX_HEADER_BYTES = 32 * 2**20
+MAX_HEADER_BYTES = 32 * 2**20
 _MAX_NAME = 256  # characters of a tensor's name
 _MAX_FILES = 1000 - len(SMALL_FILES)  # so many, with the small ones, can a plan hold
 _MAX_DIMENSIONS = 8
@@ -172,8 +172,8 @@ def _header(folder: ModelFolder, name: str, info: ObjectInfo) -> tuple[dict[str,
         size = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= size <= 2**32:  # random bytes, most likely
             raise not_safetensors
-        if size > _MAX_HEADER_BYTES:
-            limit = f"{_MAX_HEADER_BYTES // 2**20} MiB are the most"
+        if size > MAX_HEADER_BYTES:
+            limit = f"{MAX_HEADER_BYTES // 2**20} MiB are the most"
             raise folder.broken(f"the header of {name} has {size // 2**20:,} MiB; {limit}")
         if size > info.size_bytes - 8:
             raise folder.broken(f"{name} is cut off within its header: {info.size_bytes:,} bytes; copy it again")
