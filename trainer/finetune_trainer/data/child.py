@@ -9,12 +9,15 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 
 from finetune_trainer.data.frames import read_frame, write_frame
 
 REPLY_TIMEOUT_S = 600  # wall clock for one reply; the CPU time is limited inside
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
+# numpy's OpenBLAS takes 40 MiB for each core as it is imported: with 64 cores more than a child may have.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 
 Process = subprocess.Popen[bytes]
 
@@ -29,11 +32,12 @@ def limit_data(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def start(module: str) -> Process:
+def start(module: str, environment: Mapping[str, str] | None = None) -> Process:
     """Start `python -P -m module`, to be spoken to over its stdin and stdout."""
+    inherited = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module],
-        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        env=inherited | _ONE_THREAD | dict(environment or {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -1,8 +1,5 @@
 """Rows of Parquet files, from the child process of `parquet_worker`, which is replaced when a file ends it."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any, NamedTuple, Self, cast
 import orjson
 
 from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data import child
 from finetune_trainer.data.files import Decoded, damaged, decoded, refuse_pointer
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem
@@ -23,7 +21,6 @@ BATCH_ROWS = (256, 16, 1)  # rows decoded at once; the next where memory did not
 MAX_RATIO = 1000  # of the rows to the file; one long text in every row is stored once
 MIN_RATIO_BYTES = 64 * 2**20  # rows that any file may have, however small it is
 READY = b"ready"  # its first message
-_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
 # Other allocators reserve a GiB of addresses before they need it.
 _FRUGAL = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
 
@@ -47,7 +44,7 @@ class ParquetDecoder:
 
     def __init__(self, fields: Sequence[str]) -> None:
         self._fields = fields
-        self._child: subprocess.Popen[bytes] | None = None
+        self._process: child.Process | None = None
         self.facts = Facts(0, [])  # of the file that is read
 
     def __enter__(self) -> Self:
@@ -75,7 +72,7 @@ class ParquetDecoder:
                 if size_bytes > allowed_bytes:
                     raise damaged(file, number, f"it unpacks to more than {MAX_RATIO} times its size")
                 yield row
-            if self._child is not None:
+            if self._process is not None:
                 return
             if self.facts.rows - number == 1:  # it was alone already
                 break
@@ -83,16 +80,16 @@ class ParquetDecoder:
 
     def _lines(self, path: Path, file: str, from_row: int, batch_rows: int) -> Iterator[bytes]:
         """Yield the lines after `from_row` as they come; where the file ends the child, there is none afterwards."""
-        child = self._child = self._child or self._start()
-        assert child.stdin is not None
-        assert child.stdout is not None
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
         request = {"path": str(path), "fields": self._fields, "from_row": from_row, "batch_rows": batch_rows}
         with suppress(BrokenPipeError):  # it has ended, and says nothing
-            write_frame(child.stdin, orjson.dumps(request))
+            write_frame(process.stdin, orjson.dumps(request))
         number = from_row
         is_at_end = False
         try:
-            while (frame := read_frame(child.stdout, MAX_FRAME_BYTES)) is not None:
+            while (frame := read_frame(process.stdout, MAX_FRAME_BYTES)) is not None:
                 kind, content = frame[:1], frame[1:]
                 is_at_end = kind in (b"e", b"x")
                 if kind == b"e":
@@ -109,31 +106,18 @@ class ParquetDecoder:
             if not is_at_end:
                 self._end()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> child.Process:
         """Raises RuntimeError: before it has seen a file, its end is no file's fault."""
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "finetune_trainer.data.parquet_worker"],
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _FRUGAL,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert child.stdout is not None
-        if read_frame(child.stdout, MAX_FRAME_BYTES) != READY:
-            child.kill()
-            raise RuntimeError(f"finetune_trainer.data.parquet_worker did not start ({child.wait(timeout=60)})")
-        return child
+        process = child.start("finetune_trainer.data.parquet_worker", _FRUGAL)
+        if child.exchange(process, max_bytes=MAX_FRAME_BYTES) != [READY]:
+            child.end(process)
+            raise RuntimeError(f"finetune_trainer.data.parquet_worker did not start ({process.returncode})")
+        return process
 
     def _end(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait(timeout=60)
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
+        process, self._process = self._process, None
+        if process is not None:
+            child.end(process)
 
 
 def _row(number: int, line: bytes) -> Decoded:
