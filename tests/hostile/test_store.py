@@ -282,6 +282,31 @@ def test_an_answer_that_is_none_is_named(hostile: Hostile, what: str) -> None:
     assert "does not answer as S3 does" in str(error)
 
 
+PAGE = b"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>Error (Server Error)!!1</title>"
+
+
+@pytest.mark.parametrize("action", ["list", "read", "put"])
+@pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable"])
+def test_an_error_page_of_what_stands_before_the_store_is_tried_again(
+    hostile: Hostile, action: str, status: bytes
+) -> None:
+    pages = [sized(PAGE, status=b"HTTP/1.1 %s\r\n" % status)] * 3
+    proper = listing("") if action == "list" else sized(b"", TAG)
+
+    def answer(connection: socket, _request: str) -> None:
+        connection.sendall(pages.pop() if pages else proper)
+
+    hostile.answer = answer
+    ACTIONS[action](hostile.store)
+    assert not pages
+
+
+def test_an_error_page_that_stays_is_told_by_its_status(hostile: Hostile) -> None:
+    error = hostile.fault_of(says(sized(PAGE, status=b"HTTP/1.1 503 Service Unavailable\r\n")), "list")
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+    assert "the store answered 503 (HTTP 503)" in str(error)
+
+
 def test_a_listing_that_is_cut_off_is_not_taken_for_all_there_is(hostile: Hostile) -> None:
     whole = listing(ENTRY.format("a"))
     error = hostile.fault_of(says(sized(whole.partition(b"\r\n\r\n")[2][:-9])), "list")
