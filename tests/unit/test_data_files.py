@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +213,32 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
         assert [item.value for item in decoder.rows(parquet(tmp_path / "b", pa.table({"text": ["b"]})), "b")] == [
             {"text": "b"}
         ], "the rest of the other file is not taken for this one"
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def test_the_memory_of_the_process_that_decodes_parquet_is_not_taken_by_threads_for_every_processor(
+    tmp_path: Path,
+) -> None:
+    """Each thread of numpy's OpenBLAS takes 40 MiB of addresses: with 22 processors there would be none left."""
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": ["a"]}))
+    all_processors = os.sched_getaffinity(0)
+    assert len(all_processors) > 1, "one processor alone shows nothing"
+    threads: list[str] = []
+    try:
+        for processors in ({min(all_processors)}, all_processors):
+            os.sched_setaffinity(0, processors)
+            others = children()
+            with ParquetDecoder(FIELDS) as decoder:
+                assert len(list(decoder.rows(path, "a"))) == 1
+                (child,) = children() - others
+                status = Path(f"/proc/{child}/status").read_text().splitlines()
+                threads += [line for line in status if line.startswith("Threads:")]
+    finally:
+        os.sched_setaffinity(0, all_processors)
+    assert threads[0] == threads[1]
 
 
 def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:

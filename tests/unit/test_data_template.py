@@ -1,6 +1,7 @@
 """Answers are found by the template's structure, and the template can do no harm."""
 
 from datetime import UTC, datetime
+from importlib.metadata import files
 from typing import Any
 
 import jinja2
@@ -157,10 +158,21 @@ def test_a_template_that_takes_longer_than_all_templates_do_is_refused_after_a_b
 def test_long_conversations_may_take_the_time_that_all_their_beginnings_take() -> None:
     spent, turns = renderer.Spent(), [{"role": "user", "content": ""}] * 512
     spent.add(Conversation(turns, 0), 20_000, Rendered("", []))
-    spent.cpu_s = renderer.BASE_CPU_S + 5
+    spent.cpu_s = renderer.BASE_CPU_S + 250
     assert spent.too_much is None
-    spent.cpu_s += 5
+    spent.cpu_s += 50
     assert spent.too_much is not None
+
+
+@pytest.mark.parametrize("name", ["gemma4_v5", "llama3_2"])
+def test_the_slowest_published_templates_take_less_than_what_long_conversations_are_allowed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renderer, "BASE_CPU_S", 0)
+    (source,) = (each.read_text() for each in files("trl") or [] if each.name == f"{name}.jinja")
+    (found,) = rendered(source, ("Tell me a little more, please.",) * 40, row_cpu_s=60)
+    assert isinstance(found, Rendered)
+    assert len(found.spans) == 20
 
 
 def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5) -> list[Rendered | Broken]:

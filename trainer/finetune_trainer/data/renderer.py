@@ -14,11 +14,11 @@ from finetune_trainer.data.template import Span
 
 _MAX_KILLED = 5
 
-# What a template may take in all. The first part bounds what a bad one costs; the rest is dozens of times what the
-# longest conversations and the wordiest templates of published models need.
+# What a template may take in all. The first part bounds what a bad one costs; the rest is a few times what the
+# longest conversations need with the slowest templates of published models.
 BASE_CPU_S = 600.0
 ROW_CPU_S = 0.02
-MESSAGE_CPU_S = 25e-6  # every answer is rendered with all messages before it
+MESSAGE_CPU_S = 1e-3  # every answer is rendered with all messages before it; the slowest, Gemma 4, takes 0.3e-3
 BASE_TEXT = 64 * 2**20  # characters
 ROW_TEXT = 16 * 2**10
 TEXT_RATIO = 4  # of the rows' own size, as JSON
