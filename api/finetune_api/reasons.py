@@ -316,7 +316,10 @@ FAULTS: dict[Fault, FaultText] = {
         "name the safetensors model that it was made from",
     ),
     Fault.REMOTE_CODE: FaultText(
-        Reason.UNTRUSTED_MODEL, "the model at {uri} asks for its own code (auto_map), which is never run"
+        Reason.UNTRUSTED_MODEL,
+        "{file} of the model at {uri} asks for the model's own code (auto_map), which is never run; where transformers "
+        "has code for it, remove auto_map from that file, else choose another model",
+        {"file": "a file"},
     ),
     Fault.NOT_FINITE: FaultText(
         Reason.DIVERGED,

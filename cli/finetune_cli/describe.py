@@ -4,9 +4,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from finetune_api.row_words import row_words
+from finetune_cli.screen import table
 from finetune_cli.show import count_files
 from finetune_cli.wait import line, say_concern
 
@@ -59,8 +59,8 @@ def describe(job: dict[str, Any], console: Console) -> None:
 def _table(console: Console, heading: tuple[str, ...], rows: list[list[Any]]) -> None:
     if not rows:
         return
-    table = Table(*heading, box=None, padding=(0, 2, 0, 0), header_style="dim")
+    shown = table(*heading, header_style="dim")
     for row in rows:
-        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        shown.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     console.print()
-    console.print(table)
+    console.print(shown)

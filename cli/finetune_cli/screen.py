@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
+from rich.table import Table
 
 from finetune_api.printable import printable_lines
 
@@ -23,6 +24,14 @@ def cleaned(console: Console) -> Console:
 class _Cleaner(RenderHook):
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Cleaned(renderable) for renderable in renderables]
+
+
+def table(*headings: str, header_style: str = "table.header") -> Table:
+    """Return a table that cuts nothing: what is too long goes on in the next line, in the first column last."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style=header_style)
+    for index, heading in enumerate(headings):
+        made.add_column(heading, overflow="fold", no_wrap=index == 0)
+    return made
 
 
 @dataclass

@@ -17,6 +17,7 @@ from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.row_words import row_words
 from finetune_api.run import Progress, RunResult, Trouble
 from finetune_api.status import DataStatus, PlanStatus
+from finetune_cli.screen import table
 
 _PLAIN_INTERVAL_S = 10.0
 _TITLES = {Stage.PREPARE: "Preparing data", Stage.TRAIN: "Training"}
@@ -143,10 +144,10 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
         f"[bold]Plan[/]    {plan.steps:,} steps{rows}, {plan.train_tokens:,} tokens, {learned}", soft_wrap=True
     )
     if plan.resolved:
-        table = Table("chosen for you", "value", "because", box=None, padding=(0, 2, 0, 0))
+        chosen = table("chosen for you", "value", "because")
         for item in plan.resolved:
-            table.add_row(escape(item.field), escape(item.value), escape(item.reason))
-        console.print(table)
+            chosen.add_row(escape(item.field), escape(item.value), escape(item.reason))
+        console.print(chosen)
 
 
 def show_prepared_earlier(console: Console) -> None:
@@ -195,10 +196,10 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
         before = "" if base is None else f" (base model {base:.3f})"
         console.print(f"[bold]Loss[/]    {result.metrics.eval_loss:.3f} on held-out rows{before}")
     for sample in samples:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        answers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, text in (("prompt", sample["prompt"]), ("base", sample["base"]), ("tuned", sample["tuned"])):
-            table.add_row(f"[dim]{name}[/]", escape(plain(text)))
-        console.print(table)
+            answers.add_row(f"[dim]{name}[/]", escape(plain(text)))
+        console.print(answers)
     artifact = result.artifact
     if artifact is not None:
         console.print(

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from finetune_api.status import DataStatus, PlanStatus
+from finetune_cli import show
 from finetune_cli.cluster import UnavailableError
 from finetune_cli.describe import describe
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.wait import MAX_SILENCE_S, POLL_S, line, verdict, wait
+from status_samples import DATA, PLAN
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -144,6 +147,22 @@ def test_describe_shows_all_there_is():
     describe(found, Console(file=output, width=200))
     expected = ["as [told]", "20 steps", "few tokens", "10 rows", "too_long", "Disruption", "s3://a", DIGEST]
     assert [text for text in expected if text not in output.getvalue()] == []
+
+
+def test_in_a_narrow_terminal_a_table_cuts_nothing_and_breaks_no_name_of_a_field():
+    place = f"s3://data/{'folder-' * 12}/chat.jsonl"
+    value = {"field": "hyperparameters.warmupRatio", "value": "0.03", "reason": "of " + "the family " * 9}
+    found = job("Training", plan={"uri": "s3://p", "steps": 20, "trainTokens": 1000, "resolved": [value]})
+    found["status"]["conditions"][0]["message"] = f"there is no {place}"
+    output = io.StringIO()
+    console = Console(file=output, width=80)
+    describe(found, console)
+    show.show_prepared(
+        console, DataStatus.model_validate(DATA), PlanStatus.model_validate({**PLAN, "resolved": [value]})
+    )
+    assert "…" not in output.getvalue()
+    assert place in "".join(output.getvalue().split())
+    assert output.getvalue().count("\nhyperparameters.warmupRatio ") == 2
 
 
 def test_describe_shows_a_job_without_status():

@@ -327,7 +327,7 @@ def test_what_changes_nothing_about_the_model_is_no_fault(tmp_path: Path, change
 @pytest.mark.parametrize(
     ("spoil", "config", "fault", "words"),
     [
-        (None, {"auto_map": {"AutoModel": "x.py"}}, Fault.REMOTE_CODE, "auto_map"),
+        (None, {"auto_map": {"AutoModel": "x.py"}}, Fault.REMOTE_CODE, "^config.json of .* remove auto_map"),
         (None, {"architectures": ["LlavaForConditionalGeneration"]}, Fault.UNSUPPORTED_MODEL, "Llava"),
         (None, {"architectures": []}, Fault.BROKEN_MODEL, "architectures is missing"),
         (None, {"model_type": None}, Fault.BROKEN_MODEL, "model_type is missing"),

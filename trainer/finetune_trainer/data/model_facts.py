@@ -59,8 +59,9 @@ def read_model(store: Store, uri: str) -> Model:
     if config is None:
         raise StageError(Fault.OBJECT_NOT_FOUND, uri=place(join(uri, "config.json")), field="model.uri")
     tokenizer_config = folder.json("tokenizer_config.json") or {}
-    if "auto_map" in config or "auto_map" in tokenizer_config:
-        raise StageError(Fault.REMOTE_CODE, uri=place(uri))
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        if "auto_map" in content:
+            raise StageError(Fault.REMOTE_CODE, uri=place(uri), file=name)
     weights = read_weights(folder)
     architecture, family = _architecture(folder, config)
     others = {name: folder.json(name) for name in ("added_tokens.json", "special_tokens_map.json", _GENERATION)}

@@ -133,7 +133,7 @@ def check_structure(
     wrong = next((each for each in layers if not 0 < each <= len(weights.tensors)), None)
     if wrong is not None:  # the empty model must not be larger than what is there
         found = f"config.json asks for {wrong:,} layers, but its files hold {len(weights.tensors):,} tensors"
-        raise folder.broken(found)
+        raise folder.broken(f"{found}; its config.json is of another model")
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     request = {"config": config, "shapes": shapes, "exported": exported, "memory_bytes": MEMORY_BYTES}
     report = load_without_values(json.dumps(request).encode())  # may hold Infinity
