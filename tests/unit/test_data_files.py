@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +214,18 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
         assert [item.value for item in decoder.rows(parquet(tmp_path / "b", pa.table({"text": ["b"]})), "b")] == [
             {"text": "b"}
         ], "the rest of the other file is not taken for this one"
+
+
+def test_a_decoder_that_is_killed_from_outside_is_not_the_fault_of_the_file(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": [f"{i}" + "x" * 2**20 for i in range(50)]}))
+    others = children()
+    with ParquetDecoder(FIELDS) as decoder:
+        found = decoder.rows(path, "a.parquet")
+        next(found)
+        (child,) = children() - others
+        os.kill(int(child), signal.SIGKILL)
+        with pytest.raises(MemoryError):
+            list(found)
 
 
 def children() -> set[str]:

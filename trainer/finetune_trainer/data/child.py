@@ -6,6 +6,7 @@ it, and the parent sees that no reply comes. Nothing that comes from it is execu
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from contextlib import suppress
 
 from finetune_trainer.data.frames import read_frame, write_frame
 
+_LAST_WAIT_S = 10
 REPLY_TIMEOUT_S = 600  # wall clock for one reply; the CPU time is limited inside
 _ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # what Python needs; no credentials
 # numpy's OpenBLAS takes 40 MiB for each core as it is imported: with 64 cores more than a child may have.
@@ -68,6 +70,15 @@ def exchange(child: Process, *frames: bytes, replies: int = 1, max_bytes: int) -
         return None
     finally:
         deadline.cancel()
+
+
+def was_killed(child: Process) -> bool:
+    """Return whether a child from which no reply came was killed from outside: by the kernel, most likely for memory.
+
+    The machine's lack of memory is not the fault of what the child reads."""
+    with suppress(subprocess.TimeoutExpired):  # it lives, and says what is no reply
+        child.wait(timeout=_LAST_WAIT_S)
+    return child.returncode == -signal.SIGKILL
 
 
 def end(child: Process) -> None:

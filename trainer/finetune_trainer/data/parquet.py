@@ -14,6 +14,7 @@ from finetune_trainer.data.files import Decoded, damaged, decoded, refuse_pointe
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem
 
+_MODULE = "finetune_trainer.data.parquet_worker"
 MEMORY_BYTES = 2**30  # the child's address space, of which Python and the libraries take a quarter
 NO_MEMORY = 35  # the child's exit code
 MAX_FRAME_BYTES = 16 * 2**20  # a frame is sent once it has a MiB, and the longest row has 8
@@ -58,7 +59,8 @@ class ParquetDecoder:
     def rows(self, path: Path, file: str) -> Generator[Decoded]:
         """Yield the rows of a file, each as the line that it would be in a JSONL file.
 
-        Of a file without such a column every row comes with the names of its columns. Raises BROKEN_FILE."""
+        Of a file without such a column every row comes with the names of its columns. Raises BROKEN_FILE, and
+        MemoryError when the kernel, or somebody else, kills the child."""
         with path.open("rb") as opened:
             refuse_pointer(opened.read(len(LFS_POINTER)), file)
         self.facts = Facts(0, [])
@@ -102,16 +104,18 @@ class ParquetDecoder:
                 for line in content.split(b"\n"):
                     number += 1
                     yield line
+            if child.was_killed(process):
+                raise MemoryError(f"{_MODULE} was killed")
         finally:
             if not is_at_end:
                 self._end()
 
     def _start(self) -> child.Process:
         """Raises RuntimeError: before it has seen a file, its end is no file's fault."""
-        process = child.start("finetune_trainer.data.parquet_worker", _FRUGAL)
+        process = child.start(_MODULE, _FRUGAL)
         if child.exchange(process, max_bytes=MAX_FRAME_BYTES) != [READY]:
             child.end(process)
-            raise RuntimeError(f"finetune_trainer.data.parquet_worker did not start ({process.returncode})")
+            raise RuntimeError(f"{_MODULE} did not start ({process.returncode})")
         return process
 
     def _end(self) -> None:

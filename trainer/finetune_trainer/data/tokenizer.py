@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ _MODULE = "finetune_trainer.data.tokenizer_worker"
 # longest, does not fit in 2 GiB with it.
 MEMORY_BYTES = 4 * 2**30
 LOAD_CPU_S = 120
-_LAST_WAIT_S = 10
 _MAX_REPLY_BYTES = 2**30
 _TOO_MUCH_CPU = "takes more than {cpu_s} s of CPU and {per_mib_s} s for each MiB of text"
 _TOO_LARGE = "takes more than {gib:.3g} GiB of memory"
@@ -113,12 +111,9 @@ class Tokenizer:
 
     def _died(self) -> Exception:
         """Return why no reply came: the machine's lack of memory is not the tokenizer's."""
-        try:
-            code = self._child.wait(timeout=_LAST_WAIT_S)
-        except subprocess.TimeoutExpired:  # it lives, and says what is no reply
-            code = 0
+        was_killed, code = child.was_killed(self._child), self._child.returncode or 0
         self.close()
-        if code == -signal.SIGKILL:  # by the kernel, most likely for memory, or as it stood still
+        if was_killed:
             return MemoryError(f"{_MODULE} was killed")
         words = _ENDS.get(code, _FAILS)
         figures = {"cpu_s": LOAD_CPU_S, "per_mib_s": CPU_S_PER_MIB, "gib": MEMORY_BYTES / 2**30}
