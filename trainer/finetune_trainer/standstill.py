@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -27,11 +28,17 @@ def end_process(ctx: StageContext, error: StageError) -> NoReturn:
 
 @contextmanager
 def ended_by_standstill(ctx: StageContext, limit_s: float) -> Generator[None]:
-    """End the process with NO_PROGRESS when nothing moved for `limit_s`, as the reporter is told, within the block."""
+    """End the process with NO_PROGRESS when nothing moved for `limit_s`, as the reporter is told, within the block.
+
+    Time in which the whole process was paused, as a container or a virtual machine can be, does not count."""
     over = threading.Event()
 
     def watch() -> None:
+        looked_s = time.monotonic()
         while not over.wait(min(1.0, limit_s / 4)):
+            looked_s, before_s = time.monotonic(), looked_s
+            if looked_s - before_s > limit_s / 2:
+                ctx.reporter.touch()
             progress = ctx.reporter.progress()
             seconds = progress.seconds_since_step
             if seconds > limit_s:
