@@ -163,7 +163,9 @@ def log_file(folder: Path, stage: Stage, attempt: int) -> Path:
 def _failed(result: RunResult, stop: Stop, folder: Path, console: Console) -> int:
     if stop.requested:
         step = f" at step {result.step}" if result.step else ""
-        place = "the last checkpoint" if result.checkpoint else f"the beginning of {result.stage}"
+        place = "the beginning of prepare"
+        if result.stage is Stage.TRAIN:  # where it was killed, nobody told whether it had saved one
+            place = "the last checkpoint" if result.checkpoint else "the last checkpoint, if one was saved"
         console.print(f"[yellow]Stopped[/]{step}; the same command goes on from {place}")
         return Exit.INTERRUPTED
     show.show_failure(console, result, str(log_file(folder, result.stage, result.attempt)))

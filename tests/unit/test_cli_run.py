@@ -385,6 +385,15 @@ def test_ctrl_c_asks_for_a_checkpoint_and_the_next_call_goes_on(play: Play):
     assert play.run(train_2=play.committed()) == 0
 
 
+def test_a_stage_that_did_not_end_in_time_is_not_said_to_have_lost_its_checkpoints(play: Play):
+    killed: dict[str, Any] = {"exit": 30, "waits": True, "result": {"fault": "Stopped"}}
+    with disposition(signal.SIGINT, signal.default_int_handler):
+        asker = _send_once_the_stage_waits(play, signal.SIGINT)
+        assert play.run(prepare_1=PREPARED, train_1=killed) == Exit.INTERRUPTED
+        asker.join()
+    assert "Stopped; the same command goes on from the last checkpoint, if one was saved" in play.said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_run_in_the_background_goes_on_without_its_terminal(play: Play, number: signal.Signals):
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT for what it starts with `&`."""
