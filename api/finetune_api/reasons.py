@@ -238,7 +238,7 @@ FAULTS: dict[Fault, FaultText] = {
         "write {limit} or less",
     ),
     Fault.UNSUPPORTED_MODEL: FaultText(
-        Reason.CONFIG_INVALID, "the model at {uri} is a {architecture}, which is not supported: {problem}"
+        Reason.CONFIG_INVALID, "the model at {uri}, a {architecture}, cannot be trained as it is: {problem}"
     ),
     Fault.BROKEN_MODEL: FaultText(Reason.CONFIG_INVALID, "the model at {uri} cannot be used as it is: {problem}"),
     Fault.MEMORY_TOO_SMALL: FaultText(

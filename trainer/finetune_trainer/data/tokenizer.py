@@ -117,4 +117,5 @@ class Tokenizer:
             return MemoryError(f"{_MODULE} was killed")
         words = _ENDS.get(code, _FAILS)
         figures = {"cpu_s": LOAD_CPU_S, "per_mib_s": CPU_S_PER_MIB, "gib": MEMORY_BYTES / 2**30}
-        return TokenizerFailedError(f"its tokenizer.json {words.format(**figures)}")
+        found = f"its tokenizer.json {words.format(**figures)}"
+        return TokenizerFailedError(f"{found}; copy it again from where the model comes from, or choose another model")
