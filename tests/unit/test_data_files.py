@@ -216,6 +216,13 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
         ], "the rest of the other file is not taken for this one"
 
 
+def test_of_very_many_columns_with_long_names_a_bounded_part_is_told(decoder: ParquetDecoder, tmp_path: Path) -> None:
+    table = pa.table({f"{number}" + "n" * 100: ["a"] for number in range(1100)})
+    assert len(list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a"))) == 1
+    assert len(decoder.facts.names) == 1000
+    assert max(map(len, decoder.facts.names)) == 64
+
+
 def test_a_decoder_that_is_killed_from_outside_is_not_the_fault_of_the_file(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"text": [f"{i}" + "x" * 2**20 for i in range(50)]}))
     others = children()
