@@ -16,6 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.data import structure
 from finetune_trainer.data.model_facts import Model, read_model
+from finetune_trainer.data.model_folder import ModelFolder
 from finetune_trainer.store import open_store
 from tiny_run import saved_shapes  # which imports torch: models are judged in this process, see `data_run.judged`
 
@@ -375,3 +376,14 @@ def test_a_configuration_that_transformers_refuses_is_told_in_its_words(
     with pytest.raises(StageError, match=words) as caught:
         read(tmp_path / "m")
     assert caught.value.fault is Fault.UNSUPPORTED_MODEL
+
+
+def test_a_tokenizer_config_that_describes_all_tokens_of_speech_is_read(tmp_path: Path) -> None:
+    """As language models do that speak (Llasa, Orpheus); such files are written with indents."""
+    token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokens = {str(128256 + number): {"content": f"<|s_{number}|>", **token} for number in range(65_536)}
+    content = json.dumps({"added_tokens_decoder": tokens}, indent=2)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    found = ModelFolder(open_store(StorageConfig()), tmp_path.as_uri()).json("tokenizer_config.json")
+    assert found is not None
+    assert found["added_tokens_decoder"] == tokens
