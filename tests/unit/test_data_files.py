@@ -216,6 +216,17 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
         ], "the rest of the other file is not taken for this one"
 
 
+def test_a_parquet_file_whose_pages_hold_fewer_rows_than_it_counts_is_refused(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
+    path = parquet(tmp_path / "a.parquet", pa.table({"text": ["a"] * 97}))
+    rows, more_rows = b"\x16\xc2\x01", b"\x16\xc4\x01"  # 97 and 98 in Thrift's compact protocol
+    begin, of_file, *of_column, of_group = path.read_bytes().split(rows)
+    path.write_bytes(begin + more_rows + of_file + rows + rows.join(of_column) + more_rows + of_group)
+    with pytest.raises(StageError, match="its row groups count 98 rows, their pages 97"):
+        list(decoder.rows(path, "a.parquet"))
+
+
 def test_of_very_many_columns_with_long_names_a_bounded_part_is_told(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({f"{number}" + "n" * 100: ["a"] for number in range(1100)})
     assert len(list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a"))) == 1
