@@ -128,7 +128,7 @@ def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) ->
 class Decoder(Protocol):
     """Whatever makes text of token ids."""
 
-    def decode(self, ids: Sequence[int], /) -> Any: ...
+    def decode(self, ids: list[int], /) -> Any: ...
 
 
 class _EveryToken(StoppingCriteria):
