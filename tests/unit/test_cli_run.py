@@ -163,7 +163,7 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
         "it is absent [so]",
         "1.500 on held-out rows (base model 2.250)",
         "[Hi]?",
-        "Um. [2J",
+        "Um. \ufffd[2J",
         "Hello!",
         f"file://{play.artifact}",
         DIGEST,

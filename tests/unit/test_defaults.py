@@ -26,6 +26,7 @@ OTHER_MEANINGS = {
     ("operator/finetune_operator/figures.py", 86400),  # seconds of a day
     ("trainer/finetune_trainer/export.py", 0.02),  # a tolerance in nats
     ("trainer/finetune_trainer/metrics.py", 0.03),  # a bound of a histogram
+    ("trainer/finetune_trainer/data/renderer.py", 0.02),  # seconds of rendering a row
 }
 
 
