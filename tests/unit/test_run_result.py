@@ -146,6 +146,6 @@ def test_a_name_that_is_no_text_and_arguments_without_end_still_make_a_result() 
     args: dict[str, str | int | float] = {f"a{number}": "x" * 1000 for number in range(20)}
     error = StageError(Fault.DISK_FULL, what="a\udcff", needed_gib=float("inf"), **args)
     result = results.failed(Stage.TRAIN, 1, error, None, None)
-    assert (result.args["what"], result.args["needed_gib"]) == ("a?", "inf")
+    assert (result.args["what"], result.args["needed_gib"]) == ("a\ufffd", "inf")
     assert RunResult.model_validate_json(result.to_message()).fault is Fault.DISK_FULL
     assert results.trouble(error, datetime.now(UTC).timestamp()).fault is Fault.DISK_FULL
