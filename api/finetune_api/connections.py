@@ -4,10 +4,13 @@ A timeout for each read ends no client that sends a byte now and then, and a ser
 is shut by the first few who stay.
 """
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from http.server import ThreadingHTTPServer
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -48,3 +51,30 @@ class Connections(Generic[T]):
 
     def _drop(self, key: int) -> None:
         self._hang_up(self._since_s.pop(key)[1])
+
+
+class BoundedHttpServer(ThreadingHTTPServer):
+    """A server with a thread for each connection, of which Connections ends those that are too many or too slow."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._connections = Connections(_hang_up)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.enter(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.leave(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        self._connections.end_overdue()
+
+
+def _hang_up(request: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the client was faster
+        request.shutdown(socket.SHUT_RDWR)

@@ -1,17 +1,15 @@
 """/healthz and /metrics on one port. An operator that only looks alive is worse than one that is restarted."""
 
-import contextlib
-import socket
 import sys
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from finetune_api.connections import CONNECTION_TIMEOUT_S, Connections
+from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer
 
 STALL_S = 180.0
 STUCK_S = 120.0
@@ -23,34 +21,11 @@ def problems(ages_s: dict[str, float], stuck_s: float) -> list[str]:
     return [*found, f"queue: stuck for {stuck_s:.0f} s"] if stuck_s > STUCK_S else found
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self._connections = Connections(_hang_up)
-        super().__init__(address, handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.enter(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.leave(request)
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        self._connections.end_overdue()
-
+class _Server(BoundedHttpServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up, or is hung up on, is no news; the default prints its trace."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
-
-
-def _hang_up(request: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the client was faster
-        request.shutdown(socket.SHUT_RDWR)
 
 
 class HttpServer:

@@ -15,6 +15,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.store import Store, multipart, open_store, reading, s3, transport
 from hostile_http import Answer, serving
+from stub_s3 import without_botocore_pauses
 
 OBJECT = "s3://bucket/folder/object"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -62,11 +63,7 @@ def dripping(beginning: bytes, then: bytes = b" ") -> Answer:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as in production, without the waits between them; the product's own deadlines, shorter."""
-
-    def no_delay(_self: object, _context: object) -> float:
-        return 0.0
-
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
+    without_botocore_pauses(monkeypatch)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
     monkeypatch.setattr(transport, "SLOW_WINDOW_S", 0.1)
     monkeypatch.setattr(s3, "LIST_TIMEOUT_S", 0.5)

@@ -11,7 +11,7 @@ from finetune_api.layout import PLAN
 from finetune_api.run import StorageConfig
 from finetune_trainer import patience
 from finetune_trainer.store import client
-from stub_s3 import StubS3, stub_s3
+from stub_s3 import StubS3, stub_s3, without_botocore_pauses
 from tiny_run import TinyRun, make_run
 
 RUN_URI = "s3://bucket/out/tiny-1a2b3"
@@ -20,13 +20,9 @@ NAME = "bucket/out/tiny-1a2b3"
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tries of the store's own without a pause, and no pauses between those of the run."""
-
-    def no_delay(_self: object, _context: object) -> float:
-        return 0.0
-
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
+    without_botocore_pauses(monkeypatch)
     monkeypatch.setattr(client, "MAX_TRIES", 2)
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(patience, "FIRST_HURRIED_PAUSE_S", 0.01)

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import pytest
+
 _NUMBERS = itertools.count()
 
 
@@ -85,6 +87,15 @@ def stub_s3() -> Generator[StubS3]:
         server.shutdown()
         thread.join(10)
         server.server_close()
+
+
+def without_botocore_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let botocore try again as in production, without the waits between."""
+
+    def no_delay(_self: object, _context: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
 
 
 def etag(content: bytes) -> str:

@@ -15,7 +15,7 @@ from finetune_api.status import Artifact
 from finetune_trainer import commit as protocol
 from finetune_trainer.commit import Committed, Fence
 from finetune_trainer.store import Store, open_store
-from stub_s3 import Trouble, stub_s3
+from stub_s3 import Trouble, stub_s3, without_botocore_pauses
 
 # As whole as the one that is committed, and of the same file.
 _WEIGHTS = {"path": "adapter.bin", "size_bytes": 7, "sha256": f"sha256:{hashlib.sha256(b'weights').hexdigest()}"}
@@ -77,10 +77,6 @@ def test_a_store_that_ignores_conditions_is_found_out_at_the_claim(monkeypatch: 
     assert caught.value.fault is Fault.CONDITIONAL_WRITES_UNSUPPORTED
 
 
-def no_delay(_self: object, _context: object) -> float:
-    return 0.0
-
-
 @pytest.mark.parametrize("again", [Trouble("PUT", status=503, code="SlowDown"), Trouble("PUT", lose_answer=True)])
 @pytest.mark.parametrize("write", [0, 1])
 def test_a_store_that_is_busy_at_the_claim_is_not_said_to_ignore_conditions(
@@ -88,7 +84,7 @@ def test_a_store_that_is_busy_at_the_claim_is_not_said_to_ignore_conditions(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
+    without_botocore_pauses(monkeypatch)
     with stub_s3() as server:
         store = open_store(StorageConfig(endpoint=server.endpoint, path_style=True))
         server.troubles = [*[Trouble("PUT")] * write, again]

@@ -12,7 +12,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import FINAL_EXIT_CODES, Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.store import PreconditionFailed, Store, client, multipart, open_store, reading, s3, spec_field
-from stub_s3 import StubS3, Trouble, etag, stub_s3
+from stub_s3 import StubS3, Trouble, etag, stub_s3, without_botocore_pauses
 
 URI = "s3://bucket/folder/object"
 NAME = "bucket/folder/object"
@@ -21,11 +21,7 @@ NAME = "bucket/folder/object"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as in production, without the waits between them."""
-
-    def no_delay(_self: object, _context: object) -> float:
-        return 0.0
-
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", no_delay)
+    without_botocore_pauses(monkeypatch)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
     monkeypatch.setattr(s3, "_CONFLICT_PAUSE_S", 0.0)
     monkeypatch.setattr(client, "_ROTATION_POLL_S", 0.05)

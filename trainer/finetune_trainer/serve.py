@@ -1,13 +1,12 @@
 """The window into a running stage: GET /progress for the operator, GET /metrics for Prometheus, nothing else."""
 
-import contextlib
 import logging
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from finetune_api.base import finite
-from finetune_api.connections import CONNECTION_TIMEOUT_S, Connections
+from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_trainer.logs import bind_step
@@ -149,14 +148,10 @@ class _ProgressCollector(Collector):
             yield CounterMetricFamily(name, text, value=getattr(progress, field))
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
+class _Server(BoundedHttpServer):
     def __init__(self, port: int, registry: CollectorRegistry, reporter: Reporter) -> None:
         self.registry = registry
         self.reporter = reporter
-        self._connections = Connections(_hang_up)
         super().__init__(("", port), _Handler, bind_and_activate=False)
         self.socket.close()
         # A pod's port is asked by the operator and Prometheus, over IPv4, IPv6 or both; any free port, by a run on this
@@ -169,25 +164,9 @@ class _Server(ThreadingHTTPServer):
             self.socket = socket.create_server(("", port))
         self.server_port = self.socket.getsockname()[1]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.enter(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.leave(request)
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        self._connections.end_overdue()
-
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the name of the hook)
         """A client that hangs up is no news; the default prints a trace to stderr."""
         log.debug("a client of /progress or /metrics broke off", exc_info=True)
-
-
-def _hang_up(request: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the client was faster
-        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

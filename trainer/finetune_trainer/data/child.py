@@ -1,4 +1,4 @@
-"""Child processes for what somebody else wrote, templates and tokenizers: started without credentials, bounded, ended.
+"""Child processes for templates, tokenizers and Parquet of others: started without credentials, bounded, ended.
 
 They speak in frames (`frames`). The child sets its own limits of memory and CPU first; what it does beyond them ends
 it, and the parent sees that no reply comes. Nothing that comes from it is executed or unpickled.
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import IO
 
 from finetune_trainer.data.frames import read_frame, write_frame
 
@@ -32,6 +33,13 @@ def limit_data(memory_bytes: int) -> None:
     most = memory_bytes if allowed == resource.RLIM_INFINITY else min(memory_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def streams() -> tuple[IO[bytes], IO[bytes]]:
+    """Return what this child reads requests from and writes replies to; it ends when the first does, at no signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return sys.stdin.buffer, sys.stdout.buffer
 
 
 def start(module: str, environment: Mapping[str, str] | None = None) -> Process:

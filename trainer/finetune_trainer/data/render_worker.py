@@ -17,6 +17,7 @@ import jinja2
 import orjson
 
 from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.child import streams
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.template import ChatTemplate, PromptNotKeptError, UnstableError, answers
 
@@ -40,9 +41,8 @@ def safe_words(error: Exception, constants: Collection[str]) -> str:
 def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
     """Return [text, spans], or [None, [index of the unstable message, whether its prompt is not kept]], or
     [None, words of the failure]."""
-    signal.setitimer(
-        signal.ITIMER_PROF, setup["row_cpu_s"]
-    )  # SIGPROF ends the process: a loop in C heeds no Python handler
+    # SIGPROF ends the process: a loop in C heeds no Python handler.
+    signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
     try:
         text, spans = answers(template, messages, learn_from, setup["learn_all"])
         if len(text) > MAX_TEXT:
@@ -99,9 +99,7 @@ def _told(error: Exception) -> str:
 
 def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    requests, replies = streams()
     begin = read_frame(requests, MAX_MESSAGE_BYTES)
     if begin is None:
         return 0

@@ -16,7 +16,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from finetune_trainer.data.added_tokens import problem_of_tokens
-from finetune_trainer.data.child import limit_data
+from finetune_trainer.data.child import limit_data, streams
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.tokens import RowTokenizer, Tokens
 
@@ -112,9 +112,7 @@ def _reply(replies: IO[bytes], rows: RowTokenizer, request: dict[str, Any]) -> N
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    requests, replies = streams()
     begin = read_frame(requests, _MAX_REQUEST_BYTES)
     if begin is None:
         return 0
