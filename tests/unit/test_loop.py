@@ -236,3 +236,16 @@ def test_the_watchdog_notices_a_step_that_takes_too_long_and_nothing_else() -> N
     watchdog.end()
     now[0] += 1000.0  # an evaluation
     assert watchdog.overdue() is None
+
+
+def test_the_watchdog_gives_a_pass_its_whole_time_again_after_a_pause() -> None:
+    now = [0.0]
+    watchdog = guard.Watchdog(lambda _step, _seconds: None, clock=lambda: now[0])
+    watchdog.begin(7)
+    now[0] += 5000.0  # the whole process was paused: no look in between
+    assert watchdog.look() is None
+    for _ in range(1800):
+        now[0] += 1.0
+        assert watchdog.look() is None
+    now[0] += 1.0
+    assert watchdog.look() == (7, 1801.0)

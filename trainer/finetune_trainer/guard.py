@@ -28,6 +28,9 @@ MAX_OOM_RETRIES = 3
 STALL_FLOOR_S = 300.0
 FIRST_STALL_S = 1800.0
 STALL_FACTOR = 10
+WATCH_EVERY_S = 1.0
+# A turn of the watch that took as long: the process was paused, as a container and a virtual machine can be.
+PAUSE_S = 30.0
 _MAX_NAMED = 8
 
 
@@ -116,11 +119,13 @@ class Watchdog:
         self._durations: deque[float] = deque(maxlen=100)
         self._lock = threading.Lock()
         self._last_s: float | None = None  # None: not watching
+        self._looked_s = clock()
         self._step = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
+        self._looked_s = self._clock()
         self._thread.start()
 
     def begin(self, step: int) -> None:
@@ -144,11 +149,23 @@ class Watchdog:
     def overdue(self) -> tuple[int, float] | None:
         """Return (step, seconds) if the running pass takes too long."""
         with self._lock:
-            if self._last_s is None:
-                return None
-            elapsed_s = self._clock() - self._last_s
-            limit_s = stall_limit_s(list(self._durations), self._first_limit_s)
-            return (self._step, elapsed_s) if elapsed_s > limit_s else None
+            return self._overdue(self._clock())
+
+    def look(self) -> tuple[int, float] | None:
+        """Return what `overdue` does. After a pause the running pass gets its whole time again: it could not go on."""
+        with self._lock:
+            now_s = self._clock()
+            if self._last_s is not None and now_s - self._looked_s > PAUSE_S:
+                self._last_s = now_s
+            self._looked_s = now_s
+            return self._overdue(now_s)
+
+    def _overdue(self, now_s: float) -> tuple[int, float] | None:
+        if self._last_s is None:
+            return None
+        elapsed_s = now_s - self._last_s
+        limit_s = stall_limit_s(list(self._durations), self._first_limit_s)
+        return (self._step, elapsed_s) if elapsed_s > limit_s else None
 
     def close(self) -> None:
         self._closed.set()
@@ -156,8 +173,8 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._closed.wait(1.0):
-            if late := self.overdue():
+        while not self._closed.wait(WATCH_EVERY_S):
+            if late := self.look():
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
                 log.error("no forward or backward pass finished for %.0f s after step %d", late[1], late[0])
                 self._on_stall(*late)

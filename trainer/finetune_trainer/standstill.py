@@ -32,14 +32,18 @@ def ended_by_standstill(ctx: StageContext, limit_s: float) -> Generator[None]:
 
     Time in which the whole process was paused, as a container or a virtual machine can be, does not count."""
     over = threading.Event()
+    begun_s = time.monotonic()
+    ctx.reporter.touch()
 
     def watch() -> None:
-        looked_s = time.monotonic()
+        looked_s = begun_s
         while not over.wait(min(1.0, limit_s / 4)):
+            # The progress is taken before the clock: a pause that is in its seconds is in this turn's length too.
+            progress = ctx.reporter.progress()
             looked_s, before_s = time.monotonic(), looked_s
             if looked_s - before_s > limit_s / 2:
                 ctx.reporter.touch()
-            progress = ctx.reporter.progress()
+                continue
             seconds = progress.seconds_since_step
             if seconds > limit_s:
                 error = StageError(
