@@ -18,10 +18,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.reasons import words as told
 from finetune_api.run import RunResult
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.structure import LoadReport
 
 _ADDRESS_BYTES = 6 * 2**30  # what is not bounded fails here, and not on the machine's memory
 _CASE_TIMEOUT_S = 120.0
@@ -31,9 +34,9 @@ _CASE_TIMEOUT_S = 120.0
 class Case:
     """One prepare stage; see `data_run.context` for `folder` and `spec`.
 
-    template: of the model, if there is none in the folder. limits: module.CONSTANT -> a smaller value.
-    deadline_s: recovery.progressDeadlineSeconds, also below the least that a job may have. hangs: name of the
-    module whose child process is stopped once it runs."""
+    template: of the model, if there is none in the folder; the model's weights are taken as judged. limits:
+    module.CONSTANT -> a smaller value. deadline_s: recovery.progressDeadlineSeconds, also below the least that a job
+    may have. hangs: name of the module whose child process is stopped once it runs."""
 
     folder: str
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -67,12 +70,15 @@ def attack(cases: Sequence[Case]) -> list[Seen]:
     return [Seen(**each) for each in json.loads(done.stdout)]
 
 
-def _run(case: Case) -> dict[str, Any]:
+def _run(case: Case, of_template: "LoadReport") -> dict[str, Any]:
     import data_run
     from finetune_api.errors import StageError
     from finetune_api.job import RecoverySpec
     from finetune_trainer import prepare, results
+    from finetune_trainer.data import structure
 
+    if case.template is not None:
+        structure.load_without_values = lambda _request: of_template
     for name, value in case.limits.items():
         module, _, constant = name.rpartition(".")
         assert hasattr(importlib.import_module(module), constant)
@@ -112,7 +118,7 @@ def _stop_child(module: str) -> None:
         time.sleep(0.001)
 
 
-def _forked(case: Case) -> dict[str, Any]:
+def _forked(case: Case, of_template: "LoadReport") -> dict[str, Any]:
     """Run the case in a child of this process; how it died where it told nothing."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -120,7 +126,7 @@ def _forked(case: Case) -> dict[str, Any]:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_BYTES, _ADDRESS_BYTES))
         signal.alarm(int(_CASE_TIMEOUT_S))
-        os.write(writer, json.dumps(_run(case)).encode())
+        os.write(writer, json.dumps(_run(case, of_template)).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
@@ -140,17 +146,27 @@ def main() -> None:
     cases = [Case(**each) for each in json.load(sys.stdin)]
     import data_run
     from finetune_api.run import StorageConfig
+    from finetune_trainer.data import structure
     from finetune_trainer.data.model_facts import read_model
     from finetune_trainer.store import open_store
 
     logging.disable()
     first = Path(cases[0].folder) / "model"
     data_run.write_model(first)
-    read_model(open_store(StorageConfig()), first.as_uri())  # judged once, for all cases
+    judge = structure.load_without_values
+    reports: list[structure.LoadReport] = []
+
+    def judge_once(request: bytes) -> structure.LoadReport:
+        reports.append(judge(request))
+        return reports[-1]
+
+    structure.load_without_values = judge_once
+    read_model(open_store(StorageConfig()), first.as_uri())
+    structure.load_without_values = judge
     seen: list[dict[str, Any]] = []
     for case in cases:
         began_s = time.monotonic()
-        seen.append(_forked(case))
+        seen.append(_forked(case, reports[0]))
         print(case.folder, round(time.monotonic() - began_s, 1), seen[-1], file=sys.stderr)
     json.dump(seen, sys.stdout)
 
