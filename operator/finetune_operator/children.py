@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from finetune_api import names
-from finetune_operator.observed import ObservedJob, ObservedPod, as_gone, job_uid, observe_job, observe_pod
+from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone, job_uid, observe_k8s_job, observe_pod
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class Children:
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed
         self._lock = threading.Lock()
-        self._jobs: dict[Owner, dict[str, ObservedJob]] = {}  # by UID of the Job
+        self._jobs: dict[Owner, dict[str, ObservedK8sJob]] = {}  # by UID of the Job
         self._pods: dict[Owner, dict[str, ObservedPod]] = {}
         self._keys: dict[str, Key] = {}  # UID of a child → its FineTuneJob
 
-    def of(self, owner: Owner) -> tuple[tuple[ObservedJob, ...], tuple[ObservedPod, ...]]:
+    def of(self, owner: Owner) -> tuple[tuple[ObservedK8sJob, ...], tuple[ObservedPod, ...]]:
         with self._lock:
             return tuple(self._jobs.get(owner, {}).values()), tuple(self._pods.get(owner, {}).values())
 
@@ -88,7 +88,7 @@ class Children:
     def _put(self, kind: str, owner: Owner, key: Key, body: Body, *, deleted: bool) -> bool:
         """Store the object; whether anything that is looked at changed."""
         uid = str(body["metadata"]["uid"])
-        child = observe_job(body) if kind == "jobs" else observe_pod(body)
+        child = observe_k8s_job(body) if kind == "jobs" else observe_pod(body)
         if child is None or (kind == "jobs" and deleted):
             return self._remove(kind, owner, uid)
         self._keys[uid] = key

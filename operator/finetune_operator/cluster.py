@@ -85,7 +85,7 @@ class Cluster:
                 return None
             raise
 
-    def list_jobs(self, namespace: str | None) -> Iterator[Body]:
+    def list_finetunejobs(self, namespace: str | None) -> Iterator[Body]:
         """All FineTuneJobs, page by page."""
         yield from self._list(_path("finetunejobs", namespace), {}).items()
 
@@ -122,7 +122,7 @@ class Cluster:
         path = _path("jobs", namespace, name)
         self._gone_is_fine("patch", "PATCH", path, body, {"fieldManager": FIELD_MANAGER})
 
-    def delete_job(self, namespace: str, name: str, uid: str) -> None:
+    def delete_k8s_job(self, namespace: str, name: str, uid: str) -> None:
         """In the background, because batch/v1's default leaves the pods running; only this very object."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         self._gone_is_fine("delete", "DELETE", _path("jobs", namespace, name), body, {})

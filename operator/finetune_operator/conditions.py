@@ -12,15 +12,15 @@ from finetune_operator.clock import format_time
 MAX_MESSAGE = 1024
 # Words that change all the time: the scheduler's with every node of the cluster, a divergence's with every step.
 _FIRST_WORDS_STAY = (Reason.UNSCHEDULABLE, Reason.DIVERGING)
-Answer = Literal["True", "False", "Unknown"]
+ConditionState = Literal["True", "False", "Unknown"]
 
 
 @dataclass(frozen=True)
-class Claim:
+class ConditionUpdate:
     """One condition before it is compared with what is stored."""
 
     type: ConditionType
-    status: Answer
+    status: ConditionState
     reason: Reason
     message: str = ""
 
@@ -29,24 +29,26 @@ def find(status: FineTuneJobStatus, wanted: ConditionType) -> Condition | None:
     return next((c for c in status.conditions if c.type == wanted), None)
 
 
-def with_claims(status: FineTuneJobStatus, claims: list[Claim], generation: int, now: datetime) -> FineTuneJobStatus:
-    """The status with these conditions; conditions that no claim is about stay as they are."""
+def with_updates(
+    status: FineTuneJobStatus, updates: list[ConditionUpdate], generation: int, now: datetime
+) -> FineTuneJobStatus:
+    """Return the status with these conditions; those that no update is about stay as they are."""
     stored = {c.type: c for c in status.conditions}
-    for claim in claims:
-        stored[claim.type] = _condition(stored.get(claim.type), claim, generation, now)
+    for update in updates:
+        stored[update.type] = _condition(stored.get(update.type), update, generation, now)
     order = list(ConditionType)
     return status.model_copy(update={"conditions": sorted(stored.values(), key=lambda c: order.index(c.type))})
 
 
-def _condition(old: Condition | None, claim: Claim, generation: int, now: datetime) -> Condition:
-    message = one_line(claim.message)
-    same_answer = old is not None and old.status == claim.status
-    if old is not None and same_answer and old.reason == claim.reason and claim.reason in _FIRST_WORDS_STAY:
+def _condition(old: Condition | None, update: ConditionUpdate, generation: int, now: datetime) -> Condition:
+    message = one_line(update.message)
+    same_answer = old is not None and old.status == update.status
+    if old is not None and same_answer and old.reason == update.reason and update.reason in _FIRST_WORDS_STAY:
         message = old.message
     return Condition(
-        type=claim.type,
-        status=claim.status,
-        reason=claim.reason.value,
+        type=update.type,
+        status=update.status,
+        reason=update.reason.value,
         message=message,
         last_transition_time=old.last_transition_time if old is not None and same_answer else format_time(now),
         observed_generation=generation,

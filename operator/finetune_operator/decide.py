@@ -1,197 +1,157 @@
-"""What to do next for a job without a verdict, and what its conditions say meanwhile. Pure."""
+"""Every decision of the operator, in one pure, total and idempotent function: `decide`.
 
-from dataclasses import dataclass, replace
+Its table test is the specification. Nothing is remembered elsewhere: what a later decision needs is in the status, the
+Kubernetes Jobs or the pods.
+"""
+
 from datetime import datetime, timedelta
 
-from finetune_api import retry
+from finetune_api import defaults
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.names import MAX_ATTEMPTS, Stage
+from finetune_api.names import Stage
 from finetune_api.reasons import Reason
-from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, OperatorRecord
-from finetune_operator.attempts import belongs, is_open, is_planned, is_stopping
+from finetune_api.status import ConditionType, FineTuneJobStatus, OperatorRecord, Phase
+from finetune_operator import attempt_steps, final_status
+from finetune_operator.attempt_outcome import is_open
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.conditions import find
-from finetune_operator.figures import is_stale, is_write_due, with_progress
-from finetune_operator.fold import MAX_ENTRIES, Folded, running_entry
-from finetune_operator.live import IMPATIENT_REASONS, PATIENCE, REFUSED, SLOW_START_S, Look, look
-from finetune_operator.seen import Action, Blocked, CreateJob, DeleteJob, Seen
-from finetune_operator.situation import describe
-from finetune_operator.verdict import Limits, failed, failure, is_success, limits_of, succeeded
-from finetune_operator.view import JobView, reason_of
+from finetune_operator.close_attempts import JobState, close_attempts
+from finetune_operator.conditions import ConditionUpdate, with_updates
+from finetune_operator.decision import Action, Decision, SetK8sJobTtl
+from finetune_operator.final_status import Limits
+from finetune_operator.gates import Open, Over, ask_gates, deadline
+from finetune_operator.job_events import events_between
+from finetune_operator.job_reader import FineTuneJob
+from finetune_operator.observation import Blocked, Observation
+from finetune_operator.pod_waits import PATIENCE, SLOW_START_S, PodState
+from finetune_operator.progress_status import is_stale, is_write_due, with_progress
+from finetune_operator.running_status import running_status
+from finetune_operator.status_size import bounded
 
 
-@dataclass(frozen=True)
-class Decision:
-    status: FineTuneJobStatus
-    actions: tuple[Action, ...] = ()
-    requeue_after_s: float | None = None
+def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decision:
+    """Never raises; with its own status stored and its actions done, the same observation gives nothing new."""
+    # A job that is going, or has its verdict, is only tidied up; one that this version cannot read is left as it is.
+    if job.deleting:
+        return Decision(job.status)
+    if job.finished:
+        return _tidy_up(job, observation)
+    spec = job.spec
+    if spec is None:
+        return _decision(job, _rejected(job, now))
+    limits = Limits.of(spec)
+
+    # It is accepted, once: its time begins.
+    status = _accepted(job, now)
+    # Attempts that ended are closed, once, with everything that their pods tell.
+    state = close_attempts(status, observation, now)
+    # The gates say whether it may go on.
+    gate = ask_gates(spec, state.status, now)
+    # Where it may not, an attempt of which nothing exists yet is given up.
+    state = attempt_steps.drop_unstarted(state, gate, now)
+    # The clock of what a person has to fix goes on, or stops.
+    pod_state = attempt_steps.pod_state(state, observation, now)
+    state = attempt_steps.with_wait_clock(state, pod_state, gate, now)
+    # Kubernetes Jobs of closed attempts go, whatever comes next.
+    actions = attempt_steps.delete_leftovers(state, observation)
+
+    # It may be over: it has what it is for, or nothing is left to try.
+    if final_status.is_success(state):
+        return _decision(job, final_status.succeeded(state, job.generation, now), state, actions)
+    end = Blocked(gate.reason, gate.message) if isinstance(gate, Over) else None
+    end = end or final_status.failure(state, pod_state, limits, now)
+    if end is not None:
+        status = final_status.failed(state, end, job.generation, now)
+        return _decision(job, status, state, attempt_steps.delete_all(observation))
+
+    # The attempt that runs is stopped, where the job may not go on or nothing moves.
+    state = attempt_steps.stop(state, observation, gate, pod_state, limits.progress_deadline_s)
+    # The next one begins, once the last has ended and nothing of it is alive.
+    state = attempt_steps.begin_next(state, observation, gate, now)
+    # Its Kubernetes Job is created, or deleted, as its entry in the status says.
+    actions += attempt_steps.own_action(state, observation)
+
+    # The status says what is so now.
+    pod_state = attempt_steps.pod_state(state, observation, now)
+    state = state.with_status(_with_live_progress(state, observation, pod_state, now))
+    status = running_status(job, state, observation, pod_state, gate, now)
+    return _decision(job, status, state, actions, _requeue_after_s(spec, state, observation, pod_state, gate, now))
 
 
-def decide(job: JobView, spec: FineTuneJobSpec, folded: Folded, seen: Seen, now: datetime) -> Decision:
-    limits = limits_of(spec)
-    suspend = spec.suspend is True
-    folded = _shelve(folded, suspend, now)
-    seen_as = _look(folded, seen, now)
-    folded = _with_wait_clock(folded, seen_as, suspend, now)
-    deletions = _leftovers(folded, seen)
-    if is_success(folded):
-        return Decision(succeeded(folded, job.generation, now), deletions)
-    why = failure(folded, seen_as, limits, now)
-    if why is not None:
-        all_live = tuple(DeleteJob(j.name, j.uid) for j in seen.jobs if j.live and not j.deleting)
-        return Decision(failed(folded, why, job.generation, now), all_live)
-    folded = _stop(folded, seen, suspend, seen_as, limits)
-    folded, due_s = _next_attempt(folded, seen, suspend, now)
-    seen_as = _look(folded, seen, now)
-    actions = (*deletions, *_own_action(folded, seen))
-    status = _figures(folded, seen, seen_as, now)
-    folded = replace(folded, status=status)
-    answer = seen.answer_of(folded.last) if folded.last is not None and seen_as.running else None
-    said = answer.progress if answer is not None else None
-    status = describe(job, folded, seen_as, suspend, quiet=_is_quiet(folded, seen), said=said, now=now)
-    return Decision(status, actions, _requeue(folded, seen_as, limits, due_s, now))
+def _decision(
+    job: FineTuneJob,
+    status: FineTuneJobStatus,
+    state: JobState | None = None,
+    actions: tuple[Action, ...] = (),
+    requeue_after_s: float | None = None,
+) -> Decision:
+    """Return the decision with one event for each transition from the stored status."""
+    status = bounded(status)
+    outcome = state.outcome if state is not None else None
+    return Decision(status, actions, events_between(job.status, status, outcome), requeue_after_s)
 
 
-def _shelve(folded: Folded, suspend: bool, now: datetime) -> Folded:
-    """An attempt that is only planned is given up when the job is suspended; there is no Job to stop."""
-    last = folded.last
-    if not suspend or last is None or not is_planned(last, folded.job, folded.pods):
-        return folded
-    update = {"attempt_class": "Suspended", "reason": Reason.SUSPENDED.value, "finished_at": format_time(now)}
-    return _with_last(folded, last.model_copy(update=update))
+def _accepted(job: FineTuneJob, now: datetime) -> FineTuneJobStatus:
+    record = job.status.record or OperatorRecord()
+    if record.accepted_at is None:
+        record = record.model_copy(update={"accepted_at": format_time(now)})
+    return job.status.model_copy(update={"record": record, "observed_generation": job.generation})
 
 
-def _look(folded: Folded, seen: Seen, now: datetime) -> Look:
-    last = folded.last
-    if last is None or not is_open(last):
-        return Look()
-    blocked = seen.blocked
-    planned = is_planned(last, folded.job, folded.pods)
-    stored = find(folded.status, ConditionType.DEGRADED)
-    if planned and blocked is None and stored is not None and stored.status == "True":
-        reason = reason_of(stored.reason)
-        blocked = Blocked(reason, stored.message) if reason in REFUSED else None
-    return look(last, folded.job, folded.pods, blocked, now)
+def _rejected(job: FineTuneJob, now: datetime) -> FineTuneJobStatus:
+    """The spec cannot be read by this version: nothing is started, and nothing that runs is touched."""
+    updates = [
+        ConditionUpdate(ConditionType.READY, "False", Reason.SPEC_INVALID, job.problem),
+        ConditionUpdate(ConditionType.STALLED, "True", Reason.SPEC_INVALID, job.problem),
+    ]
+    status = with_updates(job.status, updates, job.generation, now)
+    phase = job.status.phase or Phase.PENDING
+    return status.model_copy(update={"phase": phase, "observed_generation": job.generation})
 
 
-def _with_wait_clock(folded: Folded, seen_as: Look, suspend: bool, now: datetime) -> Folded:
-    """Since when somebody has to fix something; the clock goes on through the attempts in between, and not at all
-    while the job is suspended, as then nobody tries."""
-    entries = folded.status.attempts
-    record = folded.status.record or OperatorRecord()
-    closed = [e for e in entries if not is_open(e)]
-    waiting = bool(closed) and closed[-1].attempt_class == "Waiting"
-    if seen_as.wait is not None and seen_as.wait.reason in IMPATIENT_REASONS:
-        waiting = True
-    since = (record.storage_wait_since or format_time(now)) if waiting and not suspend else None
-    if since == record.storage_wait_since:
-        return folded
-    record = record.model_copy(update={"storage_wait_since": since})
-    return replace(folded, status=folded.status.model_copy(update={"record": record}))
+def _tidy_up(job: FineTuneJob, observation: Observation) -> Decision:
+    """The verdict is stored. A Kubernetes Job that is missing is never created again."""
+    ttl_s = defaults.given(job.spec.ttl_seconds_after_finished if job.spec is not None else None, defaults.TTL_S)
+    ended = [k8s_job for k8s_job in observation.k8s_jobs if not k8s_job.live and not k8s_job.deleting]
+    actions: tuple[Action, ...] = attempt_steps.delete_all(observation)
+    actions += tuple(SetK8sJobTtl(each.name, ttl_s) for each in ended if each.ttl_seconds != ttl_s)
+    return Decision(job.status.model_copy(update={"observed_generation": job.generation}), actions)
 
 
-def _leftovers(folded: Folded, seen: Seen) -> tuple[Action, ...]:
-    """Live Jobs of attempts that are closed: an older one, or one that was created while its attempt was given up."""
-    last = folded.last
-    return tuple(
-        DeleteJob(j.name, j.uid)
-        for j in seen.jobs
-        if j.live and not j.deleting and not (last is not None and is_open(last) and belongs(last, j))
-    )
-
-
-def _stop(folded: Folded, seen: Seen, suspend: bool, seen_as: Look, limits: Limits) -> Folded:
-    """Write down why the attempt is stopped; the deletion follows from what is written, also after a restart."""
-    last = folded.last
-    if last is None or not is_open(last) or is_stopping(last) or is_planned(last, folded.job, folded.pods):
-        return folded
-    if suspend:
-        return _with_last(folded, last.model_copy(update={"reason": Reason.SUSPENDED.value}))
-    said = seen.answer_of(last)
-    # Silence is judged as standing still: whoever keeps a pod from answering must not keep it from being judged.
-    still_s = max(said.progress.seconds_since_step if said is not None else 0.0, seen.silent_s(last))
-    if seen_as.running and still_s > limits.progress_deadline_s:
-        return _with_last(folded, last.model_copy(update={"reason": Reason.NO_PROGRESS.value}))
-    return folded
-
-
-def _next_attempt(folded: Folded, seen: Seen, suspend: bool, now: datetime) -> tuple[Folded, float | None]:
-    """Plan the next attempt once the last has ended and nothing of it is left; else the seconds to wait."""
-    last, status = folded.last, folded.status
-    if suspend or (last is not None and is_open(last)) or not _is_quiet(folded, seen):
-        return folded, None
-    wait_s = retry.delay_s(status.attempts)
-    ended_at = parse_time(last.finished_at) if last is not None else None
-    if ended_at is not None:
-        passed_s = max(0.0, (now - ended_at).total_seconds())  # another clock may be ahead of ours
-        if passed_s < wait_s:
-            return folded, wait_s - passed_s
-    stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
-    numbers = [e.number for e in status.attempts if e.stage == stage]
-    numbers += [child.attempt for child in (*seen.jobs, *seen.pods) if child.stage == stage]
-    number = max(numbers, default=0) + 1
-    if number > MAX_ATTEMPTS:  # only with children that we never made: `failure` ends what has really had so many
-        return folded, None
-    entry = running_entry(stage, number)
-    attempts = [*status.attempts, entry][-MAX_ENTRIES:]
-    return Folded(status.model_copy(update={"attempts": attempts}), folded.ended, None, ()), None
-
-
-def _own_action(folded: Folded, seen: Seen) -> tuple[Action, ...]:
-    """Create or delete the Job of the newest attempt, as its entry says."""
-    last, job = folded.last, folded.job
-    if last is None or not is_open(last):
-        return ()
-    if is_stopping(last):
-        return (DeleteJob(job.name, job.uid),) if job is not None and job.live and not job.deleting else ()
-    if is_planned(last, job, folded.pods) and _is_quiet(folded, seen):
-        stage = Stage(last.stage)
-        digest = folded.status.plan.digest if folded.status.plan is not None and stage == Stage.TRAIN else None
-        return (CreateJob(stage, last.number, digest),)
-    return ()
-
-
-def _is_quiet(folded: Folded, seen: Seen) -> bool:
-    """Whether nothing of other attempts is alive: two writers at a time are never wanted."""
-    last = folded.last
-    own = last if last is not None and is_open(last) else None
-    children = [*(j for j in seen.jobs if j.live), *(p for p in seen.pods if p.active)]
-    return not any(own is None or not belongs(own, child) for child in children)
-
-
-def _figures(folded: Folded, seen: Seen, seen_as: Look, now: datetime) -> FineTuneJobStatus:
-    status, last, interval_s = folded.status, folded.last, seen.progress_write_interval_s
-    if last is None or not seen_as.running:
+def _with_live_progress(
+    state: JobState, observation: Observation, pod_state: PodState, now: datetime
+) -> FineTuneJobStatus:
+    """Return the status with the running pod's last answer, as often as live figures may be written."""
+    status, last, interval_s = state.status, state.last, observation.progress_write_interval_s
+    if last is None or not pod_state.running:
         return status
-    said = seen.answer_of(last)
-    if said is not None and is_write_due(status, said, interval_s):
-        status = with_progress(status, said)
+    answer = observation.answer_of(last)
+    if answer is not None and is_write_due(status, answer, interval_s):
+        status = with_progress(status, answer)
     if status.progress is not None and last.stage == Stage.TRAIN:
-        stale = is_stale(status, said, interval_s, now)
+        stale = is_stale(status, answer, interval_s, now)
         status = status.model_copy(update={"progress": status.progress.model_copy(update={"stale": stale})})
     return status
 
 
-def _requeue(folded: Folded, seen_as: Look, limits: Limits, due_s: float | None, now: datetime) -> float | None:
-    """Seconds until time alone changes the decision; None when only events do."""
-    moments: list[datetime] = []
-    record, last = folded.status.record, folded.last
-    accepted = parse_time(record.accepted_at) if record else None
-    since = parse_time(record.storage_wait_since) if record else None
-    if accepted is not None and limits.deadline_s is not None:
-        moments.append(accepted + timedelta(seconds=limits.deadline_s))
-    if since is not None:
-        moments.append(since + PATIENCE)
-    waits = [] if due_s is None else [due_s]
-    if last is not None and is_open(last) and not seen_as.running and folded.job is not None:
-        born = max([folded.job.created_at, *(pod.created_at for pod in folded.pods if pod.active)])
-        slow_s = SLOW_START_S + 1 - (now - born).total_seconds()
-        waits += [slow_s] if slow_s > 0 else []
-    waits += [max(1.0, (moment - now).total_seconds()) for moment in moments]
-    return min(waits, default=None)
-
-
-def _with_last(folded: Folded, entry: AttemptStatus) -> Folded:
-    attempts = [*folded.status.attempts[:-1], entry]
-    status = folded.status.model_copy(update={"attempts": attempts})
-    return replace(folded, status=status)
+def _requeue_after_s(
+    spec: FineTuneJobSpec,
+    state: JobState,
+    observation: Observation,
+    pod_state: PodState,
+    gate: object,
+    now: datetime,
+) -> float | None:
+    """Return the seconds until time alone changes the decision; None when only events do."""
+    record, last = state.status.record, state.last
+    waiting_since = parse_time(record.storage_wait_since) if record else None
+    patience_ends = waiting_since + PATIENCE if waiting_since is not None else None
+    moments = [moment for moment in (deadline(spec, state.status), patience_ends) if moment is not None]
+    waits_s = [max(1.0, (moment - now).total_seconds()) for moment in moments]
+    if isinstance(gate, Open) and attempt_steps.may_begin_next(state, observation):
+        retry_s = attempt_steps.seconds_to_next(state, now)
+        waits_s += [retry_s] if retry_s > 0 else []
+    if last is not None and is_open(last) and not pod_state.running and state.k8s_job is not None:
+        born = max([state.k8s_job.created_at, *(pod.created_at for pod in state.pods if pod.active)])
+        slow_at = born + timedelta(seconds=SLOW_START_S + 1)
+        waits_s += [(slow_at - now).total_seconds()] if slow_at > now else []
+    return min(waits_s, default=None)

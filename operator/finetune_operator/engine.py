@@ -9,18 +9,18 @@ from collections import Counter
 from finetune_operator.children import Children, ChildWatch, Key, Owner
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.decide import decide
 from finetune_operator.health import problems
-from finetune_operator.hearing import Hearing
+from finetune_operator.job_reader import is_finished, read_job
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
-from finetune_operator.plan import plan
+from finetune_operator.observation import Observation
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import LaterError, Reconciler, RefusedError
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import Seen
 from finetune_operator.settings import Settings
-from finetune_operator.view import is_finished, view
+from finetune_operator.watch_lag import WatchLag
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Engine:
         self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, utcnow)
         self._lease = Lease(cluster, settings.namespace, settings.identity, settings.lease_duration_s)
         self._stop = threading.Event()
-        self._hearing = Hearing()
+        self._watch_lag = WatchLag()
         self._names: dict[Owner, Key] = {}  # of unfinished jobs, from the last resync and from events
         self._resynced_s = time.monotonic()
         self._leading = False
@@ -77,7 +77,7 @@ class Engine:
 
     def put(self, namespace: str, name: str, uid: str, generation: int) -> None:
         """The watch of FineTuneJobs says that the job was created, changed or deleted."""
-        self._hearing.heard(uid, generation)
+        self._watch_lag.heard(uid, generation)
         self._names[namespace, uid] = (namespace, name)
         self._queue.put((namespace, name))
 
@@ -101,7 +101,7 @@ class Engine:
             "lease": self._lease.age_s(),
             "progress": self._progress.age_s(),
             "resync": now - self._resynced_s,
-            "watch of finetunejobs": self._hearing.deaf_s(),
+            "watch of finetunejobs": self._watch_lag.lag_s(),
         }
         return problems(ages_s, self._queue.stuck_s())
 
@@ -112,15 +112,15 @@ class Engine:
         generations: dict[str, int] = {}
         phases: Counter[str] = Counter()
         for scope in self._scopes:
-            for body in self._cluster.list_jobs(scope):
-                job = view(body)
+            for body in self._cluster.list_finetunejobs(scope):
+                job = read_job(body)
                 phases[job.status.phase.value if job.status.phase else "Pending"] += 1
                 generations[job.uid] = job.generation
                 if not is_finished(job.status):
                     unfinished[job.owner] = job.key
-                elif job.owner in owners and plan(job, Seen(*self._children.of(job.owner)), utcnow()).actions:
+                elif job.owner in owners and decide(job, Observation(*self._children.of(job.owner)), utcnow()).actions:
                     self._queue.put(job.key)  # a Job of it still wants its TTL
-        self._hearing.listed(generations)
+        self._watch_lag.listed(generations)
         self._names = unfinished
         for owner in owners - set(unfinished):
             self._children.forget(owner)

@@ -16,9 +16,9 @@ from finetune_api.names import Stage
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import FINAL_EXIT_CODES
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
+from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observed import ANNOTATION_GPUS
 from finetune_operator.settings import Runtime, Toleration
-from finetune_operator.view import JobView
 
 RUNTIME_FILE = "runtime.json"
 USER_ID = 10001
@@ -27,7 +27,7 @@ UNREACHABLE_S = 60
 Manifest = dict[str, Any]
 
 
-def run_config(job: JobView, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
+def run_config(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
     """Every default of the platform decided, so that all attempts of the job run alike."""
     storage = spec.storage
     endpoint = storage.endpoint if storage else None
@@ -72,7 +72,7 @@ def _resources_of(config: RunConfig, runtime: Runtime, stage: Stage) -> RunResou
     return config.prepare_resources or _prepare_resources(config.spec, runtime)
 
 
-def config_map(job: JobView, config: RunConfig, runtime: Runtime) -> Manifest:
+def config_map(job: FineTuneJob, config: RunConfig, runtime: Runtime) -> Manifest:
     """The run's configuration for the trainer, and the runtime as it was, for the operator after an upgrade."""
     meta = _metadata(job, names.run_name(job.name, job.uid), {
         names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
@@ -90,7 +90,7 @@ def config_map(job: JobView, config: RunConfig, runtime: Runtime) -> Manifest:
 
 
 def job_manifest(
-    job: JobView, config: RunConfig, runtime: Runtime, stage: Stage, attempt: int, plan_digest: str | None
+    job: FineTuneJob, config: RunConfig, runtime: Runtime, stage: Stage, attempt: int, plan_digest: str | None
 ) -> Manifest:
     """The Kubernetes Job of one attempt. `plan_digest` belongs to train alone: it trains what was prepared."""
     labels = names.child_labels(job.name, job.uid, stage, attempt)
@@ -135,7 +135,7 @@ _POD_ANNOTATIONS = {
 }
 
 
-def _metadata(job: JobView, name: str, labels: Mapping[str, str]) -> Manifest:
+def _metadata(job: FineTuneJob, name: str, labels: Mapping[str, str]) -> Manifest:
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -148,7 +148,7 @@ def _metadata(job: JobView, name: str, labels: Mapping[str, str]) -> Manifest:
 
 
 def _pod_spec(
-    job: JobView,
+    job: FineTuneJob,
     config: RunConfig,
     runtime: Runtime,
     stage: Stage,
@@ -216,7 +216,9 @@ def _limits(resources: RunResources, runtime: Runtime) -> dict[str, str]:
     return {**limits, runtime.gpu.resource_name: str(resources.gpus)} if resources.gpus else limits
 
 
-def _volumes(job: JobView, config: RunConfig, runtime: Runtime, stage: Stage) -> tuple[list[Manifest], list[Manifest]]:
+def _volumes(
+    job: FineTuneJob, config: RunConfig, runtime: Runtime, stage: Stage
+) -> tuple[list[Manifest], list[Manifest]]:
     disk = f"{_resources_of(config, runtime, stage).disk_bytes // 2**20}Mi"
     run = {"name": names.run_name(job.name, job.uid), "items": [{"key": names.CONFIG_FILE, "path": names.CONFIG_FILE}]}
     volumes: list[Manifest] = [

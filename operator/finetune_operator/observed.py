@@ -25,7 +25,7 @@ Body = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ObservedJob:
+class ObservedK8sJob:
     """One Kubernetes Job of a FineTuneJob."""
 
     name: str
@@ -69,8 +69,8 @@ class ObservedPod:
     oom_killed: bool = False
     memory_limit: str = "not known"  # of the trainer's container, for words
     gpus: int = 0
-    report: RunResult | None = None
-    bad_report: bool = False
+    result: RunResult | None = None
+    bad_result: bool = False
 
     @property
     def active(self) -> bool:
@@ -87,7 +87,7 @@ def job_uid(body: Body) -> str | None:
     return _text(_labels(body).get(names.LABEL_JOB_UID))
 
 
-def observe_job(body: Body) -> ObservedJob | None:
+def observe_k8s_job(body: Body) -> ObservedK8sJob | None:
     """None for a Job that is not controlled by the FineTuneJob its label names."""
     meta, spec, status = _dict(body, "metadata"), _dict(body, "spec"), _dict(body, "status")
     place = _place(body)
@@ -96,7 +96,7 @@ def observe_job(body: Body) -> ObservedJob | None:
         return None
     conditions = {c.get("type"): c for c in _dicts(status, "conditions") if c.get("status") == "True"}
     ended = conditions.get("Complete") or conditions.get("Failed")
-    return ObservedJob(
+    return ObservedK8sJob(
         name=str(meta.get("name")),
         uid=str(meta.get("uid")),
         stage=place[0],
@@ -121,7 +121,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
     container = next((c for c in _dicts(status, "containerStatuses") if c.get("name") == names.CONTAINER), {})
     state = _dict(container, "state")
     running, waiting, ended = _dict(state, "running"), _dict(state, "waiting"), _dict(state, "terminated")
-    report, bad_report = parse_report(ended.get("message"))
+    result, bad_result = parse_result(ended.get("message"))
     return ObservedPod(
         name=str(meta.get("name")),
         uid=str(meta.get("uid")),
@@ -143,12 +143,12 @@ def observe_pod(body: Body) -> ObservedPod | None:
         oom_killed=ended.get("reason") == "OOMKilled",
         memory_limit=_memory_limit(body),
         gpus=_gpus(meta),
-        report=report,
-        bad_report=bad_report,
+        result=result,
+        bad_result=bad_result,
     )
 
 
-def parse_report(message: object) -> tuple[RunResult | None, bool]:
+def parse_result(message: object) -> tuple[RunResult | None, bool]:
     """The termination message as a RunResult, and whether there was one that cannot be used."""
     text = _text(message)
     if not text:

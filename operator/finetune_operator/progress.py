@@ -19,8 +19,8 @@ from finetune_api.quality import Concern
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_operator.children import Children, Owner
 from finetune_operator.metrics import Metrics
+from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.observed import ObservedPod
-from finetune_operator.seen import SeenProgress, SeenSilence
 
 log = logging.getLogger(__name__)
 
@@ -105,19 +105,19 @@ class ProgressPuller:
     ) -> None:
         self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
         self._lock = threading.Lock()
-        self._answers: dict[Owner, SeenProgress] = {}  # the last
-        self._silences: dict[Owner, SeenSilence] = {}  # of those that do not answer now
+        self._answers: dict[Owner, PodAnswer] = {}  # the last
+        self._silences: dict[Owner, PodSilence] = {}  # of those that do not answer now
         self._looked_at: dict[Owner, datetime] = {}
         self._running = 0
         self._clock = clock
         self._round_at_s = clock()
         self._stop = threading.Event()
 
-    def last(self, owner: Owner) -> SeenProgress | None:
+    def last(self, owner: Owner) -> PodAnswer | None:
         with self._lock:
             return self._answers.get(owner)
 
-    def silence(self, owner: Owner) -> SeenSilence | None:
+    def silence(self, owner: Owner) -> PodSilence | None:
         """How long the pod has not answered, although it can be reached; None when it has."""
         with self._lock:
             return self._silences.get(owner)
@@ -168,7 +168,7 @@ class ProgressPuller:
                 return
             self._end_silence(owner)
             self._metrics.progress_pulls.labels("ok").inc()
-            self._keep(owner, SeenProgress(said, self._now()))
+            self._keep(owner, PodAnswer(said, self._now()))
 
         await asyncio.gather(*(ask(owner, pod) for owner, pod in targets))
 
@@ -183,13 +183,13 @@ class ProgressPuller:
             if before is not None and before.pod_uid == pod.uid:
                 self._silences[owner] = replace(before, until=now)
             elif silent:
-                self._silences[owner] = SeenSilence(pod.stage, pod.attempt, pod.uid, now, now)
+                self._silences[owner] = PodSilence(pod.stage, pod.attempt, pod.uid, now, now)
 
     def _end_silence(self, owner: Owner) -> None:
         with self._lock:
             self._silences.pop(owner, None)
 
-    def _keep(self, owner: Owner, answer: SeenProgress) -> None:
+    def _keep(self, owner: Owner, answer: PodAnswer) -> None:
         with self._lock:
             before, self._answers[owner] = self._answers.get(owner), answer
             looked_at = self._looked_at.get(owner)
@@ -204,6 +204,6 @@ class ProgressPuller:
             self._due(owner)
 
 
-def _concerns(answer: SeenProgress | None) -> list[Concern]:
+def _concerns(answer: PodAnswer | None) -> list[Concern]:
     quality = answer.progress.quality if answer is not None else None
     return quality.concerns if quality is not None else []

@@ -1,4 +1,4 @@
-"""One round for one job: observe, plan, write the status, act, tell. Everything that decides is in `plan`."""
+"""One round for one job: observe, decide, write the status, act, tell. Everything that decides is in `decide`."""
 
 import hashlib
 import json
@@ -16,30 +16,25 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.run import RunConfig
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.attempts import belongs
+from finetune_operator.attempt_outcome import belongs
 from finetune_operator.children import Children, Owner
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
-from finetune_operator.live import explain_events, needs_explanation
+from finetune_operator.decide import decide
+from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
+from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import observe_job
-from finetune_operator.plan import plan
-from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import (
-    Action,
+from finetune_operator.observation import (
     Blocked,
-    CreateJob,
-    DeleteJob,
-    JobEvent,
-    Plan,
-    Seen,
-    SeenProgress,
-    SeenSilence,
-    SetTtl,
+    Observation,
+    PodAnswer,
+    PodSilence,
 )
+from finetune_operator.observed import observe_k8s_job
+from finetune_operator.pod_waits import explain_events, needs_explanation
+from finetune_operator.runtimes import Runtimes
 from finetune_operator.settings import Runtime, runtime_of_snapshot
-from finetune_operator.view import JobView, view
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +44,8 @@ MAX_CONFLICTS = 5
 class Progresses(Protocol):
     """The part of ProgressPuller that is used here."""
 
-    def last(self, owner: Owner) -> SeenProgress | None: ...
-    def silence(self, owner: Owner) -> SeenSilence | None: ...
+    def last(self, owner: Owner) -> PodAnswer | None: ...
+    def silence(self, owner: Owner) -> PodSilence | None: ...
     def interval_s(self) -> float: ...
 
 
@@ -63,7 +58,7 @@ class RefusedError(Exception):
 
 
 class LaterError(Exception):
-    """What was seen is behind what is; a later round will see it."""
+    """What was observed is out of date; a later round will observe it anew."""
 
 
 class Reconciler:
@@ -94,7 +89,7 @@ class Reconciler:
                 self.forget(key)
                 return None
             try:
-                return self._round(view(body))
+                return self._round(read_job(body))
             except ApiError as error:
                 if not _is_stale_write(error):
                     raise
@@ -108,26 +103,26 @@ class Reconciler:
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
-    def _round(self, job: JobView) -> float | None:
-        seen = self._observe(job)
-        made = plan(job, seen, self._now())
-        stored = self._store(job, made)
+    def _round(self, job: FineTuneJob) -> float | None:
+        observation = self._observe(job)
+        decision = decide(job, observation, self._now())
+        stored = self._store(job, decision)
         try:
-            for action in made.actions:
+            for action in decision.actions:
                 self._act(stored, action)
         except RefusedError as refused:
-            again = plan(stored, replace(seen, blocked=refused.blocked), self._now())
+            again = decide(stored, replace(observation, blocked=refused.blocked), self._now())
             if self._store(stored, again).finished:
                 return None
             raise
         if stored.finished:
             self._children.forget(stored.owner)
-        return made.requeue_after_s
+        return decision.requeue_after_s
 
-    def _observe(self, job: JobView) -> Seen:
-        jobs, pods = self._children.of(job.owner)
-        seen = Seen(
-            jobs=jobs,
+    def _observe(self, job: FineTuneJob) -> Observation:
+        k8s_jobs, pods = self._children.of(job.owner)
+        observation = Observation(
+            k8s_jobs=k8s_jobs,
             pods=pods,
             progress=self._progress.last(job.owner),
             progress_write_interval_s=self._progress.interval_s(),
@@ -135,38 +130,39 @@ class Reconciler:
         )
         entries = job.status.attempts
         if job.finished or not entries:
-            return seen
-        child = next((j for j in jobs if belongs(entries[-1], j)), None)
+            return observation
+        child = next((j for j in k8s_jobs if belongs(entries[-1], j)), None)
         uid = needs_explanation(child, [p for p in pods if belongs(entries[-1], p)], self._now())
         if uid is None:
-            return seen
-        return replace(seen, blocked=explain_events(self._cluster.list_events(job.namespace, uid), job.namespace))
+            return observation
+        events = self._cluster.list_events(job.namespace, uid)
+        return replace(observation, blocked=explain_events(events, job.namespace))
 
-    def _store(self, job: JobView, made: Plan) -> JobView:
-        """Write the status if it differs, then tell what changed; the job as it is then."""
-        patch = status_patch(_dump(job.status), _dump(made.status))
+    def _store(self, job: FineTuneJob, decision: Decision) -> FineTuneJob:
+        """Write the status if it differs, then tell what changed. Return the job as it is stored then."""
+        patch = status_patch(_dump(job.status), _dump(decision.status))
         if patch:
-            job = view(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
-            for event in made.events:
+            job = read_job(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
+            for event in decision.events:
                 self._tell(job, event)
         self._export(job)
         return job
 
-    def _act(self, job: JobView, action: Action) -> None:
+    def _act(self, job: FineTuneJob, action: Action) -> None:
         match action:
-            case CreateJob(stage, attempt, digest):
+            case CreateK8sJob(stage, attempt, digest):
                 self._create(job, stage, attempt, digest)
-            case DeleteJob(name, uid):
-                self._cluster.delete_job(job.namespace, name, uid)
-            case SetTtl(name, seconds):
+            case DeleteK8sJob(name, uid):
+                self._cluster.delete_k8s_job(job.namespace, name, uid)
+            case SetK8sJobTtl(name, seconds):
                 self._cluster.set_ttl(job.namespace, name, seconds)
 
-    def _create(self, job: JobView, stage: Stage, attempt: int, digest: str | None) -> None:
+    def _create(self, job: FineTuneJob, stage: Stage, attempt: int, digest: str | None) -> None:
         if job.spec is None:
             return
         # The watch may be behind: what exists now decides whether a second writer would come to life.
         wanted = names.child_name(job.name, job.uid, stage, attempt)
-        existing = [observe_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
+        existing = [observe_k8s_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
         if any(child is not None and child.live and child.name != wanted for child in existing):
             raise LaterError("another Job of this FineTuneJob is alive")
         if any(child is not None and child.name == wanted for child in existing):
@@ -175,7 +171,7 @@ class Reconciler:
         self._create_ours("jobs", job, job_manifest(job, config, runtime, stage, attempt, digest))
         log.info("%s/%s: created Job %s", job.namespace, job.name, wanted)
 
-    def _run(self, job: JobView) -> tuple[RunConfig, Runtime]:
+    def _run(self, job: FineTuneJob) -> tuple[RunConfig, Runtime]:
         """The run's configuration and runtime as they were when its ConfigMap was made; it is made if missing."""
         stored = self._cluster.get("configmaps", job.namespace, names.run_name(job.name, job.uid))
         if stored is None:
@@ -199,7 +195,7 @@ class Reconciler:
             text = f"ConfigMap {job.namespace}/{names.run_name(job.name, job.uid)} is of another version"
             raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{text}; create a new job")) from error
 
-    def _create_ours(self, kind: Any, job: JobView, manifest: Body) -> Body:
+    def _create_ours(self, kind: Any, job: FineTuneJob, manifest: Body) -> Body:
         """Create, or find what a round before created. Raises RefusedError for what only a person can fix."""
         name = manifest["metadata"]["name"]
         try:
@@ -221,7 +217,7 @@ class Reconciler:
                 raise RefusedError(Blocked(reason, f"{what} may not be created: {error.message}")) from error
             raise
 
-    def _tell(self, job: JobView, event: JobEvent) -> None:
+    def _tell(self, job: FineTuneJob, event: JobEvent) -> None:
         """Best effort: the status has it all, and is written already."""
         self._metrics.transitions.labels(event.reason.value).inc()
         log.info("%s/%s: %s: %s", job.namespace, job.name, event.reason.value, event.message)
@@ -230,7 +226,7 @@ class Reconciler:
         except (ApiError, UnreachableError) as error:
             log.warning("%s/%s: the event was not taken: %s", job.namespace, job.name, error)
 
-    def _export(self, job: JobView) -> None:
+    def _export(self, job: FineTuneJob) -> None:
         progress = job.status.progress
         answered = parse_time(progress.last_updated_time) if progress else None
         with self._lock:
@@ -255,7 +251,7 @@ def status_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Body:
     return patch
 
 
-def event_manifest(job: JobView, event: JobEvent, now: datetime) -> Body:
+def event_manifest(job: FineTuneJob, event: JobEvent, now: datetime) -> Body:
     """The name is made of what is told and when, so that a repeated round does not tell it twice."""
     moment = format_time(now)
     told = json.dumps([job.uid, event.type, event.reason.value, event.message, moment])
@@ -290,7 +286,7 @@ def _dump(status: FineTuneJobStatus) -> Body:
     return status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _is_ours(body: Body, job: JobView) -> bool:
+def _is_ours(body: Body, job: FineTuneJob) -> bool:
     owners = cast(list[Body], body.get("metadata", {}).get("ownerReferences") or [])
     return any(owner.get("uid") == job.uid and owner.get("controller") is True for owner in owners)
 

@@ -10,7 +10,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_cli import local, validate
 from finetune_cli.errors import CommandError, Exit
-from finetune_operator.view import view
+from finetune_operator.job_reader import read_job
 from finetune_trainer.store import open_store
 
 ENDPOINT = "http://user:password@minio:9000"
@@ -37,7 +37,7 @@ def test_the_command_refuses_a_password_in_the_endpoint_of_its_environment(name:
 def test_the_operator_does_not_run_a_job_that_an_older_schema_let_in() -> None:
     job = spec_cases.base()
     job["spec"]["storage"] = {"endpoint": ENDPOINT}
-    seen = view(job)
+    seen = read_job(job)
     assert seen.spec is None
     assert "storage.endpoint" in seen.problem
     assert "password@" not in seen.problem

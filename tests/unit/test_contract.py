@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault, words
 from finetune_api.run import CONTRACT_VERSION, Progress, RunResult
-from finetune_operator.observed import parse_report
+from finetune_operator.observed import parse_result
 from finetune_operator.progress import parse
 from finetune_trainer import config
 
@@ -55,12 +55,12 @@ def test_a_trainer_refuses_a_later_contract_and_what_is_no_number(tmp_path: Path
 @pytest.mark.parametrize("name", ["prepared", "committed", "interrupted"])
 def test_an_operator_reads_the_results_of_the_contract_before_and_of_a_newer_trainer(name: str) -> None:
     told = sample(name)
-    report, bad = parse_report(json.dumps(told))
+    report, bad = parse_result(json.dumps(told))
     assert (report is not None, bad) == (True, False)
     assert report is not None
     again = json.loads(report.to_message())
     assert again == told, "a field of the contract before has gone, or has another meaning"
-    of_newer, bad = parse_report(json.dumps(newer(told) | {"args": told["args"], "contract_version": 99}))
+    of_newer, bad = parse_result(json.dumps(newer(told) | {"args": told["args"], "contract_version": 99}))
     assert (of_newer, bad) == (report.model_copy(update={"contract_version": 99}), False)
 
 
@@ -78,7 +78,7 @@ def test_an_operator_reads_the_progress_of_the_contract_before_and_of_a_newer_tr
 
 def test_a_fault_of_a_newer_trainer_is_told_by_its_code() -> None:
     told = sample("interrupted") | {"fault": "OfTheFuture", "args": {"any": "thing"}, "contract_version": 99}
-    report, bad = parse_report(json.dumps(told))
+    report, bad = parse_result(json.dumps(told))
     assert not bad
     assert report is not None
     assert (report.fault, report.args, report.step) == (Fault.UNRECOGNISED, {"code": "OfTheFuture"}, 40)
@@ -95,7 +95,7 @@ def test_a_concern_of_a_newer_trainer_hides_neither_the_adapter_nor_itself_as_no
     concerns: object, told: list[str] | None
 ) -> None:
     found = {"quality": {"concerns": concerns, "held_out_rows": 60, "loss": 3.0, "start_loss": 2.0}}
-    report, broken = parse_report(json.dumps(sample("committed") | found))
+    report, broken = parse_result(json.dumps(sample("committed") | found))
     assert not broken
     assert report is not None
     assert report.artifact is not None
@@ -105,5 +105,5 @@ def test_a_concern_of_a_newer_trainer_hides_neither_the_adapter_nor_itself_as_no
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "", 7, None])
-def test_a_stage_of_a_newer_trainer_makes_a_bad_report(stage: object) -> None:
-    assert parse_report(json.dumps(sample("interrupted") | {"stage": stage})) == (None, True)
+def test_a_stage_of_a_newer_trainer_makes_a_bad_result(stage: object) -> None:
+    assert parse_result(json.dumps(sample("interrupted") | {"stage": stage})) == (None, True)

@@ -23,7 +23,7 @@ PICKERS = ("pick", "given")
 OTHER_MEANINGS = {
     ("trainer/finetune_trainer/sizing.py", "LoRA"),  # the only peft.type there is
     ("api/finetune_api/job.py", 86400),  # the most that two fields take
-    ("operator/finetune_operator/figures.py", 86400),  # seconds of a day
+    ("operator/finetune_operator/progress_status.py", 86400),  # seconds of a day
     ("trainer/finetune_trainer/export.py", 0.02),  # a tolerance in nats
     ("trainer/finetune_trainer/metrics.py", 0.03),  # a bound of a histogram
     ("trainer/finetune_trainer/data/renderer.py", 0.02),  # seconds of rendering a row

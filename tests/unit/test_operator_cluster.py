@@ -151,7 +151,7 @@ def test_a_deletion_is_in_the_background_of_one_object_and_fine_if_it_is_gone(
     cluster: Cluster, server: Server, status: int
 ):
     server.refuses(status, "x")
-    cluster.delete_job("a", "train-1", "uid-1")
+    cluster.delete_k8s_job("a", "train-1", "uid-1")
     assert server.asked[0][2] == {"propagationPolicy": "Background", "preconditions": {"uid": "uid-1"}}
 
 

@@ -15,9 +15,9 @@ from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
 from finetune_operator.engine import Engine
-from finetune_operator.hearing import Hearing
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
+from finetune_operator.watch_lag import WatchLag
 from hand_clock import Clock
 from status_samples import SPEC
 
@@ -53,7 +53,7 @@ class QuietCluster:
         self.lease = body
         return body
 
-    def list_jobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
+    def list_finetunejobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
         return iter(self.finetunejobs)
 
     def watch(self, kind: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,34 +148,34 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def hearing(clock: Clock) -> Hearing:
-    return Hearing(clock)
+def hearing(clock: Clock) -> WatchLag:
+    return WatchLag(clock)
 
 
-def test_a_change_that_only_the_list_shows_means_that_the_watch_is_deaf(hearing: Hearing, clock: Clock):
+def test_a_change_that_only_the_list_shows_means_that_the_watch_is_deaf(hearing: WatchLag, clock: Clock):
     hearing.heard("a", 1)
     hearing.listed({"a": 1})
     clock.now_s = 100
     hearing.listed({"a": 2})
     clock.now_s = 300
     hearing.listed({"a": 3, "b": 1})
-    assert hearing.deaf_s() == 200
+    assert hearing.lag_s() == 200
     hearing.heard("a", 3)
     hearing.heard("b", 1)
-    assert hearing.deaf_s() == 0
+    assert hearing.lag_s() == 0
 
 
-def test_a_job_that_is_told_of_before_the_list_knows_it_is_remembered(hearing: Hearing, clock: Clock):
+def test_a_job_that_is_told_of_before_the_list_knows_it_is_remembered(hearing: WatchLag, clock: Clock):
     hearing.heard("new", 1)
     hearing.listed({})
     clock.now_s = 60
     hearing.listed({"new": 1})
     clock.now_s = 600
-    assert hearing.deaf_s() == 0
+    assert hearing.lag_s() == 0
 
 
-def test_a_job_that_was_deleted_unheard_is_no_longer_missed(hearing: Hearing, clock: Clock):
+def test_a_job_that_was_deleted_unheard_is_no_longer_missed(hearing: WatchLag, clock: Clock):
     hearing.listed({"a": 1})
     clock.now_s = 60
     hearing.listed({})
-    assert hearing.deaf_s() == 0
+    assert hearing.lag_s() == 0

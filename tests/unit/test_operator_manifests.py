@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, RunConfig
+from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
-from finetune_operator.observed import observe_job, observe_pod
+from finetune_operator.observed import observe_k8s_job, observe_pod
 from finetune_operator.settings import Runtime
-from finetune_operator.view import JobView, view
 
 DIGEST = "sha256:" + "b" * 64
 GPU_RUNTIME = Runtime.model_validate(
@@ -36,8 +36,8 @@ GPU_RUNTIME = Runtime.model_validate(
 NO_NODE_IDENTITY = {"name": "AWS_EC2_METADATA_DISABLED", "value": "true"}
 
 
-def job(**spec: Any) -> JobView:
-    return view(
+def job(**spec: Any) -> FineTuneJob:
+    return read_job(
         {
             "metadata": {
                 "name": "bot",
@@ -252,7 +252,7 @@ def test_a_runtime_cannot_change_the_labels_that_the_operator_selects_by():
 
 def test_what_is_rendered_is_recognised_again():
     manifest = rendered(Stage.TRAIN, 3)
-    seen = observe_job({**manifest, "metadata": {**manifest["metadata"], "uid": "u"}})
+    seen = observe_k8s_job({**manifest, "metadata": {**manifest["metadata"], "uid": "u"}})
     assert seen is not None
     assert (seen.stage, seen.attempt, seen.live) == (Stage.TRAIN, 3, True)
     meta = manifest["spec"]["template"]["metadata"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
-from finetune_operator.observed import observe_job, observe_pod, parse_report
-from finetune_operator.view import view
+from finetune_operator.job_reader import read_job
+from finetune_operator.observed import observe_k8s_job, observe_pod, parse_result
 
 LABELS = names.child_labels("bot", "uid-1", Stage.TRAIN, 2)
 REPORT = '{"stage":"train","attempt":2,"fault":"Interrupted","exit_code":30,"step":7}'
@@ -45,7 +45,7 @@ def container(**state: Any) -> dict[str, Any]:
     ],
 )
 def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outcome: str | None):
-    seen = observe_job(job_body(conditions=conditions))
+    seen = observe_k8s_job(job_body(conditions=conditions))
     assert seen is not None
     assert seen.outcome == outcome
 
@@ -53,9 +53,9 @@ def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outc
 def test_a_job_that_another_object_owns_is_not_ours_whatever_its_labels_say():
     body = job_body()
     body["metadata"]["ownerReferences"][0]["uid"] = "uid-2"
-    assert observe_job(body) is None
+    assert observe_k8s_job(body) is None
     body["metadata"]["ownerReferences"] = []
-    assert observe_job(body) is None
+    assert observe_k8s_job(body) is None
 
 
 def test_a_pod_tells_its_report_exit_code_and_times():
@@ -68,9 +68,9 @@ def test_a_pod_tells_its_report_exit_code_and_times():
     seen = observe_pod(pod_body(phase="Failed", **container(terminated=ended)))
     assert seen is not None
     assert (seen.exit_code, seen.active, seen.memory_limit) == (30, False, "1.5 GiB")
-    assert seen.report is not None
-    assert seen.report.fault == Fault.INTERRUPTED
-    assert seen.report.step == 7
+    assert seen.result is not None
+    assert seen.result.fault == Fault.INTERRUPTED
+    assert seen.result.step == 7
 
 
 def test_a_pod_tells_why_it_does_not_run():
@@ -103,13 +103,13 @@ def test_a_pod_tells_what_ended_it():
         REPORT.replace('"Interrupted"', "7"), REPORT.replace("30", '"x"'),
     ],
 )  # fmt: skip
-def test_a_message_that_is_no_report_is_a_bad_report(message: str):
-    assert parse_report(message) == (None, True)
+def test_a_message_that_is_no_report_is_a_bad_result(message: str):
+    assert parse_result(message) == (None, True)
 
 
 def test_no_message_is_no_report():
-    assert parse_report("") == (None, False)
-    assert parse_report(None) == (None, False)
+    assert parse_result("") == (None, False)
+    assert parse_result(None) == (None, False)
 
 
 junk = st.recursive(
@@ -126,10 +126,10 @@ junk = st.recursive(
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(st.sampled_from(["metadata", "status", "spec"]), junk), junk)
 def test_no_object_makes_parsing_raise(body: dict[str, Any], status: Any):
-    observe_job(body)
+    observe_k8s_job(body)
     observe_pod(body)
     labelled = pod_body()
     labelled["status"] = status
     observe_pod(labelled)
     meta = {"name": "bot", "namespace": "a", "uid": "u", "generation": 1}
-    view({"metadata": meta, "spec": body.get("spec"), "status": status})
+    read_job({"metadata": meta, "spec": body.get("spec"), "status": status})

@@ -15,9 +15,9 @@ from finetune_operator.children import Children, Owner
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.manifests import RUNTIME_FILE
 from finetune_operator.metrics import Metrics
+from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import SeenProgress, SeenSilence
 from status_samples import SPEC
 
 UID = "1a2b3c4d-0000"
@@ -83,10 +83,10 @@ class FakeCluster:
 
 
 class NoProgress:
-    def last(self, owner: Owner) -> SeenProgress | None:
+    def last(self, owner: Owner) -> PodAnswer | None:
         return None
 
-    def silence(self, owner: Owner) -> SeenSilence | None:
+    def silence(self, owner: Owner) -> PodSilence | None:
         return None
 
     def interval_s(self) -> float:

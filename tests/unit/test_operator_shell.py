@@ -13,15 +13,15 @@ from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, UnreachableError
+from finetune_operator.decision import JobEvent
 from finetune_operator.health import STALL_S, HttpServer, problems
+from finetune_operator.job_reader import read_job
 from finetune_operator.lease import Lease
-from finetune_operator.live import explain, explain_events
 from finetune_operator.metrics import Metrics
+from finetune_operator.pod_waits import explain, explain_events
 from finetune_operator.reconcile import event_manifest, status_patch
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.seen import JobEvent
 from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError, parse_runtimes
-from finetune_operator.view import view
 from hand_clock import Clock
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -251,7 +251,7 @@ def test_a_status_patch_holds_what_differs(old: dict[str, Any], new: dict[str, A
 
 
 def test_an_event_has_a_name_of_its_own_that_a_repetition_has_too():
-    job = view({"metadata": {"name": "bot", "namespace": "a", "uid": "u"}, "spec": None})
+    job = read_job({"metadata": {"name": "bot", "namespace": "a", "uid": "u"}, "spec": None})
     event = JobEvent("Warning", Reason.DATA_INVALID, "a.jsonl row 3")
     first, again = event_manifest(job, event, NOW), event_manifest(job, event, NOW)
     assert first == again

@@ -18,10 +18,11 @@ from finetune_api.reference import page
 from finetune_api.run import RunResult
 from finetune_api.status import DataStatus, FineTuneJobStatus, PlanStatus
 from finetune_cli import run, stages
-from finetune_operator.observed import ObservedJob, ObservedPod
-from finetune_operator.plan import plan
-from finetune_operator.seen import CreateJob, Seen
-from finetune_operator.view import is_finished, view
+from finetune_operator.decide import decide
+from finetune_operator.decision import CreateK8sJob
+from finetune_operator.job_reader import is_finished, read_job
+from finetune_operator.observation import Observation
+from finetune_operator.observed import ObservedK8sJob, ObservedPod
 from status_samples import DATA, PLAN
 
 FAULT_OF = {FAULTS[fault].reason: fault for fault in Fault}
@@ -50,22 +51,22 @@ def by_operator(plays: Plays, spec: dict[str, Any]) -> Played:
         "metadata": {"name": "bot", "namespace": "a", "uid": "1a2b3c4d", "generation": 1},
         "spec": spec,
     }
-    jobs: list[ObservedJob] = []
+    jobs: list[ObservedK8sJob] = []
     pods: list[ObservedPod] = []
     played: Played = []
     waited_s = 0.0
     for _ in range(MAX_ROUNDS):
-        made = plan(view(body), Seen(tuple(jobs), tuple(pods)), now)
+        made = decide(read_job(body), Observation(tuple(jobs), tuple(pods)), now)
         body["status"] = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
         if is_finished(FineTuneJobStatus.model_validate(body["status"])):
             return played
-        created = [action for action in made.actions if isinstance(action, CreateJob)]
+        created = [action for action in made.actions if isinstance(action, CreateK8sJob)]
         for action in created:
             name, result = f"{action.stage}-{action.attempt}", ended(action.stage, action.attempt, plays)
             outcome = "Failed" if result.exit_code else "Complete"
-            jobs.append(ObservedJob(name, name, action.stage, action.attempt, now, outcome=outcome, finished_at=now))
+            jobs.append(ObservedK8sJob(name, name, action.stage, action.attempt, now, outcome=outcome, finished_at=now))
             pod = ObservedPod(name, name, action.stage, action.attempt, now, phase="Failed", started_at=now)
-            pods.append(replace(pod, exit_code=result.exit_code, finished_at=now, report=result))
+            pods.append(replace(pod, exit_code=result.exit_code, finished_at=now, result=result))
             played.append((action.stage, waited_s))
             waited_s = 0.0
         if not created and made.requeue_after_s:

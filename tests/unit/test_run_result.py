@@ -21,7 +21,7 @@ from finetune_api.status import (
     PlanStatus,
     ResolvedValue,
 )
-from finetune_operator.observed import parse_report
+from finetune_operator.observed import parse_result
 from finetune_trainer import results
 
 DIGEST = "sha256:" + "0" * 64
@@ -97,7 +97,7 @@ def any_result(draw: st.DrawFn) -> RunResult:
 def test_every_result_fits_in_bytes_and_the_operator_reads_what_it_decides_by(result: RunResult) -> None:
     message = result.to_message()
     assert len(message) <= MAX_RESULT_BYTES
-    kept, bad = parse_report(message.decode())
+    kept, bad = parse_result(message.decode())
     assert not bad
     assert kept is not None
     for field in ("stage", "attempt", "fault", "exit_code", "artifact", "step"):

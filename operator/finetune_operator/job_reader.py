@@ -18,7 +18,7 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
 
 @dataclass(frozen=True)
-class JobView:
+class FineTuneJob:
     """`spec` is None when it cannot be read, and `problem` then says why."""
 
     name: str
@@ -38,12 +38,12 @@ class JobView:
 
     @property
     def owner(self) -> tuple[str, str]:
-        """As which it owns its Jobs and pods."""
+        """Return (namespace, UID): what its Kubernetes Jobs and pods name as their owner."""
         return self.namespace, self.uid
 
     @property
     def finished(self) -> bool:
-        """Whether the verdict is stored; it never changes again."""
+        """Return True once the verdict is stored; it never changes again."""
         return is_finished(self.status)
 
 
@@ -51,8 +51,8 @@ def is_finished(status: FineTuneJobStatus) -> bool:
     return any(c.type == ConditionType.FINISHED and c.status == "True" for c in status.conditions)
 
 
-def view(body: Mapping[str, Any]) -> JobView:
-    """Total: any object with metadata.name and metadata.uid gives a view."""
+def read_job(body: Mapping[str, Any]) -> FineTuneJob:
+    """Read any object that has metadata.name and metadata.uid. Never raises: see `problem`."""
     meta = cast(Mapping[str, Any], body.get("metadata") or {})
     name = str(meta.get("name", ""))
     spec, problem = _read_spec(body.get("spec"))
@@ -61,7 +61,7 @@ def view(body: Mapping[str, Any]) -> JobView:
         problem = (
             f"metadata.name must be at most {names.MAX_NAME_LENGTH} lower-case letters, digits and -; found {name!r}"
         )
-    return JobView(
+    return FineTuneJob(
         name=name,
         namespace=str(meta.get("namespace", "")),
         uid=str(meta.get("uid", "")),

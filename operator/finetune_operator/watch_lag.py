@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 
-class Hearing:
+class WatchLag:
     """Thread-safe. Compares what the watch has told with what the resync lists; generations count, status writes
     do not."""
 
@@ -32,8 +32,8 @@ class Hearing:
             self._told = {uid: n for uid, n in self._told.items() if uid in generations or uid in self._recent}
             self._recent = set()
 
-    def deaf_s(self) -> float:
-        """Seconds since the oldest change that was listed and is still not told."""
+    def lag_s(self) -> float:
+        """Return for how long the oldest change that a list showed has not come through the watch."""
         with self._lock:
             now = self._clock()
             return max((now - since for _, since in self._missed.values()), default=0.0)

@@ -13,10 +13,11 @@ from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.clock import format_time
-from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
-from finetune_operator.plan import plan
-from finetune_operator.seen import Blocked, CreateJob, DeleteJob, JobEvent, Seen, SeenProgress, SeenSilence, SetTtl
-from finetune_operator.view import JobView, view
+from finetune_operator.decide import decide
+from finetune_operator.decision import CreateK8sJob, DeleteK8sJob, JobEvent, SetK8sJobTtl
+from finetune_operator.job_reader import FineTuneJob, read_job
+from finetune_operator.observation import Blocked, Observation, PodAnswer, PodSilence
+from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -36,29 +37,29 @@ class World:
         self.spec = SPEC | spec
         self.meta: dict[str, Any] = {"name": "bot", "namespace": "team-a", "uid": "1a2b3c4d", "generation": 1}
         self.status: dict[str, Any] = {}
-        self.jobs: dict[str, ObservedJob] = {}
+        self.jobs: dict[str, ObservedK8sJob] = {}
         self.pods: dict[str, ObservedPod] = {}
-        self.progress: SeenProgress | None = None
-        self.silence: SeenSilence | None = None
+        self.progress: PodAnswer | None = None
+        self.silence: PodSilence | None = None
         self.blocked: Blocked | None = None
         self.events: list[JobEvent] = []
         self.created: list[str] = []
         self.requeue_after_s: float | None = None
 
     @property
-    def view(self) -> JobView:
-        return view({"metadata": self.meta, "spec": self.spec, "status": self.status})
+    def view(self) -> FineTuneJob:
+        return read_job({"metadata": self.meta, "spec": self.spec, "status": self.status})
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> Observation:
         jobs, pods = tuple(self.jobs.values()), tuple(self.pods.values())
-        return Seen(jobs, pods, self.progress, self.blocked, silence=self.silence)
+        return Observation(jobs, pods, self.progress, self.blocked, silence=self.silence)
 
     def step(self, after_s: float = 0) -> "World":
         """Plan and apply until nothing changes any more."""
         self.now += timedelta(seconds=after_s)
         for _ in range(8):
-            made = plan(self.view, self.seen, self.now)
+            made = decide(self.view, self.seen, self.now)
             dumped = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
             changed = dumped != self.status
             self.status, self.requeue_after_s = dumped, made.requeue_after_s
@@ -69,12 +70,12 @@ class World:
             for action in made.actions:
                 acted = True
                 match action:
-                    case CreateJob(stage, attempt, _):
+                    case CreateK8sJob(stage, attempt, _):
                         if self.blocked is None:
                             self._create(stage, attempt)
-                    case DeleteJob(name, _):
+                    case DeleteK8sJob(name, _):
                         self.jobs[name] = replace(self.jobs[name], deleting=True)
-                    case SetTtl(name, seconds):
+                    case SetK8sJobTtl(name, seconds):
                         self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
             if not changed and (not acted or self.blocked is not None):
                 return self
@@ -85,7 +86,7 @@ class World:
         assert name not in self.jobs
         assert not any(job.live for job in self.jobs.values()), "two live Jobs"
         self.created.append(name)
-        self.jobs[name] = ObservedJob(name, f"uid-{name}", stage, attempt, self.now)
+        self.jobs[name] = ObservedK8sJob(name, f"uid-{name}", stage, attempt, self.now)
 
     def pod(self, name: str, number: int = 0, **fields: Any) -> "World":
         """Create or change a pod of the Job `name`."""
@@ -105,12 +106,12 @@ class World:
     ) -> "World":
         """The pod's container ends, and the Job with it; with `fault`, it leaves a report."""
         stage, attempt = name.split("-")
-        fields = {key: more.pop(key) for key in ("disrupted", "evicted", "oom_killed", "bad_report") if key in more}
+        fields = {key: more.pop(key) for key in ("disrupted", "evicted", "oom_killed", "bad_result") if key in more}
         said = report(Stage(stage), int(attempt), fault, **more) if fault is not None else None
         exit_code = said.exit_code if said is not None and code is None else code
         phase = "Succeeded" if exit_code == 0 else "Failed"
         self.pod(
-            name, number, scheduled=True, phase=phase, finished_at=self.now, exit_code=exit_code, report=said, **fields
+            name, number, scheduled=True, phase=phase, finished_at=self.now, exit_code=exit_code, result=said, **fields
         )
         if name in self.jobs:
             outcome = "Complete" if exit_code == 0 else "Failed"
@@ -133,7 +134,7 @@ class World:
     def say(self, attempt: int = 1, **progress: Any) -> "World":
         """The running training pod answers."""
         fields = {"stage": TRAIN, "attempt": attempt, "activity": "Training", "total_steps": 40} | progress
-        self.progress = SeenProgress(Progress.model_validate(fields), self.now)
+        self.progress = PodAnswer(Progress.model_validate(fields), self.now)
         return self
 
     def condition(self, kind: ConditionType) -> tuple[str, str]:
@@ -169,14 +170,14 @@ def test_a_new_job_is_accepted_and_gets_a_prepare_job():
 
 
 def test_the_attempt_is_written_before_its_job_is_created():
-    made = plan(World().view, Seen(), START)
+    made = decide(World().view, Observation(), START)
     assert [(a.stage, a.number, a.attempt_class) for a in made.status.attempts] == [("prepare", 1, "Running")]
-    assert made.actions == (CreateJob(PREPARE, 1),)
+    assert made.actions == (CreateK8sJob(PREPARE, 1),)
 
 
 def test_an_operator_killed_before_the_job_was_created_creates_it_after_the_restart():
     world = World()
-    made = plan(world.view, Seen(), START)
+    made = decide(world.view, Observation(), START)
     world.status = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
     world.step()
     assert world.created == ["prepare-1"]
@@ -185,7 +186,7 @@ def test_an_operator_killed_before_the_job_was_created_creates_it_after_the_rest
 
 def test_an_operator_killed_before_the_status_was_written_finds_the_job_it_created():
     world = World()
-    world.jobs["prepare-1"] = ObservedJob("prepare-1", "u", PREPARE, 1, START)
+    world.jobs["prepare-1"] = ObservedK8sJob("prepare-1", "u", PREPARE, 1, START)
     world.step()
     assert world.created == []
     assert world.last["number"] == 1
@@ -200,8 +201,8 @@ def test_preparing_shows_once_the_pod_runs():
 
 def test_a_prepared_job_shows_plan_and_data_and_trains_what_was_prepared():
     world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA)
-    made = plan(world.view, world.seen, world.now)
-    assert made.actions == (CreateJob(TRAIN, 1, DIGEST),)
+    made = decide(world.view, world.seen, world.now)
+    assert made.actions == (CreateK8sJob(TRAIN, 1, DIGEST),)
     world.step()
     assert world.status["plan"]["steps"] == 100
     assert world.status["data"]["rowsUsed"] == 9
@@ -250,9 +251,9 @@ def test_gpu_seconds_of_the_attempt_that_the_deadline_stops_count_too():
 def test_the_ttl_is_put_on_the_jobs_only_after_the_verdict_is_stored():
     world = World(ttlSecondsAfterFinished=60).training()
     world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT)
-    made = plan(world.view, world.seen, world.now)
+    made = decide(world.view, world.seen, world.now)
     assert made.status.phase == Phase.SUCCEEDED
-    assert not any(isinstance(action, SetTtl) for action in made.actions)
+    assert not any(isinstance(action, SetK8sJobTtl) for action in made.actions)
     world.step()
     assert {job.ttl_seconds for job in world.jobs.values()} == {60}
 
@@ -469,7 +470,7 @@ def test_a_refused_creation_is_degraded_until_it_succeeds(reason: Reason):
     world.blocked = Blocked(reason, "refused")
     world.step()
     assert world.condition(ConditionType.DEGRADED) == ("True", reason.value)
-    assert plan(world.view, replace(world.seen, blocked=None), world.now).status == world.view.status
+    assert decide(world.view, replace(world.seen, blocked=None), world.now).status == world.view.status
     world.blocked = None
     world.step().run("prepare-1")
     assert world.created == ["prepare-1"]
@@ -579,11 +580,11 @@ def test_a_pod_deleted_by_somebody_is_counted_and_resumes():
     assert world.created[-1] == "train-2"
 
 
-@pytest.mark.parametrize("bad_report", [True, False])
-def test_a_job_that_completed_without_a_message_gets_one_more_attempt_that_finds_the_commit(bad_report: bool):
-    world = World(recovery={"maxRetries": 0}).training().end("train-1", code=0, bad_report=bad_report).step()
+@pytest.mark.parametrize("bad_result", [True, False])
+def test_a_job_that_completed_without_a_message_gets_one_more_attempt_that_finds_the_commit(bad_result: bool):
+    world = World(recovery={"maxRetries": 0}).training().end("train-1", code=0, bad_result=bad_result).step()
     assert world.created[-1] == "train-2"
-    assert world.status["attempts"][-2]["reason"] == ("BadReport" if bad_report else "PodLost")
+    assert world.status["attempts"][-2]["reason"] == ("BadReport" if bad_result else "PodLost")
     assert world.status["failures"] == 0
     world.run("train-2").end("train-2", fault=Fault.COMMITTED, artifact=ARTIFACT).step()
     assert world.verdict == ("True", "Succeeded")
@@ -598,7 +599,7 @@ def test_a_second_completion_without_a_message_is_counted():
 def test_a_report_that_claims_success_of_another_attempt_or_without_an_artifact_is_not_believed():
     world = World().training()
     forged = report(TRAIN, 7, Fault.COMMITTED, artifact=ARTIFACT)
-    world.end("train-1", code=0).pod("train-1", report=forged).step()
+    world.end("train-1", code=0).pod("train-1", result=forged).step()
     assert world.verdict[0] == "Unknown"
     world.run("train-2").end("train-2", fault=Fault.COMMITTED).step()
     assert world.phase != Phase.SUCCEEDED
@@ -645,9 +646,9 @@ def test_a_job_can_be_suspended_and_resumed_at_any_phase(moment: str):
 def test_suspending_is_written_down_before_the_job_is_deleted():
     world = World().training()
     world.spec["suspend"] = True
-    made = plan(world.view, world.seen, world.now)
+    made = decide(world.view, world.seen, world.now)
     assert made.status.attempts[-1].reason == "Suspended"
-    assert made.actions == (DeleteJob("train-1", "uid-train-1"),)
+    assert made.actions == (DeleteK8sJob("train-1", "uid-train-1"),)
 
 
 def test_a_job_resumed_while_it_is_still_stopping_gets_its_next_attempt_when_it_has_stopped():
@@ -678,7 +679,7 @@ def said(attempt: int = 1, **fields: Any) -> Progress:
 def test_progress_shows_step_eta_and_loss():
     world = World().training()
     fields: dict[str, Any] = {"step": 40, "eta_seconds": 3900.0, "train_loss": 1.23456, "checkpoint": CHECKPOINT}
-    world.progress = SeenProgress(said(**fields), world.now)
+    world.progress = PodAnswer(said(**fields), world.now)
     world.step()
     shown = world.status["progress"]
     assert (shown["text"], shown["percentage"], shown["eta"]) == ("40/100", 40, "1h05m")
@@ -692,7 +693,7 @@ def test_the_status_names_only_a_checkpoint_that_is_not_deleted_yet():
     later = {**CHECKPOINT, "step": 90, "uri": "s3://out/bot-1a2b3/.job/checkpoints/90"}
     for step, checkpoint in ((40, CHECKPOINT), (90, later)):  # what was saved between them was never seen
         world.now += timedelta(seconds=60)
-        world.progress = SeenProgress(said(step=step, checkpoint=checkpoint), world.now)
+        world.progress = PodAnswer(said(step=step, checkpoint=checkpoint), world.now)
         world.step()
     assert world.status["checkpoints"] == [later]
     last = {**CHECKPOINT, "step": 100, "uri": "s3://out/bot-1a2b3/.job/checkpoints/100"}
@@ -702,44 +703,44 @@ def test_the_status_names_only_a_checkpoint_that_is_not_deleted_yet():
 
 def test_an_attempt_that_resumed_before_a_broken_checkpoint_names_the_one_it_relies_on():
     world = World().training()
-    world.progress = SeenProgress(said(step=40, checkpoint=CHECKPOINT), world.now)
+    world.progress = PodAnswer(said(step=40, checkpoint=CHECKPOINT), world.now)
     earlier = {**CHECKPOINT, "step": 20, "uri": "s3://out/bot-1a2b3/.job/checkpoints/20"}
     world.step().end("train-1", code=1).step().run("train-2")
     world.now += timedelta(seconds=60)
-    world.progress = SeenProgress(said(attempt=2, step=21, resumed_from_step=20, checkpoint=earlier), world.now)
+    world.progress = PodAnswer(said(attempt=2, step=21, resumed_from_step=20, checkpoint=earlier), world.now)
     assert world.step().status["checkpoints"] == [earlier]
 
 
 def test_progress_is_written_at_most_every_30_seconds():
     world = World().training()
-    world.progress = SeenProgress(said(step=1), world.now)
+    world.progress = PodAnswer(said(step=1), world.now)
     world.step()
     before = dict(world.status)
     world.now += timedelta(seconds=29)
-    world.progress = SeenProgress(said(step=2), world.now)
+    world.progress = PodAnswer(said(step=2), world.now)
     assert world.step().status == before
     world.now += timedelta(seconds=1)
-    world.progress = SeenProgress(said(step=3), world.now)
+    world.progress = PodAnswer(said(step=3), world.now)
     assert world.step().status["progress"]["step"] == 3
 
 
 def test_progress_of_another_attempt_is_ignored():
     world = World().training()
-    world.progress = SeenProgress(said(attempt=2, step=9), world.now)
+    world.progress = PodAnswer(said(attempt=2, step=9), world.now)
     assert "progress" not in world.step().status
 
 
 def test_a_pod_that_does_not_know_its_place_yet_does_not_wipe_out_the_progress():
     world = World().training()
-    world.progress = SeenProgress(said(step=40), world.now)
+    world.progress = PodAnswer(said(step=40), world.now)
     world.step().end("train-1", fault=Fault.KILLED).step(after_s=60).run("train-2")
-    world.progress = SeenProgress(said(attempt=2, activity="Loading", total_steps=0), world.now)
+    world.progress = PodAnswer(said(attempt=2, activity="Loading", total_steps=0), world.now)
     assert world.step(after_s=60).status["progress"]["text"] == "40/100"
 
 
 def test_where_a_killed_attempt_had_resumed_is_kept_from_its_last_answer():
     world = World().training()
-    world.progress = SeenProgress(said(step=40, resumed_from_step=30), world.now)
+    world.progress = PodAnswer(said(step=40, resumed_from_step=30), world.now)
     world.end("train-1", fault=Fault.KILLED).step()
     killed = world.status["attempts"][-2]
     assert (killed["resumedFromStep"], killed["lastStep"]) == (30, 40)
@@ -747,7 +748,7 @@ def test_where_a_killed_attempt_had_resumed_is_kept_from_its_last_answer():
 
 def test_a_silent_pod_makes_the_progress_stale_and_nothing_else():
     world = World().training()
-    world.progress = SeenProgress(said(step=1), world.now)
+    world.progress = PodAnswer(said(step=1), world.now)
     world.step().step(after_s=121)
     assert world.status["progress"]["stale"] is True
     assert world.condition(ConditionType.RUNNING) == ("True", "Training")
@@ -800,7 +801,7 @@ def test_a_denied_save_is_named_and_what_a_pod_makes_up_is_not_believed():
 
 def test_figures_that_are_not_finite_never_reach_the_status():
     world = World().training()
-    world.progress = SeenProgress(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
+    world.progress = PodAnswer(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
     assert world.step().status["metrics"] == {}
 
 
@@ -814,12 +815,12 @@ def test_a_number_that_no_status_could_hold_is_no_answer(field: str, number: str
 def test_the_999th_number_of_an_attempt_is_the_last():
     world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA)
     world.pod("train-999", phase="Failed", gone=True)
-    assert plan(world.view, world.seen, world.now).actions == ()
+    assert decide(world.view, world.seen, world.now).actions == ()
 
 
 def test_a_training_without_steps_is_stopped_counted_and_tried_again():
     world = World(recovery={"progressDeadlineSeconds": 600}).training()
-    world.progress = SeenProgress(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
+    world.progress = PodAnswer(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
     world.step()
     assert world.jobs["train-1"].deleting
     assert world.last["reason"] == "NoProgress"
@@ -831,7 +832,7 @@ def test_a_training_without_steps_is_stopped_counted_and_tried_again():
 
 def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_tried_again():
     world = World(recovery={"progressDeadlineSeconds": 600}).step().run("prepare-1")
-    world.progress = SeenProgress(said(stage="prepare", activity="Reading", seconds_since_step=601), world.now)
+    world.progress = PodAnswer(said(stage="prepare", activity="Reading", seconds_since_step=601), world.now)
     world.step()
     assert world.jobs["prepare-1"].deleting
     world.gone("prepare-1").step().run("prepare-2").end("prepare-2", fault=Fault.NO_PROGRESS).step().step(after_s=60)
@@ -843,13 +844,13 @@ def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_
 def silent(world: World, seconds: int, attempt: int = 1) -> World:
     """The pod can be reached, but has not answered for so long."""
     since = world.now - timedelta(seconds=seconds)
-    world.silence = SeenSilence(TRAIN, attempt, "uid-train-1-0", since, world.now)
+    world.silence = PodSilence(TRAIN, attempt, "uid-train-1-0", since, world.now)
     return world
 
 
 def test_a_pod_that_is_silent_for_the_deadline_of_progress_is_stopped_whatever_it_said_before():
     world = World(recovery={"progressDeadlineSeconds": 600}).training()
-    world.progress = SeenProgress(said(step=7, seconds_since_step=1), world.now)
+    world.progress = PodAnswer(said(step=7, seconds_since_step=1), world.now)
     silent(world.step(), 600).step()
     assert not world.jobs["train-1"].deleting
     silent(world, 601).step()
@@ -869,14 +870,14 @@ def test_the_silence_of_one_attempt_is_not_that_of_the_next():
 
 def test_an_interrupted_attempt_that_saved_lost_nothing():
     world = World().training()
-    world.progress = SeenProgress(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.progress = PodAnswer(said(step=40, seconds_since_checkpoint=50), world.now)
     world.step().end("train-1", fault=Fault.INTERRUPTED, step=41, checkpoint=CHECKPOINT).step()
     assert world.status["attempts"][-2]["lostSeconds"] == 0
 
 
 def test_a_killed_attempt_lost_the_time_since_its_last_checkpoint():
     world = World().training()
-    world.progress = SeenProgress(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.progress = PodAnswer(said(step=40, seconds_since_checkpoint=50), world.now)
     world.step()
     world.now += timedelta(seconds=10)
     world.end("train-1", code=137).step()
@@ -933,8 +934,8 @@ def test_the_status_stays_below_8_kib_in_the_worst_case(letter: str):
     }
     args = {"action": letter * 256, "uri": letter * 256, "problem": letter * 256}
     world.pod("train-10", started_at=START).end("train-10", fault=Fault.STORAGE_UNAVAILABLE, args=args)
-    world.jobs["train-10"] = ObservedJob("train-10", "u", TRAIN, 10, START, outcome="Failed")
-    made = plan(world.view, world.seen, world.now).status
+    world.jobs["train-10"] = ObservedK8sJob("train-10", "u", TRAIN, 10, START, outcome="Failed")
+    made = decide(world.view, world.seen, world.now).status
     assert len(made.model_dump_json(by_alias=True, exclude_none=True).encode()) <= 8192
     assert made.plan is not None
     assert made.plan.digest == DIGEST
@@ -959,7 +960,7 @@ def test_after_a_fault_of_a_newer_trainer_the_exit_code_decides_and_the_words_na
     told = {"stage": "train", "attempt": 1, "fault": "OfTheFuture", "exit_code": exit_code, "contract_version": 99}
     report = RunResult.model_validate(told)
     world.end("train-1", code=exit_code)
-    world.pod("train-1", report=report).step()
+    world.pod("train-1", result=report).step()
     first = world.status["attempts"][1]
     assert (first["class"], first["reason"], first["exitCode"]) == ("Failure", reason, exit_code)
     assert world.status["phase"] == ("Failed" if ends else "Training")
@@ -1024,17 +1025,17 @@ def diverging(steps: int) -> dict[str, Any]:
 
 def test_a_divergence_is_told_at_once_ends_nothing_and_is_taken_back_when_the_loss_is():
     world = World().training()
-    world.progress = SeenProgress(said(step=1), world.now)
+    world.progress = PodAnswer(said(step=1), world.now)
     world.step()
-    world.progress = SeenProgress(said(step=11, quality=diverging(10)), world.now + timedelta(seconds=2))
+    world.progress = PodAnswer(said(step=11, quality=diverging(10)), world.now + timedelta(seconds=2))
     world.step(2)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
     assert world.events[-1].type == "Warning"
     assert world.condition(ConditionType.RUNNING) == ("True", "Training")
     before = dict(world.status)
-    world.progress = SeenProgress(said(step=12, quality=diverging(11)), world.now + timedelta(seconds=2))
+    world.progress = PodAnswer(said(step=12, quality=diverging(11)), world.now + timedelta(seconds=2))
     assert world.step(2).status == before, "words that count steps are no reason to write"
-    world.progress = SeenProgress(said(step=13), world.now + timedelta(seconds=2))
+    world.progress = PodAnswer(said(step=13), world.now + timedelta(seconds=2))
     world.step(2)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("False", "NoConcern")
     assert world.reasons()[-2:] == ["Diverging", "NoConcern"]
@@ -1042,8 +1043,8 @@ def test_a_divergence_is_told_at_once_ends_nothing_and_is_taken_back_when_the_lo
 
 def test_a_divergence_is_not_forgotten_while_the_next_attempt_loads():
     world = World().training()
-    world.progress = SeenProgress(said(step=11, quality=diverging(10)), world.now)
+    world.progress = PodAnswer(said(step=11, quality=diverging(10)), world.now)
     world.step().end("train-1", code=1).step().run("train-2")
-    world.progress = SeenProgress(said(attempt=2, total_steps=0), world.now)
+    world.progress = PodAnswer(said(attempt=2, total_steps=0), world.now)
     world.step(60)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")

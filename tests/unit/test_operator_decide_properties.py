@@ -12,10 +12,11 @@ from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
 from finetune_operator.clock import format_time
-from finetune_operator.observed import ObservedJob, ObservedPod, as_gone
-from finetune_operator.plan import plan
-from finetune_operator.seen import Blocked, CreateJob, DeleteJob, Plan, Seen, SeenProgress, SeenSilence, SetTtl
-from finetune_operator.view import JobView, is_finished, view
+from finetune_operator.decide import decide
+from finetune_operator.decision import CreateK8sJob, Decision, DeleteK8sJob, SetK8sJobTtl
+from finetune_operator.job_reader import FineTuneJob, is_finished, read_job
+from finetune_operator.observation import Blocked, Observation, PodAnswer, PodSilence
+from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
 from status_samples import ARTIFACT, DATA, PLAN, SPEC
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -45,7 +46,7 @@ results = st.builds(
     result, stages, attempts, st.sampled_from(list(Fault)), st.booleans(), st.none() | st.integers(0, 255)
 )
 jobs = st.builds(
-    ObservedJob,
+    ObservedK8sJob,
     name=uids,
     uid=uids,
     stage=stages,
@@ -78,22 +79,22 @@ pods = st.builds(
     exit_code=st.none() | st.integers(0, 255),
     oom_killed=st.booleans(),
     gpus=st.integers(0, 8),
-    report=st.none() | results,
-    bad_report=st.booleans(),
+    result=st.none() | results,
+    bad_result=st.booleans(),
 )
 
 
-def answer(attempt: int, step: int, seconds: float, loss: float | None, at: datetime) -> SeenProgress:
+def answer(attempt: int, step: int, seconds: float, loss: float | None, at: datetime) -> PodAnswer:
     fields = {"stage": "train", "attempt": attempt, "activity": "Training", "step": step, "total_steps": 100}
     ages = {"seconds_since_step": seconds, "seconds_since_checkpoint": seconds, "eta_seconds": seconds**40}
-    return SeenProgress(Progress.model_validate({**fields, **ages, "train_loss": loss}), at)
+    return PodAnswer(Progress.model_validate({**fields, **ages, "train_loss": loss}), at)
 
 
 steps = st.integers(0, 200) | st.just(2**53 - 1)
 progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times)
-silences = st.builds(SeenSilence, st.just(Stage.TRAIN), attempts, st.just("u"), times, times)
+silences = st.builds(PodSilence, st.just(Stage.TRAIN), attempts, st.just("u"), times, times)
 seens = st.builds(
-    Seen,
+    Observation,
     st.lists(jobs, max_size=3).map(tuple),
     st.lists(pods, max_size=3).map(tuple),
     st.none() | progresses,
@@ -157,31 +158,31 @@ specs = st.fixed_dictionaries(
 )
 
 
-def job_view(spec: dict[str, Any], status: dict[str, Any]) -> JobView:
+def job_view(spec: dict[str, Any], status: dict[str, Any]) -> FineTuneJob:
     meta = {"name": "bot", "namespace": "a", "uid": "1a2b3c4d-0000", "generation": 2}
-    return view({"metadata": meta, "spec": spec, "status": status})
+    return read_job({"metadata": meta, "spec": spec, "status": status})
 
 
-def dumped(made: Plan) -> dict[str, Any]:
+def dumped(made: Decision) -> dict[str, Any]:
     return made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 @settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_plan_never_raises_and_its_status_and_events_are_bounded(
-    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+    spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
 ):
-    made = plan(job_view(spec, status), seen, now)
+    made = decide(job_view(spec, status), seen, now)
     assert len(made.status.model_dump_json(by_alias=True, exclude_none=True).encode()) <= 8192
     assert len(made.status.attempts) <= 10
     assert all(0 < len(event.message) <= 1024 for event in made.events)
     assert made.requeue_after_s is None or made.requeue_after_s > 0
 
 
-def about_the_open_attempt(job: JobView, seen: Seen, now: datetime) -> Seen:
+def about_the_open_attempt(job: FineTuneJob, seen: Observation, now: datetime) -> Observation:
     """A refusal is about the newest attempt, which is then open: without one, nobody was refused anything."""
     without = replace(seen, blocked=None)
-    before, after = job.status.attempts, plan(job, without, now).status.attempts
+    before, after = job.status.attempts, decide(job, without, now).status.attempts
     same = bool(before and after) and before[-1].attempt_class == after[-1].attempt_class == "Running"
     return seen if same and (before[-1].stage, before[-1].number) == (after[-1].stage, after[-1].number) else without
 
@@ -189,11 +190,11 @@ def about_the_open_attempt(job: JobView, seen: Seen, now: datetime) -> Seen:
 @settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
-    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+    spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
 ):
     seen = about_the_open_attempt(job_view(spec, status), seen, now)
-    first = plan(job_view(spec, status), seen, now)
-    second = plan(job_view(spec, dumped(first)), seen, now)
+    first = decide(job_view(spec, status), seen, now)
+    second = decide(job_view(spec, dumped(first)), seen, now)
     assert dumped(second) == dumped(first)
     assert second.events == ()
     if not is_finished(first.status):
@@ -203,13 +204,13 @@ def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
 @settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
 def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
-    spec: dict[str, Any], status: dict[str, Any], seen: Seen, now: datetime
+    spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
 ):
-    made = plan(job_view(spec, status), seen, now)
-    creations = [action for action in made.actions if isinstance(action, CreateJob)]
+    made = decide(job_view(spec, status), seen, now)
+    creations = [action for action in made.actions if isinstance(action, CreateK8sJob)]
     assert len(creations) <= 1
     if creations:
-        assert not any(job.live for job in seen.jobs)
+        assert not any(job.live for job in seen.k8s_jobs)
         assert not any(pod.active for pod in seen.pods)
         assert spec.get("suspend") is not True
 
@@ -217,14 +218,14 @@ def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
 @settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, seens, times, st.integers(0, 10**6))
 def test_a_verdict_is_never_left_and_creates_nothing(
-    spec: dict[str, Any], status: dict[str, Any], seen: Seen, later: Seen, now: datetime, wait_s: int
+    spec: dict[str, Any], status: dict[str, Any], seen: Observation, later: Observation, now: datetime, wait_s: int
 ):
-    first = plan(job_view(spec, status), seen, now)
+    first = decide(job_view(spec, status), seen, now)
     if not is_finished(first.status):
         return
-    after = plan(job_view(spec, dumped(first)), later, now + timedelta(seconds=wait_s))
+    after = decide(job_view(spec, dumped(first)), later, now + timedelta(seconds=wait_s))
     assert dumped(after) == dumped(first)
-    assert not any(isinstance(action, CreateJob) for action in after.actions)
+    assert not any(isinstance(action, CreateK8sJob) for action in after.actions)
     assert after.events == ()
 
 
@@ -236,37 +237,37 @@ class OneJobInACluster(RuleBasedStateMachine):
         self.now = START
         self.spec = SPEC | {"recovery": {"maxRetries": 2, "maxDisruptions": 2}}
         self.status: dict[str, Any] = {}
-        self.jobs: dict[str, ObservedJob] = {}
+        self.jobs: dict[str, ObservedK8sJob] = {}
         self.pods: dict[str, ObservedPod] = {}
         self.verdict: dict[str, Any] | None = None
         self.created = 0
 
     @property
-    def seen(self) -> Seen:
-        return Seen(tuple(self.jobs.values()), tuple(self.pods.values()))
+    def seen(self) -> Observation:
+        return Observation(tuple(self.jobs.values()), tuple(self.pods.values()))
 
     @rule(killed=st.booleans(), wait_s=st.sampled_from([0, 1, 20, 100]))
     def operator(self, killed: bool, wait_s: int) -> None:
         """One round; killed, it writes the status and does nothing of what it wanted."""
         self.now += timedelta(seconds=wait_s)
-        made = plan(job_view(self.spec, self.status), self.seen, self.now)
+        made = decide(job_view(self.spec, self.status), self.seen, self.now)
         self.status = dumped(made)
         if killed:
             return
         for action in made.actions:
             match action:
-                case CreateJob(stage, attempt, _):
+                case CreateK8sJob(stage, attempt, _):
                     self._create(stage, attempt)
-                case DeleteJob(name, _):
+                case DeleteK8sJob(name, _):
                     self.jobs[name] = replace(self.jobs[name], deleting=True)
-                case SetTtl(name, seconds):
+                case SetK8sJobTtl(name, seconds):
                     self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
 
     def _create(self, stage: Stage, attempt: int) -> None:
         name = f"{stage.value}-{attempt}"
         if name not in self.jobs:
             self.created += 1
-            self.jobs[name] = ObservedJob(name, f"{name}-{self.created}", stage, attempt, self.now)
+            self.jobs[name] = ObservedK8sJob(name, f"{name}-{self.created}", stage, attempt, self.now)
 
     @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
     @rule()
@@ -286,7 +287,7 @@ class OneJobInACluster(RuleBasedStateMachine):
         said = result(pod.stage, pod.attempt, fault, full)
         phase = "Succeeded" if said.exit_code == 0 else "Failed"
         self.pods[pod.uid] = replace(
-            pod, phase=phase, exit_code=said.exit_code, report=said if told else None, finished_at=self.now,
+            pod, phase=phase, exit_code=said.exit_code, result=said if told else None, finished_at=self.now,
             disrupted=disrupted and said.exit_code != 0,
         )  # fmt: skip
         job = self.jobs.get(f"{pod.stage.value}-{pod.attempt}")
@@ -306,7 +307,7 @@ class OneJobInACluster(RuleBasedStateMachine):
     def somebody_deletes_a_job(self, pick: int) -> None:
         self._vanish(sorted(self.jobs.values(), key=lambda j: j.name)[pick % len(self.jobs)])
 
-    def _vanish(self, job: ObservedJob) -> None:
+    def _vanish(self, job: ObservedK8sJob) -> None:
         del self.jobs[job.name]
         for uid, pod in self.pods.items():
             if (pod.stage, pod.attempt) == (job.stage, job.attempt):

@@ -2,17 +2,21 @@
 
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus
-from finetune_operator.attempts import Ended
+from finetune_operator.attempt_outcome import AttemptOutcome
 from finetune_operator.conditions import find, one_line
-from finetune_operator.seen import JobEvent
-from finetune_operator.view import is_finished, reason_of
+from finetune_operator.decision import JobEvent
+from finetune_operator.job_reader import is_finished, reason_of
 
 # Ways of not running that are no news: the condition that caused them has its own event.
 _QUIET = (Reason.PREPARING, Reason.TRAINING, Reason.SUCCEEDED, Reason.SUSPENDED, Reason.COMMITTED)
 
 
-def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | None) -> tuple[JobEvent, ...]:
-    """In the order of the job's life, each reason once. `ended` makes the same failure twice in a row two events."""
+def events_between(
+    old: FineTuneJobStatus, new: FineTuneJobStatus, outcome: AttemptOutcome | None
+) -> tuple[JobEvent, ...]:
+    """Return the events in the order of the job's life, each reason once.
+
+    outcome: of the attempt that was closed just now; its failure is told even if the one before failed alike."""
     events: dict[Reason, JobEvent] = {}
 
     def tell(warning: bool, reason: Reason, message: str) -> None:
@@ -54,7 +58,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus, ended: Ended | N
         elif find(old, ConditionType.DEGRADED) is not None:
             tell(False, Reason.HEALTHY, "what was in the way is gone, the job goes on")
     tell_quality()
-    if running is not None and (changed(ConditionType.RUNNING) or ended is not None):
+    if running is not None and (changed(ConditionType.RUNNING) or outcome is not None):
         reason = reason_of(running.reason)
         if running.status == "True":
             tell(False, reason, running.message)

@@ -1,64 +1,68 @@
-"""Fold what was observed into the attempts: open ones that ended are closed, once, with everything they tell."""
+"""Close the attempts that ended, once, with everything that was observed of them. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api import retry
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
-from finetune_operator.attempts import Ended, belongs, is_open, judge
+from finetune_operator.attempt_outcome import AttemptOutcome, belongs, is_open, outcome_of
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.figures import checkpoints, metrics_of_report, progress_of_report
-from finetune_operator.observed import EPOCH, ObservedJob, ObservedPod
-from finetune_operator.seen import Seen, SeenProgress
+from finetune_operator.observation import Observation, PodAnswer
+from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
+from finetune_operator.progress_status import checkpoints, metrics_of_result, progress_of_result
 
 MAX_ENTRIES = 10
 
 
 @dataclass(frozen=True)
-class Folded:
-    """The status with attempts brought up to date, and what the newest attempt is about."""
+class JobState:
+    """The status with its attempts brought up to date, and what exists of the newest one."""
 
     status: FineTuneJobStatus
-    ended: Ended | None  # the newest attempt, if it was closed just now
-    job: ObservedJob | None  # of the newest attempt
+    outcome: AttemptOutcome | None  # of the newest attempt, if it was closed just now
+    k8s_job: ObservedK8sJob | None  # of the newest attempt
     pods: tuple[ObservedPod, ...]  # of the newest attempt
 
     @property
     def last(self) -> AttemptStatus | None:
         return self.status.attempts[-1] if self.status.attempts else None
 
+    def with_status(self, status: FineTuneJobStatus) -> "JobState":
+        return replace(self, status=status)
 
-def fold(status: FineTuneJobStatus, seen: Seen, now: datetime) -> Folded:
-    status = _adopt(status, seen.jobs)
-    status = _count_disruptions(status, seen.pods)
+
+def close_attempts(status: FineTuneJobStatus, observation: Observation, now: datetime) -> JobState:
+    """Return the state after what was observed; an attempt that was closed is never opened again."""
+    status = _adopt(status, observation.k8s_jobs)
+    status = _count_disruptions(status, observation.pods)
     entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
     status = status.model_copy(update={"attempts": entries})
     if not entries:
-        return Folded(status, None, None, ())
+        return JobState(status, None, None, ())
     entry = entries[-1]
-    job = next((j for j in seen.jobs if belongs(entry, j)), None)
-    pods = tuple(p for p in seen.pods if belongs(entry, p))
+    k8s_job = next((j for j in observation.k8s_jobs if belongs(entry, j)), None)
+    pods = tuple(p for p in observation.pods if belongs(entry, p))
     if not is_open(entry):
-        return Folded(status, None, job, pods)
+        return JobState(status, None, k8s_job, pods)
     if entry.started_at is None and any(p.started_at is not None for p in pods):
         # Only now: before its pod has started, a Job that vanishes is simply created again.
-        created = job.created_at if job is not None else min(p.created_at for p in pods)
+        created = k8s_job.created_at if k8s_job is not None else min(p.created_at for p in pods)
         entry = entry.model_copy(update={"started_at": format_time(created)})
         status = status.model_copy(update={"attempts": [*entries[:-1], entry]})
-    ended = judge(entry, job, pods, entries[:-1])
-    if ended is None:
-        return Folded(status, None, job, pods)
-    return Folded(_close(status, ended, pods, seen, now), ended, job, pods)
+    outcome = outcome_of(entry, k8s_job, pods, entries[:-1])
+    if outcome is None:
+        return JobState(status, None, k8s_job, pods)
+    return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
 
 
-def _adopt(status: FineTuneJobStatus, jobs: Sequence[ObservedJob]) -> FineTuneJobStatus:
+def _adopt(status: FineTuneJobStatus, k8s_jobs: Sequence[ObservedK8sJob]) -> FineTuneJobStatus:
     """Enter the newest Job that the attempts do not know: its status write was lost."""
-    stage = Stage.TRAIN if any(j.stage == Stage.TRAIN for j in jobs) or status.plan else Stage.PREPARE
+    stage = Stage.TRAIN if any(j.stage == Stage.TRAIN for j in k8s_jobs) or status.plan else Stage.PREPARE
     known = max((e.number for e in status.attempts if e.stage == stage), default=0)
-    newest = max((j.attempt for j in jobs if j.stage == stage), default=0)
+    newest = max((j.attempt for j in k8s_jobs if j.stage == stage), default=0)
     if newest <= known:
         return status
     entry = running_entry(stage, newest)
@@ -76,10 +80,10 @@ def _superseded(entry: AttemptStatus, now: datetime) -> AttemptStatus:
 
 
 def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -> FineTuneJobStatus:
-    """Each disrupted pod counts once, also when the Job itself replaced it.
+    """Count each disrupted pod once, also when the Job itself replaced it.
 
-    Pods follow one another, so one older than a pod that was counted was counted too, even if its UID had to make
-    room: some disrupted pods stay as long as their Job, and there may be more of them than UIDs are kept.
+    Only the last UIDs are kept, while disrupted pods may stay as long as their Job. As pods follow one another, a pod
+    older than one that was counted was counted too.
     """
     record = status.record or OperatorRecord()
     disrupted = [pod for pod in pods if pod.disrupted]
@@ -94,63 +98,63 @@ def _count_disruptions(status: FineTuneJobStatus, pods: Sequence[ObservedPod]) -
 
 def _close(
     status: FineTuneJobStatus,
-    ended: Ended,
+    outcome: AttemptOutcome,
     pods: Sequence[ObservedPod],
-    seen: Seen,
+    observation: Observation,
     now: datetime,
 ) -> FineTuneJobStatus:
-    """The status with the newest attempt closed and the figures of its report taken over."""
+    """Return the status with the newest attempt closed and the figures of its result taken over."""
     entry = status.attempts[-1]
-    progress = seen.answer_of(entry)
-    finished = ended.finished_at or now
-    report = ended.report
-    step = report.step if report is not None else None
-    resumed_from = report.resumed_from_step if report is not None else None
+    progress = observation.answer_of(entry)
+    finished = outcome.finished_at or now
+    result = outcome.result
+    step = result.step if result is not None else None
+    resumed_from = result.resumed_from_step if result is not None else None
     if resumed_from is None:  # a supervisor that reports a killed trainer does not know
         resumed_from = progress.progress.resumed_from_step if progress is not None else entry.resumed_from_step
     closed = entry.model_copy(
         update={
-            "attempt_class": ended.attempt_class,
-            "reason": ended.reason.value,
-            "exit_code": ended.exit_code,
+            "attempt_class": outcome.attempt_class,
+            "reason": outcome.reason.value,
+            "exit_code": outcome.exit_code,
             "finished_at": format_time(finished),
             "resumed_from_step": resumed_from,
             "last_step": step if step is not None else (progress.progress.step if progress else entry.last_step),
-            "lost_seconds": _lost_seconds(status, entry, ended, progress, finished),
+            "lost_seconds": _lost_seconds(status, entry, outcome, progress, finished),
         }
     )
     update: dict[str, object] = {
         "attempts": [*status.attempts[:-1], closed],
-        "failures": status.failures + (ended.attempt_class == "Failure"),
+        "failures": status.failures + (outcome.attempt_class == "Failure"),
         "usage": used(status, pods, finished, now),
     }
-    if report is not None and entry.stage == Stage.PREPARE and ended.attempt_class == "Succeeded":
-        update |= {"plan": report.plan, "data": report.data}
-    if ended.exit_code is not None and retry.is_prepared_again(entry.stage, ended.exit_code):
+    if result is not None and entry.stage == Stage.PREPARE and outcome.attempt_class == "Succeeded":
+        update |= {"plan": result.plan, "data": result.data}
+    if outcome.exit_code is not None and retry.is_prepared_again(entry.stage, outcome.exit_code):
         update |= {"plan": None, "data": None}  # so the next attempt prepares
-    elif report is not None and entry.stage == Stage.TRAIN:
-        update["metrics"] = metrics_of_report(status.metrics, report)
+    elif result is not None and entry.stage == Stage.TRAIN:
+        update["metrics"] = metrics_of_result(status.metrics, result)
         # After the commit all are removed but the last, which an attempt that only found the commit does not name.
-        known = [] if ended.attempt_class == "Succeeded" else status.checkpoints
-        update["checkpoints"] = checkpoints(known, report.checkpoint)
-        update["progress"] = progress_of_report(status.progress, status.plan, report, finished)
-        if report.artifact is not None and ended.attempt_class == "Succeeded":
-            update["artifacts"] = [report.artifact]
+        known = [] if outcome.attempt_class == "Succeeded" else status.checkpoints
+        update["checkpoints"] = checkpoints(known, result.checkpoint)
+        update["progress"] = progress_of_result(status.progress, status.plan, result, finished)
+        if result.artifact is not None and outcome.attempt_class == "Succeeded":
+            update["artifacts"] = [result.artifact]
     return status.model_copy(update=update)
 
 
 def _lost_seconds(
     status: FineTuneJobStatus,
     entry: AttemptStatus,
-    ended: Ended,
-    progress: SeenProgress | None,
+    outcome: AttemptOutcome,
+    progress: PodAnswer | None,
     finished: datetime,
 ) -> int | None:
     """Work after the last checkpoint. None when it is not known: the pod was never asked, or its Job never ran."""
-    if entry.stage != Stage.TRAIN or ended.attempt_class == "Succeeded":
+    if entry.stage != Stage.TRAIN or outcome.attempt_class == "Succeeded":
         return None
-    report = ended.report
-    if report is not None and report.fault == Fault.INTERRUPTED:
+    result = outcome.result
+    if result is not None and result.fault == Fault.INTERRUPTED:
         return 0
     if progress is not None:
         return int(progress.progress.seconds_since_checkpoint + max(0.0, (finished - progress.at).total_seconds()))

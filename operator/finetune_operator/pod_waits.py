@@ -9,9 +9,9 @@ from typing import Any
 from finetune_api.reasons import Reason
 from finetune_api.retry import PATIENCE_S
 from finetune_api.status import AttemptStatus
-from finetune_operator.attempts import is_stopping
-from finetune_operator.observed import ObservedJob, ObservedPod
-from finetune_operator.seen import Blocked
+from finetune_operator.attempt_outcome import is_stopping
+from finetune_operator.observation import Blocked
+from finetune_operator.observed import ObservedK8sJob, ObservedPod
 
 # Waits that end the job after a while: somebody has to fix something that no cluster fixes by itself.
 PATIENCE = timedelta(seconds=PATIENCE_S)
@@ -36,9 +36,10 @@ _FIELDS = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """`wait` is what a person or the cluster has to end before the attempt can run. `ending`: its pod has ended, its
-    Job not yet."""
+class PodState:
+    """What the newest attempt's pod does.
+
+    wait: what a person or the cluster has to end before it can run. ending: the pod has ended, its Job not yet."""
 
     running: bool = False
     ending: bool = False
@@ -46,25 +47,29 @@ class Look:
     wait: Blocked | None = None
 
 
-def look(
-    entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod], blocked: Blocked | None, now: datetime
-) -> Look:
+def pod_state_of(
+    entry: AttemptStatus,
+    job: ObservedK8sJob | None,
+    pods: Sequence[ObservedPod],
+    blocked: Blocked | None,
+    now: datetime,
+) -> PodState:
     active = [pod for pod in pods if pod.active]
     if not active:
         wait = blocked or _disruption(entry, job, pods)
-        return Look(ending=bool(pods) and wait is None, wait=wait)
+        return PodState(ending=bool(pods) and wait is None, wait=wait)
     pod = max(active, key=lambda p: (p.created_at, p.uid))
     if pod.running:
         lost = pod.deletion_due is not None and now > pod.deletion_due + timedelta(seconds=60)
         wait = Blocked(Reason.NODE_UNREACHABLE, f"the node of pod {pod.name} does not answer") if lost else None
-        return Look(running=True, scheduled=True, wait=wait)
+        return PodState(running=True, scheduled=True, wait=wait)
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
-    return Look(scheduled=pod.scheduled, wait=wait or _disruption(entry, job, pods))
+    return PodState(scheduled=pod.scheduled, wait=wait or _disruption(entry, job, pods))
 
 
-def needs_explanation(job: ObservedJob | None, pods: Sequence[ObservedPod], now: datetime) -> str | None:
+def needs_explanation(job: ObservedK8sJob | None, pods: Sequence[ObservedPod], now: datetime) -> str | None:
     """UID whose events say why nothing has started: the Job's without pods, else that of a pod without a container."""
     if job is None or not job.live or (now - job.created_at).total_seconds() < SLOW_START_S:
         return None
@@ -129,7 +134,7 @@ def _container_wait(pod: ObservedPod) -> Blocked | None:
     return None
 
 
-def _disruption(entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod]) -> Blocked | None:
+def _disruption(entry: AttemptStatus, job: ObservedK8sJob | None, pods: Sequence[ObservedPod]) -> Blocked | None:
     lost = [pod for pod in pods if pod.disrupted]
     if not lost or job is None or is_stopping(entry):
         return None

@@ -21,8 +21,8 @@ from finetune_api.reasons import (
 from finetune_api.retry import failure_class, is_prepared_again
 from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_api.status import AttemptStatus
-from finetune_operator.observed import ObservedJob, ObservedPod
-from finetune_operator.view import reason_of
+from finetune_operator.job_reader import reason_of
+from finetune_operator.observed import ObservedK8sJob, ObservedPod
 
 AttemptClass = Literal["Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"]
 
@@ -32,14 +32,14 @@ NO_MESSAGE = (Reason.POD_LOST, Reason.BAD_REPORT)
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The verdict on one attempt."""
+class AttemptOutcome:
+    """How one attempt ended."""
 
     attempt_class: AttemptClass
     reason: Reason
     message: str
     exit_code: int | None = None
-    report: RunResult | None = None
+    result: RunResult | None = None
     finished_at: datetime | None = None
 
 
@@ -51,63 +51,63 @@ def is_stopping(entry: AttemptStatus) -> bool:
     return is_open(entry) and reason_of(entry.reason) in STOPPING
 
 
-def belongs(entry: AttemptStatus, child: ObservedJob | ObservedPod) -> bool:
+def belongs(entry: AttemptStatus, child: ObservedK8sJob | ObservedPod) -> bool:
     return child.stage == entry.stage and child.attempt == entry.number
 
 
-def is_planned(entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod]) -> bool:
-    """Whether its Job is yet to be created: nothing of it was ever seen to run."""
-    return is_open(entry) and job is None and not pods and entry.started_at is None and not is_stopping(entry)
+def is_unstarted(entry: AttemptStatus, k8s_job: ObservedK8sJob | None, pods: Sequence[ObservedPod]) -> bool:
+    """Return True if the attempt's Job is yet to be created: nothing of it was ever seen to run."""
+    return is_open(entry) and k8s_job is None and not pods and entry.started_at is None and not is_stopping(entry)
 
 
-def judge(
-    entry: AttemptStatus, job: ObservedJob | None, pods: Sequence[ObservedPod], earlier: Sequence[AttemptStatus]
-) -> Ended | None:
-    """How the open attempt ended; None while it is planned, runs, or has pods that have not ended."""
-    if is_planned(entry, job, pods) or (job is not None and job.live) or any(pod.active for pod in pods):
+def outcome_of(
+    entry: AttemptStatus, job: ObservedK8sJob | None, pods: Sequence[ObservedPod], earlier: Sequence[AttemptStatus]
+) -> AttemptOutcome | None:
+    """Return how the open attempt ended; None while it is unstarted, runs, or has pods that have not ended."""
+    if is_unstarted(entry, job, pods) or (job is not None and job.live) or any(pod.active for pod in pods):
         return None
     pod = max(pods, key=lambda p: (p.exit_code is not None, p.created_at, p.uid), default=None)
-    report = next((p.report for p in pods if p.exit_code == 0 and _completes(entry, p.report)), None)
+    result = next((p.result for p in pods if p.exit_code == 0 and _completes(entry, p.result)), None)
     finished_at = (job and job.finished_at) or (pod and pod.finished_at) or None
-    if report is not None:
-        return Ended("Succeeded", Reason.COMMITTED, words(report.fault, report.args), 0, report, finished_at)
+    if result is not None:
+        return AttemptOutcome("Succeeded", Reason.COMMITTED, words(result.fault, result.args), 0, result, finished_at)
     if pod is None or pod.exit_code is None:
         attempt_class, reason, message = _without_container(entry, job, pod, earlier)
-        return Ended(attempt_class, reason, message, None, None, finished_at)
-    report = pod.report if _matches(entry, pod) else None
-    attempt_class, reason, message = _with_container(entry, job, pod, report, earlier)
-    return Ended(attempt_class, reason, message, pod.exit_code, report, finished_at)
+        return AttemptOutcome(attempt_class, reason, message, None, None, finished_at)
+    result = pod.result if _matches(entry, pod) else None
+    attempt_class, reason, message = _with_container(entry, job, pod, result, earlier)
+    return AttemptOutcome(attempt_class, reason, message, pod.exit_code, result, finished_at)
 
 
-def _completes(entry: AttemptStatus, report: RunResult | None) -> bool:
-    """Whether a report of success brings what its stage is for."""
-    if report is None or report.stage != entry.stage or report.attempt != entry.number or report.exit_code != 0:
+def _completes(entry: AttemptStatus, result: RunResult | None) -> bool:
+    """Return True if a result of success brings what its stage is for."""
+    if result is None or result.stage != entry.stage or result.attempt != entry.number or result.exit_code != 0:
         return False
-    if report.stage == Stage.PREPARE:
-        return report.fault == Fault.PREPARED and report.plan is not None and report.data is not None
-    return report.fault == Fault.COMMITTED and report.artifact is not None
+    if result.stage == Stage.PREPARE:
+        return result.fault == Fault.PREPARED and result.plan is not None and result.data is not None
+    return result.fault == Fault.COMMITTED and result.artifact is not None
 
 
 def _matches(entry: AttemptStatus, pod: ObservedPod) -> bool:
-    """Return True if the report is of this attempt and says what the exit code says, which decides."""
-    report = pod.report
-    if report is None or (report.stage, report.attempt) != (entry.stage, entry.number):
+    """Return True if the result is of this attempt and says what the exit code says, which decides."""
+    result = pod.result
+    if result is None or (result.stage, result.attempt) != (entry.stage, entry.number):
         return False
-    if report.contract_version != CONTRACT_VERSION or report.fault == Fault.UNRECOGNISED:
-        return report.exit_code == pod.exit_code  # another release may give a fault another exit code
-    return report.exit_code == pod.exit_code == EXIT_CODES[FAULTS[report.fault].reason]
+    if result.contract_version != CONTRACT_VERSION or result.fault == Fault.UNRECOGNISED:
+        return result.exit_code == pod.exit_code  # another release may give a fault another exit code
+    return result.exit_code == pod.exit_code == EXIT_CODES[FAULTS[result.fault].reason]
 
 
 def _with_container(
     entry: AttemptStatus,
-    job: ObservedJob | None,
+    job: ObservedK8sJob | None,
     pod: ObservedPod,
-    report: RunResult | None,
+    result: RunResult | None,
     earlier: Sequence[AttemptStatus],
 ) -> tuple[AttemptClass, Reason, str]:
     """Order matters: what the trainer decided, what we asked for, what the cluster did, then the exit code."""
     code = pod.exit_code or 0
-    told = words(report.fault, report.args) if report is not None else ""
+    told = words(result.fault, result.args) if result is not None else ""
     by_code = reason_of_exit(code)
     if code in FINAL_EXIT_CODES:
         return (failure_class(entry.stage, code, earlier), by_code, told or f"the trainer ended with exit code {code}")
@@ -149,9 +149,9 @@ def _signal_name(number: int) -> str:
 
 
 def _without_container(
-    entry: AttemptStatus, job: ObservedJob | None, pod: ObservedPod | None, earlier: Sequence[AttemptStatus]
+    entry: AttemptStatus, job: ObservedK8sJob | None, pod: ObservedPod | None, earlier: Sequence[AttemptStatus]
 ) -> tuple[AttemptClass, Reason, str]:
-    """No container is known to have ended: the pod is unknown, or was deleted before it ran or was last seen."""
+    """No container is known to have ended: the pod is unknown, or was deleted before it ran or was last observation."""
     if is_stopping(entry):
         return _stopped(entry)
     if job is not None and job.outcome == "Complete":
@@ -175,8 +175,10 @@ def _stopped(entry: AttemptStatus) -> tuple[AttemptClass, Reason, str]:
 def _without_message(
     pod: ObservedPod | None, earlier: Sequence[AttemptStatus], entry: AttemptStatus
 ) -> tuple[AttemptClass, Reason, str]:
-    """It ended well, but what came out is unknown. One more attempt, which counts as no retry, finds the commit."""
-    reason = Reason.BAD_REPORT if pod is not None and (pod.bad_report or pod.report is not None) else Reason.POD_LOST
+    """Return the outcome of an attempt that ended well and left no result.
+
+    The first time it counts as a disruption, not as a retry: the next attempt finds what this one committed."""
+    reason = Reason.BAD_REPORT if pod is not None and (pod.bad_result or pod.result is not None) else Reason.POD_LOST
     before = earlier[-1] if earlier else None
     again = before is not None and before.stage == entry.stage and reason_of(before.reason) in NO_MESSAGE
     message = "it ended with exit code 0, but left no result that can be read"

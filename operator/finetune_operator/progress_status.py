@@ -7,40 +7,40 @@ from finetune_api.base import finite
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.seen import SeenProgress
+from finetune_operator.observation import PodAnswer
 
 STALE_AFTER_S = 120
 
 
-def with_progress(status: FineTuneJobStatus, seen: SeenProgress) -> FineTuneJobStatus:
-    """The status with the pod's answer in it; the newest attempt is the one that answered."""
-    said = seen.progress
+def with_progress(status: FineTuneJobStatus, answer: PodAnswer) -> FineTuneJobStatus:
+    """Return the status with the pod's answer in it; the newest attempt is the one that answered."""
+    said = answer.progress
     entry = status.attempts[-1].model_copy(update={"last_step": said.step, "resumed_from_step": said.resumed_from_step})
     return status.model_copy(
         update={
             "attempts": [*status.attempts[:-1], entry],
-            "progress": progress_status(said, seen.at),
+            "progress": progress_status(said, answer.at),
             "metrics": metrics_of_progress(status.metrics, said),
             "checkpoints": checkpoints(status.checkpoints, said.checkpoint),
         }
     )
 
 
-def is_write_due(status: FineTuneJobStatus, seen: SeenProgress, interval_s: float) -> bool:
-    """Whether a newer answer is worth a status write: live figures are rationed, transitions are not.
+def is_write_due(status: FineTuneJobStatus, answer: PodAnswer, interval_s: float) -> bool:
+    """Return True if a newer answer is worth a status write: live figures are rationed, transitions are not.
 
     A pod that does not know its place yet must not wipe out how far the attempt before it has come."""
-    if seen.progress.total_steps == 0:
+    if answer.progress.total_steps == 0:
         return False
     last = parse_time(status.progress.last_updated_time) if status.progress else None
-    return last is None or (seen.at - last).total_seconds() >= interval_s
+    return last is None or (answer.at - last).total_seconds() >= interval_s
 
 
-def is_stale(status: FineTuneJobStatus, seen: SeenProgress | None, interval_s: float, now: datetime) -> bool:
-    """Whether the running pod has not answered for a while. `seen` survives between writes, not restarts."""
+def is_stale(status: FineTuneJobStatus, answer: PodAnswer | None, interval_s: float, now: datetime) -> bool:
+    """Return True if the running pod has not answered for a while. `answer` outlives status writes, not restarts."""
     last = parse_time(status.progress.last_updated_time) if status.progress else None
-    if seen is not None:
-        last = seen.at if last is None else max(last, seen.at)
+    if answer is not None:
+        last = answer.at if last is None else max(last, answer.at)
     return last is not None and (now - last).total_seconds() > max(STALE_AFTER_S, 3 * interval_s)
 
 
@@ -59,14 +59,14 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
     )
 
 
-def progress_of_report(
-    old: ProgressStatus | None, plan: PlanStatus | None, report: RunResult, at: datetime
+def progress_of_result(
+    old: ProgressStatus | None, plan: PlanStatus | None, result: RunResult, at: datetime
 ) -> ProgressStatus | None:
     """The last place of an attempt, from its result."""
     total = plan.steps if plan is not None else (old.total_steps if old else 0)
-    if report.step is None or not total:
+    if result.step is None or not total:
         return old
-    said = Progress(stage=report.stage, attempt=report.attempt, activity="Done", step=report.step, total_steps=total)
+    said = Progress(stage=result.stage, attempt=result.attempt, activity="Done", step=result.step, total_steps=total)
     return progress_status(said, at)
 
 
@@ -75,10 +75,10 @@ def metrics_of_progress(old: MetricsStatus | None, said: Progress) -> MetricsSta
     return _merged(old, {name: finite(getattr(said, name)) for name in names})
 
 
-def metrics_of_report(old: MetricsStatus | None, report: RunResult) -> MetricsStatus | None:
-    if report.metrics is None:
+def metrics_of_result(old: MetricsStatus | None, result: RunResult) -> MetricsStatus | None:
+    if result.metrics is None:
         return old
-    figures = report.metrics.model_dump(by_alias=False, exclude={"loss"})
+    figures = result.metrics.model_dump(by_alias=False, exclude={"loss"})
     return _merged(old, {name: finite(value) for name, value in figures.items()})
 
 

@@ -1,0 +1,149 @@
+"""The steps of a decision that concern attempts: drop, stop, begin, create and delete. Pure, from state to state.
+
+What an attempt does next is written into its entry first; the action follows from the entry, also after a restart.
+"""
+
+from dataclasses import replace
+from datetime import datetime
+
+from finetune_api import retry
+from finetune_api.names import MAX_ATTEMPTS, Stage
+from finetune_api.reasons import Reason
+from finetune_api.status import AttemptStatus, ConditionType, OperatorRecord
+from finetune_operator.attempt_outcome import STOPPING, belongs, is_open, is_stopping, is_unstarted
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.close_attempts import MAX_ENTRIES, JobState, running_entry
+from finetune_operator.conditions import find
+from finetune_operator.decision import CreateK8sJob, DeleteK8sJob
+from finetune_operator.gates import GateAnswer, Open, Wait
+from finetune_operator.job_reader import reason_of
+from finetune_operator.observation import Blocked, Observation
+from finetune_operator.pod_waits import IMPATIENT_REASONS, REFUSED, PodState, pod_state_of
+
+
+def drop_unstarted(state: JobState, gate: GateAnswer, now: datetime) -> JobState:
+    """Close the newest attempt if the job is held back and nothing of it exists: there is nothing to stop."""
+    last = state.last
+    if not isinstance(gate, Wait) or last is None or not is_unstarted(last, state.k8s_job, state.pods):
+        return state
+    update = {"attempt_class": "Suspended", "reason": gate.reason.value, "finished_at": format_time(now)}
+    return _with_last(state, last.model_copy(update=update))
+
+
+def pod_state(state: JobState, observation: Observation, now: datetime) -> PodState:
+    """Return what the newest attempt does while it is open; a refused creation stands until the Job exists."""
+    last = state.last
+    if last is None or not is_open(last):
+        return PodState()
+    blocked = observation.blocked
+    stored = find(state.status, ConditionType.DEGRADED)
+    unstarted = is_unstarted(last, state.k8s_job, state.pods)
+    if unstarted and blocked is None and stored is not None and stored.status == "True":
+        reason = reason_of(stored.reason)
+        blocked = Blocked(reason, stored.message) if reason in REFUSED else None
+    return pod_state_of(last, state.k8s_job, state.pods, blocked, now)
+
+
+def with_wait_clock(state: JobState, pod_state: PodState, gate: GateAnswer, now: datetime) -> JobState:
+    """Note since when somebody has to fix something.
+
+    The clock goes on through the attempts in between, and stops while the job is held back, as nobody tries then."""
+    record = state.status.record or OperatorRecord()
+    closed = [entry for entry in state.status.attempts if not is_open(entry)]
+    waiting = bool(closed) and closed[-1].attempt_class == "Waiting"
+    if pod_state.wait is not None and pod_state.wait.reason in IMPATIENT_REASONS:
+        waiting = True
+    counted = waiting and not isinstance(gate, Wait)
+    since = (record.storage_wait_since or format_time(now)) if counted else None
+    if since == record.storage_wait_since:
+        return state
+    record = record.model_copy(update={"storage_wait_since": since})
+    return state.with_status(state.status.model_copy(update={"record": record}))
+
+
+def delete_leftovers(state: JobState, observation: Observation) -> tuple[DeleteK8sJob, ...]:
+    """Delete live Jobs of closed attempts: an older one, or one that was created while its attempt was given up."""
+    last = state.last
+    return tuple(
+        DeleteK8sJob(each.name, each.uid)
+        for each in observation.k8s_jobs
+        if each.live and not each.deleting and not (last is not None and is_open(last) and belongs(last, each))
+    )
+
+
+def delete_all(observation: Observation) -> tuple[DeleteK8sJob, ...]:
+    """Delete every Job that has not ended."""
+    return tuple(DeleteK8sJob(j.name, j.uid) for j in observation.k8s_jobs if j.live and not j.deleting)
+
+
+def stop(
+    state: JobState, observation: Observation, gate: GateAnswer, pod_state: PodState, progress_deadline_s: float
+) -> JobState:
+    """Write down why the newest attempt is to stop, if it is."""
+    last = state.last
+    if last is None or not is_open(last) or is_stopping(last) or is_unstarted(last, state.k8s_job, state.pods):
+        return state
+    if isinstance(gate, Wait) and gate.reason in STOPPING:
+        return _with_last(state, last.model_copy(update={"reason": gate.reason.value}))
+    answer = observation.answer_of(last)
+    # Silence is judged as standing still: whoever keeps a pod from answering must not keep it from being judged.
+    still_s = max(answer.progress.seconds_since_step if answer is not None else 0.0, observation.silent_s(last))
+    if pod_state.running and still_s > progress_deadline_s:
+        return _with_last(state, last.model_copy(update={"reason": Reason.NO_PROGRESS.value}))
+    return state
+
+
+def begin_next(state: JobState, observation: Observation, gate: GateAnswer, now: datetime) -> JobState:
+    """Enter the next attempt, if the job is not held back, nothing of the last one is alive, and its delay is over."""
+    if not isinstance(gate, Open) or not may_begin_next(state, observation) or seconds_to_next(state, now) > 0:
+        return state
+    status = state.status
+    stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
+    numbers = [entry.number for entry in status.attempts if entry.stage == stage]
+    numbers += [child.attempt for child in (*observation.k8s_jobs, *observation.pods) if child.stage == stage]
+    number = max(numbers, default=0) + 1
+    if number > MAX_ATTEMPTS:  # only with children that we never made: `failure` ends what has really had so many
+        return state
+    attempts = [*status.attempts, running_entry(stage, number)][-MAX_ENTRIES:]
+    return JobState(status.model_copy(update={"attempts": attempts}), state.outcome, None, ())
+
+
+def may_begin_next(state: JobState, observation: Observation) -> bool:
+    """Return True if the last attempt has ended, and nothing of any attempt is alive."""
+    return (state.last is None or not is_open(state.last)) and nothing_else_alive(state, observation)
+
+
+def seconds_to_next(state: JobState, now: datetime) -> float:
+    """Return how long the next attempt has to wait after the last one."""
+    last = state.last
+    ended_at = parse_time(last.finished_at) if last is not None else None
+    if ended_at is None:
+        return 0.0
+    passed_s = max(0.0, (now - ended_at).total_seconds())  # another clock may be ahead of ours
+    return max(0.0, retry.delay_s(state.status.attempts) - passed_s)
+
+
+def own_action(state: JobState, observation: Observation) -> tuple[CreateK8sJob | DeleteK8sJob, ...]:
+    """Create or delete the Job of the newest attempt, as its entry says."""
+    last, k8s_job = state.last, state.k8s_job
+    if last is None or not is_open(last):
+        return ()
+    if is_stopping(last):
+        stops = k8s_job is not None and k8s_job.live and not k8s_job.deleting
+        return (DeleteK8sJob(k8s_job.name, k8s_job.uid),) if stops and k8s_job is not None else ()
+    if is_unstarted(last, k8s_job, state.pods) and nothing_else_alive(state, observation):
+        stage, plan = Stage(last.stage), state.status.plan
+        return (CreateK8sJob(stage, last.number, plan.digest if plan is not None and stage == Stage.TRAIN else None),)
+    return ()
+
+
+def nothing_else_alive(state: JobState, observation: Observation) -> bool:
+    """Return True if nothing of other attempts is alive: two writers at a time are never wanted."""
+    own = state.last if state.last is not None and is_open(state.last) else None
+    alive = [*(j for j in observation.k8s_jobs if j.live), *(p for p in observation.pods if p.active)]
+    return not any(own is None or not belongs(own, child) for child in alive)
+
+
+def _with_last(state: JobState, entry: AttemptStatus) -> JobState:
+    attempts = [*state.status.attempts[:-1], entry]
+    return replace(state, status=state.status.model_copy(update={"attempts": attempts}))

@@ -1,0 +1,67 @@
+"""What may hold a job back, or end it, whatever its attempts do: an ordered list of gates. Pure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_api.reasons import Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.clock import parse_time
+
+
+@dataclass(frozen=True)
+class Open:
+    """Nothing holds the job back."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """No attempt starts, and one that runs is stopped, until the gate opens."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Over:
+    """The job ends, with this reason."""
+
+    reason: Reason
+    message: str
+
+
+GateAnswer = Open | Wait | Over
+Gate = Callable[[FineTuneJobSpec, FineTuneJobStatus, datetime], GateAnswer]
+
+
+def is_in_time(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
+    """End a job that was not done within activeDeadlineSeconds."""
+    due = deadline(spec, status)
+    if due is None or now < due:
+        return Open()
+    text = f"the job was not done {spec.active_deadline_seconds} s after it was accepted (activeDeadlineSeconds)"
+    return Over(Reason.DEADLINE_EXCEEDED, text)
+
+
+def is_not_suspended(spec: FineTuneJobSpec, _status: FineTuneJobStatus, _now: datetime) -> GateAnswer:
+    """Hold back a job whose user has suspended it."""
+    return Wait(Reason.SUSPENDED, "spec.suspend is true") if spec.suspend is True else Open()
+
+
+# The first that is not open decides. Approval, another job and a queue will stand here too.
+GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended)
+
+
+def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
+    """Return the answer of the first gate that is not open, else Open."""
+    answers = (gate(spec, status, now) for gate in GATES)
+    return next((answer for answer in answers if not isinstance(answer, Open)), Open())
+
+
+def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> datetime | None:
+    """Return when the job ends at the latest; None where it sets no bound."""
+    accepted_at = parse_time(status.record.accepted_at) if status.record else None
+    if spec.active_deadline_seconds is None or accepted_at is None:
+        return None
+    return accepted_at + timedelta(seconds=spec.active_deadline_seconds)

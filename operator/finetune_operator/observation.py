@@ -1,0 +1,62 @@
+"""Everything that is observed of one FineTuneJob, as plain frozen values."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.names import Stage
+from finetune_api.reasons import Reason
+from finetune_api.run import Progress
+from finetune_api.status import AttemptStatus
+from finetune_operator.observed import ObservedK8sJob, ObservedPod
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Why the current attempt cannot start, from a refused creation or from the cluster's own events."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class PodAnswer:
+    """The last answer of the training pod."""
+
+    progress: Progress
+    at: datetime
+
+
+@dataclass(frozen=True)
+class PodSilence:
+    """A pod that can be reached but gave no usable answer, from the first to the last time it was asked."""
+
+    stage: Stage
+    attempt: int
+    pod_uid: str
+    since: datetime
+    until: datetime
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that is observed of one FineTuneJob."""
+
+    k8s_jobs: tuple[ObservedK8sJob, ...] = ()
+    pods: tuple[ObservedPod, ...] = ()
+    progress: PodAnswer | None = None
+    blocked: Blocked | None = None
+    progress_write_interval_s: float = 30
+    silence: PodSilence | None = None
+
+    def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:
+        """The pod's last answer, if it is about this attempt."""
+        answer = self.progress
+        mine = answer is not None and (answer.progress.stage, answer.progress.attempt) == (entry.stage, entry.number)
+        return answer if mine else None
+
+    def silent_s(self, entry: AttemptStatus) -> float:
+        """Seconds for which this attempt's pod has not answered, although it was asked and could be reached."""
+        silence = self.silence
+        if silence is None or (silence.stage, silence.attempt) != (entry.stage, entry.number):
+            return 0.0
+        return (silence.until - silence.since).total_seconds()

@@ -1,0 +1,176 @@
+"""The conditions and the phase of a job that is not over. Pure."""
+
+from datetime import UTC, datetime
+
+from finetune_api.names import Stage
+from finetune_api.reasons import FAULTS, Reason, words
+from finetune_api.run import Progress, Trouble
+from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
+from finetune_operator import quality
+from finetune_operator.attempt_outcome import is_open, is_stopping
+from finetune_operator.attempt_steps import may_begin_next
+from finetune_operator.clock import format_time, parse_time
+from finetune_operator.close_attempts import JobState
+from finetune_operator.conditions import ConditionUpdate, find, with_updates
+from finetune_operator.final_status import ended_words, planned_condition
+from finetune_operator.gates import GateAnswer, Wait
+from finetune_operator.job_reader import FineTuneJob, reason_of
+from finetune_operator.observation import Observation
+from finetune_operator.pod_waits import PATIENCE, REFUSED, PodState
+
+_WAITS = (
+    *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
+)  # fmt: skip
+# What a trainer may say that it cannot save for.
+TROUBLE_REASONS = (
+    Reason.STORAGE_TRANSIENT, Reason.ACCESS_DENIED, Reason.DATA_NOT_FOUND, Reason.DISK_FULL, Reason.CONFIG_INVALID,
+)  # fmt: skip
+_NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED)
+
+
+def running_status(
+    job: FineTuneJob, state: JobState, observation: Observation, pod_state: PodState, gate: GateAnswer, now: datetime
+) -> FineTuneJobStatus:
+    """Return the status of a job that is not over."""
+    status, last = state.status, state.last
+    answer = observation.answer_of(last) if last is not None and pod_state.running else None
+    said = answer.progress if answer is not None else None
+    suspend = isinstance(gate, Wait) and gate.reason == Reason.SUSPENDED
+    stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
+    doing = Reason.TRAINING if stage == Stage.TRAIN else Reason.PREPARING
+    suspended = suspend and may_begin_next(state, observation)
+    updates = [
+        planned_condition(status),
+        _admitted(state, pod_state, suspended, doing),
+        _running(job.status, state, pod_state, suspended, doing),
+        _suspended(job.status, suspend, suspended),
+        _degraded(job.status, state, pod_state, said),
+        quality.while_running(job.status, said),
+        ConditionUpdate(ConditionType.SUCCEEDED, "Unknown", doing),
+        ConditionUpdate(ConditionType.FINISHED, "False", doing),
+        ConditionUpdate(ConditionType.READY, "True", Reason.ACCEPTED),
+        ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
+    ]
+    status = with_updates(status, [update for update in updates if update is not None], job.generation, now)
+    started = any(e.started_at is not None for e in status.attempts if e.stage == stage)
+    phase = Phase.PENDING if not started else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
+    return status.model_copy(update={"phase": Phase.SUSPENDED if suspended else phase})
+
+
+def _admitted(state: JobState, pod_state: PodState, suspended: bool, doing: Reason) -> ConditionUpdate | None:
+    """Whether the cluster has given the newest attempt a place; between attempts the last answer stays."""
+    if pod_state.scheduled:
+        return ConditionUpdate(ConditionType.ADMITTED, "True", doing)
+    if pod_state.wait is not None and pod_state.wait.reason in _NOT_ADMITTED:
+        return ConditionUpdate(ConditionType.ADMITTED, "False", pod_state.wait.reason, pod_state.wait.message)
+    if suspended:
+        return ConditionUpdate(ConditionType.ADMITTED, "False", Reason.SUSPENDED)
+    if state.last is not None and is_open(state.last) and not pod_state.ending:
+        return ConditionUpdate(ConditionType.ADMITTED, "Unknown", doing)
+    return None
+
+
+def _running(
+    old: FineTuneJobStatus, state: JobState, pod_state: PodState, suspended: bool, doing: Reason
+) -> ConditionUpdate | None:
+    last, before = state.last, find(old, ConditionType.RUNNING)
+    if suspended:
+        return ConditionUpdate(ConditionType.RUNNING, "False", Reason.SUSPENDED, "spec.suspend is true")
+    if pod_state.ending and before is not None:
+        return None
+    if pod_state.running and last is not None:
+        stopping = is_stopping(last)
+        reason = _stop_reason(last.reason) if stopping else doing
+        message = f"attempt {last.number} of {last.stage} {'is being stopped' if stopping else 'runs'}"
+        return ConditionUpdate(ConditionType.RUNNING, "True", reason, message)
+    if pod_state.wait is not None:
+        return ConditionUpdate(ConditionType.RUNNING, "False", pod_state.wait.reason, pod_state.wait.message)
+    outcome = state.outcome
+    if outcome is not None and outcome.attempt_class != "Succeeded":
+        return ConditionUpdate(ConditionType.RUNNING, "False", outcome.reason, ended_words(state) + _retries(state))
+    if before is not None and before.status == "False" and reason_of(before.reason) not in _WAITS:
+        again = outcome is None and (before.reason != Reason.PREPARING or doing == Reason.PREPARING)
+        if again:
+            return None  # why the attempt before ended stays until this one runs
+    return ConditionUpdate(ConditionType.RUNNING, "False", doing, "waiting for the pod to start")
+
+
+def _retries(state: JobState) -> str:
+    if state.outcome is None or state.outcome.attempt_class != "Failure":
+        return ""
+    return f"; trying again ({state.status.failures} failed so far)"
+
+
+def _stop_reason(text: str | None) -> Reason:
+    return Reason.SUSPENDING if reason_of(text) == Reason.SUSPENDED else reason_of(text)
+
+
+def _suspended(old: FineTuneJobStatus, suspend: bool, suspended: bool) -> ConditionUpdate | None:
+    before = find(old, ConditionType.SUSPENDED)
+    if suspended:
+        return ConditionUpdate(
+            ConditionType.SUSPENDED, "True", Reason.SUSPENDED, "set spec.suspend to false to continue"
+        )
+    if suspend:
+        return ConditionUpdate(ConditionType.SUSPENDED, "False", Reason.SUSPENDING, "the pod is checkpointing")
+    if before is None:
+        return ConditionUpdate(ConditionType.SUSPENDED, "False", Reason.ACCEPTED)
+    if before.status == "True" or before.reason == Reason.SUSPENDING:
+        return ConditionUpdate(
+            ConditionType.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false, the job goes on"
+        )
+    return None
+
+
+def _degraded(
+    old: FineTuneJobStatus, state: JobState, pod_state: PodState, said: Progress | None
+) -> ConditionUpdate | None:
+    """Return what is to be fixed, or that nothing is; None keeps what is stored. `said`: by the pod that runs."""
+    before, last, outcome = find(old, ConditionType.DEGRADED), state.last, state.outcome
+    if pod_state.wait is not None and pod_state.wait.reason != Reason.DISRUPTED:
+        return ConditionUpdate(ConditionType.DEGRADED, "True", pod_state.wait.reason, pod_state.wait.message)
+    if outcome is not None and outcome.attempt_class == "Waiting":
+        message = f"{ended_words(state)}; trying again until {_patience_ends(state)}"
+        return ConditionUpdate(ConditionType.DEGRADED, "True", outcome.reason, message)
+    if outcome is not None and outcome.reason == Reason.BAD_REPORT:
+        return ConditionUpdate(ConditionType.DEGRADED, "True", Reason.BAD_REPORT, ended_words(state))
+    if said is not None and said.trouble is not None:
+        return _trouble(said.trouble)
+    if _still_holds(before, state, pod_state, said):
+        return None
+    closed = [e for e in state.status.attempts if not is_open(e)]
+    if closed and closed[-1].attempt_class == "Waiting" and last is not None:
+        message = f"attempt {closed[-1].number} of {closed[-1].stage} waited for this; trying again"
+        return ConditionUpdate(ConditionType.DEGRADED, "True", reason_of(closed[-1].reason), message)
+    return ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY)
+
+
+def _trouble(trouble: Trouble) -> ConditionUpdate:
+    """The training goes on, but something of it fails again and again."""
+    reason = FAULTS[trouble.fault].reason
+    since = format_time(datetime.fromtimestamp(trouble.since, UTC))
+    message = f"progress cannot be saved since {since}: {words(trouble.fault, trouble.args)}; training goes on"
+    if reason not in TROUBLE_REASONS:  # a pod may say anything
+        reason = Reason.STORAGE_TRANSIENT
+    return ConditionUpdate(ConditionType.DEGRADED, "True", reason, f"{message}, and it is tried again")
+
+
+def _still_holds(before: Condition | None, state: JobState, pod_state: PodState, said: Progress | None) -> bool:
+    """Return True if a stored Degraded is still true, although nothing that is seen now says so again."""
+    if before is None or before.status != "True":
+        return False
+    reason = reason_of(before.reason)
+    trained = any(e.stage == Stage.TRAIN and e.started_at is not None for e in state.status.attempts)
+    if reason in TROUBLE_REASONS and trained and said is None:
+        return True  # until a pod that runs has said that it can save
+    if state.outcome is not None:
+        return False
+    closed = [e for e in state.status.attempts if not is_open(e)]
+    if closed and closed[-1].attempt_class == "Waiting" and reason_of(closed[-1].reason) == reason:
+        return True
+    return reason == Reason.BAD_REPORT and not pod_state.running
+
+
+def _patience_ends(state: JobState) -> str:
+    since = parse_time(state.status.record.storage_wait_since) if state.status.record else None
+    return format_time(since + PATIENCE) if since is not None else "then"
