@@ -1,9 +1,10 @@
-"""Writes what is made from the code (`make crds`): the CRD, the chart's copy of it, the generated pages in docs/.
+"""Writes what is made from the code (`make crds`): the CRD, what the chart needs of it, the generated pages in docs/.
 
 The chart's copy is a template and not in Helm's `crds/`, as Helm never upgrades what lies there.
 """
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from finetune_api import reference
+from finetune_api.chart_schema import runtimes_schema
 from finetune_api.crd import custom_resource_definition
 from finetune_api.names import HTTP_PORT, Stage
 from finetune_operator.metrics import Metrics
@@ -35,6 +37,7 @@ METRICS_HEAD = """\
 Generated from the code by `make crds`; do not edit. Names are as Prometheus stores them; a histogram has `_bucket`,
 `_sum` and `_count`. A figure that is not known, such as GPU memory on a CPU, has no sample.
 """
+VALUES_SCHEMA = ROOT / "charts/finetune-operator/values.schema.json"
 FILES = ROOT / "docs/files.md"
 FILES_HEAD = """\
 # Files
@@ -118,6 +121,13 @@ def metrics_page() -> str:
     )
 
 
+def values_schema() -> str:
+    """The chart's schema of values, of which the runtimes are made from the models; the rest is kept as it is."""
+    schema = json.loads(VALUES_SCHEMA.read_text())
+    schema["properties"]["runtimes"] = runtimes_schema()
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
 def generated() -> dict[Path, str]:
     """Content by file. Raises ValueError if the CRD would be read as template text by Helm."""
     crd = yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=110, allow_unicode=True)
@@ -129,6 +139,7 @@ def generated() -> dict[Path, str]:
         ROOT / "charts/finetune-operator/templates/crd.yaml": (
             HEADER + "{{- if .Values.crds.enabled }}\n" + first + metadata + KEEP + rest + "{{- end }}\n"
         ),
+        VALUES_SCHEMA: values_schema(),
         ROOT / "docs/reasons.md": reference.page(),
         ROOT / "docs/metrics.md": metrics_page(),
     }

@@ -49,8 +49,9 @@ FilesUri = Annotated[
         )
     ),
 ]
-_DNS_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-_DNS_SUBDOMAIN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+_DNS_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_DNS_NAME = f"^{_DNS_LABEL}$"
+_DNS_SUBDOMAIN = rf"^{_DNS_LABEL}([.]{_DNS_LABEL})*$"
 DnsName = Annotated[
     str,
     StringConstraints(pattern=_DNS_NAME, max_length=63),

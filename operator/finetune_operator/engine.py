@@ -6,7 +6,8 @@ import threading
 import time
 from collections import Counter
 
-from finetune_operator.children import Children, ChildWatch, Key, Owner
+from finetune_operator.child_cache import ChildCache, Key, Owner
+from finetune_operator.child_watch import ChildWatch
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.decide import decide
@@ -38,7 +39,7 @@ class Engine:
         self._scopes = scopes
         cluster = Cluster(metrics, pool_size=settings.workers + 2 * len(scopes) + 4)
         self._cluster = cluster
-        self._children = Children(self._queue.put)
+        self._children = ChildCache(self._queue.put)
         self._progress = ProgressPuller(self._children, metrics, self._look_at, utcnow)
         self._watches = [ChildWatch(cluster, self._children, kind, ns) for kind in ("jobs", "pods") for ns in scopes]
         runtimes = Runtimes(settings.runtimes_file)

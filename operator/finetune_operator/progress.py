@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from finetune_api.names import HTTP_PORT
 from finetune_api.quality import Concern
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
-from finetune_operator.children import Children, Owner
+from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.observed import ObservedPod
@@ -96,7 +96,7 @@ class ProgressPuller:
 
     def __init__(
         self,
-        children: Children,
+        children: ChildCache,
         metrics: Metrics,
         due: Callable[[Owner], None],
         now: Callable[[], datetime],

@@ -13,17 +13,19 @@ from pydantic import ValidationError
 
 from finetune_api import defaults, names
 from finetune_api.names import Stage
+from finetune_api.platform import runtime_of_snapshot
 from finetune_api.reasons import Reason
 from finetune_api.run import RunConfig
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.attempt_outcome import belongs
-from finetune_operator.children import Children, Owner
+from finetune_operator.child_cache import ChildCache, Owner
+from finetune_operator.children import prepare, train
+from finetune_operator.children.base import Run
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
+from finetune_operator.cluster import ApiError, Body, Cluster, Kind, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
-from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import (
     Blocked,
@@ -33,12 +35,13 @@ from finetune_operator.observation import (
 )
 from finetune_operator.observed import observe_k8s_job
 from finetune_operator.pod_waits import explain_events, needs_explanation
+from finetune_operator.run_config import RUNTIME_FILE, config_map, run_config
 from finetune_operator.runtimes import Runtimes
-from finetune_operator.settings import Runtime, runtime_of_snapshot
 
 log = logging.getLogger(__name__)
 
 MAX_CONFLICTS = 5
+KINDS: Mapping[str, Kind] = {"ConfigMap": "configmaps", "Job": "jobs"}  # of what is created, as the API's paths say
 
 
 class Progresses(Protocol):
@@ -67,7 +70,7 @@ class Reconciler:
     def __init__(
         self,
         cluster: Cluster,
-        children: Children,
+        children: ChildCache,
         progress: Progresses,
         runtimes: Runtimes,
         metrics: Metrics,
@@ -167,37 +170,37 @@ class Reconciler:
             raise LaterError("another Job of this FineTuneJob is alive")
         if any(child is not None and child.name == wanted for child in existing):
             return
-        config, runtime = self._run(job)
-        self._create_ours("jobs", job, job_manifest(job, config, runtime, stage, attempt, digest))
-        log.info("%s/%s: created Job %s", job.namespace, job.name, wanted)
+        run = self._run(job)
+        manifests = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, digest)
+        for manifest in manifests:
+            self._create_ours(job, manifest)
+            log.info("%s/%s: created %s %s", job.namespace, job.name, manifest["kind"], manifest["metadata"]["name"])
 
-    def _run(self, job: FineTuneJob) -> tuple[RunConfig, Runtime]:
-        """The run's configuration and runtime as they were when its ConfigMap was made; it is made if missing."""
-        stored = self._cluster.get("configmaps", job.namespace, names.run_name(job.name, job.uid))
+    def _run(self, job: FineTuneJob) -> Run:
+        """Return the run as it was when its ConfigMap was made, which is made if missing."""
+        name = names.run_name(job.name, job.uid)
+        stored = self._cluster.get("configmaps", job.namespace, name)
         if stored is None:
             assert job.spec is not None
-            name = defaults.given(job.spec.runtime, defaults.RUNTIME)
-            runtime = self._runtimes.get(name)
+            asked = defaults.given(job.spec.runtime, defaults.RUNTIME)
+            runtime = self._runtimes.get(asked)
             if runtime is None:
-                text = f"this cluster has no runtime {name}: ask the platform team, or name another in a new job"
+                text = f"this cluster has no runtime {asked}: ask the platform team, or name another in a new job"
                 raise RefusedError(Blocked(Reason.RUNTIME_NOT_FOUND, text))
-            config = run_config(job, job.spec, runtime)
-            stored = self._create_ours("configmaps", job, config_map(job, config, runtime))
+            stored = self._create_ours(job, config_map(Run(job, run_config(job, job.spec, runtime), runtime)))
         if not _is_ours(stored, job):
-            raise RefusedError(_collision("ConfigMap", job.namespace, names.run_name(job.name, job.uid)))
+            raise RefusedError(_collision("ConfigMap", job.namespace, name))
         data = cast(Mapping[str, str], stored.get("data") or {})
         try:
-            return (
-                RunConfig.model_validate_json(data.get(names.CONFIG_FILE, "")),
-                runtime_of_snapshot(data.get(RUNTIME_FILE, "")),
-            )
+            config = RunConfig.model_validate_json(data.get(names.CONFIG_FILE, ""))
+            return Run(job, config, runtime_of_snapshot(data.get(RUNTIME_FILE, "")))
         except ValidationError as error:
-            text = f"ConfigMap {job.namespace}/{names.run_name(job.name, job.uid)} is of another version"
+            text = f"ConfigMap {job.namespace}/{name} is of another version"
             raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{text}; create a new job")) from error
 
-    def _create_ours(self, kind: Any, job: FineTuneJob, manifest: Body) -> Body:
+    def _create_ours(self, job: FineTuneJob, manifest: Body) -> Body:
         """Create, or find what a round before created. Raises RefusedError for what only a person can fix."""
-        name = manifest["metadata"]["name"]
+        kind, name = KINDS[manifest["kind"]], manifest["metadata"]["name"]
         try:
             return self._cluster.create(kind, manifest)
         except ApiError as error:

@@ -4,7 +4,11 @@ import logging
 import threading
 from pathlib import Path
 
-from finetune_operator.settings import Runtime, SettingsError, parse_runtimes
+import yaml
+from pydantic import ValidationError
+
+from finetune_api.platform import Runtime, RuntimesFile
+from finetune_operator.settings import SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -42,3 +46,15 @@ class Runtimes:
         except OSError:
             return None  # between the two halves of a ConfigMap update
         return stat.st_mtime_ns, stat.st_size
+
+
+def parse_runtimes(text: str) -> dict[str, Runtime]:
+    """Return runtimes by name from YAML or JSON. Raises SettingsError that names the field."""
+    try:
+        return dict(RuntimesFile.model_validate(yaml.safe_load(text)).runtimes)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the runtimes file is not YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"the runtimes file has a mistake at {place}: {first['msg']}") from error

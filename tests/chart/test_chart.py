@@ -164,9 +164,9 @@ def test_a_runtime_is_handed_over_as_written_and_has_an_image(helm: str):
 
 
 def test_the_operator_reads_the_runtimes_of_the_chart(helm: str):
-    settings = pytest.importorskip("finetune_operator.settings")
+    runtimes = pytest.importorskip("finetune_operator.runtimes")
     text = only(render(helm, {"runtimes": {"default": {}, "gpu": RUNTIME}}), "ConfigMap")["data"]["runtimes.yaml"]
-    assert settings.parse_runtimes(text)["gpu"].image == RUNTIME["image"]
+    assert runtimes.parse_runtimes(text)["gpu"].image == RUNTIME["image"]
 
 
 def test_images_are_of_the_release_unless_told_otherwise(helm: str):
@@ -204,6 +204,8 @@ def test_the_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: str)
         ({"runtimes": {"default": {"image": "registry:5000/trainer"}}}, "/runtimes/default/image"),
         ({"runtimes": {"default": {"defaults": {"memory": "16GB"}}}}, "/runtimes/default/defaults/memory"),
         ({"runtimes": {"default": {"env": {"A": 1}}}}, "/runtimes/default/env/A"),
+        ({"runtimes": {"default": {"env": {"HOME": "/root"}}}}, "HOME"),
+        ({"runtimes": {"default": {"podLabels": {"team": "a b"}}}}, "/runtimes/default/podLabels/team"),
         ({"runtimes": {"GPU": {}}}, "GPU"),
         ({"runtimes": {"default": {"nodeIdentity": "yes"}}}, "/runtimes/default/nodeIdentity"),
         ({"logLevel": "verbose"}, "/logLevel"),

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from finetune_api import connections
 from finetune_api.connections import MAX_CONNECTIONS, Connections
 from finetune_api.names import Stage
-from finetune_operator.children import Children
+from finetune_operator.child_cache import ChildCache
 from finetune_operator.health import HttpServer
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
@@ -131,7 +131,7 @@ def silence_after(minutes: int, behave: str) -> float:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         puller = ProgressPuller(
-            Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: now, port
+            ChildCache(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: now, port
         )
         for minute in range(minutes + 1):
             if (behave == "closed" and minute == 0) or (behave == "closed later" and minute == 1):

@@ -13,8 +13,9 @@ import pytest
 
 from finetune_api.job import HyperparametersSpec
 from finetune_api.names import HTTP_PORT
+from finetune_api.platform import RESERVED_ENV
 from finetune_cli.main import app
-from finetune_operator.settings import RESERVED_ENV, Settings
+from finetune_operator.settings import Settings
 from testbed import binaries
 
 ROOT = Path(__file__).resolve().parents[2]

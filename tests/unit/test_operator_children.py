@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.names import Stage
-from finetune_operator.children import MAX_GONE, Children, ChildWatch
+from finetune_operator.child_cache import MAX_GONE, ChildCache
+from finetune_operator.child_watch import ChildWatch
 
 OWNER = ("a", "job-1")
 
@@ -23,9 +24,9 @@ def ended(code: int) -> dict[str, Any]:
     return {"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": state}]}
 
 
-def cache() -> tuple[Children, list[tuple[str, str]]]:
+def cache() -> tuple[ChildCache, list[tuple[str, str]]]:
     touched: list[tuple[str, str]] = []
-    return Children(touched.append), touched
+    return ChildCache(touched.append), touched
 
 
 def test_a_change_asks_for_a_round_of_its_job_and_a_repetition_does_not():
@@ -71,7 +72,7 @@ def test_only_the_last_deleted_pods_are_kept():
 
 
 def test_jobs_that_come_and_go_leave_nothing_behind():
-    children = Children(lambda _key: None)
+    children = ChildCache(lambda _key: None)
     tracemalloc.start()
     try:
         for number in range(3000):

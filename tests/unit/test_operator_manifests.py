@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from finetune_api import names
 from finetune_api.names import Stage
+from finetune_api.platform import Runtime
 from finetune_api.run import CONTRACT_VERSION, RunConfig
+from finetune_operator.children import prepare, train
+from finetune_operator.children.base import Run
 from finetune_operator.job_reader import FineTuneJob, read_job
-from finetune_operator.manifests import RUNTIME_FILE, config_map, job_manifest, run_config
 from finetune_operator.observed import observe_k8s_job, observe_pod
-from finetune_operator.settings import Runtime
+from finetune_operator.run_config import RUNTIME_FILE, config_map, run_config
 
 DIGEST = "sha256:" + "b" * 64
 GPU_RUNTIME = Runtime.model_validate(
@@ -60,8 +62,9 @@ def job(**spec: Any) -> FineTuneJob:
 def rendered(stage: Stage, attempt: int = 1, runtime: Runtime = GPU_RUNTIME, **spec: Any) -> dict[str, Any]:
     of = job(**spec)
     assert of.spec is not None
-    config = run_config(of, of.spec, runtime)
-    return job_manifest(of, config, runtime, stage, attempt, DIGEST if stage == Stage.TRAIN else None)
+    run = Run(of, run_config(of, of.spec, runtime), runtime)
+    (k8s_job,) = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, DIGEST)
+    return k8s_job
 
 
 def container(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_att
     assert config.resources.memory_bytes == 64 * 2**30
     assert config.contract_version == CONTRACT_VERSION
     assert config.job.created_at == of.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    made = config_map(of, config, GPU_RUNTIME)
+    made = config_map(Run(of, config, GPU_RUNTIME))
     assert made["immutable"] is True
     assert RunConfig.model_validate_json(made["data"][names.CONFIG_FILE]) == config
     assert Runtime.model_validate_json(made["data"][RUNTIME_FILE]) == GPU_RUNTIME
@@ -193,9 +196,8 @@ def test_a_configuration_without_resources_of_prepare_is_still_rendered():
     assert of.spec is not None
     config = run_config(of, of.spec, GPU_RUNTIME)
     earlier = config.model_copy(update={"prepare_resources": None})
-    assert job_manifest(of, earlier, GPU_RUNTIME, Stage.PREPARE, 1, None) == rendered(
-        Stage.PREPARE, resources={"prepare": {"disk": "9Gi"}}
-    )
+    wanted = rendered(Stage.PREPARE, resources={"prepare": {"disk": "9Gi"}})
+    assert prepare.render(Run(of, earlier, GPU_RUNTIME), 1) == [wanted]
 
 
 def test_the_job_may_ask_for_the_cpu_instead_and_for_its_own_size():

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
-from finetune_operator.children import Children, Owner
+from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
@@ -123,7 +123,7 @@ def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[Owner], M
     async def both() -> ProgressPuller:
         server = await asyncio.start_server(saying(OK, body.encode()), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        children = Children(lambda _key: None)
+        children = ChildCache(lambda _key: None)
         puller = ProgressPuller(children, metrics, due.append, lambda: NOW, port)
         await puller.pull([(OWNER, target)])
         await puller.pull([(OWNER, target)])
@@ -155,7 +155,7 @@ def test_a_concern_about_the_model_is_looked_at_at_once():
         server = await asyncio.start_server(talk, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         metrics = Metrics(CollectorRegistry())
-        puller = ProgressPuller(Children(lambda _key: None), metrics, due.append, lambda: NOW, port)
+        puller = ProgressPuller(ChildCache(lambda _key: None), metrics, due.append, lambda: NOW, port)
         for _ in range(3):
             await puller.pull([(OWNER, pod())])
         server.close()
@@ -172,7 +172,9 @@ def test_the_answer_of_another_attempt_is_not_kept():
 
 
 def test_the_puller_stops_at_once():
-    puller = ProgressPuller(Children(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW)
+    puller = ProgressPuller(
+        ChildCache(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW
+    )
     thread = threading.Thread(target=puller.run, args=(60,))
     thread.start()
     puller.stop()
@@ -180,7 +182,7 @@ def test_the_puller_stops_at_once():
     assert not thread.is_alive()
 
 
-class BrokenChildren(Children):
+class BrokenChildren(ChildCache):
     def running_train_pods(self) -> list[tuple[Owner, ObservedPod]]:
         raise ZeroDivisionError
 

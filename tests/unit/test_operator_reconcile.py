@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION
-from finetune_operator.children import Children, Owner
+from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
-from finetune_operator.manifests import RUNTIME_FILE
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
+from finetune_operator.run_config import RUNTIME_FILE
 from finetune_operator.runtimes import Runtimes
 from status_samples import SPEC
 
@@ -114,7 +114,7 @@ def runtimes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path) -> Reconciler:
-    children = Children(lambda _key: None)
+    children = ChildCache(lambda _key: None)
     now = datetime(2026, 1, 1, tzinfo=UTC)
     return Reconciler(cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes), metrics, lambda: now)
 

@@ -20,8 +20,8 @@ from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
 from finetune_operator.pod_waits import explain, explain_events
 from finetune_operator.reconcile import event_manifest, status_patch
-from finetune_operator.runtimes import Runtimes
-from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError, parse_runtimes
+from finetune_operator.runtimes import Runtimes, parse_runtimes
+from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError
 from hand_clock import Clock
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

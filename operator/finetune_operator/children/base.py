@@ -1,107 +1,70 @@
-"""What is created for a job: one immutable ConfigMap, and a Kubernetes Job for each attempt. Pure.
+"""What the Kubernetes Jobs of both stages have in common. Pure.
 
 The Job is a single-pod Indexed Job under the restricted Pod Security profile. `backoffLimit: 0` and the pod
 failure policy make Kubernetes replace disrupted pods by itself, with the operator down, and leave every other
 end to us: a kubelet or Job retry could not count, wait, or tell a user's mistake from a fault.
 """
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_api import defaults, names
-from finetune_api.job import FineTuneJobSpec
-from finetune_api.layout import join
+from finetune_api import names
 from finetune_api.names import Stage
+from finetune_api.platform import Runtime, Toleration
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import FINAL_EXIT_CODES
-from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
+from finetune_api.run import RunConfig, RunResources
 from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observed import ANNOTATION_GPUS
-from finetune_operator.settings import Runtime, Toleration
 
-RUNTIME_FILE = "runtime.json"
 USER_ID = 10001
 UNREACHABLE_S = 60
 
 Manifest = dict[str, Any]
 
 
-def run_config(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
-    """Every default of the platform decided, so that all attempts of the job run alike."""
-    storage = spec.storage
-    endpoint = storage.endpoint if storage else None
-    path_style = storage.path_style if storage else None
-    return RunConfig(
-        contract_version=CONTRACT_VERSION,
-        job=JobRef(name=job.name, namespace=job.namespace, uid=job.uid, created_at=job.created_at),
-        spec=spec,
-        run_uri=join(spec.output.uri, names.run_name(job.name, job.uid)),
-        image=runtime.image,
-        storage=StorageConfig(
-            endpoint=endpoint,
-            region=defaults.given(storage.region if storage else None, defaults.REGION),
-            path_style=endpoint is not None if path_style is None else path_style,
-            credentials_dir=names.CREDENTIALS_DIR if storage and storage.secret_ref else None,
-            ca_bundle_path=f"{names.CA_BUNDLE_DIR}/{names.CA_BUNDLE_KEY}" if storage and storage.ca_bundle else None,
-        ),
-        resources=_default_resources(runtime, Stage.TRAIN).with_asked(spec.resources),
-        prepare_resources=_prepare_resources(spec, runtime),
-        grace_period_s=runtime.termination_grace_period_seconds,
-    )
+@dataclass(frozen=True)
+class Run:
+    """What all attempts of a job have in common, as it was when the first began."""
+
+    job: FineTuneJob
+    config: RunConfig
+    runtime: Runtime
 
 
-def _default_resources(runtime: Runtime, stage: Stage) -> RunResources:
-    defaults = runtime.defaults if stage == Stage.TRAIN else runtime.prepare
+@dataclass(frozen=True, kw_only=True)
+class PodParts:
+    """What the pod of a stage has besides what all have."""
+
+    resources: RunResources
+    args: list[str] = field(default_factory=list[str])
+    volumes: list[Manifest] = field(default_factory=list[Manifest])
+    mounts: list[Manifest] = field(default_factory=list[Manifest])
+
+
+def default_resources(runtime: Runtime, stage: Stage) -> RunResources:
+    """Return what a pod of the stage may use where the job asks for nothing else."""
+    given = runtime.defaults if stage == Stage.TRAIN else runtime.prepare
     return RunResources(
-        cpu_count=cpu_count(defaults.cpu),
-        memory_bytes=quantity_bytes(defaults.memory),
-        disk_bytes=quantity_bytes(defaults.ephemeral_storage),
+        cpu_count=cpu_count(given.cpu),
+        memory_bytes=quantity_bytes(given.memory),
+        disk_bytes=quantity_bytes(given.ephemeral_storage),
         gpus=runtime.defaults.gpus_per_node if stage == Stage.TRAIN else 0,
     )
 
 
-def _prepare_resources(spec: FineTuneJobSpec, runtime: Runtime) -> RunResources:
-    return _default_resources(runtime, Stage.PREPARE).with_asked(spec.resources and spec.resources.prepare)
-
-
-def _resources_of(config: RunConfig, runtime: Runtime, stage: Stage) -> RunResources:
-    """Return what the stage's pod may use. Only configurations of an earlier operator say nothing of prepare."""
-    if stage == Stage.TRAIN:
-        return config.resources
-    return config.prepare_resources or _prepare_resources(config.spec, runtime)
-
-
-def config_map(job: FineTuneJob, config: RunConfig, runtime: Runtime) -> Manifest:
-    """The run's configuration for the trainer, and the runtime as it was, for the operator after an upgrade."""
-    meta = _metadata(job, names.run_name(job.name, job.uid), {
-        names.LABEL_MANAGED_BY: names.FIELD_MANAGER,
-        names.LABEL_JOB_UID: job.uid,
-        names.LABEL_JOB_NAME: job.name,
-    })  # fmt: skip
-    snapshot = json.dumps(runtime.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=True)
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": meta,
-        "immutable": True,
-        "data": {names.CONFIG_FILE: config.to_json(), RUNTIME_FILE: snapshot},
-    }
-
-
-def job_manifest(
-    job: FineTuneJob, config: RunConfig, runtime: Runtime, stage: Stage, attempt: int, plan_digest: str | None
-) -> Manifest:
-    """The Kubernetes Job of one attempt. `plan_digest` belongs to train alone: it trains what was prepared."""
-    labels = names.child_labels(job.name, job.uid, stage, attempt)
-    meta = _metadata(job, names.child_name(job.name, job.uid, stage, attempt), labels)
-    gpus = _resources_of(config, runtime, stage).gpus
+def k8s_job(run: Run, stage: Stage, attempt: int, parts: PodParts) -> Manifest:
+    """Return the Kubernetes Job of one attempt."""
+    labels = names.child_labels(run.job.name, run.job.uid, stage, attempt)
+    name = names.child_name(run.job.name, run.job.uid, stage, attempt)
     ignore = {"type": "DisruptionTarget", "status": "True"}
     exit_codes = {"containerName": names.CONTAINER, "operator": "In", "values": list(FINAL_EXIT_CODES)}
+    gpus = {ANNOTATION_GPUS: str(parts.resources.gpus)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": meta,
+        "metadata": owned_metadata(run.job, name, labels),
         "spec": {
             "completionMode": "Indexed",
             "completions": 1,
@@ -116,10 +79,10 @@ def job_manifest(
             },
             "template": {
                 "metadata": {
-                    "labels": {**runtime.pod_labels, **_NO_SIDECAR_LABELS, **labels},
-                    "annotations": {**runtime.pod_annotations, **_POD_ANNOTATIONS, ANNOTATION_GPUS: str(gpus)},
+                    "labels": {**run.runtime.pod_labels, **_NO_SIDECAR_LABELS, **labels},
+                    "annotations": {**run.runtime.pod_annotations, **_POD_ANNOTATIONS, **gpus},
                 },
-                "spec": _pod_spec(job, config, runtime, stage, attempt, plan_digest, gpus),
+                "spec": _pod_spec(run, stage, attempt, parts),
             },
         },
     }
@@ -135,7 +98,8 @@ _POD_ANNOTATIONS = {
 }
 
 
-def _metadata(job: FineTuneJob, name: str, labels: Mapping[str, str]) -> Manifest:
+def owned_metadata(job: FineTuneJob, name: str, labels: Mapping[str, str]) -> Manifest:
+    """Return the metadata of an object that goes when the job goes."""
     owner = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -147,22 +111,12 @@ def _metadata(job: FineTuneJob, name: str, labels: Mapping[str, str]) -> Manifes
     return {"name": name, "namespace": job.namespace, "labels": dict(labels), "ownerReferences": [owner]}
 
 
-def _pod_spec(
-    job: FineTuneJob,
-    config: RunConfig,
-    runtime: Runtime,
-    stage: Stage,
-    attempt: int,
-    plan_digest: str | None,
-    gpus: int,
-) -> Manifest:
-    storage = config.spec.storage
-    volumes, mounts = _volumes(job, config, runtime, stage)
-    args = [stage.value, f"--config={names.CONFIG_DIR}/{names.CONFIG_FILE}", f"--attempt={attempt}"]
-    if plan_digest is not None:
-        args.append(f"--plan-digest={plan_digest}")
-    limits = _limits(_resources_of(config, runtime, stage), runtime)
+def _pod_spec(run: Run, stage: Stage, attempt: int, parts: PodParts) -> Manifest:
+    runtime, storage, gpus = run.runtime, run.config.spec.storage, parts.resources.gpus
     gpu_selector = runtime.gpu.node_selector if gpus else {}
+    volumes, mounts = _volumes(run, parts.resources)
+    limits = _limits(parts.resources, runtime)
+    args = [stage.value, f"--config={names.CONFIG_DIR}/{names.CONFIG_FILE}", f"--attempt={attempt}", *parts.args]
     spec: Manifest = {
         "restartPolicy": "Never",  # required by podFailurePolicy
         "automountServiceAccountToken": False,
@@ -179,7 +133,7 @@ def _pod_spec(
         "tolerations": _tolerations(runtime, gpus),
         "nodeSelector": {**runtime.node_selector, **gpu_selector},
         "imagePullSecrets": [{"name": name} for name in runtime.image_pull_secrets],
-        "volumes": volumes,
+        "volumes": [*volumes, *parts.volumes],
         "containers": [
             {
                 "name": names.CONTAINER,
@@ -196,7 +150,7 @@ def _pod_spec(
                 },
                 "terminationMessagePath": names.TERMINATION_LOG,
                 "terminationMessagePolicy": "File",  # the fallback would copy log lines into the pod's status
-                "volumeMounts": mounts,
+                "volumeMounts": [*mounts, *parts.mounts],
             }
         ],
     }
@@ -216,25 +170,21 @@ def _limits(resources: RunResources, runtime: Runtime) -> dict[str, str]:
     return {**limits, runtime.gpu.resource_name: str(resources.gpus)} if resources.gpus else limits
 
 
-def _volumes(
-    job: FineTuneJob, config: RunConfig, runtime: Runtime, stage: Stage
-) -> tuple[list[Manifest], list[Manifest]]:
-    disk = f"{_resources_of(config, runtime, stage).disk_bytes // 2**20}Mi"
-    run = {"name": names.run_name(job.name, job.uid), "items": [{"key": names.CONFIG_FILE, "path": names.CONFIG_FILE}]}
+def _volumes(run: Run, resources: RunResources) -> tuple[list[Manifest], list[Manifest]]:
+    """Return (volumes, mounts): configuration, scratch, and what the job's storage names."""
+    config = {
+        "name": names.run_name(run.job.name, run.job.uid),
+        "items": [{"key": names.CONFIG_FILE, "path": names.CONFIG_FILE}],
+    }
     volumes: list[Manifest] = [
-        {"name": "config", "configMap": run},
-        {"name": "scratch", "emptyDir": {"sizeLimit": disk}},
+        {"name": "config", "configMap": config},
+        {"name": "scratch", "emptyDir": {"sizeLimit": f"{resources.disk_bytes // 2**20}Mi"}},
     ]
     mounts: list[Manifest] = [
         {"name": "config", "mountPath": names.CONFIG_DIR, "readOnly": True},
         {"name": "scratch", "mountPath": names.SCRATCH_DIR},
     ]
-    if stage == Stage.TRAIN:
-        # The default of 64 MiB breaks data loaders; what is used counts in the memory limit.
-        memory = {"medium": "Memory", "sizeLimit": runtime.defaults.shared_memory}
-        volumes.append({"name": "shm", "emptyDir": memory})
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    storage = config.spec.storage
+    storage = run.config.spec.storage
     if storage is not None and storage.secret_ref is not None:
         volumes.append({"name": "credentials", "secret": {"secretName": storage.secret_ref.name}})
         mounts.append({"name": "credentials", "mountPath": names.CREDENTIALS_DIR, "readOnly": True})

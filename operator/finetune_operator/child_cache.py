@@ -1,19 +1,15 @@
-"""The Jobs and pods of all FineTuneJobs, kept up to date by label-selected watches.
+"""The Kubernetes Jobs and pods of all FineTuneJobs, as the watches last told of them.
 
 A deleted pod is remembered in its last state, because its termination message may be the verdict, until its
 FineTuneJob is forgotten; only the last few, so that memory stays flat.
 """
 
-import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from finetune_api import names
 from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone, job_uid, observe_k8s_job, observe_pod
-
-log = logging.getLogger(__name__)
 
 MAX_GONE = 20  # per FineTuneJob
 Key = tuple[str, str]  # namespace, name of a FineTuneJob
@@ -21,13 +17,7 @@ Owner = tuple[str, str]  # namespace, UID of a FineTuneJob: a label may lie abou
 Body = dict[str, Any]
 
 
-class Watcher(Protocol):
-    """The part of Cluster that is used here."""
-
-    def watch(self, kind: Any, namespace: str | None) -> Iterator[tuple[str, Body]]: ...
-
-
-class Children:
+class ChildCache:
     """Thread-safe cache by FineTuneJob. `changed` is called with the key of each job touched."""
 
     def __init__(self, changed: Callable[[Key], None]) -> None:
@@ -126,48 +116,6 @@ class Children:
         for store in (self._jobs, self._pods):
             if owner in store and not store[owner]:
                 del store[owner]
-
-
-class ChildWatch:
-    """One thread that lists and watches one kind in one namespace (None: all), for ever."""
-
-    def __init__(self, cluster: Watcher, children: Children, kind: str, namespace: str | None) -> None:
-        self.name = f"watch of {kind}" + (f" in {namespace}" if namespace else "")
-        self.listed = threading.Event()
-        self.last_activity_s = time.monotonic()
-        self._cluster, self._children, self._kind, self._namespace = cluster, children, kind, namespace
-        self._stop = threading.Event()
-
-    def run(self, retry: tuple[type[Exception], ...]) -> None:
-        """Until `stop`. Errors of the kinds in `retry` lead to a new list after 1 to 30 s."""
-        delay_s = 1.0
-        while not self._stop.is_set():
-            try:
-                self._cycle()
-                delay_s = 1.0
-            except retry as error:
-                log.warning("%s: %s; listing again in %.0f s", self.name, error, delay_s)
-                self._stop.wait(delay_s)
-                delay_s = min(30.0, delay_s * 2)
-
-    def stop(self) -> None:
-        """The thread ends at the next event or when the server ends the watch; it is a daemon thread."""
-        self._stop.set()
-
-    def _cycle(self) -> None:
-        listed: set[str] = set()
-        for event, body in self._cluster.watch(self._kind, self._namespace):
-            self.last_activity_s = time.monotonic()
-            if self._stop.is_set():
-                return
-            if event == "ITEM":  # taken one by one: thousands of whole pods would not fit into the memory
-                listed.add(str((body.get("metadata") or {}).get("uid")))
-                self._children.take(self._kind, "MODIFIED", body)
-            elif event == "LISTED":
-                self._children.keep_only(self._kind, self._namespace, listed)
-                self.listed.set()
-            elif event != "BOOKMARK":
-                self._children.take(self._kind, event, body)
 
 
 def _key(body: Body) -> Key | None:

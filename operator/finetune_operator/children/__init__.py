@@ -1,0 +1,1 @@
+"""What is created for each attempt of a job: `prepare` and `train` render it. Pure."""
