@@ -5,9 +5,9 @@ import contextlib
 import http.client
 import socket
 import threading
-import time
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from finetune_api import connections
 from finetune_api.connections import MAX_CONNECTIONS, Connections
 from finetune_api.names import Stage
+from finetune_operator import progress
 from finetune_operator.child_cache import ChildCache
 from finetune_operator.health import HttpServer
 from finetune_operator.metrics import Metrics
@@ -22,6 +23,7 @@ from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressPuller
 from finetune_trainer.serve import Reporter
 from hand_clock import Clock
+from waiting import PATIENCE_S, until
 
 OWNER = ("team", "uid")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -51,9 +53,9 @@ PORTS = pytest.mark.parametrize("port_of", [stage_port, operator_port])
 
 def test_a_run_without_a_cluster_answers_this_machine_alone() -> None:
     with stage_port() as (port, _):
-        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
         with pytest.raises(ConnectionRefusedError):  # another address of this machine, as one of its network would be
-            socket.create_connection(("127.0.0.2", port), timeout=60).close()
+            socket.create_connection(("127.0.0.2", port), timeout=PATIENCE_S).close()
 
 
 class Drip:
@@ -61,20 +63,23 @@ class Drip:
 
     def __init__(self, port: int) -> None:
         self.ended = threading.Event()
+        self._over = threading.Event()
         self._socket = socket.create_connection(("127.0.0.1", port))
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         with contextlib.suppress(OSError), self._socket:
             self._socket.sendall(b"GET /progress HTTP/1.1\r\na: ")
-            while True:
+            while not self._over.wait(0.02):
                 self._socket.sendall(b"b")
-                time.sleep(0.02)
         self.ended.set()
+
+    def close(self) -> None:
+        self._over.set()
 
 
 def status_of(port: int, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
@@ -83,19 +88,32 @@ def status_of(port: int, path: str) -> int:
 
 
 @PORTS
-def test_clients_that_drip_keep_nobody_else_out(port_of: Port) -> None:
+def test_clients_that_drip_keep_nobody_else_out(port_of: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, enter = list[object](), Connections[object].enter
+
+    def enter_and_tell(self: Connections[object], connection: object) -> None:
+        enter(self, connection)
+        entered.append(connection)
+
+    monkeypatch.setattr(Connections, "enter", enter_and_tell)
+    monkeypatch.setattr(connections, "CONNECTION_TIMEOUT_S", 1e9)  # none has to end for its age
+    clients: list[Drip] = []
     with port_of() as (port, path):
-        clients = [Drip(port) for _ in range(3 * MAX_CONNECTIONS)]
+        for number in range(1, 3 * MAX_CONNECTIONS + 1):
+            clients.append(Drip(port))
+            until(lambda least=number: len(entered) >= least, "the server has the connection")
         assert [status_of(port, path) for _ in range(5)] == [200] * 5
         assert not clients[-1].ended.is_set(), "the newest is still at it"
-        assert all(client.ended.wait(60) for client in clients[:MAX_CONNECTIONS]), "the oldest had to make room"
+        assert all(client.ended.wait(PATIENCE_S) for client in clients[: 2 * MAX_CONNECTIONS]), "the oldest made room"
+        for client in clients:
+            client.close()
 
 
 @PORTS
 def test_a_client_that_drips_is_hung_up_on(port_of: Port, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CONNECTION_TIMEOUT_S", 0.3)
     with port_of() as (port, _path):
-        assert Drip(port).ended.wait(60)
+        assert Drip(port).ended.wait(PATIENCE_S)
 
 
 def test_the_oldest_of_too_many_connections_makes_room_and_none_stays_for_ever() -> None:
@@ -115,8 +133,9 @@ def test_the_oldest_of_too_many_connections_makes_room_and_none_stays_for_ever()
     assert gone == [*names[1:], "late", "later"]
 
 
-def silence_after(minutes: int, behave: str) -> float:
+def silence_after(minutes: int, behave: str, monkeypatch: pytest.MonkeyPatch) -> float:
     """Seconds of silence that the puller has seen of a pod after asking it every minute."""
+    monkeypatch.setattr(progress, "fetch", partial(progress.fetch, timeout_s=PATIENCE_S))
     now = NOW
     pod = ObservedPod("p", "u", Stage.TRAIN, 1, NOW, "Running", ip="127.0.0.1", started_at=NOW)
 
@@ -147,9 +166,11 @@ def silence_after(minutes: int, behave: str) -> float:
 
 
 @pytest.mark.parametrize("behave", ["hangs up", "rubbish", "closed later"])
-def test_a_pod_that_can_be_reached_and_says_nothing_is_silent(behave: str) -> None:
-    assert silence_after(31, behave) == 31 * 60
+def test_a_pod_that_can_be_reached_and_says_nothing_is_silent(behave: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert silence_after(31, behave, monkeypatch) == 31 * 60
 
 
-def test_a_pod_that_was_never_reached_may_be_behind_a_policy_of_the_network() -> None:
-    assert silence_after(31, "closed") == 0
+def test_a_pod_that_was_never_reached_may_be_behind_a_policy_of_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert silence_after(31, "closed", monkeypatch) == 0

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -14,8 +15,10 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.store import Store, multipart, open_store, reading, s3, transport
+from hand_clock import Clock
 from hostile_http import Answer, serving
 from stub_s3 import without_botocore_pauses
+from waiting import PATIENCE_S
 
 OBJECT = "s3://bucket/folder/object"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -48,25 +51,32 @@ def for_ever(beginning: bytes, then: bytes) -> Answer:
     return answer
 
 
-def dripping(beginning: bytes, then: bytes = b" ") -> Answer:
-    """Never stops, and never pauses for long."""
+def dripping(clock: Clock, beginning: bytes, then: bytes = b" ") -> Answer:
+    """Never stops, and never stalls: the next byte comes 20 s of the clock later."""
 
     def answer(connection: socket, _request: str) -> None:
         connection.sendall(beginning)
         while True:
+            clock.now_s += 20
             connection.sendall(then)
-            time.sleep(0.01)
+            time.sleep(0.01)  # lets the reader wait for the next one
 
     return answer
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries as in production, without the waits between them; the product's own deadlines, shorter."""
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries as in production, without the waits between them."""
     without_botocore_pauses(monkeypatch)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
-    monkeypatch.setattr(transport, "SLOW_WINDOW_S", 0.1)
-    monkeypatch.setattr(s3, "LIST_TIMEOUT_S", 0.5)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The product's clock, which only the server moves: how fast this machine is ends nothing."""
+    clock = Clock(1000.0)
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
 
 
 ACTIONS: dict[str, Callable[[Store], object]] = {
@@ -127,46 +137,56 @@ def test_an_answer_without_end_is_given_up(hostile: Hostile, what: str) -> None:
 
 
 DRIPPING = {
-    "a status line": ("list", dripping(b"", b"H")),
-    "headers of a listing": ("list", dripping(OK + b"a: ")),
-    "headers of a head": ("head", dripping(OK + b"a: ")),
-    "headers of an object": ("read", dripping(OK + b"a: ")),
-    "a listing": ("list", dripping(OK + b"\r\n<ListBucketResult>")),
-    "an error": ("read", dripping(b"HTTP/1.1 404 Not Found\r\n\r\n<Error>")),
-    "an answer to a write": ("put", dripping(OK + TAG + b"Content-Length: 100000\r\n\r\n")),
+    "a status line": ("list", b"", b"H"),
+    "headers of a listing": ("list", OK + b"a: ", b" "),
+    "headers of a head": ("head", OK + b"a: ", b" "),
+    "headers of an object": ("read", OK + b"a: ", b" "),
+    "a listing": ("list", OK + b"\r\n<ListBucketResult>", b" "),
+    "an error": ("read", b"HTTP/1.1 404 Not Found\r\n\r\n<Error>", b" "),
+    "an answer to a write": ("put", OK + TAG + b"Content-Length: 100000\r\n\r\n", b" "),
 }
 
 
 @pytest.mark.parametrize("what", DRIPPING)
-def test_an_answer_that_drips_ends_with_the_time_of_the_call(
-    hostile: Hostile, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "CALL_TIMEOUT_S", 0.3)
-    action, answer = DRIPPING[what]
-    error = hostile.fault_of(answer, action)
+def test_an_answer_that_drips_ends_with_the_time_of_the_call(hostile: Hostile, clock: Clock, what: str) -> None:
+    action, beginning, then = DRIPPING[what]
+    error = hostile.fault_of(dripping(clock, beginning, then), action)
     assert error.fault is Fault.STORAGE_UNAVAILABLE
     assert "does not answer to the end" in str(error)
 
 
-def test_the_content_of_an_object_that_drips_is_given_up(hostile: Hostile) -> None:
-    error = hostile.fault_of(dripping(OK + TAG + b"Content-Length: 100000\r\n\r\n"), "read")
+def test_the_content_of_an_object_that_drips_is_given_up(hostile: Hostile, clock: Clock) -> None:
+    error = hostile.fault_of(dripping(clock, OK + TAG + b"Content-Length: 100000\r\n\r\n"), "read")
     assert error.fault is Fault.STORAGE_UNAVAILABLE
     assert "slower than 64 KiB/s" in str(error)
     assert error.args_by_name["tries"] == reading.MAX_CUTS + 1
 
 
-def test_a_connection_that_crawls_is_replaced_by_one_for_the_rest(hostile: Hostile) -> None:
+def test_a_connection_that_crawls_is_replaced_by_one_for_the_rest(
+    hostile: Hostile, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = bytes(range(256)) * 12_000
+    fast, came, taken = content[: 2 * MIB], list[int](), threading.Event()
+    received = transport.Exchange.received
     begins: list[int] = []
+
+    def received_and_counted(self: transport.Exchange, count: int, waited_s: float) -> None:
+        came.append(count)
+        if sum(came) >= len(fast):
+            taken.set()
+        received(self, count, waited_s)
 
     def answer(connection: socket, request: str) -> None:
         begins.append(int(request.partition("Range: bytes=")[2].partition("-")[0] or 0))
         rest = content[begins[-1] :]
         if begins[-1] == 0:
-            dripping(OK + TAG + b"Content-Length: %d\r\n\r\n" % len(content) + content[: 2 * MIB])(connection, "")
+            connection.sendall(OK + TAG + b"Content-Length: %d\r\n\r\n" % len(content) + fast)
+            assert taken.wait(PATIENCE_S)
+            dripping(clock, b"")(connection, "")
         place = b"Content-Range: bytes %d-%d/%d\r\n" % (begins[-1], len(content) - 1, len(content))
         connection.sendall(sized(rest, TAG, place, status=b"HTTP/1.1 206 Partial Content\r\n"))
 
+    monkeypatch.setattr(transport.Exchange, "received", received_and_counted)
     hostile.answer = answer
     assert hostile.store.read(OBJECT)[0] == content
     assert begins[-1] >= MIB
@@ -179,12 +199,15 @@ def test_a_server_that_does_not_take_what_is_written_is_given_up(
     monkeypatch.setattr(transport, "CALL_TIMEOUT_S", 0.3)
     monkeypatch.setattr(transport, "SLOW_BYTES_PER_S", 1 << 40)  # else its size would be allowed a minute
 
+    given_up = threading.Event()
+
     def answer(_connection: socket, _request: str) -> None:
-        time.sleep(10)
+        given_up.wait(PATIENCE_S)
 
     hostile.answer = answer
     with pytest.raises(StageError) as caught:
         hostile.store.put(OBJECT, b"x" * (32 * MIB))
+    given_up.set()
     assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
 
 
@@ -219,8 +242,14 @@ def test_a_listing_that_leads_nowhere_is_given_up(hostile: Hostile, answer: Answ
     assert "a listing that is not complete does not lead on" in str(error)
 
 
-def test_a_listing_whose_pages_never_end_ends_with_its_time(hostile: Hostile) -> None:
-    error = hostile.fault_of(leading_on("{}"), "list")
+def test_a_listing_whose_pages_never_end_ends_with_its_time(hostile: Hostile, clock: Clock) -> None:
+    pages = leading_on("{}")
+
+    def answer(connection: socket, request: str) -> None:
+        clock.now_s += 100
+        pages(connection, request)
+
+    error = hostile.fault_of(answer, "list")
     assert error.fault is Fault.STORAGE_UNAVAILABLE
     assert "the listing goes on" in str(error)
 
@@ -376,7 +405,7 @@ def test_no_answer_takes_much_memory(hostile: Hostile, action: str, answer: Answ
             [sys.executable, "-P", "-c", PEAK, endpoint, str(hostile.keys), action],
             capture_output=True,
             check=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
     found = json.loads(done.stdout)
     assert found["fault"] == Fault.STORAGE_UNAVAILABLE

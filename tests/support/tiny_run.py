@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from finetune_trainer.runplan import FileRecord, Hyperparameters, ModelFacts, Ru
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store, open_store
+from waiting import PATIENCE_S
 
 VOCABULARY = 320  # 256 bytes and room for special tokens
 STOP_ID = 257
@@ -337,9 +339,28 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> N
     monkeypatch.setattr(Stepper, "run", run_and_stop)
 
 
-def train_in_child(run: TinyRun, attempt: int) -> None:
-    """One attempt in a process of its own, importable by multiprocessing's children; it ends when killed or done."""
+def steps_file(run: TinyRun) -> Path:
+    """Holds a byte for each step that the last attempt of `train_in_child` has run."""
+    return run.folder / "steps"
+
+
+def train_in_child(run: TinyRun, attempt: int, most_steps: int | None = None) -> None:
+    """One attempt in a process of its own, importable by multiprocessing's children; it ends when killed or done.
+
+    most_steps: so many it runs, and then stands still, so that it is not done before somebody kills it."""
     from finetune_trainer import train, world
 
     world.bf16_speedup = lambda: 0.2  # as in conftest.py: what it ends with is compared bit by bit
+    original, steps = Stepper.run, 0
+
+    def run_and_tell(self: Stepper, number: int) -> torch.Tensor:
+        nonlocal steps
+        if steps == most_steps:
+            threading.Event().wait(PATIENCE_S)
+        done = original(self, number)
+        steps += 1
+        steps_file(run).write_bytes(bytes(steps))
+        return done
+
+    Stepper.run = run_and_tell
     train.run(context(run, attempt), StopFlag(60))

@@ -24,6 +24,7 @@ from finetune_trainer.loop import ADAM_BETAS
 from finetune_trainer.patience import FailedTries
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store, open_store
+from waiting import PATIENCE_S
 
 PLAN, OTHER_PLAN = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 BASE = {"model.safetensors": "sha256:" + "3" * 64}
@@ -274,7 +275,7 @@ def test_a_bug_in_a_save_ends_the_attempt_at_the_next_check(saved: Saved) -> Non
 
     checkpointer = saved.checkpointer(before_publishing=fail)
     checkpointer.start(saved.snapshot(1))
-    checkpointer.close(60)
+    checkpointer.close(PATIENCE_S)
     with pytest.raises(ZeroDivisionError):
         checkpointer.check()
 
@@ -321,19 +322,19 @@ def test_a_stop_does_not_wait_for_old_checkpoints_to_be_removed(saved: Saved, mo
 
     def hang(_self: Checkpointer, _step: int) -> None:
         tidying.set()
-        over.wait(20)
+        over.wait(PATIENCE_S)
 
     monkeypatch.setattr(Checkpointer, "_retain", hang)
     checkpointer, now_s = saved.checkpointer(), [0.0]
     stop = StopFlag(60, clock=lambda: now_s[0])
     checkpointer.start(saved.snapshot(7))
-    assert tidying.wait(60)
+    assert tidying.wait(PATIENCE_S)
     stop.set()
     for now_s[0] in (0.0, 1e6):  # with time left, and when it is over
         assert checkpointer.finish(lambda: saved.snapshot(7), 7, stop), "it is saved: the next attempt begins there"
         assert checkpointer.busy
     over.set()
-    checkpointer.close(60)
+    checkpointer.close(PATIENCE_S)
 
 
 def test_what_a_failed_save_left_is_removed_after_the_next(saved: Saved) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from finetune_cli import local, run, show, stages
 from finetune_cli.errors import CommandError, Exit
 from signals import disposition
 from status_samples import DATA, PLAN
+from waiting import PATIENCE_S, until
 
 DIGEST = "sha256:" + "a" * 64
 GIB = 2**30
@@ -42,6 +42,9 @@ work = pathlib.Path(config["work_dir"])
 part = json.loads((work / "play.json").read_text())[f"{stage}-{attempt}"]
 with open(work / "played", "a") as file:
     file.write(json.dumps([stage, attempt, sys.argv[4:], os.getsid(0) == os.getpid()]) + "\\n")
+seen = threading.Event()
+if part.get("waits"):
+    signal.signal(signal.SIGTERM, lambda *a: seen.set())
 if "progress" in part:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -53,10 +56,8 @@ if "progress" in part:
 if "sends" in part:
     os.kill(os.getppid(), part["sends"])
 if part.get("waits"):
-    seen = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *a: seen.set())
     (work / "waiting").touch()
-    seen.wait(120)
+    seen.wait(250)
 print("a line of the stage")
 if "result" in part:
     pathlib.Path(config["termination_log"]).write_text(
@@ -364,9 +365,7 @@ def test_a_divergence_is_told_in_red_while_it_trains_and_once():
 
 def _send_once_the_stage_waits(play: Play, number: signal.Signals) -> threading.Thread:
     def interrupt() -> None:
-        deadline = time.monotonic() + 120
-        while not (play.work / "waiting").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until((play.work / "waiting").exists, "the stage waits")
         os.kill(os.getpid(), number)
 
     asker = threading.Thread(target=interrupt)
@@ -473,7 +472,9 @@ def test_the_entrypoint_is_the_one_of_the_image(tmp_path: Path):
         *("-P", "-m", "finetune_trainer.supervisor", "train", "--config", str(tmp_path / "run.json")),
         *("--attempt", "2", "--plan-digest", DIGEST),
     ]
-    done = subprocess.run([*stage_run.command()[:5], "--help"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*stage_run.command()[:5], "--help"], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert "--config" in done.stdout
 
 

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from tiny_run import (
     context,
     linear_modules,
     make_run,
+    steps_file,
     tiny_config,
     tiny_model,
     train_in_child,
     use_model,
 )
+from waiting import PATIENCE_S, until
 
 CPU = torch.device("cpu")
 
@@ -116,40 +119,51 @@ def test_loss_and_lora_gradients_equal_those_of_trl_on_the_same_token_ids(tmp_pa
         torch.testing.assert_close(parameter.grad, trl_gradients[name], atol=1e-4, rtol=1e-4)
 
 
-def _start(processes: ForkServerContext, run: TinyRun, number: int) -> ForkServerProcess:
-    process = processes.Process(target=train_in_child, args=(run, number), daemon=True)
+@dataclass(frozen=True)
+class Kill:
+    """When an attempt is killed: so many steps and seconds after its start."""
+
+    steps: int
+    delay_s: float
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps it may run on until the signal comes, however late."""
+        return self.steps + 4
+
+
+def _kills(count: int, start_s: float) -> list[Kill]:
+    """A few steps after the start each or, one time in five, while it still starts, which takes about `start_s`."""
+    chance = random.Random(20)
+    found: list[Kill] = []
+    for _ in range(count):
+        starting = chance.random() < 0.2
+        steps = 0 if starting else chance.randint(1, 7)
+        found.append(Kill(steps, chance.uniform(0.0, start_s if starting else 0.05)))
+    return found
+
+
+def _steps_for(kills: Sequence[Kill]) -> int:
+    """How many steps a run needs to be killed so often."""
+    return sum(kill.most_steps for kill in kills) + 1
+
+
+def _start(processes: ForkServerContext, run: TinyRun, number: int, *more: int) -> ForkServerProcess:
+    process = processes.Process(target=train_in_child, args=(run, number, *more), daemon=True)
     process.start()
     return process
 
 
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _kill(process: ForkServerProcess, run: TinyRun, kill: Kill) -> None:
+    def has_run() -> bool:
+        assert process.is_alive(), f"it ended by itself with {process.exitcode}"
+        return steps_file(run).stat().st_size >= kill.steps
 
-
-def _kill_at_random(process: ForkServerProcess, run: TinyRun, chance: random.Random, start_s: float) -> bool:
-    """SIGKILL after a few more steps or, one time in five, while it still starts; False if it was done before.
-
-    start_s: about how long a start takes.
-    """
-    metrics = Path(run.config.work_dir, "metrics.jsonl")
-    metrics.unlink(missing_ok=True)
-    starting = chance.random() < 0.2
-    wanted, delay_s = (0 if starting else chance.randint(1, 7)), chance.uniform(0.0, start_s if starting else 0.05)
-    seen = None
-    deadline_s = time.monotonic() + 300
-    while process.is_alive() and time.monotonic() < deadline_s:
-        lines = _lines(metrics)
-        seen = lines if seen is None and lines else seen
-        if starting or (seen is not None and lines >= seen + wanted):
-            break
-        time.sleep(0.002)
-    process.join(delay_s)
-    if not process.is_alive():
-        return False
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    return process.exitcode == -signal.SIGKILL
+    until(has_run, f"{kill.steps} steps", poll_s=0.002)
+    process.join(kill.delay_s)
+    process.kill()
+    process.join(PATIENCE_S)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def _checkpoint_often(run: TinyRun) -> None:
@@ -161,27 +175,25 @@ def _checkpoint_often(run: TinyRun) -> None:
     run.config = run.config.model_copy(update={"spec": quick})
 
 
-def _train_with_kills(run: TinyRun, wanted: int, start_s: float) -> None:
+def _train_with_kills(run: TinyRun, kills: Sequence[Kill]) -> None:
     """As many attempts that are killed, and a last one that is not."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["finetune_trainer.train"])
-    chance = random.Random(20)
-    kills = attempt = 0
-    while kills < wanted:
-        attempt += 1
-        assert attempt <= 2 * wanted
-        kills += _kill_at_random(_start(processes, run, attempt), run, chance, start_s)
-    process = _start(processes, run, attempt + 1)
-    process.join(300)
+    for number, kill in enumerate(kills, 1):
+        steps_file(run).write_bytes(b"")
+        _kill(_start(processes, run, number, kill.most_steps), run, kill)
+    process = _start(processes, run, len(kills) + 1)
+    process.join(PATIENCE_S)
     assert process.exitcode == 0
 
 
-@pytest.mark.timeout(900)  # on a machine shared with much else
+@pytest.mark.timeout(3600)  # on a machine shared with much else
 def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
-    undisturbed, killed = (make_run(tmp_path / name, steps=160) for name in ("undisturbed", "killed"))
+    kills = _kills(20, start_s=0.6)
+    undisturbed, killed = (make_run(tmp_path / name, steps=_steps_for(kills)) for name in ("undisturbed", "killed"))
     train.run(context(undisturbed), StopFlag(60))
     _checkpoint_often(killed)
-    _train_with_kills(killed, 20, start_s=0.6)
+    _train_with_kills(killed, kills)
     assert undisturbed.adapter_bytes() == killed.adapter_bytes()
 
 
@@ -191,9 +203,9 @@ def test_the_real_model_too_is_bit_equal_after_random_kills(tmp_path: Path) -> N
     """Five, as each attempt loads the model; `make soak` kills twenty times."""
     from demo import assets
 
-    model = assets.ensure_model()
+    model, kills = assets.ensure_model(), _kills(REAL_KILLS, start_s=5.0)
     runs = [
-        make_run(tmp_path / name, steps=8 * REAL_KILLS, rows=32, batch=2, longest=12)
+        make_run(tmp_path / name, steps=_steps_for(kills), rows=32, batch=2, longest=12)
         for name in ("undisturbed", "killed")
     ]
     for run in runs:
@@ -201,5 +213,5 @@ def test_the_real_model_too_is_bit_equal_after_random_kills(tmp_path: Path) -> N
     undisturbed, killed = runs
     train.run(context(undisturbed), StopFlag(60))
     _checkpoint_often(killed)
-    _train_with_kills(killed, REAL_KILLS, start_s=5.0)
+    _train_with_kills(killed, kills)
     assert undisturbed.adapter_bytes() == killed.adapter_bytes()

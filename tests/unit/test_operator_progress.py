@@ -5,17 +5,20 @@ import json
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
+from finetune_operator import progress
 from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
 from hand_clock import Clock
+from waiting import PATIENCE_S
 
 OWNER = ("a", "job-1")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -24,7 +27,13 @@ OK = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def asked(serve: Serve, timeout_s: float = 2.0) -> Progress:
+@pytest.fixture(autouse=True)
+def patient_puller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer of a busy machine comes late, and is one."""
+    monkeypatch.setattr(progress, "fetch", partial(fetch, timeout_s=PATIENCE_S))
+
+
+def asked(serve: Serve, timeout_s: float = PATIENCE_S) -> Progress:
     """What `fetch` makes of a server that behaves like this."""
 
     async def both() -> Progress:
@@ -104,7 +113,7 @@ def test_an_answer_that_drips_byte_by_byte_ends_at_the_deadline():
 
 def test_a_closed_port_is_unreachable():
     with pytest.raises(ProgressError, match="unreachable"):
-        asyncio.run(fetch("127.0.0.1", 1))
+        asyncio.run(fetch("127.0.0.1", 1, PATIENCE_S))
 
 
 @pytest.mark.parametrize(("running", "interval_s"), [(0, 30), (1, 30), (300, 30), (600, 60), (5000, 500)])
@@ -175,10 +184,10 @@ def test_the_puller_stops_at_once():
     puller = ProgressPuller(
         ChildCache(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW
     )
-    thread = threading.Thread(target=puller.run, args=(60,))
+    thread = threading.Thread(target=puller.run, args=(10**6,))
     thread.start()
     puller.stop()
-    thread.join(50)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 

@@ -1,13 +1,13 @@
 """The work queue, with a clock of the test's own."""
 
 import threading
-import time
 import tracemalloc
 
 import pytest
 
 from finetune_operator.queue import WorkQueue
 from hand_clock import Clock
+from waiting import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_closing_wakes_all_workers():
         worker.start()
     queue.close()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
     assert found == [None, None, None]
 
 
@@ -166,10 +166,8 @@ def test_many_workers_do_every_key_and_none_at_the_same_time():
         worker.start()
     for number in range(3000):
         queue.put(number % 50)
-    deadline_s = time.monotonic() + 60
-    while queue.depth() and time.monotonic() < deadline_s:
-        time.sleep(0.01)
+    until(lambda: not queue.depth(), "all keys are done")
     queue.close()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
     assert set(rounds) == set(range(50))

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from finetune_api.reasons import EXIT_CODES, Fault, Reason
 from finetune_api.run import CONTRACT_VERSION, RunResult
 from finetune_trainer.stop import StopFlag, done_after_s, kill_after_s
 from finetune_trainer.supervisor import Cgroup, own_cgroup, verdict
+from waiting import PATIENCE_S, until
 
 TERM, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
 
@@ -129,7 +128,9 @@ def test_a_stop_is_asked_for_once() -> None:
 
 def test_the_supervisor_is_light() -> None:
     script = "import sys, finetune_trainer.supervisor; print(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert not {"torch", "transformers", "boto3", "numpy", "prometheus_client"} & set(done.stdout.split())
 
 
@@ -160,7 +161,7 @@ def config(tmp_path: Path) -> Path:
         "storage": {},
         "resources": {"cpu_count": 1, "memory_bytes": 1, "disk_bytes": 1, "gpus": 0},
         "work_dir": str(tmp_path / "scratch"),
-        "grace_period_s": 5,
+        "grace_period_s": 3600,
         "termination_log": str(tmp_path / "termination-log"),
     }
     (tmp_path / "termination-log").write_text("x" * 9000)  # an older, longer message must vanish
@@ -185,7 +186,7 @@ def supervise(tmp_path: Path, config: Path, child: str) -> subprocess.Popen[byte
 
 def ended(tmp_path: Path, process: subprocess.Popen[bytes]) -> RunResult:
     try:
-        code = process.wait(200)
+        code = process.wait(PATIENCE_S)
     finally:
         process.kill()
     result = RunResult.model_validate_json((tmp_path / "termination-log").read_bytes())
@@ -195,17 +196,11 @@ def ended(tmp_path: Path, process: subprocess.Popen[bytes]) -> RunResult:
 
 
 def wait_for(path: Path) -> None:
-    for _ in polls():
-        if path.exists() and path.read_text().strip():
-            return
-    raise TimeoutError(path)
+    until(lambda: path.exists() and path.read_text().strip(), f"{path} is written")
 
 
-def polls(limit_s: float = 120) -> Iterator[None]:
-    deadline_s = time.monotonic() + limit_s
-    while time.monotonic() < deadline_s:
-        yield
-        time.sleep(0.02)
+def wait_for_the_end(pid: int) -> None:
+    until(lambda: not is_running(pid), f"process {pid} has ended")
 
 
 def is_running(pid: int) -> bool:
@@ -249,6 +244,7 @@ def test_a_stop_is_forwarded_and_the_child_reports_its_checkpoint(tmp_path: Path
 
 
 def test_a_child_that_does_not_obey_is_killed_with_all_it_started(tmp_path: Path, config: Path) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"grace_period_s": 5}))
     child = "trap '' TERM\n(sleep 300 & echo $! > grandchild)\necho up > up\nwhile :; do sleep 0.05; done"
     process = supervise(tmp_path, config, child)
     wait_for(tmp_path / "up")
@@ -256,7 +252,7 @@ def test_a_child_that_does_not_obey_is_killed_with_all_it_started(tmp_path: Path
     result = ended(tmp_path, process)
     assert (result.fault, result.exit_code) == (Fault.STOPPED, 30)
     pid = int((tmp_path / "grandchild").read_text())
-    assert any(not is_running(pid) for _ in polls())
+    wait_for_the_end(pid)
 
 
 def _holds_sigterm(pid: int) -> bool:
@@ -270,10 +266,10 @@ def test_a_stop_at_once_after_the_start_is_not_lost_and_ends_either_stage_with_3
     tmp_path: Path, config: Path, stage: Stage
 ) -> None:
     """The real entrypoint and the real stage; asked while PID 1 still imports, which takes it half a second."""
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"http_port": 0, "grace_period_s": 3600}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"http_port": 0}))
     command = [sys.executable, "-m", "finetune_trainer.supervisor", stage.value, "--config", str(config)]
     process = subprocess.Popen([*command, "--attempt", "1"], stderr=subprocess.PIPE)
-    assert any(_holds_sigterm(process.pid) for _ in polls()), "it imports while a stop would be lost"
+    until(lambda: _holds_sigterm(process.pid), "it holds SIGTERM back while a stop would be lost")
     process.send_signal(signal.SIGTERM)
     result = ended(tmp_path, process)  # which waits for less than the grace period: it ended by the request
     assert (result.fault, result.stage, result.exit_code) == (Fault.STOPPED, stage, 30)
@@ -291,7 +287,7 @@ def test_what_a_finished_child_leaves_running_is_ended(tmp_path: Path, config: P
     child = f"sleep 300 & echo $! > left\necho '{message().decode()}' > $RESULT"
     assert ended(tmp_path, supervise(tmp_path, config, child)).fault is Fault.COMMITTED
     pid = int((tmp_path / "left").read_text())
-    assert any(not is_running(pid) for _ in polls())
+    wait_for_the_end(pid)
 
 
 def test_a_configuration_of_another_version_is_reported_without_a_child(tmp_path: Path, config: Path) -> None:
@@ -299,7 +295,7 @@ def test_a_configuration_of_another_version_is_reported_without_a_child(tmp_path
     process = subprocess.run(
         [sys.executable, "-m", "finetune_trainer.supervisor", "train", "--config", str(config), "--attempt", "1"],
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )
