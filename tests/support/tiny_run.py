@@ -351,16 +351,16 @@ def train_in_child(run: TinyRun, attempt: int, most_steps: int | None = None) ->
     from finetune_trainer import train, world
 
     world.bf16_speedup = lambda: 0.2  # as in conftest.py: what it ends with is compared bit by bit
-    original, steps = Stepper.run, 0
+    original, done = Stepper.run, 0
 
-    def run_and_tell(self: Stepper, number: int) -> torch.Tensor:
-        nonlocal steps
-        if steps == most_steps:
+    def run_and_tell(self: Stepper, step: int) -> torch.Tensor:
+        nonlocal done
+        if done == most_steps:
             threading.Event().wait(PATIENCE_S)
-        done = original(self, number)
-        steps += 1
-        steps_file(run).write_bytes(bytes(steps))
-        return done
+        figures = original(self, step)
+        done += 1
+        steps_file(run).write_bytes(bytes(done))
+        return figures
 
     Stepper.run = run_and_tell
     train.run(context(run, attempt), StopFlag(60))
