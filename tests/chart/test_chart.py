@@ -13,6 +13,7 @@ import yaml
 from finetune_api.crd import custom_resource_definition
 from finetune_api.job import QUANTITY_PATTERN
 from testbed import binaries
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/finetune-operator"
@@ -51,7 +52,7 @@ def run(helm: str, *arguments: str, values: dict[str, Any] | None = None) -> sub
         input=json.dumps(values) if values else None,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 

@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from finetune_api.names import Stage
 from finetune_cli.stages import StageRun
 from tiny_run import make_run
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("api", "operator", "trainer", "cli") for path in (ROOT / room).rglob("*.py"))
@@ -35,7 +34,6 @@ def test_every_python_that_we_start_leaves_the_current_folder_out_of_its_path() 
     assert all(line.startswith('ENTRYPOINT ["python", "-P", "-m", ') for line in entrypoints)
 
 
-@pytest.mark.timeout(300)
 def test_modules_beside_a_job_are_not_imported(tmp_path: Path) -> None:
     run, here, ran = make_run(tmp_path, steps=1), tmp_path / "job", tmp_path / "ran"
     here.mkdir()
@@ -44,7 +42,7 @@ def test_modules_beside_a_job_are_not_imported(tmp_path: Path) -> None:
     config_file = tmp_path / "run.json"
     config_file.write_text(run.config.to_json())
     stage = StageRun(run.config, config_file, Stage.TRAIN, 1, run.plan.digest(), tmp_path / "log", 0)
-    done = subprocess.run(stage.command(), cwd=here, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(stage.command(), cwd=here, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert stage.command()[0] == sys.executable
     assert not ran.exists()
     assert done.returncode == 0, done.stderr[-2000:]

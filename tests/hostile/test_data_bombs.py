@@ -196,7 +196,7 @@ ATTACKS = {
     "a decoder that hangs": Attack(
         write=_parquet_chats,
         hangs="parquet_worker",
-        deadline_s=4,
+        deadline_s=300,
         fault=Fault.NO_PROGRESS,
         words=("no row and no part of a file", "doing: Reading", "recovery.progressDeadlineSeconds"),
     ),

@@ -26,7 +26,6 @@ GENERATION: dict[str, Any] = {
 TOKENIZER: dict[str, Any] = {"tokenizer_class": "WhisperTokenizer", "errors": "nonsense", "model_max_length": -1}
 
 
-@pytest.mark.timeout(300)
 def test_another_way_to_generate_and_another_class_of_tokenizer_lose_no_run(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=2)
     model = run.folder / "model"

@@ -183,7 +183,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     return dict(zip(ATTACKS, others, strict=True))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_a_model_s_files_make_of_prepare_is_a_named_end_within_bounds(seen: dict[str, Seen], name: str) -> None:
     found = seen[name]
@@ -193,7 +192,6 @@ def test_what_a_model_s_files_make_of_prepare_is_a_named_end_within_bounds(seen:
     assert found.child_peak_bytes < CHILD_PEAK_BYTES
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("normalizer", "words"),
     [

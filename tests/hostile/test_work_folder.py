@@ -12,6 +12,7 @@ import pytest
 import spec_cases
 from finetune_cli import local
 from finetune_cli.errors import CommandError, Exit
+from waiting import PATIENCE_S
 
 STORE = """
 import sys
@@ -101,7 +102,7 @@ def test_a_local_store_heeds_the_umask_and_keeps_tokens_of_rows_to_their_owner(
 ) -> None:
     files = [tmp_path / "out" / "run" / name for name in ("adapter/README.md", ".job/prepared/train/tokens")]
     command = [sys.executable, "-P", "-c", STORE, *(file.as_uri() for file in files)]
-    done = subprocess.run(command, umask=umask, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, umask=umask, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [_mode(file) for file in files] == [file_mode] * 2
     assert _mode(files[1].parents[2]) == 0o700

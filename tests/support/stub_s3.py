@@ -104,7 +104,7 @@ def etag(content: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 10
+    timeout = 3600  # a client that pauses, on a busy machine say, finds its connection as it was
 
     @property
     def s3(self) -> StubS3:

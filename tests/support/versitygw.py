@@ -6,13 +6,14 @@ import selectors
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from built import require_program
+from testbed.instance import free_ports
 from testbed.processes import run
+from waiting import PATIENCE_S, until
 
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
@@ -31,7 +32,7 @@ def certificate(folder: Path, host: str) -> Certificate:
     made = Certificate(folder / "ca.crt", folder / "tls.key")
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(made.key))
     name = ("-subj", "/CN=private-store", "-addext", f"subjectAltName=IP:{host}", "-days", "30")
-    run(["openssl", "req", "-x509", *key, *name, "-out", str(made.file)], timeout_s=120)
+    run(["openssl", "req", "-x509", *key, *name, "-out", str(made.file)], timeout_s=PATIENCE_S)
     return made
 
 
@@ -40,22 +41,22 @@ def versitygw(folder: Path, host: str = "127.0.0.1", tls: Certificate | None = N
     """Its endpoint; `bucket` exists."""
     program = require_program("versitygw")
     (folder / "data" / "bucket").mkdir(parents=True)
-    port = _free_port(host)
+    port = free_ports(host, ["s3"])["s3"]
     command = [program, "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{host}:{port}", "--quiet"]
     if tls:
         command += ["--cert", str(tls.file), "--key", str(tls.key)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, "posix", str(folder / "data")], stdout=log, stderr=log)
         try:
-            _wait_for(host, port, process, time.monotonic() + 120)
+            until(lambda: _listens(host, port, process), "versitygw listens")
             yield f"{'https' if tls else 'http'}://{host}:{port}"
         finally:
             process.terminate()
             try:
-                process.wait(60)
+                process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(60)
+                process.wait(PATIENCE_S)
 
 
 def environment() -> dict[str, str]:
@@ -91,12 +92,16 @@ class Network:
 
     def _relay(self, client: socket.socket, number: int) -> None:
         answered = 0
-        with client, socket.create_connection(self._target, 10) as server, selectors.DefaultSelector() as selector:
+        with (
+            client,
+            socket.create_connection(self._target, PATIENCE_S) as server,
+            selectors.DefaultSelector() as selector,
+        ):
             selector.register(client, selectors.EVENT_READ, server)
             selector.register(server, selectors.EVENT_READ, client)
             with contextlib.suppress(ConnectionError):
                 while True:
-                    for key, _events in selector.select(30):
+                    for key, _events in selector.select(PATIENCE_S):
                         source, target = key.fileobj, key.data
                         assert isinstance(source, socket.socket)
                         data = source.recv(65536)
@@ -110,16 +115,8 @@ class Network:
                         target.sendall(data)
 
 
-def _wait_for(host: str, port: int, process: subprocess.Popen[bytes], deadline_s: float) -> None:
-    while time.monotonic() < deadline_s:
-        assert process.poll() is None, "versitygw has ended"
-        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
-            return
-        time.sleep(0.05)
-    raise TimeoutError("versitygw does not listen")
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+def _listens(host: str, port: int, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "versitygw has ended"
+    with contextlib.suppress(OSError), socket.create_connection((host, port), PATIENCE_S):
+        return True
+    return False

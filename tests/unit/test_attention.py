@@ -223,7 +223,6 @@ def _nothing_before_the_window(
 
 
 @pytest.mark.real_model
-@pytest.mark.timeout(600)
 def test_a_real_model_in_bf16_passes_whatever_its_kernels_round_and_not_where_rows_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

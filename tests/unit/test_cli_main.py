@@ -12,6 +12,7 @@ import spec_cases
 from finetune_cli import main
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.load import MAX_FILE_BYTES, load_job
+from waiting import PATIENCE_S
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -102,6 +103,6 @@ def test_the_help_loads_neither_torch_nor_kubernetes():
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'kubernetes', 'boto3', 'celpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "124 time-out" in " ".join(done.stdout.split())

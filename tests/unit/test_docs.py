@@ -17,6 +17,7 @@ from finetune_api.platform import RESERVED_ENV
 from finetune_cli.main import app
 from finetune_operator.settings import Settings
 from testbed import binaries
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "testbed/README.md"]
@@ -80,7 +81,10 @@ def test_a_command_that_no_test_runs_names_things_that_exist(page: Path, command
                 assert re.search(rf"def test_\w*{rest[1]}", (ROOT / path).read_text()), f"-k {rest[1]} selects nothing"
         case ["python3", "-m", "testbed", command_word]:
             done = subprocess.run(
-                [sys.executable, "-m", "testbed", command_word, "--help"], cwd=ROOT, capture_output=True, timeout=200
+                [sys.executable, "-m", "testbed", command_word, "--help"],
+                cwd=ROOT,
+                capture_output=True,
+                timeout=PATIENCE_S,
             )
             assert done.returncode == 0
         case ["eval", inner] | ["export", inner]:

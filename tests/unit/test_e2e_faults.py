@@ -7,6 +7,7 @@ from collections.abc import Generator
 import pytest
 
 from e2e_faults import freeze, is_frozen
+from waiting import PATIENCE_S
 
 BUSY = """
 import threading
@@ -30,7 +31,7 @@ def busy() -> Generator[int]:
         yield process.pid
     finally:
         process.kill()
-        process.wait(60)
+        process.wait(PATIENCE_S)
         if process.stdout is not None:
             process.stdout.close()
 

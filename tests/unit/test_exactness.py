@@ -187,7 +187,7 @@ def _train_with_kills(run: TinyRun, kills: Sequence[Kill]) -> None:
     assert process.exitcode == 0
 
 
-@pytest.mark.timeout(3600)  # on a machine shared with much else
+@pytest.mark.timeout(3600)
 def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
     kills = _kills(20, start_s=0.6)
     undisturbed, killed = (make_run(tmp_path / name, steps=_steps_for(kills)) for name in ("undisturbed", "killed"))

@@ -20,6 +20,7 @@ from finetune_operator.settings import Settings
 from finetune_operator.watch_lag import WatchLag
 from hand_clock import Clock
 from status_samples import SPEC
+from waiting import PATIENCE_S
 
 
 class QuietCluster:
@@ -42,7 +43,7 @@ class QuietCluster:
         """The names that were looked at, up to this one."""
         found: list[str] = []
         while not found or found[-1] != name:
-            found.append(self.rounds.get(timeout=60))
+            found.append(self.rounds.get(timeout=PATIENCE_S))
         return found
 
     def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class QuietCluster:
         for job in self.jobs if kind == "jobs" else []:
             yield "ITEM", job
         yield "LISTED", {}
-        self.end.wait(60)
+        self.end.wait()
 
 
 @pytest.fixture

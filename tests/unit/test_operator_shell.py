@@ -23,6 +23,7 @@ from finetune_operator.reconcile import event_manifest, status_patch
 from finetune_operator.runtimes import Runtimes, parse_runtimes
 from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError
 from hand_clock import Clock
+from waiting import PATIENCE_S
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -176,11 +177,11 @@ def test_healthz_fails_with_words_and_metrics_are_served():
     server = HttpServer(0, metrics.registry, lambda: wrong)
     try:
         base = f"http://127.0.0.1:{server.port}"
-        assert urllib.request.urlopen(f"{base}/healthz", timeout=60).read() == b"ok"
-        assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=60).read()
+        assert urllib.request.urlopen(f"{base}/healthz", timeout=PATIENCE_S).read() == b"ok"
+        assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=PATIENCE_S).read()
         wrong.append("resync: nothing for 200 s")
         with pytest.raises(urllib.error.HTTPError) as refusal:
-            urllib.request.urlopen(f"{base}/healthz", timeout=60)
+            urllib.request.urlopen(f"{base}/healthz", timeout=PATIENCE_S)
         assert refusal.value.code == 503
         assert refusal.value.read() == b"resync: nothing for 200 s"
     finally:

@@ -42,6 +42,7 @@ from finetune_trainer.data import accounts
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.renderer import Renderer
 from hand_clock import Clock
+from waiting import PATIENCE_S
 
 CPT: dict[str, Any] = {"method": {"type": "CPT"}}
 QUARANTINE: dict[str, Any] = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
@@ -578,6 +579,8 @@ def test_memory_stays_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None
         )
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), "RAYON_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, str(folder)]
-        said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=250, check=True)
+        said = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=True
+        )
         peaks_mib.append(int(said.stdout) / 1024)
     assert peaks_mib[1] < peaks_mib[0] + 24, f"peak MiB of 1x and 8x: {peaks_mib}, {resource.getpagesize()} byte pages"

@@ -13,6 +13,7 @@ from finetune_trainer.data.structure import MACHINE_FAILED, READY, TOO_LARGE
 from finetune_trainer.dry_load import judge
 from finetune_trainer.families import PACKING_FAMILIES
 from tiny_run import saved_shapes
+from waiting import PATIENCE_S
 
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -94,5 +95,7 @@ def test_the_child_tells_what_the_machine_refused_from_what_is_wrong_with_the_mo
         "dry_load.judge = judge; sys.exit(dry_load.main())"
     )
     request = b'{"config": {}, "shapes": {}}'
-    done = subprocess.run([sys.executable, "-c", script], input=request, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=request, capture_output=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == code, done.stderr.decode()

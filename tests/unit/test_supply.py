@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("operator", "trainer", "cli")
 # Packages whose metadata name no licence; each was read in its files.
@@ -50,7 +52,7 @@ def test_gpl_and_agpl_are_told_from_other_licences(licence: str, refused: bool) 
 def test_no_package_that_is_shipped_is_under_the_gpl_or_agpl_and_each_has_a_licence() -> None:
     tool = Path(sys.executable).with_name("pip-licenses")
     command = [str(tool), "--with-system", "--from=mixed", "--format=json"]
-    told = json.loads(subprocess.run(command, capture_output=True, timeout=120, check=True).stdout)
+    told = json.loads(subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=True).stdout)
     licences = {str(canonicalize_name(one["Name"])): str(one["License"]) for one in told}
     shipped = {name for part in SHIPPED for name in locked(part)}
     assert sorted(shipped - set(licences)) == []
@@ -69,7 +71,7 @@ def test_the_base_image_is_named_by_digest() -> None:
 
 
 def test_make_sbom_lists_every_package_of_both_images_and_of_the_command_line() -> None:
-    subprocess.run(["make", "sbom"], cwd=ROOT, capture_output=True, timeout=240, check=True)
+    subprocess.run(["make", "sbom"], cwd=ROOT, capture_output=True, timeout=PATIENCE_S, check=True)
     for part in SHIPPED:
         told = json.loads((ROOT / "dist/sbom" / f"{part}.cdx.json").read_text())
         listed = {canonicalize_name(one["name"]): one["version"] for one in told["components"]}
@@ -87,8 +89,8 @@ def test_the_command_line_works_with_what_its_lock_names_and_nothing_else(tmp_pa
         ["build", "--wheel", "--offline", "--no-build-isolation", "--python", sys.executable, "-o", str(tmp_path)],
         ["pip", "install", "--python", str(python), "--offline", "--no-deps", "finetune-operator", "-f", str(tmp_path)],
     ):
-        subprocess.run([str(uv), *command], cwd=ROOT, capture_output=True, timeout=240, check=True)
+        subprocess.run([str(uv), *command], cwd=ROOT, capture_output=True, timeout=PATIENCE_S, check=True)
     job = ROOT / "examples" / "quickstart.yaml"
     finetune = [str(python.with_name("finetune")), "validate", str(job)]
-    done = subprocess.run(finetune, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(finetune, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")

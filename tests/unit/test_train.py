@@ -30,6 +30,7 @@ from finetune_trainer.model import load_base
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 from tiny_run import STOP_ID, TinyRun, context, make_run, stop_before, use_model
+from waiting import PATIENCE_S
 
 
 def committed_artifact(run: TinyRun) -> Artifact | None:
@@ -214,7 +215,7 @@ def test_a_last_save_waits_for_the_one_in_flight_and_does_not_write_over_it(
 
     def publish(store: Any, fence: Any, uri: str, manifest: Any) -> str:
         if "/00000012-" in uri:
-            assert evaluated.wait(60)  # the upload of the last step takes longer than the last evaluation
+            assert evaluated.wait(PATIENCE_S)  # the upload of the last step takes longer than the last evaluation
         return published(store, fence, uri, manifest)
 
     def wait(self: checkpoint.Checkpointer, timeout_s: float | None = None) -> bool:
