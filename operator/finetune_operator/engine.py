@@ -108,13 +108,15 @@ class Engine:
 
     def resync(self) -> None:
         """Ask for a round of every unfinished job, and forget what belongs to no such job."""
-        owners = self._children.owners()
+        owners, exported = self._children.owners(), self._reconciler.exported()
+        listed: set[Key] = set()
         unfinished: dict[Owner, Key] = {}
         generations: dict[str, int] = {}
         phases: Counter[str] = Counter()
         for scope in self._scopes:
             for body in self._cluster.list_finetunejobs(scope):
                 job = read_job(body)
+                listed.add(job.key)
                 phases[job.status.phase.value if job.status.phase else "Pending"] += 1
                 generations[job.uid] = job.generation
                 if not is_finished(job.status):
@@ -125,6 +127,8 @@ class Engine:
         self._names = unfinished
         for owner in owners - set(unfinished):
             self._children.forget(owner)
+        for key in exported - listed:  # deleted, and nobody was told
+            self._reconciler.forget(key)
         self._progress.retain(set(unfinished))
         self._metrics.count_phases(phases)
         for key in unfinished.values():

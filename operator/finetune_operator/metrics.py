@@ -1,15 +1,16 @@
 """What the operator measures of itself, and the last known figures of the jobs it runs.
 
-Labels are bounded: the namespace and name of jobs that exist, and words of fixed lists. Never a user's text.
+Labels are bounded: the namespace and name of jobs that exist, and words of fixed lists. Never a user's text. None is
+called `namespace`, `job` or `pod`, which Prometheus gives to what it scrapes: ours would become `exported_namespace`.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
+from finetune_api.status import ConditionType, FineTuneJobStatus, MetricsStatus, Phase
 from finetune_operator.conditions import find
 from finetune_operator.quality import CONCERNS
 
-_JOB = ("namespace", "name")
+_JOB = ("job_namespace", "job_name")
 
 
 class Metrics:
@@ -59,25 +60,24 @@ class Metrics:
 
     def export(self, namespace: str, name: str, status: FineTuneJobStatus, progress_at_s: float | None) -> None:
         """Show the job's last known figures, which outlive its pod."""
-        figures: dict[str, float | None] = {"failures": status.failures}
-        if status.progress is not None:
-            figures |= {
-                "step": status.progress.step,
-                "remaining_seconds": status.progress.estimated_remaining_seconds,
-                "last_progress_timestamp_seconds": progress_at_s,
-            }
-        if status.plan is not None:
-            figures["planned_steps"] = status.plan.steps
+        progress, record = status.progress, status.record
+        figures: dict[str, float | None] = dict.fromkeys(MetricsStatus.model_fields)
         if status.metrics is not None:
-            figures |= status.metrics.model_dump(by_alias=False, exclude={"loss"})
-        if status.usage is not None:
-            figures["gpu_seconds"] = status.usage.gpu_seconds
-        if status.record is not None:
-            figures["disruptions"] = status.record.disruptions
+            figures |= status.metrics.model_dump(by_alias=False)
+        del figures["loss"]  # the same once more, as text
+        figures |= {
+            "failures": status.failures,
+            "step": progress.step if progress is not None else None,
+            "remaining_seconds": progress.estimated_remaining_seconds if progress is not None else None,
+            "last_progress_timestamp_seconds": progress_at_s if progress is not None else None,
+            "planned_steps": status.plan.steps if status.plan is not None else None,
+            "gpu_seconds": status.usage.gpu_seconds if status.usage is not None else None,
+            "disruptions": record.disruptions if record is not None else None,
+        }
         for key, value in figures.items():
             if value is not None:
                 self.job_figures[key].labels(namespace, name).set(value)
-            elif key == "remaining_seconds":  # of all figures the one that is wrong once it is old
+            else:
                 self.job_figures[key].remove(namespace, name)
         self._export_quality(namespace, name, status)
         for phase in Phase:

@@ -106,6 +106,11 @@ class Reconciler:
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
+    def exported(self) -> set[tuple[str, str]]:
+        """Return the keys of the jobs that have series in the metrics."""
+        with self._lock:
+            return set(self._exported)
+
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
         decision = decide(job, observation, self._now())

@@ -140,7 +140,7 @@ def test_prometheus_scrapes_operator_and_trainer_and_knows_loss_step_speed_and_p
             PATIENCE_S,
             lambda: str(prometheus.query("up")),
         )
-        trainer, operator = f'{{ftj="{in_training.name}",stage="train"}}', f'name="{in_training.name}"'
+        trainer, operator = f'{{ftj="{in_training.name}",stage="train"}}', f'job_name="{in_training.name}"'
         first_step = _value(prometheus, f"finetune_train_step{trainer}")
         assert 0 < _value(prometheus, f"finetune_train_loss{trainer}") < 20
         assert _value(prometheus, f"finetune_train_tokens_per_second{trainer}") > 0

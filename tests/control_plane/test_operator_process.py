@@ -389,7 +389,7 @@ def test_deleting_a_job_lets_the_garbage_collector_end_its_pods_and_forgets_its_
     team.submit()
     team.runs("prepare", 1)
     team.until("Running", "True")
-    assert 'finetune_job_phase{name="bot"' in operator.get("/metrics")
+    assert 'finetune_job_phase{job_name="bot"' in operator.get("/metrics")
     pod = team.pod("prepare", 1)
     team.holds(pod)
     team.custom.delete_namespaced_custom_object(GROUP, VERSION, team.namespace, PLURAL, "bot")

@@ -15,6 +15,7 @@ from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
 from finetune_operator.engine import Engine
+from finetune_operator.job_reader import read_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 from finetune_operator.watch_lag import WatchLag
@@ -125,6 +126,27 @@ def test_a_finished_job_is_looked_at_again_only_while_its_jobs_want_a_ttl(
     cluster.rounds_until("busy")
     engine.resync()
     assert cluster.rounds_until("busy") == looked_at
+
+
+def test_the_figures_of_a_job_whose_deletion_nobody_heard_end_with_the_next_resync(
+    engine: Engine, cluster: QuietCluster
+):
+    over = {
+        "type": "Finished", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "x",
+        "observedGeneration": 1,
+    }  # fmt: skip
+    cluster.finetunejobs = [finetunejob("kept", over), finetunejob("gone", over)]
+    reconciler = engine._reconciler  # pyright: ignore[reportPrivateUsage]
+    for body in cluster.finetunejobs:
+        reconciler._export(read_job(body))  # pyright: ignore[reportPrivateUsage]
+    cluster.finetunejobs = [finetunejob("kept", over)]
+    engine.resync()
+    registry = engine._metrics.registry  # pyright: ignore[reportPrivateUsage]
+    found = [
+        registry.get_sample_value("finetune_job_failures", {"job_namespace": "a", "job_name": name})
+        for name in ("kept", "gone")
+    ]
+    assert found == [0, None]
 
 
 def test_what_kopf_tells_is_heard_with_its_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch):

@@ -245,7 +245,7 @@ def test_an_event_that_is_not_taken_changes_nothing(reconciler: Reconciler, clus
 def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
     reconciler: Reconciler, cluster: FakeCluster, metrics: Metrics
 ):
-    figures = {"namespace": "a", "name": "bot"}
+    figures = {"job_namespace": "a", "job_name": "bot"}
     reconciler.reconcile(KEY)
     cluster.status["metrics"] = {"trainLoss": 1.5}
     reconciler.reconcile(KEY)

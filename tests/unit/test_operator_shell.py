@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.clock import format_time, parse_time
@@ -22,7 +23,10 @@ from finetune_operator.pod_waits import explain, explain_events
 from finetune_operator.reconcile import event_manifest, status_patch
 from finetune_operator.runtimes import Runtimes, parse_runtimes
 from finetune_operator.settings import MAX_INTERVAL_S, Settings, SettingsError
+from finetune_trainer.metrics import TrainMetrics
+from finetune_trainer.serve import Reporter
 from hand_clock import Clock
+from status_samples import PLAN
 from waiting import PATIENCE_S
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -198,7 +202,7 @@ def test_last_known_figures_are_exported_until_the_job_is_deleted():
         }
     )
     metrics.export("a", "bot", status, 5.0)
-    job = {"namespace": "a", "name": "bot"}
+    job = {"job_namespace": "a", "job_name": "bot"}
     value = metrics.registry.get_sample_value
     assert value("finetune_job_step", job) == 7
     assert value("finetune_job_train_loss", job) == 1.5
@@ -212,7 +216,7 @@ def test_last_known_figures_are_exported_until_the_job_is_deleted():
 def test_what_speaks_against_a_model_is_a_metric_once_it_was_measured():
     metrics = Metrics(CollectorRegistry())
     condition = {"type": "QualityConcern", "message": "", "lastTransitionTime": "x", "observedGeneration": 1}
-    labels = {"namespace": "a", "name": "bot"}
+    labels = {"job_namespace": "a", "job_name": "bot"}
     seen: list[list[float | None]] = []
     for status, reason in (("Unknown", "NotMeasured"), ("True", "WorseThanStart"), ("False", "NoConcern")):
         conditions = [{**condition, "status": status, "reason": reason}]
@@ -233,8 +237,39 @@ def test_the_time_left_is_not_shown_any_more_once_nobody_knows_it():
     ended = FineTuneJobStatus.model_validate({"progress": progress})
     for status, seconds in ((running, 60), (ended, None)):
         metrics.export("a", "bot", status, 5.0)
-        labels = {"namespace": "a", "name": "bot"}
+        labels = {"job_namespace": "a", "job_name": "bot"}
         assert metrics.registry.get_sample_value("finetune_job_remaining_seconds", labels) == seconds
+
+
+# What Prometheus itself, a ServiceMonitor or a PodMonitor puts on every series: one of ours would become `exported_…`.
+TARGET_LABELS = {"job", "instance", "namespace", "pod", "container", "endpoint", "service", "node", "prometheus"}
+
+
+def test_no_label_of_ours_is_one_that_prometheus_gives_to_what_it_scrapes():
+    metrics = Metrics(CollectorRegistry())
+    reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
+    TrainMetrics(reporter.registry)
+    collectors = [*metrics.registry._collector_to_names, *reporter.registry._collector_to_names]  # pyright: ignore[reportPrivateUsage]
+    declared = {label for each in collectors for label in getattr(each, "_labelnames", ())}
+    samples = {
+        label for each in collectors for family in each.collect() for one in family.samples for label in one.labels
+    }
+    assert {"job_namespace", "job_name", "reason", "activity"} <= declared | samples
+    assert not (declared | samples) & TARGET_LABELS
+
+
+def test_a_figure_that_the_status_does_not_hold_any_more_has_no_series():
+    metrics = Metrics(CollectorRegistry())
+    plan = FineTuneJobStatus.model_validate(
+        {"plan": PLAN, "metrics": {"evalLoss": 2.0}, "usage": {"seconds": 9, "gpuSeconds": 9}}
+    )
+    labels = {"job_namespace": "a", "job_name": "bot"}
+    names = ("planned_steps", "eval_loss", "gpu_seconds")
+    seen: list[list[float | None]] = []
+    for status in (plan, FineTuneJobStatus()):  # as when the data is prepared again
+        metrics.export("a", "bot", status, None)
+        seen.append([metrics.registry.get_sample_value(f"finetune_job_{name}", labels) for name in names])
+    assert seen == [[100, 2.0, 9], [None] * 3]
 
 
 @pytest.mark.parametrize(
