@@ -12,32 +12,67 @@ _HIDDEN = "***"
 
 _NAMES = "|".join(
     (
-        "secret_?access_?key",
-        "session_?token",
-        "(?:x-amz-)?security-?token",
+        "secret[-_ ]?access[-_ ]?key|secret[-_]?key|private[-_]?key|account[-_]?key|customer[-_]?key",
+        "(?:session|security|access|refresh|identity|id|auth|authorization|hf|hub|huggingface)[-_]?token",
         "x-(?:amz|goog)-(?:signature|credential)",
-        "aws_?access_?key_?id",
-        "hf_token|hub_token|access_?token|refresh_?token|client_?secret|api_?key",
+        "aws[-_]?access[-_]?key[-_]?id",
+        "client[-_]?secret|api[-_]?key",
         "password|passwd",
     )
 )
-# A value ends where none of these forms goes on. A quote before it may be that of bytes in Python's words.
-_VALUE = r"""[^\s"'<>&,;)}\]]+"""
+# As it is, within a text of JSON or Python (once or more often), in HTML, in a URL.
+_QUOTE = r"""(?:\\{0,8}["']|&quot;|&\#0?39;|&apos;|%2[27])"""
+_SPACE = r"(?:\s|%20|\+)*"
+_IS = r"(?:[:=>]{1,2}|->|%3[AD]|&gt;)"
+# Between a name and its value: what says that it is its value, or a comma between both in quotes, or, as Kubernetes
+# and XML say it, "value" or an attribute.
+_BETWEEN = (
+    rf"(?:{_QUOTE}?[\s,]+(?:-\s+)?{_QUOTE}?value{_QUOTE}?{_SPACE}{_IS}{_SPACE}|"
+    rf"{_QUOTE}?(?:\s[^<>\n]{{0,100}}(?=>))?{_SPACE}{_IS}{_SPACE}b?|{_QUOTE}{_SPACE},{_SPACE}b?(?={_QUOTE}))"
+)
+# All up to the quote that closes it, or to what ends a word.
+_VALUE = (
+    r"""(?:"(?:\\.|[^"\\])*|'(?:\\.|[^'\\])*|\\{1,8}["'](?:(?!\\{1,8}["']).)*|"""
+    r"""(?:\[\]byte|&quot;|&\#0?39;|&apos;)?(?!["'])[^\s"'<]+)"""
+)
+_START = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2}))"  # of a word, also in a URL
 _PATTERNS = tuple(
-    (re.compile(pattern, re.IGNORECASE if any_case else 0), shown)
+    (re.compile(pattern, (re.IGNORECASE if any_case else 0) | re.DOTALL), shown)
     for pattern, shown, any_case in (
+        (r"(-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----).*?(?=-----END|\Z)", rf"\1{_HIDDEN}", False),
         # To the end of the line: schemes, keys and signatures follow each other.
-        (r"""((?:proxy-)?authorization["']?\s*[:=,]\s*).+""", rf"\1{_HIDDEN}", True),
-        (rf"""((?:{_NAMES})["']?\s*[:=>,]\s*(?:b?["'])?){_VALUE}""", rf"\1{_HIDDEN}", True),
-        (r"""(["']token["']\s*[:,]\s*b?["'])[^"']+""", rf"\1{_HIDDEN}", True),  # of container credentials
-        (rf"([?&](?:signature|sig|token)=){_VALUE}", rf"\1{_HIDDEN}", True),
-        (r"(\bbearer\s+)[\w.~+/=-]{8,}", rf"\1{_HIDDEN}", True),
+        (
+            rf"((?:(?:proxy-)?authorization|(?:set-)?cookie){_QUOTE}?{_SPACE}(?:[:=,]|%3[AD]){_SPACE})[^\n]+",
+            rf"\1{_HIDDEN}",
+            True,
+        ),
+        (rf"((?:{_NAMES}){_BETWEEN}){_VALUE}", rf"\1{_HIDDEN}", True),
+        (rf"(({_QUOTE})token\2\s*[:,]\s*b?{_QUOTE})[^\"'\\]+", rf"\1{_HIDDEN}", True),  # of container credentials
+        (r"([?&](?:signature|sig|token)=)[^\s\"'<>&]+", rf"\1{_HIDDEN}", True),
+        (
+            rf"({_START}(?:signature|token){_QUOTE}?{_SPACE}{_IS}{_SPACE}{_QUOTE}?)[\w.~+/=%-]{{16,}}",
+            rf"\1{_HIDDEN}",
+            True,
+        ),
+        (rf"({_START}bearer(?:\s|%20|\+)+)[\w.~+/=%-]{{8,}}", rf"\1{_HIDDEN}", True),
         (r"(://)[^/\s\"'<>?#]+@", rf"\1{_HIDDEN}@", False),
         # A password with a slash, as keys of S3 have, which is no port with a path.
         (r"(://)(?![^/\s]*:[0-9]{1,5}/)[^/\s\"'<>?#:]*:[^\s\"'<>]{1,1024}@", rf"\1{_HIDDEN}@", False),
-        (r"\b(?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16,}", _HIDDEN, True),
-        (r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}", _HIDDEN, False),
-        (r"\beyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?", _HIDDEN, False),  # a JSON web token
+        (r"(:/|(?<![^\s\"'<>(=])//)[^/\s\"'<>?#:]+:[^/\s\"'<>?#]+@", rf"\1{_HIDDEN}@", False),  # as paths shorten it
+        (r"(%3A%2F%2F)[^\s\"'<>/]{1,1024}?%40", rf"\1{_HIDDEN}%40", True),
+        (rf"{_START}(?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{{16,}}", _HIDDEN, True),
+        # Of the Hugging Face Hub, GitHub, GitLab, Google, Slack, and those that begin with sk.
+        (
+            rf"(?:{_START}|(?<=_))(?:(?:hf|api_org|gh[pousr]|github_pat)_[A-Za-z0-9_]{{16,}}|"
+            r"(?:glpat-|ya29\.|sk-|xox[abeprs]-)[\w-]{16,})",
+            _HIDDEN,
+            False,
+        ),
+        (
+            r"(?:(?<![\w-])|(?<=%[0-9A-Fa-f]{2}))eyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]+)?",
+            _HIDDEN,
+            False,
+        ),  # a JSON web token
     )
 )
 
@@ -52,3 +87,8 @@ def without_secrets(text: str) -> str:
     for pattern, shown in _PATTERNS:
         text = pattern.sub(shown, text)
     return text
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """Return the beginning of the text, cut after its credentials were taken out."""
+    return without_secrets(text)[:max_chars]

@@ -9,6 +9,7 @@ from urllib3.exceptions import HTTPError
 from yaml import YAMLError
 
 from finetune_api.names import GROUP, PLURAL, VERSION
+from finetune_api.redact import shortened
 from finetune_cli.errors import CommandError, Exit
 
 _REQUEST_TIMEOUT_S = 10
@@ -27,7 +28,7 @@ class Cluster:
             self._api = client.CustomObjectsApi(config.new_client_from_config(context=context))
             _contexts, active = config.list_kube_config_contexts()
         except (ConfigException, OSError) as error:
-            raise CommandError(f"no cluster: {str(error)[:300]}; set KUBECONFIG", Exit.CLUSTER) from error
+            raise CommandError(f"no cluster: {shortened(str(error), 300)}; set KUBECONFIG", Exit.CLUSTER) from error
         except YAMLError as error:  # its words could quote a token
             raise CommandError("no cluster: the kubeconfig is no YAML; set KUBECONFIG", Exit.CLUSTER) from error
         inner = cast(dict[str, Any], active.get("context", {})) if isinstance(active, dict) else {}

@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from finetune_api.names import KIND
+from finetune_api.redact import shortened
 from finetune_cli.errors import CommandError, Exit
 
 MAX_FILE_BYTES = 1 << 20
@@ -33,11 +34,13 @@ def load_job(path: Path) -> dict[str, Any]:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise CommandError(f"{path}{line}: {error.problem}", Exit.USAGE) from error
     except YAMLError as error:
-        raise CommandError(f"{path} is no YAML: {str(error)[:200]}", Exit.USAGE) from error
+        raise CommandError(f"{path} is no YAML: {shortened(str(error), 200)}", Exit.USAGE) from error
     except RecursionError as error:
         raise CommandError(f"{path} is nested too deeply; this is no job", Exit.USAGE) from error
     except ValueError as error:  # such as the date 2024-13-45, or a number of 5,000 digits
-        raise CommandError(f"{path} is no YAML: {str(error)[:200]}; quote what is a word", Exit.USAGE) from error
+        raise CommandError(
+            f"{path} is no YAML: {shortened(str(error), 200)}; quote what is a word", Exit.USAGE
+        ) from error
     jobs = [cast(dict[str, Any], one) for one in documents if isinstance(one, dict) and one.get("kind") == KIND]
     if len(jobs) != 1:
         raise CommandError(f"{path} has {len(jobs) or 'no'} objects of kind {KIND}; write one", Exit.USAGE)

@@ -23,6 +23,7 @@ from kubernetes import client, config
 
 from finetune_api import names
 from finetune_api.names import FIELD_MANAGER
+from finetune_api.redact import shortened
 from finetune_operator.metrics import Metrics
 
 Body = dict[str, Any]
@@ -218,7 +219,7 @@ class Cluster:
         try:
             status = cast(Body, json.loads(text))
         except ValueError:
-            status = {"message": text[:256]}
+            status = {"message": shortened(text, 256)}
         retry_after = answer.headers.get("Retry-After", "")
         wait_s = float(retry_after) if retry_after.isdecimal() else 0.0
         return ApiError(answer.status, str(status.get("reason", "")), str(status.get("message", "")), wait_s)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from finetune_api.printable import printable
 from finetune_api.reasons import Reason
+from finetune_api.redact import without_secrets
 from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.clock import format_time
 
@@ -56,6 +57,6 @@ def _condition(old: Condition | None, update: ConditionUpdate, generation: int, 
 
 
 def one_line(text: str) -> str:
-    """Return at most 1,024 printable characters on one line: parts of it come from outside."""
-    clean = printable(text)
+    """Return at most 1,024 printable characters on one line, without credentials: parts of it come from outside."""
+    clean = printable(without_secrets(text))
     return clean if len(clean) <= MAX_MESSAGE else clean[: MAX_MESSAGE - 1] + "…"

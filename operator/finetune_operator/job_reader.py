@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from finetune_api import names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Reason
+from finetune_api.redact import shortened
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.clock import parse_time
 
@@ -69,7 +70,7 @@ def read_job(body: Mapping[str, Any]) -> FineTuneJob:
         resource_version=str(meta.get("resourceVersion", "")),
         deleting=bool(meta.get("deletionTimestamp")),
         spec=spec,
-        problem=problem[:1024],
+        problem=shortened(problem, 1024),
         status=read_status(body.get("status")),
         created_at=parse_time(meta.get("creationTimestamp")),
     )

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_api.reasons import Reason
+from finetune_api.redact import shortened
 from finetune_api.retry import PATIENCE_S
 from finetune_api.status import AttemptStatus
 from finetune_operator.attempt_outcome import is_stopping
@@ -100,7 +101,7 @@ def explain_events(events: Sequence[Mapping[str, Any]], namespace: str) -> Block
 
 def explain(event_reason: str, message: str, namespace: str) -> Blocked | None:
     """What an event on a Job or pod of ours means; None where it says nothing that a person must act on."""
-    text = " ".join(message.split())[:512]
+    text = shortened(" ".join(message.split()), 512)
     if event_reason not in ("FailedCreate", "FailedMount"):
         return None
     missing = missing_ref(text, namespace)

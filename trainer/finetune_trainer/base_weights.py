@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
+from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data.structure import REFUSALS, file_of, is_of_the_machine
 from finetune_trainer.load_report import report_of
 from finetune_trainer.runplan import RunPlan
@@ -107,7 +109,7 @@ def _not_finite_in(folder: Path) -> str | None:
 
 
 def _unsupported(plan: RunPlan, problem: str, error: Exception) -> StageError:
-    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:_MAX_SAID]
+    said = shortened(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", _MAX_SAID)
     facts = plan.model
     return StageError(
         Fault.UNSUPPORTED_MODEL, uri=facts.uri, architecture=facts.architecture, problem=f"{problem} ({said})"
@@ -115,4 +117,4 @@ def _unsupported(plan: RunPlan, problem: str, error: Exception) -> StageError:
 
 
 def _broken(plan: RunPlan, problem: str) -> StageError:
-    return StageError(Fault.BROKEN_MODEL, uri=plan.model.uri, problem=problem[:256])
+    return StageError(Fault.BROKEN_MODEL, uri=plan.model.uri, problem=shortened(problem, MAX_ARG_CHARS))

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_api.run import CONTRACT_VERSION, RunConfig
 
 _MAX_CONFIG_BYTES = 1 << 20  # a ConfigMap's limit
@@ -30,9 +31,11 @@ def load(path: Path) -> RunConfig:
         raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="not a JSON object")
     version = cast("dict[str, object]", found).get("contract_version")
     if type(version) is not int or not 1 <= version <= CONTRACT_VERSION:  # True is an int, and no version
-        raise StageError(Fault.CONTRACT_SKEW, operator=str(version)[:20], trainer=CONTRACT_VERSION)
+        raise StageError(Fault.CONTRACT_SKEW, operator=shortened(str(version), 20), trainer=CONTRACT_VERSION)
     try:
         return RunConfig.model_validate(found)
     except ValidationError as error:
         field, problem = first_problem(error)
-        raise StageError(Fault.CONFIG_UNREADABLE, field=field[:200], problem=problem[:200]) from error
+        raise StageError(
+            Fault.CONFIG_UNREADABLE, field=shortened(field, 200), problem=shortened(problem, 200)
+        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data.tokenizer import Tokenizer, TokenizerFailedError
 from finetune_trainer.runplan import RunPlan
@@ -21,7 +22,7 @@ def open_tokenizer(model_folder: Path, plan: RunPlan) -> Generator[Tokenizer]:
         with closing(Tokenizer((model_folder / "tokenizer.json").read_bytes())) as tokenizer:
             yield tokenizer
     except TokenizerFailedError as error:
-        facts, problem = plan.model, str(error)[:MAX_ARG_CHARS]
+        facts, problem = plan.model, shortened(str(error), MAX_ARG_CHARS)
         raise StageError(
             Fault.UNSUPPORTED_MODEL, uri=facts.uri, architecture=facts.architecture, problem=problem
         ) from error

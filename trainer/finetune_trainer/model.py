@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
+from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer import attention, world
 from finetune_trainer.base_weights import load_weights, require_finite, told_of_the_model
 from finetune_trainer.families import MIXTURE_FIELDS
@@ -162,7 +164,7 @@ def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
             ]
             found = torch.cat(single)
     except (NotImplementedError, TypeError, AttributeError) as error:
-        raise _unsupported(plan, f"it has {error}"[:200]) from error
+        raise _unsupported(plan, shortened(f"it has {error}", 200)) from error
     differences = (found - torch.cat(expected)).abs()
     exact = lm.dtype == torch.float32
     difference = float(differences.max() if exact else differences.mean())
@@ -194,7 +196,7 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
         try:
             adapted = get_peft_model(lm.causal, config)
         except ValueError as error:
-            raise _unsupported(plan, f"PEFT cannot adapt it: {error}"[:256]) from error
+            raise _unsupported(plan, shortened(f"PEFT cannot adapt it: {error}", MAX_ARG_CHARS)) from error
     names = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
     for target in plan.model.target_modules:  # PEFT is content with one of them
         if not any(f".{name}".endswith(f".{target}") for name in names):

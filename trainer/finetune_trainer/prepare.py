@@ -22,6 +22,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
+from finetune_api.redact import shortened
 from finetune_api.row_words import row_words
 from finetune_api.run import MAX_ARG_CHARS, RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
@@ -110,8 +111,8 @@ def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
         with closing(model.tokenizer):
             return _prepare_with(model, ctx, fence)
     except TokenizerFailedError as error:
-        uri, architecture = place(spec.model.uri), model.facts.architecture[:64]
-        problem = str(error)[:MAX_ARG_CHARS]
+        uri, architecture = place(spec.model.uri), shortened(model.facts.architecture, 64)
+        problem = shortened(str(error), MAX_ARG_CHARS)
         raise StageError(Fault.UNSUPPORTED_MODEL, uri=uri, architecture=architecture, problem=problem) from error
 
 

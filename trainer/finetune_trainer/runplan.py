@@ -33,6 +33,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_api.layout import PLAN, PLANS, join
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_api.status import ResolvedValue
 
 if TYPE_CHECKING:  # the plan itself needs no storage client
@@ -211,7 +212,7 @@ def read_plan(store: "Store", run_uri: str, digest: str | None) -> StoredPlan:
         raise StageError(Fault.CONFIG_UNREADABLE, field="plan.json", problem="not JSON") from error
     version = cast("dict[str, Any]", found).get("version") if isinstance(found, dict) else None
     if version != PLAN_VERSION:
-        raise StageError(Fault.PLAN_OUTDATED, found=str(version)[:20], expected=PLAN_VERSION)
+        raise StageError(Fault.PLAN_OUTDATED, found=shortened(str(version), 20), expected=PLAN_VERSION)
     stored_digest = plan_digest(found)
     if digest is not None and stored_digest != digest:
         raise StageError(Fault.CONFIG_CHANGED, what="the plan", step=0, found=stored_digest, expected=digest)
@@ -219,7 +220,7 @@ def read_plan(store: "Store", run_uri: str, digest: str | None) -> StoredPlan:
         return StoredPlan(RunPlan.model_validate(found), stored_digest)
     except ValidationError as error:  # it is what prepare wrote, so a trainer of another release wrote it
         field, _problem = first_problem(error)
-        version = f"{PLAN_VERSION} with another {field}"[:256]
+        version = shortened(f"{PLAN_VERSION} with another {field}", 256)
         raise StageError(Fault.PLAN_OUTDATED, found=version, expected=PLAN_VERSION) from error
 
 

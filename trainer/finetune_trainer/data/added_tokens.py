@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from tokenizers import Tokenizer
 
+from finetune_api.redact import shortened
+
 _CONFIG, _ADDED, _MAP = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 _MAX_TOKEN = 48  # characters of a token that are shown
 _REMEDY = "load it with AutoTokenizer and save it again with save_pretrained"
@@ -36,9 +38,9 @@ def problem_of_tokens(
     for token in _named(config, added, legacy_map):
         if isinstance(token, str):
             return token
-        shown = f"{token.file} names the {token.what} {repr(token.content)[:_MAX_TOKEN]}"
+        shown = f"{token.file} names the {token.what} {shortened(repr(token.content), _MAX_TOKEN)}"
         if token.number is not None:
-            shown += f" with the id {token.number[:_MAX_TOKEN]}"
+            shown += f" with the id {shortened(token.number, _MAX_TOKEN)}"
         number = ids.get(token.content)
         if number is None:
             number = _as_one_piece(tokenizer, token.content)
@@ -67,7 +69,8 @@ def _named(config: dict[str, Any], added: dict[str, Any], legacy_map: dict[str, 
         for number, entry in cast(dict[str, Any], decoder).items():
             content = _content(entry)
             if content is None:
-                yield f"added_tokens_decoder in {_CONFIG} names no token for the id {number[:_MAX_TOKEN]}; {_REMEDY}"
+                shown = shortened(number, _MAX_TOKEN)
+                yield f"added_tokens_decoder in {_CONFIG} names no token for the id {shown}; {_REMEDY}"
             else:
                 yield _Named(content, number, _CONFIG, "token")
     elif decoder is not None:

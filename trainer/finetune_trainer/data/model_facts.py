@@ -10,6 +10,7 @@ from typing import Any, cast
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.model_folder import SMALL_FILES, ModelFolder
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.structure import LoadReport, check_structure
@@ -164,7 +165,9 @@ def _facts(
     modules = sorted({module for module, _ in linear.values()})
     if len(modules) > MAX_MODULES or max(map(len, modules)) > _MAX_MODULE_NAME:
         most = f"{MAX_MODULES} with names of {_MAX_MODULE_NAME} characters are the most"
-        problem = f"it has {len(modules)} kinds of linear layers, such as {max(modules, key=len)[:64]!r}; {most}"
+        problem = (
+            f"it has {len(modules)} kinds of linear layers, such as {shortened(max(modules, key=len), 64)!r}; {most}"
+        )
         raise folder.unsupported(architecture, problem)
     files = folder.identify(sorted(weights.files + [name for name in folder.files if name in SMALL_FILES]))
     width, layers = _width(_size(folder, report.sizes, "hidden_size"), shapes), _layers(shapes)

@@ -9,6 +9,7 @@ from typing import Any, cast
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.identity import SAMPLE_BYTES, sample_digest, sample_places
 from finetune_trainer.runplan import FileRecord
@@ -126,13 +127,13 @@ class ModelFolder:
         return StageError(
             Fault.UNSUPPORTED_MODEL,
             uri=place(self.uri),
-            architecture=architecture[:64],
-            problem=problem[:_MAX_PROBLEM],
+            architecture=shortened(architecture, 64),
+            problem=shortened(problem, _MAX_PROBLEM),
         )
 
     def broken(self, problem: str) -> StageError:
         """A model whose files are damaged, incomplete, or do not belong together."""
-        return StageError(Fault.BROKEN_MODEL, uri=place(self.uri), problem=problem[:_MAX_PROBLEM])
+        return StageError(Fault.BROKEN_MODEL, uri=place(self.uri), problem=shortened(problem, _MAX_PROBLEM))
 
     def lfs_pointer(self, name: str) -> StageError:
         return self.broken(

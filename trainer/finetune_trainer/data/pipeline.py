@@ -17,6 +17,7 @@ import numpy.typing as npt
 from finetune_api.errors import StageError
 from finetune_api.job import LossOn
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
@@ -207,7 +208,7 @@ class Pipeline:
             raise self._template_failed(item, broken.detail)
 
     def _template_invalid(self, problem: str) -> StageError:
-        return StageError(Fault.TEMPLATE_INVALID, uri=place(self.model.facts.uri), problem=problem[:200])
+        return StageError(Fault.TEMPLATE_INVALID, uri=place(self.model.facts.uri), problem=shortened(problem, 200))
 
     def _template_failed(self, item: Checked, problem: str) -> StageError:
         return StageError(
@@ -215,7 +216,7 @@ class Pipeline:
             uri=place(self.model.facts.uri),
             file=place(self.ledger.files[item.file].uri),
             row=item.number,
-            problem=problem[:200],
+            problem=shortened(problem, 200),
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from finetune_api.redact import without_secrets
 from finetune_api.row_words import ROW_WORDS
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -57,4 +58,5 @@ class Broken:
 
 def place(uri: str) -> str:
     """A URI within the 256 characters a fault's argument may have; the end tells files apart."""
-    return uri if len(uri) <= 256 else "…" + uri[-255:]
+    shown = without_secrets(uri)
+    return shown if len(shown) <= 256 else "…" + shown[-255:]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.problems import Broken, place
@@ -85,7 +86,7 @@ class BadRows:
             Fault.BROKEN_ROW,
             file=place(file),
             row=number,
-            field=f", field {broken.field[:200]}" if broken.field else "",
+            field=f", field {shortened(broken.field, 200)}" if broken.field else "",
             problem=broken.words,
             broken=self._count,
             rows=self._ledger.rows_read,

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import orjson
 
+from finetune_api.redact import shortened
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.child import streams
 from finetune_trainer.data.frames import read_frame, write_frame
@@ -35,7 +36,7 @@ def safe_words(error: Exception, constants: Collection[str]) -> str:
 
     Other words, also those in its comments, may be the row's."""
     said = str(error)
-    return said[:_MAX_WORDS] if said in constants and "\n" not in said else type(error).__name__
+    return shortened(said, _MAX_WORDS) if said in constants and "\n" not in said else type(error).__name__
 
 
 def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
@@ -94,7 +95,7 @@ def _told(error: Exception) -> str:
     """Return what an error says that comes from the template alone, with its line."""
     line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
     said = str(getattr(error, "message", None) or error).partition("\n")[0]
-    return f"{type(error).__name__}{line}: {said}"[:_MAX_WORDS]
+    return shortened(f"{type(error).__name__}{line}: {said}", _MAX_WORDS)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from finetune_api.redact import shortened
 from finetune_trainer.data.model_folder import ModelFolder
 from finetune_trainer.data.weights import FLOATS, Weights
 
@@ -176,7 +177,7 @@ def load_without_values(request: bytes) -> LoadReport:
     ready, reply = child.stdout[: len(READY)], child.stdout[len(READY) :]
     said = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     if ready != READY:
-        raise RuntimeError(f"finetune_trainer.dry_load did not start ({child.returncode}): {said[:500]}")
+        raise RuntimeError(f"finetune_trainer.dry_load did not start ({child.returncode}): {shortened(said, 500)}")
     if child.returncode == -signal.SIGKILL:  # by the kernel, most likely for its memory
         raise MemoryError(f"finetune_trainer.dry_load ended with {child.returncode}")
     if child.returncode in (TOO_LARGE, -signal.SIGABRT):
@@ -185,7 +186,9 @@ def load_without_values(request: bytes) -> LoadReport:
     if child.returncode == MACHINE_FAILED:
         raise RuntimeError("finetune_trainer.dry_load could not work on this machine")
     if child.returncode or len(reply) > _MAX_REPORT_BYTES:
-        return LoadReport(architecture="", failed=f"transformers cannot build it from its config.json: {said[:160]}")
+        return LoadReport(
+            architecture="", failed=f"transformers cannot build it from its config.json: {shortened(said, 160)}"
+        )
     return LoadReport.model_validate_json(reply)
 
 

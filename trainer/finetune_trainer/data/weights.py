@@ -11,6 +11,7 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.model_folder import INDEX, MAX_VALUES, SMALL_FILES, ModelFolder, count_values
 from finetune_trainer.data.problems import LFS_POINTER, place
 from finetune_trainer.store import ObjectInfo
@@ -97,7 +98,9 @@ def _require_alone(folder: ModelFolder, index: dict[str, Any] | None) -> None:
     if shard is None and isinstance(weight_map, dict):
         shard = _first((str(file) for file in cast(dict[str, Any], weight_map).values()), lambda name: name != WEIGHTS)
     if shard is not None:
-        raise folder.broken(f"it has {WEIGHTS} and, as others would load it, {shard[:100]}; leave only one of both")
+        raise folder.broken(
+            f"it has {WEIGHTS} and, as others would load it, {shortened(shard, 100)}; leave only one of both"
+        )
 
 
 def _no_weights(folder: ModelFolder) -> StageError:
@@ -109,9 +112,9 @@ def _no_weights(folder: ModelFolder) -> StageError:
     if other := _first(names, lambda name: name.endswith(".safetensors")):
         return folder.broken(f"it has {other} but no {WEIGHTS}; save it with save_pretrained of transformers")
     if pickle := _first(names, lambda name: name.endswith(_PICKLES)):
-        return StageError(Fault.PICKLE_ONLY, uri=place(folder.uri), found=pickle[:128])
+        return StageError(Fault.PICKLE_ONLY, uri=place(folder.uri), found=shortened(pickle, 128))
     if other := _first(names, lambda name: name.endswith(_OTHER_FORMATS)):
-        return StageError(Fault.NO_SAFETENSORS, uri=place(folder.uri), found=other[:128])
+        return StageError(Fault.NO_SAFETENSORS, uri=place(folder.uri), found=shortened(other, 128))
     return StageError(Fault.OBJECT_NOT_FOUND, uri=place(join(folder.uri, WEIGHTS)), field="model.uri")
 
 
@@ -143,7 +146,7 @@ def _tensors(folder: ModelFolder, name: str) -> dict[str, StoredTensor]:
             raise damaged
         bits = _BITS.get(dtype)
         if bits is None:
-            raise folder.broken(f"{_cut(key)} in {name} is of the type {dtype[:32]!r}, which is not known")
+            raise folder.broken(f"{_cut(key)} in {name} is of the type {shortened(dtype, 32)!r}, which is not known")
         countable = len(shape) <= _MAX_DIMENSIONS and math.prod(max(side, 1) for side in shape) <= _MAX_ELEMENTS
         if min(shape, default=0) < 0 or not countable or 8 * (end - begin) != bits * math.prod(shape):
             raise folder.broken(f"{_cut(key)} in {name} is damaged: its shape and its place in the file do not agree")
