@@ -10,6 +10,7 @@ from pathlib import Path
 from socket import socket
 
 import pytest
+from botocore.retries.quota import RetryQuota
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -68,6 +69,8 @@ def dripping(clock: Clock, beginning: bytes, then: bytes = b" ") -> Answer:
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as in production, without the waits between them."""
     without_botocore_pauses(monkeypatch)
+    # One client has a number of retries for all its calls, here those of other tests.
+    monkeypatch.setattr(RetryQuota, "acquire", lambda *_: True)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
 
 
@@ -297,6 +300,11 @@ ODD = {
     "an empty range": ("rest", sized(b"56789", TAG, b"Content-Range: \r\n")),
     "a range of all": ("rest", sized(b"0123456789", TAG)),
     "a write without an ETag": ("put", sized(b"")),
+    "a listing with a key twice": (
+        "list",
+        listing("<EncodingType>url</EncodingType>" + ENTRY.format("a").replace("<Size>", "<Key>folder/b</Key><Size>")),
+    ),
+    "a listing with a size twice": ("list", listing(ENTRY.format("a").replace("<Size>", "<Size>1</Size><Size>"))),
 }
 
 
@@ -306,6 +314,85 @@ def test_an_answer_that_is_none_is_named(hostile: Hostile, what: str) -> None:
     error = hostile.fault_of(says(answer), action)
     assert error.fault is Fault.STORAGE_UNAVAILABLE
     assert "does not answer as S3 does" in str(error)
+
+
+# Errors whose parts are not where those of S3 are. The library takes them from there without looking.
+ODD_ERRORS = {
+    "a code of elements": b"<Error><Code><a>b</a></Code></Error>",
+    "a code that is twice there": b"<Error><Code>a</Code><Code>b</Code></Error>",
+    "a message of elements": b"<Error><Code>AuthorizationHeaderMalformed</Code><Message><a>b</a></Message></Error>",
+    "a region of elements": b"<Error><Code>AuthorizationHeaderMalformed</Code><Region><a>b</a></Region></Error>",
+    "a region that is no region": b"<Error><Code>PermanentRedirect</Code><Region>evil.example/</Region></Error>",
+    "an error that is a word": b"<a><Error>b</Error></a>",
+    "an error within another element": b"<a><Error><Code><b>c</b></Code></Error></a>",
+    "facts of the answer that are a word": b"<a><ResponseMetadata>b</ResponseMetadata></a>",
+    "elements within each other without end": b"<Error>" + b"<a>" * 3000 + b"</a>" * 3000 + b"</Error>",
+    "a listing": b"<ListBucketResult><EncodingType>url</EncodingType><Contents/></ListBucketResult>",
+}
+
+
+@pytest.mark.parametrize("what", ODD_ERRORS)
+@pytest.mark.parametrize("status", [b"200 OK", b"301 Moved", b"400 Bad Request", b"403 Forbidden", b"503 Unavailable"])
+@pytest.mark.parametrize("action", ["list", "read", "put"])
+def test_an_error_that_is_none_is_named_whatever_its_status(
+    hostile: Hostile, action: str, status: bytes, what: str
+) -> None:
+    error = hostile.fault_of(says(sized(ODD_ERRORS[what], status=b"HTTP/1.1 %s\r\n" % status)), action)
+    assert error.fault in (Fault.STORAGE_UNAVAILABLE, Fault.ACCESS_DENIED, Fault.WRONG_REGION)
+
+
+@pytest.mark.parametrize("action", ["read", "rest"])
+def test_a_condition_that_nobody_set_and_that_fails_is_named(hostile: Hostile, action: str) -> None:
+    error = hostile.fault_of(says(sized(b"", status=b"HTTP/1.1 412 Precondition Failed\r\n")), action)
+    assert error.fault is Fault.STORAGE_UNAVAILABLE
+
+
+def test_a_version_that_was_not_asked_for_is_not_read(hostile: Hostile) -> None:
+    hostile.answer = says(sized(b"another", b'ETag: "f"\r\n'))
+    with pytest.raises(StageError) as caught:
+        hostile.store.open(OBJECT, if_match='"e"')
+    assert caught.value.fault is Fault.INPUT_CHANGED
+
+
+@pytest.mark.parametrize(
+    ("etag", "total"), [(b'"f"', 2 * MIB), (b'"e"', 3 * MIB)], ids=["another version", "another size"]
+)
+def test_the_rest_of_another_version_is_not_taken_for_that_of_the_first(
+    hostile: Hostile, etag: bytes, total: int
+) -> None:
+    """Some stores do not heed If-Match."""
+
+    def answer(connection: socket, request: str) -> None:
+        if "Range" not in request:
+            connection.sendall(OK + TAG + b"Content-Length: %d\r\n\r\n" % (2 * MIB) + b"a" * MIB)
+            return
+        place = b"Content-Range: bytes %d-%d/%d\r\n" % (MIB, total - 1, total)
+        status = b"HTTP/1.1 206 Partial Content\r\n"
+        connection.sendall(sized(b"b" * (total - MIB), b"ETag: %s\r\n" % etag, place, status=status))
+
+    hostile.answer = answer
+    with pytest.raises(StageError) as caught:
+        hostile.store.read(OBJECT)
+    assert caught.value.fault is Fault.INPUT_CHANGED
+
+
+@pytest.mark.parametrize("etag", [b'W/"e"', b"e"])
+def test_an_etag_in_another_form_is_of_the_same_version(hostile: Hostile, etag: bytes) -> None:
+    hostile.answer = says(sized(b"content", b"ETag: %s\r\n" % etag))
+    assert hostile.store.open(OBJECT, if_match='"e"').read() == b"content"
+
+
+def test_no_more_than_the_rest_of_an_object_is_read(hostile: Hostile) -> None:
+    def answer(connection: socket, request: str) -> None:
+        if "Range" not in request:
+            connection.sendall(OK + TAG + b"Content-Length: 10\r\n\r\n" + b"a" * 5)
+            return
+        place = b"Content-Range: bytes 5-9/10\r\n"
+        connection.sendall(sized(b"b" * 5000, TAG, place, status=b"HTTP/1.1 206 Partial Content\r\n"))
+
+    hostile.answer = answer
+    with hostile.store.open(OBJECT) as stream:
+        assert stream.read() == b"aaaaabbbbb"
 
 
 PAGE = b"<!DOCTYPE html>\n<html lang=en><meta charset=utf-8><title>Error (Server Error)!!1</title>"
@@ -349,6 +436,26 @@ def test_an_upload_that_is_given_no_number_is_named(
     with pytest.raises(StageError) as caught:
         hostile.store.upload(tmp_path / "file", OBJECT)
     assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
+
+
+def test_a_store_that_cannot_give_an_upload_up_hides_no_reason_for_it(
+    hostile: Hostile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "MULTIPART_THRESHOLD_BYTES", 100)
+    monkeypatch.setattr(multipart, "PART_BYTES", 64)
+    (tmp_path / "file").write_bytes(b"x" * 200)
+
+    def answer(connection: socket, request: str) -> None:
+        begun = sized(b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>")
+        answers = {"POST": begun, "PUT": sized(b"", TAG), "DELETE": sized(b"no XML")}
+        connection.sendall(answers[request.partition(" ")[0]])
+
+    def stop() -> None:
+        raise InterruptedError
+
+    hostile.answer = answer
+    with pytest.raises(InterruptedError):
+        hostile.store.telling(stop).upload(tmp_path / "file", OBJECT)
 
 
 def test_a_connection_that_ends_after_continue_does_not_spin(hostile: Hostile) -> None:

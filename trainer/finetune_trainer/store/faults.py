@@ -19,6 +19,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+from botocore.parsers import ResponseParserError
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -64,7 +65,13 @@ class Attempted(NamedTuple):
 
 def error_code(error: ClientError) -> str:
     """The server's error code; for answers without a body the HTTP status as text."""
-    return error.response.get("Error", {}).get("Code", "") or str(http_status(error))
+    return _part(error, "Code") or str(http_status(error))
+
+
+def _part(error: ClientError, name: str) -> str:
+    """A part of the server's error; "" where it is no text, as an element may hold others."""
+    found: object = error.response.get("Error", {}).get(name)
+    return found if isinstance(found, str) else ""
 
 
 def http_status(error: ClientError) -> int:
@@ -98,7 +105,7 @@ def answered(error: ClientError, tried: Attempted) -> StageError:
 def _is_elsewhere(error: ClientError) -> bool:
     """Whether the bucket is in another region, and the server did not say where, or boto3 would have asked there."""
     if error_code(error) == "AuthorizationHeaderMalformed":  # also for an access key that is no access key
-        return "region" in error.response.get("Error", {}).get("Message", "").lower()
+        return "region" in _part(error, "Message").lower()
     return error_code(error) in _ELSEWHERE
 
 
@@ -146,6 +153,10 @@ def unanswered(error: BotoCoreError, tried: Attempted, max_tries: int) -> StageE
 
 class OddAnswerError(Exception):
     """An answer lacks or garbles what every S3 says; the text names what, and quotes nothing of it."""
+
+
+# What botocore raises when it takes values from an answer that was made to be no answer of S3.
+ODD = (OddAnswerError, ResponseParserError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def odd(error: Exception, tried: Attempted) -> StageError:

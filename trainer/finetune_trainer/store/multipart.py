@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from finetune_trainer.store.faults import error_code
+from finetune_trainer.store.faults import ODD, error_code
 from finetune_trainer.store.objects import ObjectInfo
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def send(
                 beat()
         return _complete(s3, bucket, key, upload_id, parts, conditions)
     except BaseException:
-        with contextlib.suppress(ClientError, BotoCoreError):  # the reason of the failure is the news
+        with contextlib.suppress(ClientError, BotoCoreError, *ODD):  # the reason of the failure is the news
             s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
         raise
 

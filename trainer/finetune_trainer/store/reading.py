@@ -47,6 +47,7 @@ class ResumingReader(io.RawIOBase):
     ) -> None:
         self._uri = uri
         self._answer = first
+        self._size_bytes = first.size_bytes
         self._reopen = reopen  # (offset, ETag) -> the rest
         self._offset = begin
         self._end = first.size_bytes if end is None else min(end, first.size_bytes)
@@ -60,7 +61,7 @@ class ResumingReader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         while self._offset < self._end and len(buffer):
             try:
-                count = self._answer.body.readinto(memoryview(buffer)[:_READ_BYTES])
+                count = self._answer.body.readinto(memoryview(buffer)[: min(_READ_BYTES, self._end - self._offset)])
             except (BotoCoreError, HTTPError, OSError) as error:
                 slow = transport.is_slow(error)
                 self._resume(f"slower than {transport.SLOW_BYTES_PER_S >> 10} KiB/s" if slow else type(error).__name__)
@@ -97,3 +98,5 @@ class ResumingReader(io.RawIOBase):
             self._answer = self._reopen(self._offset, self._answer.etag)
         except PreconditionFailed as error:
             raise StageError(Fault.INPUT_CHANGED, file=self._uri) from error
+        if self._answer.size_bytes != self._size_bytes:
+            raise StageError(Fault.INPUT_CHANGED, file=self._uri)

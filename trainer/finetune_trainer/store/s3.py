@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -32,8 +31,6 @@ _WHOLE_CHECKSUM = re.compile(r"[A-Za-z0-9+/]{1,64}={0,2}")
 
 MAX_LISTED = 1_000_000  # objects of one listing, whether they match or not: all files of the largest data sets
 LIST_TIMEOUT_S = 1800  # of all pages together: a million objects take about five minutes
-# What botocore raises when it takes values from an answer that was made to be no answer of S3.
-_ODD = (faults.OddAnswerError, ResponseParserError, ValueError, KeyError, RuntimeError)
 
 T = TypeVar("T")
 
@@ -163,7 +160,7 @@ class S3Files:
             try:
                 answer = cast("dict[str, Any]", s3.get_object(**request))
             except ClientError as error:
-                if faults.http_status(error) == 412:
+                if if_match is not None and faults.http_status(error) == 412:
                     raise PreconditionFailed(uri) from error
                 raise
             if "transfer-encoding" in answer["ResponseMetadata"]["HTTPHeaders"]:  # its end could be put off for ever
@@ -174,7 +171,11 @@ class S3Files:
                 start, size_bytes = faults.range_of(answer["ContentRange"])
             if start != offset:
                 raise faults.OddAnswerError("it does not answer to Range")
-            return Answer(answer["Body"], size_bytes, faults.etag_of(answer))
+            etag = faults.etag_of(answer)
+            if if_match is not None and _version(etag) != _version(if_match):  # some stores do not heed If-Match
+                answer["Body"].close()
+                raise PreconditionFailed(uri)
+            return Answer(answer["Body"], size_bytes, etag)
 
         return self._call("read", uri, ask)
 
@@ -248,7 +249,7 @@ class S3Files:
             except BotoCoreError as error:
                 tried = self._tried(action, uri, time.monotonic() - started_s)
                 raise faults.unanswered(error, tried, clients.MAX_TRIES) from error
-            except _ODD as error:
+            except faults.ODD as error:
                 raise faults.odd(error, self._tried(action, uri, time.monotonic() - started_s)) from error
             if done is not None:  # some stores answer 404, without a body, to HEAD by an unknown key
                 self._clients.accepted = True
@@ -297,6 +298,11 @@ def _checksum(found: dict[str, Any]) -> str | None:
         if isinstance(value, str) and _WHOLE_CHECKSUM.fullmatch(value):  # of parts: "base64-NUMBER"
             return f"{algorithm}:{value}"
     return None
+
+
+def _version(etag: str) -> str:
+    """Return an ETag without its quotes and the mark of a weak one, which one store may write here and not there."""
+    return etag.removeprefix("W/").strip('"')
 
 
 def _conditions(if_none_match: bool, if_match: str | None) -> dict[str, Any]:
