@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,7 +11,7 @@ import pytest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
-from finetune_trainer.store import local, open_store
+from finetune_trainer.store import Store, local, open_store
 
 MIB = 1 << 20
 
@@ -72,3 +73,50 @@ def test_a_folder_that_somebody_keeps_locked_is_named(tmp_path: Path, monkeypatc
     assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
     assert "another process holds a lock" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+ACTIONS: dict[str, Callable[[Store, str], object]] = {
+    "head": lambda store, uri: store.head(uri),
+    "list": lambda store, uri: store.list(f"{uri}/"),
+    "match": lambda store, uri: store.match(f"{uri}*"),
+    "read": lambda store, uri: store.read(uri),
+    "put": lambda store, uri: store.put(uri, b"content"),
+    "delete": lambda store, uri: store.delete(uri),
+}
+
+
+@pytest.mark.parametrize("action", ["head", "list", "read", "put", "delete"])
+@pytest.mark.parametrize("name", ["a%00b", "a\ud800"])
+def test_a_name_that_no_file_can_have_is_named(name: str, action: str, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        ACTIONS[action](open_store(StorageConfig()), f"{tmp_path.as_uri()}/{name}")
+    assert caught.value.fault is Fault.CONFIG_UNREADABLE
+
+
+@pytest.mark.parametrize("name", ["loop", "x" * 300])
+def test_a_link_to_itself_and_a_name_that_is_too_long_are_no_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    store = open_store(StorageConfig())
+    uri = f"{tmp_path.as_uri()}/{name}"
+    assert store.head(uri) is None
+    assert ACTIONS["match"](store, uri) == []
+    assert [info.uri for info in store.list(f"{tmp_path.as_uri()}/")] == [(tmp_path / "rows.jsonl").as_uri()]
+    with pytest.raises(StageError) as caught:
+        store.read(uri)
+    assert caught.value.fault is Fault.OBJECT_NOT_FOUND
+
+
+def test_a_link_that_became_one_to_itself_leads_outside(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert open_store(StorageConfig()).leads_outside((tmp_path / "loop").as_uri(), f"{tmp_path.as_uri()}/")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken").symlink_to("/proc/self/mem")  # whose first byte nobody can read, as on a broken disk
+    store = open_store(StorageConfig())
+    for read in (store.read, store.digest):
+        with pytest.raises(StageError) as caught:
+            read((tmp_path / "broken").as_uri())
+        assert caught.value.fault is Fault.STORAGE_UNAVAILABLE
+        assert "Input/output error" in str(caught.value)

@@ -65,12 +65,16 @@ def dripping(clock: Clock, beginning: bytes, then: bytes = b" ") -> Answer:
     return answer
 
 
+def _more_retries(_quota: RetryQuota, _amount: int) -> bool:
+    return True
+
+
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries as in production, without the waits between them."""
     without_botocore_pauses(monkeypatch)
     # One client has a number of retries for all its calls, here those of other tests.
-    monkeypatch.setattr(RetryQuota, "acquire", lambda *_: True)
+    monkeypatch.setattr(RetryQuota, "acquire", _more_retries)
     monkeypatch.setattr(reading, "_MAX_PAUSE_S", 0.0)
 
 

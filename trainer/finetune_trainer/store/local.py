@@ -23,6 +23,8 @@ from finetune_trainer.store.objects import ObjectInfo, PreconditionFailed
 from finetune_trainer.store.uri import local_name, local_path
 
 _HIDDEN = ".finetune-"  # temporary files, which are not objects
+# No such file: also where a name is too long, or a link leads to itself.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _COPY_BYTES = 1 << 20
 LOCK_TIMEOUT_S = 60  # a writer holds it while it renames one file
 _LOCK_POLL_S = 0.01
@@ -35,7 +37,7 @@ def fail_local(error: OSError, action: str, uri: str) -> NoReturn:
         raise StageError(Fault.DISK_FULL, what=uri) from error
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         raise StageError(Fault.ACCESS_DENIED, action=action, uri=uri) from error
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+    if error.errno in (*_NO_FILE, errno.EISDIR):
         raise StageError(Fault.OBJECT_NOT_FOUND, uri=uri, field="its URI in the job") from error
     problem = os.strerror(error.errno) if error.errno else type(error).__name__
     raise StageError(Fault.STORAGE_UNAVAILABLE, action=action, uri=uri, tries=1, seconds=0, problem=problem) from error
@@ -61,7 +63,7 @@ class LocalFiles:
         folder, stem = local_path(folder_uri), local_path(prefix_uri).name if prefix_uri != folder_uri else ""
 
         def refuse(error: OSError) -> None:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno not in _NO_FILE:
                 fail_local(error, "read", f"file://{local_name(os.fspath(error.filename))}")
 
         for parent, folders, names in os.walk(folder, onerror=refuse):
@@ -77,19 +79,21 @@ class LocalFiles:
         """Return whether a file in a folder is a link to one that is not.
 
         A snapshot in the Hub's cache consists of links into the `blobs` beside it, which are its own."""
-        folder = local_path(folder_uri).resolve()
+        try:
+            folder, target = local_path(folder_uri).resolve(), local_path(uri).resolve()
+        except (OSError, RuntimeError):  # a link to itself, which leads nowhere
+            return True
         inside = [folder]
         if folder.parent.name == "snapshots":
             inside.append(folder.parent.parent / "blobs")
-        target = local_path(uri).resolve()
         return not any(target.is_relative_to(each) for each in inside)
 
     def head(self, uri: str) -> ObjectInfo | None:
         try:
             found = local_path(uri).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
+            if error.errno in _NO_FILE:
+                return None
             fail_local(error, "read", uri)
         return ObjectInfo(uri, found.st_size, _etag(found)) if local_path(uri).is_file() else None
 
@@ -176,7 +180,10 @@ class _Version(io.FileIO):
         self.size_bytes, self.etag = found.st_size, _etag(found)
 
     def readinto(self, buffer: Any, /) -> int | None:
-        count = super().readinto(buffer)
+        try:
+            count = super().readinto(buffer)
+        except OSError as error:
+            fail_local(error, "read", self._uri)
         if not count or self.tell() > self.size_bytes:  # somebody may write to it for ever, and faster than we read
             self._check()
         return count

@@ -37,8 +37,15 @@ def s3_location(uri: str) -> Location:
 
 
 def local_path(uri: str) -> Path:
-    """Absolute path of a `file://` URI."""
-    return Path(plain(uri).removeprefix("file://"))
+    """Absolute path of a `file://` URI. Raises StageError(CONFIG_UNREADABLE) for one that no file can have."""
+    path = plain(uri).removeprefix("file://")
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise StageError(Fault.CONFIG_UNREADABLE, field=uri, problem="not a path that a file can have")
+    return Path(path)
 
 
 def local_name(path: str) -> str:
