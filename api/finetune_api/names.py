@@ -35,7 +35,9 @@ SCRATCH_DIR = "/scratch"
 TERMINATION_LOG = "/dev/termination-log"
 PORT_FILE = "port"  # in the work folder, a line with the port that serves when RunConfig.http_port is 0
 
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+REQUIRED_SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+OPTIONAL_SECRET_KEYS = ("AWS_SESSION_TOKEN",)
+SECRET_KEYS = (*REQUIRED_SECRET_KEYS, *OPTIONAL_SECRET_KEYS)
 
 
 class Stage(StrEnum):
@@ -51,8 +53,13 @@ def uid5(uid: str) -> str:
 
 
 def run_name(job_name: str, uid: str) -> str:
-    """Name of one job's run: its ConfigMap and its folder below `output.uri`."""
+    """Name of one job's run: its folder below `output.uri`, and what the names of its objects begin with."""
     return f"{job_name}-{uid5(uid)}"
+
+
+def run_config_name(job_name: str, uid: str, digest: str) -> str:
+    """Name of the ConfigMap of a run with this content, e.g. `bot-1a2b3-0f1e2d3c`."""
+    return f"{run_name(job_name, uid)}-{digest.removeprefix('sha256:')[:8]}"
 
 
 def child_name(job_name: str, uid: str, stage: Stage, attempt: int) -> str:

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     SUPERSEDED = "Superseded"
     HOST_OOM = "HostOOM"
     PLAN_OUTDATED = "PlanOutdated"
+    CONFIG_REPLACED = "ConfigReplaced"
     NO_PROGRESS = "NoProgress"  # also the operator's, of a pod that tells so
     UNKNOWN = "Unknown"
     # The operator's: progress.
@@ -102,6 +103,7 @@ EXIT_CODES: dict[Reason, int] = {
     Reason.HOST_OOM: 35,
     Reason.PLAN_OUTDATED: 36,
     Reason.NO_PROGRESS: 37,
+    Reason.CONFIG_REPLACED: 38,
 }
 REASON_BY_EXIT_CODE: dict[int, Reason] = {code: reason for reason, code in EXIT_CODES.items()}
 FINAL_EXIT_CODES = range(10, 30)  # also those of a newer trainer, which have no name here
@@ -137,6 +139,7 @@ class Fault(StrEnum):
     PREPARED = "Prepared"
     CONTRACT_SKEW = "ContractSkew"
     CONFIG_UNREADABLE = "ConfigUnreadable"
+    CONFIG_REPLACED = "ConfigReplaced"
     CONFIG_CHANGED = "ConfigChanged"
     NO_CHAT_TEMPLATE = "NoChatTemplate"
     TEMPLATE_FAILED = "TemplateFailed"
@@ -203,6 +206,10 @@ FAULTS: dict[Fault, FaultText] = {
         "set the runtime's image to the one released with the operator",
     ),
     Fault.CONFIG_UNREADABLE: FaultText(Reason.CONFIG_INVALID, "{field} cannot be used: {problem}"),
+    Fault.CONFIG_REPLACED: FaultText(
+        Reason.CONFIG_REPLACED,
+        "{file} is not the configuration that the operator wrote for this job: somebody has replaced its ConfigMap",
+    ),
     Fault.CONFIG_CHANGED: FaultText(
         Reason.CONFIG_INVALID,
         "{what} differs from what step {step} was trained with ({found}, not {expected}); create a new job",

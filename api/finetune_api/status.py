@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import ApiModel, Count, Digest, Str64, Uri
+from finetune_api.base import ApiModel, Count, Digest, Str64, Str256, Uri
 
 MAX_RESOLVED = 20  # chosen values in the status; the plan holds all
 
@@ -141,6 +141,9 @@ class AttemptStatus(ApiModel):
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
+    job_uid: Str64 | None = Field(
+        default=None, description="UID of its Kubernetes Job: what has another one does not count, whatever it says."
+    )
     started_at: Str64 | None = Field(default=None, description="When its Kubernetes Job was created.")
     finished_at: Str64 | None = Field(default=None, description="When it ended.")
     resumed_from_step: Count | None = Field(default=None, description="Step it continued at.")
@@ -170,6 +173,12 @@ class OperatorRecord(ApiModel):
     """Bookkeeping of the operator, so that a restart decides alike."""
 
     accepted_at: Str64 | None = Field(default=None, description="When the job was accepted.")
+    run_config: Str256 | None = Field(
+        default=None, description="ConfigMap with the run's configuration and the runtime as it was."
+    )
+    run_digest: Digest | None = Field(
+        default=None, description="SHA-256 of that ConfigMap's data: with another content it is not used."
+    )
     storage_wait_since: Str64 | None = Field(default=None, description="Since when storage is missing or denied.")
     disruptions: int = Field(default=0, ge=0, description="Disrupted pods so far.")
     disrupted_pods: list[Str64] = Field(

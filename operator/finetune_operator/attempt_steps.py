@@ -10,7 +10,7 @@ from finetune_api import retry
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType, OperatorRecord
-from finetune_operator.attempt_outcome import STOPPING, belongs, is_open, is_stopping, is_unstarted
+from finetune_operator.attempt_outcome import STOPPING, is_open, is_stopping, is_unstarted
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import MAX_ENTRIES, JobState, running_entry
 from finetune_operator.conditions import find
@@ -27,6 +27,16 @@ def drop_unstarted(state: JobState, gate: GateAnswer, now: datetime) -> JobState
     if not isinstance(gate, Wait) or last is None or not is_unstarted(last, state.k8s_job, state.pods):
         return state
     update = {"attempt_class": "Suspended", "reason": gate.reason.value, "finished_at": format_time(now)}
+    return _with_last(state, last.model_copy(update=update))
+
+
+def drop_outdated(state: JobState, observation: Observation, pod_state: PodState, now: datetime) -> JobState:
+    """Close the newest attempt if it waits for something and its runtime has been mended: the next one gets that."""
+    last = state.last
+    waits = last is not None and is_open(last) and last.started_at is None and pod_state.wait is not None
+    if last is None or not waits or not observation.runtime_changed or is_stopping(last):
+        return state
+    update = {"attempt_class": "Superseded", "reason": Reason.SUPERSEDED.value, "finished_at": format_time(now)}
     return _with_last(state, last.model_copy(update=update))
 
 
@@ -62,12 +72,11 @@ def with_wait_clock(state: JobState, pod_state: PodState, gate: GateAnswer, now:
 
 
 def delete_leftovers(state: JobState, observation: Observation) -> tuple[DeleteK8sJob, ...]:
-    """Delete live Jobs of closed attempts: an older one, or one that was created while its attempt was given up."""
-    last = state.last
+    """Delete live Jobs but the newest attempt's: an older one, one whose attempt was given up, one that is not ours."""
     return tuple(
         DeleteK8sJob(each.name, each.uid)
         for each in observation.k8s_jobs
-        if each.live and not each.deleting and not (last is not None and is_open(last) and belongs(last, each))
+        if each.live and not each.deleting and each.uid not in _own_uids(state)
     )
 
 
@@ -139,9 +148,15 @@ def own_action(state: JobState, observation: Observation) -> tuple[CreateK8sJob 
 
 def nothing_else_alive(state: JobState, observation: Observation) -> bool:
     """Return True if nothing of other attempts is alive: two writers at a time are never wanted."""
-    own = state.last if state.last is not None and is_open(state.last) else None
     alive = [*(j for j in observation.k8s_jobs if j.live), *(p for p in observation.pods if p.active)]
-    return not any(own is None or not belongs(own, child) for child in alive)
+    return all(child.uid in _own_uids(state) for child in alive)
+
+
+def _own_uids(state: JobState) -> set[str]:
+    """Return the UIDs of what exists of the newest attempt, while it is open."""
+    if state.last is None or not is_open(state.last):
+        return set()
+    return {child.uid for child in (state.k8s_job, *state.pods) if child is not None}
 
 
 def _with_last(state: JobState, entry: AttemptStatus) -> JobState:

@@ -36,17 +36,22 @@ class JobState:
 
 def close_attempts(status: FineTuneJobStatus, observation: Observation, now: datetime) -> JobState:
     """Return the state after what was observed; an attempt that was closed is never opened again."""
-    status = _adopt(status, observation.k8s_jobs)
-    status = _count_disruptions(status, observation.pods)
+    if _began_without_uids(status):
+        status = _adopt(status, observation.k8s_jobs)
     entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
     status = status.model_copy(update={"attempts": entries})
     if not entries:
         return JobState(status, None, None, ())
     entry = entries[-1]
-    k8s_job = next((j for j in observation.k8s_jobs if belongs(entry, j)), None)
-    pods = tuple(p for p in observation.pods if belongs(entry, p))
+    k8s_job, pods = _children_of(entry, observation, any_uid=_began_without_uids(status))
+    status = _count_disruptions(status, pods)
     if not is_open(entry):
         return JobState(status, None, k8s_job, pods)
+    if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or any(p.scheduled or p.gone for p in pods)):
+        # Only now, with what is written then anyway: before, a Job that nobody knows is simply made again.
+        entry = entry.model_copy(update={"job_uid": k8s_job.uid})
+        entries = [*entries[:-1], entry]
+        status = status.model_copy(update={"attempts": entries})
     if entry.started_at is None and any(p.started_at is not None for p in pods):
         # Only now: before its pod has started, a Job that vanishes is simply created again.
         created = k8s_job.created_at if k8s_job is not None else min(p.created_at for p in pods)
@@ -56,6 +61,32 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     if outcome is None:
         return JobState(status, None, k8s_job, pods)
     return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
+
+
+def has_begun(status: FineTuneJobStatus) -> bool:
+    """Return True once a pod of the job was seen to run."""
+    return status.plan is not None or any(entry.started_at is not None for entry in status.attempts)
+
+
+def _began_without_uids(status: FineTuneJobStatus) -> bool:
+    """Return True for a job that began under an operator, or has a CRD, that keeps no digests and UIDs."""
+    return (status.record is None or status.record.run_digest is None) and has_begun(status)
+
+
+def _children_of(
+    entry: AttemptStatus, observation: Observation, *, any_uid: bool
+) -> tuple[ObservedK8sJob | None, tuple[ObservedPod, ...]]:
+    """Return the attempt's Kubernetes Job and its pods.
+
+    Labels and owners are anybody's to write: what counts has the UID that is in the status, or that the API server gave
+    to what we have just created."""
+    created = observation.created
+    uid = entry.job_uid
+    if uid is None and created is not None and (created.stage, created.attempt) == (entry.stage, entry.number):
+        uid = created.uid
+    k8s_jobs = [j for j in observation.k8s_jobs if belongs(entry, j) and (any_uid or j.uid == uid)]
+    pods = tuple(p for p in observation.pods if belongs(entry, p) and (any_uid or p.owner_uid == uid))
+    return next(iter(k8s_jobs), None), pods
 
 
 def _adopt(status: FineTuneJobStatus, k8s_jobs: Sequence[ObservedK8sJob]) -> FineTuneJobStatus:

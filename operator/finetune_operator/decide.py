@@ -48,6 +48,9 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
     gate = ask_gates(spec, state.status, now)
     # Where it may not, an attempt of which nothing exists yet is given up.
     state = attempt_steps.drop_unstarted(state, gate, now)
+    # So is one that waits for what the platform team has mended meanwhile.
+    pod_state = attempt_steps.pod_state(state, observation, now)
+    state = attempt_steps.drop_outdated(state, observation, pod_state, now)
     # The clock of what a person has to fix goes on, or stops.
     pod_state = attempt_steps.pod_state(state, observation, now)
     state = attempt_steps.with_wait_clock(state, pod_state, gate, now)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 from finetune_operator.child_cache import ChildCache, Key, Owner
+from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.child_watch import ChildWatch
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
@@ -18,7 +19,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.observation import Observation
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
-from finetune_operator.reconcile import LaterError, Reconciler, RefusedError
+from finetune_operator.reconcile import Reconciler
 from finetune_operator.runtimes import Runtimes
 from finetune_operator.settings import Settings
 from finetune_operator.watch_lag import WatchLag

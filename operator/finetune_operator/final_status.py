@@ -47,8 +47,6 @@ def is_success(state: JobState) -> bool:
 def failure(state: JobState, pod_state: PodState, limits: Limits, now: datetime) -> Blocked | None:
     """Return why the job ends after what its attempts did, or None while another may help."""
     status, last, record = state.status, state.last, state.status.record
-    if pod_state.wait is not None and pod_state.wait.reason == Reason.INVALID_MANIFEST:
-        return pod_state.wait
     spent = None
     allowed = limits.retry.max_disruptions
     if record is not None and record.disruptions > allowed:

@@ -38,6 +38,15 @@ class PodSilence:
 
 
 @dataclass(frozen=True)
+class CreatedK8sJob:
+    """The Kubernetes Job that this process created last for a FineTuneJob."""
+
+    stage: Stage
+    attempt: int
+    uid: str
+
+
+@dataclass(frozen=True)
 class Observation:
     """Everything that is observed of one FineTuneJob."""
 
@@ -47,6 +56,8 @@ class Observation:
     blocked: Blocked | None = None
     progress_write_interval_s: float = 30
     silence: PodSilence | None = None
+    created: CreatedK8sJob | None = None
+    runtime_changed: bool = False  # since the run was made; looked at only while nothing of the job runs
 
     def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:
         """The pod's last answer, if it is about this attempt."""

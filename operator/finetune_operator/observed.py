@@ -69,6 +69,7 @@ class ObservedPod:
     oom_killed: bool = False
     memory_limit: str = "not known"  # of the trainer's container, for words
     gpus: int = 0
+    owner_uid: str = ""  # of the Kubernetes Job that controls it
     result: RunResult | None = None
     bad_result: bool = False
 
@@ -127,6 +128,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
         uid=str(meta.get("uid")),
         stage=place[0],
         attempt=place[1],
+        owner_uid=str(_controller(meta).get("uid")),
         created_at=parse_time(meta.get("creationTimestamp")) or EPOCH,
         phase=_text(status.get("phase")) or "Pending",
         ip=_text(status.get("podIP")),

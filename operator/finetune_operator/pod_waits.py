@@ -14,11 +14,14 @@ from finetune_operator.attempt_outcome import is_stopping
 from finetune_operator.observation import Blocked
 from finetune_operator.observed import ObservedK8sJob, ObservedPod
 
-# Waits that end the job after a while: somebody has to fix something that no cluster fixes by itself.
+# Waits that end the job after a while: its user has to fix something. What only the platform team can fix, such as an
+# image, is waited for as long as it takes.
 PATIENCE = timedelta(seconds=PATIENCE_S)
-IMPATIENT_REASONS = (Reason.IMAGE_PULL, Reason.MISSING_REF)
+IMPATIENT_REASONS = (Reason.MISSING_REF,)
 # Refused creations show only when they are tried, so the last answer stands until the Job exists.
-REFUSED = (Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND)
+REFUSED = (
+    Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND, Reason.INVALID_MANIFEST,
+)  # fmt: skip
 SLOW_START_S = 15  # a pod that has not started by then is looked into
 
 _IMAGE_WAITS = (
@@ -68,6 +71,12 @@ def pod_state_of(
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
     return PodState(scheduled=pod.scheduled, wait=wait or _disruption(entry, job, pods))
+
+
+def is_slow_to_start(entry: AttemptStatus, k8s_job: ObservedK8sJob, now: datetime) -> bool:
+    """Return True if the attempt should run by now, and no pod of it has started."""
+    waits = entry.attempt_class == "Running" and entry.started_at is None and k8s_job.live
+    return waits and (now - k8s_job.created_at).total_seconds() >= SLOW_START_S
 
 
 def needs_explanation(job: ObservedK8sJob | None, pods: Sequence[ObservedPod], now: datetime) -> str | None:

@@ -9,39 +9,26 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 
-from pydantic import ValidationError
-
-from finetune_api import defaults, names
-from finetune_api.names import Stage
-from finetune_api.platform import runtime_of_snapshot
-from finetune_api.reasons import Reason
-from finetune_api.run import RunConfig
-from finetune_api.status import FineTuneJobStatus
+from finetune_api import names
+from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
-from finetune_operator.children import prepare, train
+from finetune_operator.child_creator import ChildCreator, FoundRun, LaterError, RefusedError
 from finetune_operator.children.base import Run
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.cluster import ApiError, Body, Cluster, Kind, UnreachableError
+from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.metrics import Metrics
-from finetune_operator.observation import (
-    Blocked,
-    Observation,
-    PodAnswer,
-    PodSilence,
-)
-from finetune_operator.observed import observe_k8s_job
-from finetune_operator.pod_waits import explain_events, needs_explanation
-from finetune_operator.run_config import RUNTIME_FILE, config_map, run_config
+from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
+from finetune_operator.pod_waits import explain_events, is_slow_to_start, needs_explanation
+from finetune_operator.run_config import run_digest
 from finetune_operator.runtimes import Runtimes
 
 log = logging.getLogger(__name__)
 
 MAX_CONFLICTS = 5
-KINDS: Mapping[str, Kind] = {"ConfigMap": "configmaps", "Job": "jobs"}  # of what is created, as the API's paths say
 
 
 class Progresses(Protocol):
@@ -50,18 +37,6 @@ class Progresses(Protocol):
     def last(self, owner: Owner) -> PodAnswer | None: ...
     def silence(self, owner: Owner) -> PodSilence | None: ...
     def interval_s(self) -> float: ...
-
-
-class RefusedError(Exception):
-    """A child cannot be created now; the job's status says why."""
-
-    def __init__(self, blocked: Blocked) -> None:
-        super().__init__(blocked.message)
-        self.blocked = blocked
-
-
-class LaterError(Exception):
-    """What was observed is out of date; a later round will observe it anew."""
 
 
 class Reconciler:
@@ -77,7 +52,8 @@ class Reconciler:
         now: Callable[[], datetime],
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
-        self._runtimes, self._metrics, self._now = runtimes, metrics, now
+        self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
+        self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job, until its UID is in the status
         self._exported: dict[tuple[str, str], str] = {}  # key → UID
         self._lock = threading.Lock()
 
@@ -103,6 +79,7 @@ class Reconciler:
         with self._lock:
             uid = self._exported.pop(key, None)
         if uid is not None:
+            self._created.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
@@ -114,18 +91,37 @@ class Reconciler:
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
         decision = decide(job, observation, self._now())
-        stored = self._store(job, decision)
         try:
+            found = self._find_run(job, decision)
+            if found is not None:
+                decision = with_run(decision, found.run)
+            stored = self._store(job, decision)
             for action in decision.actions:
-                self._act(stored, action)
+                self._act(stored, action, found)
         except RefusedError as refused:
-            again = decide(stored, replace(observation, blocked=refused.blocked), self._now())
-            if self._store(stored, again).finished:
-                return None
-            raise
+            return self._refused(job, observation, refused)
         if stored.finished:
+            self._created.pop(stored.owner, None)
             self._children.forget(stored.owner)
         return decision.requeue_after_s
+
+    def _find_run(self, job: FineTuneJob, decision: Decision) -> FoundRun | None:
+        """Return the run for what is to be created, before the status is written, which holds its digest."""
+        creates = any(isinstance(action, CreateK8sJob) for action in decision.actions)
+        return self._creator.find_run(job, decision.status) if creates else None
+
+    def _refused(self, job: FineTuneJob, observation: Observation, refused: RefusedError) -> None:
+        """Write down why nothing can be created, and do what else is to be done. Raises `refused`, to try again."""
+        body = self._cluster.get("finetunejobs", job.namespace, job.name)
+        if body is None or (job := read_job(body)).finished:
+            return
+        decision = decide(job, replace(observation, blocked=refused.blocked), self._now())
+        stored = self._store(job, decision)
+        for action in decision.actions:
+            if not isinstance(action, CreateK8sJob):
+                self._act(stored, action, None)
+        if not stored.finished:
+            raise refused
 
     def _observe(self, job: FineTuneJob) -> Observation:
         k8s_jobs, pods = self._children.of(job.owner)
@@ -135,11 +131,14 @@ class Reconciler:
             progress=self._progress.last(job.owner),
             progress_write_interval_s=self._progress.interval_s(),
             silence=self._progress.silence(job.owner),
+            created=self._created.get(job.owner),
         )
         entries = job.status.attempts
-        if job.finished or not entries:
+        if job.finished or job.spec is None or not entries:
             return observation
         child = next((j for j in k8s_jobs if belongs(entries[-1], j)), None)
+        if child is not None and is_slow_to_start(entries[-1], child, self._now()):
+            observation = replace(observation, runtime_changed=self._creator.runtime_changed(job))
         uid = needs_explanation(child, [p for p in pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return observation
@@ -156,74 +155,17 @@ class Reconciler:
         self._export(job)
         return job
 
-    def _act(self, job: FineTuneJob, action: Action) -> None:
+    def _act(self, job: FineTuneJob, action: Action, found: FoundRun | None) -> None:
         match action:
-            case CreateK8sJob(stage, attempt, digest):
-                self._create(job, stage, attempt, digest)
+            case CreateK8sJob(stage, attempt, _):
+                assert found is not None
+                uid = self._creator.create(job, found, action)
+                if uid is not None:
+                    self._created[job.owner] = CreatedK8sJob(stage, attempt, uid)
             case DeleteK8sJob(name, uid):
                 self._cluster.delete_k8s_job(job.namespace, name, uid)
             case SetK8sJobTtl(name, seconds):
                 self._cluster.set_ttl(job.namespace, name, seconds)
-
-    def _create(self, job: FineTuneJob, stage: Stage, attempt: int, digest: str | None) -> None:
-        if job.spec is None:
-            return
-        # The watch may be behind: what exists now decides whether a second writer would come to life.
-        wanted = names.child_name(job.name, job.uid, stage, attempt)
-        existing = [observe_k8s_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
-        if any(child is not None and child.live and child.name != wanted for child in existing):
-            raise LaterError("another Job of this FineTuneJob is alive")
-        if any(child is not None and child.name == wanted for child in existing):
-            return
-        run = self._run(job)
-        manifests = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, digest)
-        for manifest in manifests:
-            self._create_ours(job, manifest)
-            log.info("%s/%s: created %s %s", job.namespace, job.name, manifest["kind"], manifest["metadata"]["name"])
-
-    def _run(self, job: FineTuneJob) -> Run:
-        """Return the run as it was when its ConfigMap was made, which is made if missing."""
-        name = names.run_name(job.name, job.uid)
-        stored = self._cluster.get("configmaps", job.namespace, name)
-        if stored is None:
-            assert job.spec is not None
-            asked = defaults.given(job.spec.runtime, defaults.RUNTIME)
-            runtime = self._runtimes.get(asked)
-            if runtime is None:
-                text = f"this cluster has no runtime {asked}: ask the platform team, or name another in a new job"
-                raise RefusedError(Blocked(Reason.RUNTIME_NOT_FOUND, text))
-            stored = self._create_ours(job, config_map(Run(job, run_config(job, job.spec, runtime), runtime)))
-        if not _is_ours(stored, job):
-            raise RefusedError(_collision("ConfigMap", job.namespace, name))
-        data = cast(Mapping[str, str], stored.get("data") or {})
-        try:
-            config = RunConfig.model_validate_json(data.get(names.CONFIG_FILE, ""))
-            return Run(job, config, runtime_of_snapshot(data.get(RUNTIME_FILE, "")))
-        except ValidationError as error:
-            text = f"ConfigMap {job.namespace}/{name} is of another version"
-            raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{text}; create a new job")) from error
-
-    def _create_ours(self, job: FineTuneJob, manifest: Body) -> Body:
-        """Create, or find what a round before created. Raises RefusedError for what only a person can fix."""
-        kind, name = KINDS[manifest["kind"]], manifest["metadata"]["name"]
-        try:
-            return self._cluster.create(kind, manifest)
-        except ApiError as error:
-            what = f"{manifest['kind']} {job.namespace}/{name}"
-            if error.status == 409:
-                found = self._cluster.get(kind, job.namespace, name)
-                if found is None:
-                    raise LaterError(f"{what} has just vanished") from error
-                if _is_ours(found, job):
-                    return found
-                raise RefusedError(_collision(manifest["kind"], job.namespace, name)) from error
-            if error.status in (400, 422):
-                raise RefusedError(Blocked(Reason.INVALID_MANIFEST, f"{what} is refused: {error.message}")) from error
-            if error.status == 403:
-                quota = "exceeded quota" in error.message
-                reason = Reason.QUOTA_EXCEEDED if quota else Reason.FORBIDDEN
-                raise RefusedError(Blocked(reason, f"{what} may not be created: {error.message}")) from error
-            raise
 
     def _tell(self, job: FineTuneJob, event: JobEvent) -> None:
         """Best effort: the status has it all, and is written already."""
@@ -243,6 +185,15 @@ class Reconciler:
         if before != job.uid:
             self._metrics.forget(*job.key)  # of another job that had the name
         self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
+
+
+def with_run(decision: Decision, run: Run) -> Decision:
+    """Return the decision with the run's ConfigMap and its digest in the status."""
+    if run.config_digest is None:  # of an earlier operator, which kept none
+        return decision
+    record = decision.status.record or OperatorRecord()
+    record = record.model_copy(update={"run_config": run.name, "run_digest": run_digest(run)})
+    return replace(decision, status=decision.status.model_copy(update={"record": record}))
 
 
 def status_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Body:
@@ -292,17 +243,6 @@ def event_manifest(job: FineTuneJob, event: JobEvent, now: datetime) -> Body:
 
 def _dump(status: FineTuneJobStatus) -> Body:
     return status.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def _is_ours(body: Body, job: FineTuneJob) -> bool:
-    owners = cast(list[Body], body.get("metadata", {}).get("ownerReferences") or [])
-    return any(owner.get("uid") == job.uid and owner.get("controller") is True for owner in owners)
-
-
-def _collision(kind: str, namespace: str, name: str) -> Blocked:
-    return Blocked(
-        Reason.NAME_COLLISION, f"{kind} {namespace}/{name} exists and is not of this job: remove it, or rename the job"
-    )
 
 
 def _is_stale_write(error: ApiError) -> bool:

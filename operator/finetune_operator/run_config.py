@@ -1,17 +1,51 @@
-"""The configuration of a job's run, decided once for all attempts, and the immutable ConfigMap that holds it. Pure."""
+"""The configuration of a job's run, decided once for all attempts, and the immutable ConfigMap that holds it. Pure.
 
+Whoever may create ConfigMaps in a namespace could else choose image, priority and Secrets of a job's pods: the
+ConfigMap is named by its content, the status holds its digest before it exists, and each pod is told what it must read.
+"""
+
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 
 from finetune_api import defaults, names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
-from finetune_api.platform import Runtime
+from finetune_api.platform import Runtime, runtime_of_snapshot
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, StorageConfig
 from finetune_operator.children.base import Manifest, Run, default_resources, owned_metadata
 from finetune_operator.job_reader import FineTuneJob
 
 RUNTIME_FILE = "runtime.json"
+
+
+def new_run(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> Run:
+    """Return the run of a job that begins now with this runtime."""
+    return _run(job, run_config(job, spec, runtime), runtime)
+
+
+def renewed_run(run: Run, spec: FineTuneJobSpec, runtime: Runtime, *, planned: bool) -> Run:
+    """Return the run with the runtime as it is now, for a job of which no pod has finished a step.
+
+    planned: its data is prepared; the plan was made for the resources that the run has, which stay then."""
+    if not planned:
+        return new_run(run.job, spec, runtime)
+    update = {"image": runtime.image, "grace_period_s": runtime.termination_grace_period_seconds}
+    return _run(run.job, run.config.model_copy(update=update), runtime)
+
+
+def stored_run(job: FineTuneJob, name: str, files: Mapping[str, str]) -> Run:
+    """Return the run that a ConfigMap holds. Raises pydantic.ValidationError if this version cannot read it."""
+    config = RunConfig.model_validate_json(files.get(names.CONFIG_FILE, ""))
+    runtime = runtime_of_snapshot(files.get(RUNTIME_FILE, ""))
+    return Run(job=job, config=config, runtime=runtime, name=name, config_digest=_sha256(files[names.CONFIG_FILE]))
+
+
+def of_earlier_operator(run: Run) -> Run:
+    """Return the run as operators named it that kept no digest: for their jobs, and for a CRD of their time."""
+    return replace(run, name=names.run_name(run.job.name, run.job.uid), config_digest=None)
 
 
 def run_config(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
@@ -46,11 +80,35 @@ def config_map(run: Run) -> Manifest:
         names.LABEL_JOB_UID: run.job.uid,
         names.LABEL_JOB_NAME: run.job.name,
     }
-    snapshot = json.dumps(run.runtime.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=True)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": owned_metadata(run.job, names.run_name(run.job.name, run.job.uid), labels),
+        "metadata": owned_metadata(run.job, run.name, labels),
         "immutable": True,
-        "data": {names.CONFIG_FILE: run.config.to_json(), RUNTIME_FILE: snapshot},
+        "data": _files(run.config, run.runtime),
     }
+
+
+def run_digest(run: Run) -> str:
+    """Return the digest of the run's ConfigMap."""
+    return digest_of(_files(run.config, run.runtime))
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a ConfigMap's data."""
+    return _sha256(json.dumps(dict(files), sort_keys=True))
+
+
+def _run(job: FineTuneJob, config: RunConfig, runtime: Runtime) -> Run:
+    files = _files(config, runtime)
+    name = names.run_config_name(job.name, job.uid, digest_of(files))
+    return Run(job=job, config=config, runtime=runtime, name=name, config_digest=_sha256(files[names.CONFIG_FILE]))
+
+
+def _files(config: RunConfig, runtime: Runtime) -> dict[str, str]:
+    snapshot = json.dumps(runtime.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=True)
+    return {names.CONFIG_FILE: config.to_json(), RUNTIME_FILE: snapshot}
+
+
+def _sha256(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

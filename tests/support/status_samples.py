@@ -22,3 +22,6 @@ ARTIFACT: dict[str, Any] = {
     "manifestUri": "s3://out/bot-1a2b3/adapter/manifest.json", "rank": 16,
 }  # fmt: skip
 CHECKPOINT: dict[str, Any] = {"step": 40, "uri": "s3://out/bot-1a2b3/.job/checkpoints/40", "digest": DIGEST}
+PROGRESS: dict[str, Any] = {
+    "step": 1, "totalSteps": 40, "percentage": 2, "text": "1/40", "lastUpdatedTime": "2026-01-01T00:00:00Z",
+}  # fmt: skip

@@ -16,7 +16,7 @@ from finetune_operator.clock import format_time
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
-from finetune_operator.observation import Blocked, Observation, PodAnswer, PodSilence
+from finetune_operator.observation import Blocked, CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
@@ -42,8 +42,10 @@ class World:
         self.progress: PodAnswer | None = None
         self.silence: PodSilence | None = None
         self.blocked: Blocked | None = None
+        self.runtime_changed = False
         self.events: list[JobEvent] = []
         self.created: list[str] = []
+        self.last_created: CreatedK8sJob | None = None
         self.requeue_after_s: float | None = None
 
     @property
@@ -53,7 +55,15 @@ class World:
     @property
     def seen(self) -> Observation:
         jobs, pods = tuple(self.jobs.values()), tuple(self.pods.values())
-        return Observation(jobs, pods, self.progress, self.blocked, silence=self.silence)
+        return Observation(
+            jobs,
+            pods,
+            self.progress,
+            self.blocked,
+            silence=self.silence,
+            created=self.last_created,
+            runtime_changed=self.runtime_changed,
+        )
 
     def step(self, after_s: float = 0) -> "World":
         """Plan and apply until nothing changes any more."""
@@ -87,6 +97,8 @@ class World:
         assert not any(job.live for job in self.jobs.values()), "two live Jobs"
         self.created.append(name)
         self.jobs[name] = ObservedK8sJob(name, f"uid-{name}", stage, attempt, self.now)
+        self.last_created = CreatedK8sJob(stage, attempt, f"uid-{name}")
+        self.status["record"]["runDigest"] = DIGEST  # as the shell notes it
 
     def pod(self, name: str, number: int = 0, **fields: Any) -> "World":
         """Create or change a pod of the Job `name`."""
@@ -94,6 +106,7 @@ class World:
         stage, attempt = name.split("-")
         born = job.created_at if job else self.now
         new = ObservedPod(key, f"uid-{key}", Stage(stage), int(attempt), born, gpus=int(stage == TRAIN))
+        new = replace(new, owner_uid=f"uid-{name}")
         old = self.pods.get(key) or new
         self.pods[key] = replace(old, **fields)
         return self
@@ -184,12 +197,78 @@ def test_an_operator_killed_before_the_job_was_created_creates_it_after_the_rest
     assert len(world.status["attempts"]) == 1
 
 
-def test_an_operator_killed_before_the_status_was_written_finds_the_job_it_created():
+def test_a_kubernetes_job_that_the_operator_did_not_create_is_removed_and_never_believed():
     world = World()
-    world.jobs["prepare-1"] = ObservedK8sJob("prepare-1", "u", PREPARE, 1, START)
+    world.jobs["prepare-1"] = ObservedK8sJob("prepare-1", "forged", PREPARE, 1, START)
     world.step()
-    assert world.created == []
-    assert world.last["number"] == 1
+    assert world.jobs["prepare-1"].deleting
+    assert world.created == []  # two writers at a time are never wanted, whoever made the first
+    del world.jobs["prepare-1"]
+    world.step()
+    assert world.created == ["prepare-1"]
+
+
+def test_a_success_counts_only_from_pods_of_the_job_whose_uid_the_status_holds():
+    forged = {"scheduled": True, "started_at": START, "exit_code": 0, "phase": "Succeeded", "finished_at": START}
+    told = report(PREPARE, 1, Fault.PREPARED, plan=PLAN, data=DATA)
+    world = World().step().run("prepare-1")
+    assert world.last["jobUid"] == "uid-prepare-1"
+    world.pod("prepare-1", 1, **forged, result=told, owner_uid="uid-of-another").step()
+    assert world.view.status.plan is None
+    world.jobs["prepare-1"] = replace(world.jobs["prepare-1"], uid="uid-of-another", outcome="Complete")
+    world.step()
+    assert world.view.status.plan is None
+
+
+def test_an_operator_that_forgot_the_job_it_created_before_its_pod_was_scheduled_makes_it_anew():
+    world = World().step()
+    world.last_created = None  # killed before the status held its UID
+    world.step()
+    assert world.jobs["prepare-1"].deleting
+    del world.jobs["prepare-1"]
+    world.step().run("prepare-1")
+    assert world.created == ["prepare-1", "prepare-1"]
+    assert (world.last["number"], world.last["class"]) == (1, "Running")
+    world.last_created = None  # from now on the status knows
+    world.step()
+    assert not world.jobs["prepare-1"].deleting
+
+
+def test_a_job_of_an_operator_that_kept_no_uids_goes_on():
+    world = World().step().run("prepare-1")
+    del world.status["record"]["runDigest"], world.status["attempts"][0]["jobUid"]
+    world.last_created = None
+    world.step().end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA).step()
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_an_attempt_that_waits_is_given_up_for_one_with_the_mended_runtime():
+    world = World().step().pod("prepare-1", scheduled=True, waiting_reason="ErrImagePull").step(60)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "ImagePull")
+    world.runtime_changed = True
+    world.step()
+    assert world.jobs["prepare-1"].deleting
+    world.runtime_changed = False
+    del world.jobs["prepare-1"]
+    world.pod("prepare-1", gone=True).step()
+    assert world.created == ["prepare-1", "prepare-2"]
+    assert world.status["attempts"][0]["class"] == "Superseded"
+    assert world.status["failures"] == 0
+
+
+def test_an_attempt_that_runs_is_not_given_up_for_another_runtime():
+    world = World().step().run("prepare-1")
+    world.runtime_changed = True
+    world.step()
+    assert not world.jobs["prepare-1"].deleting
+
+
+@pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff"])
+def test_an_image_that_cannot_be_pulled_is_waited_for_as_long_as_it_takes(reason: str):
+    world = World().step().pod("prepare-1", scheduled=True, waiting_reason=reason).step(60).step(7 * 86400)
+    assert "cannot be pulled" in world.message(ConditionType.DEGRADED)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "ImagePull")
+    assert world.condition(ConditionType.FINISHED) == ("False", "Preparing")
 
 
 def test_preparing_shows_once_the_pod_runs():
@@ -421,23 +500,16 @@ def test_a_job_suspended_to_mend_its_storage_has_all_the_time_and_then_15_minute
     assert world.verdict == ("False", "AccessDenied")
 
 
-@pytest.mark.parametrize(
-    ("waiting", "reason", "words"),
-    [
-        ("ImagePullBackOff", "ImagePull", "cannot be pulled"),
-        ("ErrImagePull", "ImagePull", "cannot be pulled"),
-        ("CreateContainerConfigError", "MissingRef", "cannot start"),
-    ],
-)
-def test_a_container_that_cannot_start_is_degraded_and_final_after_15_minutes(waiting: str, reason: str, words: str):
-    world = World().step().pod("prepare-1", scheduled=True, waiting_reason=waiting, waiting_message="no").step()
-    assert world.condition(ConditionType.DEGRADED) == ("True", reason)
-    assert words in world.message(ConditionType.DEGRADED)
+def test_a_container_that_cannot_start_is_degraded_and_final_after_15_minutes():
+    world = World().step()
+    world.pod("prepare-1", scheduled=True, waiting_reason="CreateContainerConfigError", waiting_message="no").step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", "MissingRef")
+    assert "cannot start" in world.message(ConditionType.DEGRADED)
     assert world.phase == Phase.PENDING
     world.step(after_s=899)
     assert world.verdict[0] == "Unknown"
     world.step(after_s=1)
-    assert world.verdict == ("False", reason)
+    assert world.verdict == ("False", "MissingRef")
     assert world.jobs["prepare-1"].deleting
 
 
@@ -477,12 +549,15 @@ def test_a_refused_creation_is_degraded_until_it_succeeds(reason: Reason):
     assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
 
 
-def test_a_manifest_that_the_server_finds_invalid_ends_the_job():
-    world = World().step()
-    world.jobs.clear()
+def test_a_manifest_that_the_server_refuses_is_degraded_until_somebody_mends_it():
+    world = World()
     world.blocked = Blocked(Reason.INVALID_MANIFEST, "Job bot-1a2b3-prepare-1 is refused: spec.x")
-    world.step()
-    assert world.verdict == ("False", "InvalidManifest")
+    world.step().step(7 * 86400)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "InvalidManifest")
+    world.blocked = None
+    world.step().run("prepare-1")
+    assert world.created == ["prepare-1"]
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
 
 
 def test_a_spec_of_a_newer_version_stalls_the_job_without_touching_what_runs():

@@ -15,7 +15,7 @@ from finetune_operator.clock import format_time
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob, Decision, DeleteK8sJob, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, is_finished, read_job
-from finetune_operator.observation import Blocked, Observation, PodAnswer, PodSilence
+from finetune_operator.observation import Blocked, CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
 from status_samples import ARTIFACT, DATA, PLAN, SPEC
 
@@ -229,6 +229,9 @@ def test_a_verdict_is_never_left_and_creates_nothing(
     assert after.events == ()
 
 
+DIGEST = "sha256:" + "d" * 64
+
+
 class OneJobInACluster(RuleBasedStateMachine):
     """Kubernetes, users and faults do what they like; the operator is run, and killed between its steps."""
 
@@ -241,10 +244,11 @@ class OneJobInACluster(RuleBasedStateMachine):
         self.pods: dict[str, ObservedPod] = {}
         self.verdict: dict[str, Any] | None = None
         self.created = 0
+        self.last_created: CreatedK8sJob | None = None
 
     @property
     def seen(self) -> Observation:
-        return Observation(tuple(self.jobs.values()), tuple(self.pods.values()))
+        return Observation(tuple(self.jobs.values()), tuple(self.pods.values()), created=self.last_created)
 
     @rule(killed=st.booleans(), wait_s=st.sampled_from([0, 1, 20, 100]))
     def operator(self, killed: bool, wait_s: int) -> None:
@@ -268,6 +272,8 @@ class OneJobInACluster(RuleBasedStateMachine):
         if name not in self.jobs:
             self.created += 1
             self.jobs[name] = ObservedK8sJob(name, f"{name}-{self.created}", stage, attempt, self.now)
+            self.last_created = CreatedK8sJob(stage, attempt, f"{name}-{self.created}")
+            self.status["record"]["runDigest"] = DIGEST  # as the shell notes it, before it creates
 
     @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
     @rule()
@@ -277,8 +283,9 @@ class OneJobInACluster(RuleBasedStateMachine):
         if not any(p.active for p in mine):
             uid = f"{job.uid}-{len(mine)}"
             self.pods[uid] = ObservedPod(
-                uid, uid, job.stage, job.attempt, self.now, "Running", scheduled=True, started_at=self.now
-            )
+                uid, uid, job.stage, job.attempt, self.now, "Running", scheduled=True, started_at=self.now,
+                owner_uid=job.uid,
+            )  # fmt: skip
 
     @precondition(lambda self: any(pod.active for pod in self.pods.values()))
     @rule(fault=st.sampled_from(list(Fault)), full=st.booleans(), told=st.booleans(), disrupted=st.booleans())
@@ -316,6 +323,7 @@ class OneJobInACluster(RuleBasedStateMachine):
     @rule()
     def the_operator_restarts_and_has_forgotten_deleted_pods(self) -> None:
         self.pods = {uid: pod for uid, pod in self.pods.items() if not pod.gone}
+        self.last_created = None
 
     @rule(suspend=st.booleans())
     def user_suspends_or_resumes(self, suspend: bool) -> None:

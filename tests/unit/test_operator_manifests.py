@@ -1,6 +1,8 @@
 """What is created for a job: restricted, deterministic, and with nothing of the user in a place it does not belong."""
 
+import hashlib
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -14,10 +16,9 @@ from finetune_api.names import Stage
 from finetune_api.platform import Runtime
 from finetune_api.run import CONTRACT_VERSION, RunConfig
 from finetune_operator.children import prepare, train
-from finetune_operator.children.base import Run
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.observed import observe_k8s_job, observe_pod
-from finetune_operator.run_config import RUNTIME_FILE, config_map, run_config
+from finetune_operator.run_config import RUNTIME_FILE, config_map, new_run, run_config
 
 DIGEST = "sha256:" + "b" * 64
 GPU_RUNTIME = Runtime.model_validate(
@@ -62,9 +63,15 @@ def job(**spec: Any) -> FineTuneJob:
 def rendered(stage: Stage, attempt: int = 1, runtime: Runtime = GPU_RUNTIME, **spec: Any) -> dict[str, Any]:
     of = job(**spec)
     assert of.spec is not None
-    run = Run(of, run_config(of, of.spec, runtime), runtime)
+    run = new_run(of, of.spec, runtime)
     (k8s_job,) = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, DIGEST)
     return k8s_job
+
+
+def config_digest() -> str | None:
+    of = job()
+    assert of.spec is not None
+    return new_run(of, of.spec, GPU_RUNTIME).config_digest
 
 
 def container(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def test_the_run_configuration_decides_every_default_and_is_the_same_for_all_att
     assert config.resources.memory_bytes == 64 * 2**30
     assert config.contract_version == CONTRACT_VERSION
     assert config.job.created_at == of.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    made = config_map(Run(of, config, GPU_RUNTIME))
+    made = config_map(new_run(of, of.spec, GPU_RUNTIME))
     assert made["immutable"] is True
     assert RunConfig.model_validate_json(made["data"][names.CONFIG_FILE]) == config
     assert Runtime.model_validate_json(made["data"][RUNTIME_FILE]) == GPU_RUNTIME
@@ -120,9 +127,29 @@ def test_the_train_pod_is_told_what_was_prepared_and_which_attempt_it_is():
         "train",
         "--config=/etc/finetune/config/run.json",
         "--attempt=2",
+        f"--config-digest={config_digest()}",
         f"--plan-digest={DIGEST}",
     ]
-    assert container(rendered(Stage.PREPARE))["args"][-1] == "--attempt=1"
+    assert container(rendered(Stage.PREPARE))["args"][-2:] == ["--attempt=1", f"--config-digest={config_digest()}"]
+
+
+def test_the_pod_is_told_the_digest_of_the_file_that_it_reads():
+    of = job()
+    assert of.spec is not None
+    text = config_map(new_run(of, of.spec, GPU_RUNTIME))["data"][names.CONFIG_FILE]
+    assert config_digest() == "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_only_the_keys_of_credentials_are_mounted_whatever_the_secret_holds():
+    volumes = rendered(Stage.TRAIN, storage={"secretRef": {"name": "s3"}})["spec"]["template"]["spec"]["volumes"]
+    (credentials,) = [volume for volume in volumes if volume["name"] == "credentials"]
+    mounted = {
+        item["key"]: source["secret"]["optional"]
+        for source in credentials["projected"]["sources"]
+        for item in source["secret"]["items"]
+    }
+    assert mounted == {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}
+    assert {source["secret"]["name"] for source in credentials["projected"]["sources"]} == {"s3"}
 
 
 @pytest.mark.parametrize("stage", list(Stage))
@@ -194,10 +221,10 @@ def test_the_training_pods_size_is_not_that_of_prepare():
 def test_a_configuration_without_resources_of_prepare_is_still_rendered():
     of = job(resources={"prepare": {"disk": "9Gi"}})
     assert of.spec is not None
-    config = run_config(of, of.spec, GPU_RUNTIME)
-    earlier = config.model_copy(update={"prepare_resources": None})
+    run = new_run(of, of.spec, GPU_RUNTIME)
+    earlier = replace(run, config=run.config.model_copy(update={"prepare_resources": None}))
     wanted = rendered(Stage.PREPARE, resources={"prepare": {"disk": "9Gi"}})
-    assert prepare.render(Run(of, earlier, GPU_RUNTIME), 1) == [wanted]
+    assert prepare.render(earlier, 1) == [wanted]
 
 
 def test_the_job_may_ask_for_the_cpu_instead_and_for_its_own_size():

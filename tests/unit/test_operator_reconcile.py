@@ -1,5 +1,6 @@
 """One round against an API server that refuses, conflicts, or has something else under our name."""
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,14 @@ from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION
 from finetune_operator.child_cache import ChildCache, Owner
+from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
-from finetune_operator.reconcile import MAX_CONFLICTS, LaterError, Reconciler, RefusedError
-from finetune_operator.run_config import RUNTIME_FILE
+from finetune_operator.reconcile import MAX_CONFLICTS, Reconciler
+from finetune_operator.run_config import RUNTIME_FILE, digest_of
 from finetune_operator.runtimes import Runtimes
-from status_samples import SPEC
+from status_samples import PROGRESS, SPEC
 
 UID = "1a2b3c4d-0000"
 KEY = ("a", "bot")
@@ -33,6 +35,7 @@ class FakeCluster:
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.events: list[str] = []
         self.fail: dict[str, list[Exception]] = {}
+        self.dropped: tuple[str, ...] = ()  # what the CRD's schema of a status record does not know
 
     def submit(self, uid: str = UID, **spec: Any) -> None:
         meta = {"name": "bot", "namespace": "a", "uid": uid, "generation": 1, "resourceVersion": "1"}
@@ -74,6 +77,8 @@ class FakeCluster:
         self.version += 1
         body["metadata"]["resourceVersion"] = str(self.version)
         body["status"] = body.get("status", {}) | patch
+        for name in self.dropped:
+            body["status"].get("record", {}).pop(name, None)
         return body
 
     def _may_fail(self, what: str) -> None:
@@ -126,7 +131,7 @@ def test_a_round_writes_the_status_and_creates_the_configuration_before_the_job(
     reconciler: Reconciler, cluster: FakeCluster
 ):
     reconciler.reconcile(KEY)
-    assert [name for _, name in cluster.objects] == ["bot", names.run_name("bot", UID), FIRST]
+    assert [name for _, name in cluster.objects] == ["bot", cluster.status["record"]["runConfig"], FIRST]
     assert cluster.events == ["Accepted"]
 
 
@@ -163,15 +168,27 @@ def test_a_creation_whose_answer_was_lost_is_found_and_not_repeated(reconciler: 
     assert cluster.jobs() == [FIRST]
 
 
-@pytest.mark.parametrize("status", [400, 422])
-def test_a_manifest_that_the_server_refuses_ends_the_job_with_its_words(
-    reconciler: Reconciler, cluster: FakeCluster, status: int
+@pytest.mark.parametrize(
+    ("status", "message", "reason"),
+    [
+        (400, "spec.template: no such thing", "InvalidManifest"),
+        (422, "spec.template.labels: Invalid value", "InvalidManifest"),
+        (403, "ValidatingAdmissionPolicy 'jobs' denied request", "Forbidden"),
+        (500, 'failed calling webhook "policy.example.com": connection refused', "Forbidden"),
+    ],
+)
+def test_what_the_platform_refuses_is_degraded_in_its_words_until_it_is_mended(
+    reconciler: Reconciler, cluster: FakeCluster, status: int, message: str, reason: str
 ):
-    cluster.fail["create jobs"] = [ApiError(status, "Invalid", "spec.template: no such thing")]
+    for kind in ("configmaps", "jobs"):
+        cluster.fail[f"create {kind}"] = [ApiError(status, "x", message)]
+        with pytest.raises(RefusedError):
+            reconciler.reconcile(KEY)
+        assert cluster.condition("Degraded") == ("True", reason)
+        assert message in str(cluster.status["conditions"])
+        assert cluster.jobs() == []
     reconciler.reconcile(KEY)
-    assert cluster.condition("Succeeded") == ("False", "InvalidManifest")
-    assert "spec.template: no such thing" in str(cluster.status["conditions"])
-    assert cluster.jobs() == []
+    assert cluster.jobs() == [FIRST]
 
 
 @pytest.mark.parametrize(
@@ -201,19 +218,114 @@ def test_nothing_is_created_beside_a_living_job_that_the_watch_has_not_shown_yet
     assert cluster.jobs() == [other]
 
 
-def test_a_configuration_of_another_version_ends_the_job(reconciler: Reconciler, cluster: FakeCluster):
+def config_maps(cluster: FakeCluster) -> list[str]:
+    return [name for kind, name in cluster.objects if kind == "configmaps"]
+
+
+def image(cluster: FakeCluster) -> str:
+    return cluster.objects["jobs", FIRST]["spec"]["template"]["spec"]["containers"][0]["image"]
+
+
+def test_the_digest_of_the_configuration_is_in_the_status_before_it_exists(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    cluster.fail["create configmaps"] = [UnreachableError("cut")]
+    with pytest.raises(UnreachableError):
+        reconciler.reconcile(KEY)
+    record = cluster.status["record"]
+    assert config_maps(cluster) == []
+    reconciler.reconcile(KEY)
+    assert config_maps(cluster) == [record["runConfig"]]
+    data = cluster.objects["configmaps", record["runConfig"]]["data"]
+    assert record["runDigest"] == digest_of(data)
+    args = cluster.objects["jobs", FIRST]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert f"--config-digest=sha256:{hashlib.sha256(data[names.CONFIG_FILE].encode()).hexdigest()}" in args
+
+
+@pytest.mark.parametrize("file", [names.CONFIG_FILE, RUNTIME_FILE])
+def test_a_configuration_with_another_content_is_never_used(reconciler: Reconciler, cluster: FakeCluster, file: str):
     reconciler.reconcile(KEY)
     del cluster.objects["jobs", FIRST]
-    cluster.objects["configmaps", names.run_name("bot", UID)]["data"][names.CONFIG_FILE] = '{"of_the_future": 1}'
+    (name,) = config_maps(cluster)
+    forged = cluster.objects["configmaps", name]["data"]
+    forged[file] = forged[file].replace("trainer", "miner")
+    with pytest.raises(RefusedError, match=f"ConfigMap a/{name} exists and is not what the operator made"):
+        reconciler.reconcile(KEY)
+    assert cluster.jobs() == []
+    assert cluster.condition("Degraded") == ("True", "NameCollision")
+    del cluster.objects["configmaps", name]
     reconciler.reconcile(KEY)
-    assert cluster.condition("Succeeded") == ("False", "InvalidManifest")
+    assert image(cluster) == "trainer"
 
 
-def test_every_attempt_runs_in_the_image_of_the_first_whatever_the_runtime_is_by_then(
+@pytest.mark.parametrize("name", [names.run_name("bot", UID), "of its content"])
+def test_a_configuration_that_was_there_first_is_never_used(reconciler: Reconciler, cluster: FakeCluster, name: str):
+    reconciler.reconcile(KEY)
+    (ours,) = config_maps(cluster)
+    planted = cluster.objects["configmaps", ours]
+    planted["data"][RUNTIME_FILE] = planted["data"][RUNTIME_FILE].replace("trainer", "miner")
+    name = ours if name == "of its content" else name
+    cluster.objects.clear()
+    cluster.submit()
+    cluster.objects["configmaps", name] = planted
+    try:
+        reconciler.reconcile(KEY)
+    except RefusedError:
+        assert cluster.jobs() == []
+    else:
+        assert image(cluster) == "trainer"
+
+
+def test_a_configuration_of_another_version_is_made_anew_before_the_first_step(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    del cluster.objects["jobs", FIRST]
+    of_the_future(cluster)
+    reconciler.reconcile(KEY)
+    assert image(cluster) == "trainer"
+
+
+def test_a_configuration_of_another_version_is_waited_for_once_steps_were_trained(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    del cluster.objects["jobs", FIRST]
+    of_the_future(cluster)
+    cluster.status["progress"] = PROGRESS
+    with pytest.raises(RefusedError, match="bring that version back"):
+        reconciler.reconcile(KEY)
+    assert cluster.condition("Degraded") == ("True", "InvalidManifest")
+    assert cluster.condition("Finished")[0] == "False"
+
+
+def of_the_future(cluster: FakeCluster) -> None:
+    """Let the run's ConfigMap be one that a later operator wrote."""
+    (name,) = config_maps(cluster)
+    body = cluster.objects.pop(("configmaps", name))
+    body["data"][names.CONFIG_FILE] = '{"of_the_future": 1}'
+    cluster.objects["configmaps", "of-the-future"] = body
+    cluster.status["record"] |= {"runConfig": "of-the-future", "runDigest": digest_of(body["data"])}
+
+
+def test_a_mended_runtime_replaces_the_one_of_before_until_a_step_was_trained(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    reconciler.reconcile(KEY)
+    del cluster.objects["jobs", FIRST]
+    runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
+    reconciler.reconcile(KEY)
+    assert image(cluster) == "trainer-of-tomorrow"
+    assert len(config_maps(cluster)) == 2
+    assert cluster.status["record"]["runConfig"] == config_maps(cluster)[1]
+
+
+def test_every_attempt_runs_in_the_image_of_the_first_step_whatever_the_runtime_is_by_then(
     reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
 ):
     reconciler.reconcile(KEY)
     first = cluster.objects.pop(("jobs", FIRST))
+    cluster.status["progress"] = PROGRESS
     runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
     reconciler.reconcile(KEY)
     assert cluster.objects["jobs", FIRST] == first
@@ -224,16 +336,34 @@ def test_a_job_begun_by_the_release_before_keeps_its_image_and_configuration(
 ):
     reconciler.reconcile(KEY)
     del cluster.objects["jobs", FIRST]
-    run = cluster.objects["configmaps", names.run_name("bot", UID)]
+    (name,) = config_maps(cluster)
+    run = cluster.objects.pop(("configmaps", name))
     samples = Path(__file__).parents[1] / "support" / f"contract_{CONTRACT_VERSION - 1}"
     before = {name: (samples / name).read_text() for name in (names.CONFIG_FILE, RUNTIME_FILE)}
+    run["metadata"]["name"] = names.run_name("bot", UID)
     run["data"] = dict(before)
+    cluster.objects["configmaps", run["metadata"]["name"]] = run
+    del cluster.status["record"]["runDigest"], cluster.status["record"]["runConfig"]
+    cluster.status["progress"] = PROGRESS
+    earlier = {"number": 1, "stage": "prepare", "class": "Failure", "startedAt": "2026-01-01T00:00:00Z"}
+    cluster.status["attempts"] = [earlier]
     reconciler.reconcile(KEY)
-    pod = cluster.objects["jobs", FIRST]["spec"]["template"]["spec"]
+    (job,) = cluster.jobs()
+    pod = cluster.objects["jobs", job]["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == json.loads(before[RUNTIME_FILE])["image"]
     assert pod["volumes"][0]["configMap"]["name"] == run["metadata"]["name"]
+    assert not any("--config-digest" in arg for arg in pod["containers"][0]["args"]), "its image does not know it"
     assert run["data"] == before
     assert "AWS_EC2_METADATA_DISABLED" not in json.dumps(pod), "it may have begun with the role of its node"
+
+
+def test_a_crd_of_an_earlier_release_that_drops_the_digest_is_served_as_before(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    cluster.dropped = ("runDigest", "runConfig")
+    reconciler.reconcile(KEY)
+    assert config_maps(cluster) == [names.run_name("bot", UID)]
+    assert image(cluster) == "trainer"
 
 
 def test_an_event_that_is_not_taken_changes_nothing(reconciler: Reconciler, cluster: FakeCluster):

@@ -21,7 +21,7 @@ from finetune_cli import run, stages
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob
 from finetune_operator.job_reader import is_finished, read_job
-from finetune_operator.observation import Observation
+from finetune_operator.observation import CreatedK8sJob, Observation
 from finetune_operator.observed import ObservedK8sJob, ObservedPod
 from status_samples import DATA, PLAN
 
@@ -55,8 +55,9 @@ def by_operator(plays: Plays, spec: dict[str, Any]) -> Played:
     pods: list[ObservedPod] = []
     played: Played = []
     waited_s = 0.0
+    last: CreatedK8sJob | None = None
     for _ in range(MAX_ROUNDS):
-        made = decide(read_job(body), Observation(tuple(jobs), tuple(pods)), now)
+        made = decide(read_job(body), Observation(tuple(jobs), tuple(pods), created=last), now)
         body["status"] = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
         if is_finished(FineTuneJobStatus.model_validate(body["status"])):
             return played
@@ -66,7 +67,8 @@ def by_operator(plays: Plays, spec: dict[str, Any]) -> Played:
             outcome = "Failed" if result.exit_code else "Complete"
             jobs.append(ObservedK8sJob(name, name, action.stage, action.attempt, now, outcome=outcome, finished_at=now))
             pod = ObservedPod(name, name, action.stage, action.attempt, now, phase="Failed", started_at=now)
-            pods.append(replace(pod, exit_code=result.exit_code, finished_at=now, result=result))
+            pods.append(replace(pod, exit_code=result.exit_code, finished_at=now, result=result, owner_uid=name))
+            last = CreatedK8sJob(action.stage, action.attempt, name)
             played.append((action.stage, waited_s))
             waited_s = 0.0
         if not created and made.requeue_after_s:

@@ -39,6 +39,7 @@ class Arguments:
     stage: Stage
     config: Path
     attempt: int
+    config_digest: str | None
     plan_digest: str | None
     result: Path
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     results.reserve(arguments.result)
     try:
-        config = run_config.load(arguments.config)
+        config = run_config.load(arguments.config, arguments.config_digest)
     except StageError as error:
         result = results.failed(arguments.stage, arguments.attempt, error, None, None)
         print(error, file=sys.stderr)  # noqa: T201 (there is no log yet)
@@ -63,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser.add_argument("stage", type=Stage, choices=list(Stage))
     parser.add_argument("--config", type=Path, required=True, help="RunConfig as JSON")
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--config-digest", help="the digest of that file, as the operator wrote it")
     parser.add_argument("--plan-digest", help="train: the digest that prepare reported")
     parser.add_argument("--result", type=Path, required=True, help="where the RunResult goes")
     return Arguments(**vars(parser.parse_args(argv)))

@@ -1,5 +1,6 @@
 """The run configuration as the pod finds it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import cast
@@ -15,14 +16,18 @@ from finetune_api.run import CONTRACT_VERSION, RunConfig
 _MAX_CONFIG_BYTES = 1 << 20  # a ConfigMap's limit
 
 
-def load(path: Path) -> RunConfig:
+def load(path: Path, digest: str | None = None) -> RunConfig:
     """Read the configuration of this or an earlier contract, ignoring fields that this trainer does not know.
 
-    Raises StageError(CONTRACT_SKEW) when an operator of a later contract wrote it, CONFIG_UNREADABLE."""
+    digest: of the file, as the operator told it; None where nobody did. Raises StageError(CONFIG_REPLACED) for another
+    one, CONTRACT_SKEW when an operator of a later contract wrote it, CONFIG_UNREADABLE."""
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="larger than 1 MiB")
-        found: object = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if digest is not None and digest != "sha256:" + hashlib.sha256(content).hexdigest():
+            raise StageError(Fault.CONFIG_REPLACED, file=str(path))
+        found: object = json.loads(content)
     except OSError as error:
         raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem=error.strerror or "not readable") from error
     except ValueError as error:

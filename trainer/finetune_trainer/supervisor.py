@@ -217,10 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", type=Stage, choices=list(Stage))
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--config-digest")
     known, _the_stage_knows_the_rest = parser.parse_known_args(arguments)
     termination_log = TERMINATION_LOG
     try:
-        config = run_config.load(known.config)
+        config = run_config.load(known.config, known.config_digest)
         termination_log = config.termination_log
         result = supervise(arguments, known.stage, known.attempt, config, own_cgroup())
     except StageError as error:

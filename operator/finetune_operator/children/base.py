@@ -24,13 +24,17 @@ UNREACHABLE_S = 60
 Manifest = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all attempts of a job have in common, as it was when the first began."""
+    """What all attempts of a job have in common, as it was when the first began.
+
+    name: of its ConfigMap. config_digest: of the file that the trainer reads; None where it is not told."""
 
     job: FineTuneJob
     config: RunConfig
     runtime: Runtime
+    name: str
+    config_digest: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ def _pod_spec(run: Run, stage: Stage, attempt: int, parts: PodParts) -> Manifest
     gpu_selector = runtime.gpu.node_selector if gpus else {}
     volumes, mounts = _volumes(run, parts.resources)
     limits = _limits(parts.resources, runtime)
-    args = [stage.value, f"--config={names.CONFIG_DIR}/{names.CONFIG_FILE}", f"--attempt={attempt}", *parts.args]
+    args = [stage.value, f"--config={names.CONFIG_DIR}/{names.CONFIG_FILE}", f"--attempt={attempt}"]
+    args += [] if run.config_digest is None else [f"--config-digest={run.config_digest}"]
     spec: Manifest = {
         "restartPolicy": "Never",  # required by podFailurePolicy
         "automountServiceAccountToken": False,
@@ -139,7 +144,7 @@ def _pod_spec(run: Run, stage: Stage, attempt: int, parts: PodParts) -> Manifest
                 "name": names.CONTAINER,
                 "image": runtime.image,
                 "imagePullPolicy": runtime.image_pull_policy,
-                "args": args,
+                "args": [*args, *parts.args],
                 "env": _env(runtime),
                 "ports": [{"name": names.PORT_NAME, "containerPort": names.HTTP_PORT}],
                 "resources": {"requests": limits, "limits": limits},
@@ -173,7 +178,7 @@ def _limits(resources: RunResources, runtime: Runtime) -> dict[str, str]:
 def _volumes(run: Run, resources: RunResources) -> tuple[list[Manifest], list[Manifest]]:
     """Return (volumes, mounts): configuration, scratch, and what the job's storage names."""
     config = {
-        "name": names.run_name(run.job.name, run.job.uid),
+        "name": run.name,
         "items": [{"key": names.CONFIG_FILE, "path": names.CONFIG_FILE}],
     }
     volumes: list[Manifest] = [
@@ -186,7 +191,7 @@ def _volumes(run: Run, resources: RunResources) -> tuple[list[Manifest], list[Ma
     ]
     storage = run.config.spec.storage
     if storage is not None and storage.secret_ref is not None:
-        volumes.append({"name": "credentials", "secret": {"secretName": storage.secret_ref.name}})
+        volumes.append({"name": "credentials", "projected": {"sources": _credentials(storage.secret_ref.name)}})
         mounts.append({"name": "credentials", "mountPath": names.CREDENTIALS_DIR, "readOnly": True})
     if storage is not None and storage.ca_bundle is not None:
         source = {
@@ -196,6 +201,14 @@ def _volumes(run: Run, resources: RunResources) -> tuple[list[Manifest], list[Ma
         volumes.append({"name": "ca", "configMap": source})
         mounts.append({"name": "ca", "mountPath": names.CA_BUNDLE_DIR, "readOnly": True})
     return volumes, mounts
+
+
+def _credentials(secret: str) -> list[Manifest]:
+    """Return the keys of the Secret that are mounted: whoever writes a job must not read other Secrets by it."""
+    return [
+        {"secret": {"name": secret, "items": [{"key": key, "path": key} for key in keys], "optional": optional}}
+        for keys, optional in ((names.REQUIRED_SECRET_KEYS, False), (names.OPTIONAL_SECRET_KEYS, True))
+    ]
 
 
 def _env(runtime: Runtime) -> list[Manifest]:
