@@ -15,6 +15,7 @@ from finetune_api.status import FineTuneJobStatus
 
 Schema = dict[str, Any]
 
+MAX_WORD_LENGTH = 64  # of a status field that holds one word of a list
 MUTABLE_FIELDS = ("suspend", "ttlSecondsAfterFinished")
 
 _KEPT = (
@@ -80,7 +81,7 @@ def object_schema() -> Schema:
             "kind": {"type": "string", "description": KIND},
             "metadata": {"type": "object"},
             "spec": spec,
-            "status": structural(FineTuneJobStatus),
+            "status": with_open_words(structural(FineTuneJobStatus)),
         },
         **rules(
             (
@@ -139,6 +140,20 @@ def structural(model: type[BaseModel]) -> Schema:
     """The structural schema of a model. Raises ValueError for a construct that has no translation."""
     schema = model.model_json_schema()
     return _translate(schema, schema.get("$defs", {}))
+
+
+def with_open_words(schema: Schema) -> Schema:
+    """Return the schema with bounded text in place of fixed lists of words.
+
+    A later operator must be able to write its words on the CRD of an earlier one; the code knows the lists."""
+    node = {key: value for key, value in schema.items() if key != "enum"}
+    if "enum" in schema:
+        node |= {"type": "string", "maxLength": MAX_WORD_LENGTH}
+    if "properties" in node:
+        node["properties"] = {name: with_open_words(child) for name, child in node["properties"].items()}
+    if "items" in node:
+        node["items"] = with_open_words(node["items"])
+    return node
 
 
 def _translate(node: Schema, definitions: dict[str, Schema]) -> Schema:

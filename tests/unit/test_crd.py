@@ -102,3 +102,9 @@ def test_a_construct_without_translation_is_refused():
 
 def test_an_optional_word_becomes_a_list_of_one():
     assert structural(_Word)["properties"]["word"] == {"type": "string", "enum": ["a"]}
+
+
+def test_the_words_of_a_later_operator_fit_into_the_status():
+    for place, node in ALL_NODES:
+        assert not place.startswith(".status") or "enum" not in node, place
+        assert place != ".status.phase" or node["maxLength"] == 64
