@@ -135,8 +135,8 @@ class AttemptStatus(ApiModel):
     attempt_class: Literal["Running", "Succeeded", "Failure", "Disruption", "Suspended", "Superseded", "Waiting"] = (
         Field(
             alias="class",
-            description="Running, Succeeded, Failure, Disruption, Suspended, Superseded or Waiting. Only Failure uses up "
-            "recovery.maxRetries. Waiting: storage was missing or denied.",
+            description="Running, Succeeded, Failure, Disruption, Suspended, Superseded or Waiting. Only Failure uses "
+            "up recovery.maxRetries. Waiting: storage was missing or denied.",
         )
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")
@@ -190,9 +190,7 @@ class FineTuneJobStatus(ApiModel):
     """What the operator knows of the job."""
 
     observed_generation: int | None = Field(default=None, ge=0, description="Generation of the spec last acted on.")
-    phase: Phase | None = Field(
-        default=None, description=f"{', '.join(Phase)}: for people; code reads conditions."
-    )
+    phase: Phase | None = Field(default=None, description=f"{', '.join(Phase)}: for people; code reads conditions.")
     conditions: list[Condition] = Field(
         default_factory=list[Condition],
         max_length=12,
