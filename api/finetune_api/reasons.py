@@ -63,6 +63,8 @@ class Reason(StrEnum):
     MISSING_REF = "MissingRef"
     FORBIDDEN = "Forbidden"
     NODE_UNREACHABLE = "NodeUnreachable"
+    POD_NOT_STARTED = "PodNotStarted"  # the node refuses the pod, or cannot set it up
+    JOB_SUSPENDED = "JobSuspended"  # the Kubernetes Job, by somebody else: Kueue, say
     JOB_LOST = "JobLost"
     POD_LOST = "PodLost"
     DISRUPTED = "Disrupted"

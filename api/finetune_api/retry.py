@@ -19,6 +19,7 @@ STORAGE_REASONS = (Reason.DATA_NOT_FOUND, Reason.ACCESS_DENIED)
 PATIENCE_S = 900  # for what a person must fix outside the job: missing or denied storage, a missing Secret, an image
 FIRST_DELAY_S = 15.0
 MAX_DELAY_S = 60.0
+MAX_REFUSED_DELAY_S = 600.0  # after pods that their node refused: the 999 attempts there may be then take a week
 
 
 class JobEnd(StrEnum):
@@ -76,7 +77,8 @@ def job_end(
     seconds since the first of the attempts in class Waiting ended, None when nothing is waited for.
     """
     last = attempts[-1]
-    if last.attempt_class == "Waiting" and waited_s is not None and waited_s >= limits.patience_s:
+    impatient = last.attempt_class == "Waiting" and last.reason != Reason.POD_NOT_STARTED
+    if impatient and waited_s is not None and waited_s >= limits.patience_s:
         return JobEnd.PATIENCE
     if last.attempt_class == "Failure" and _is_final(last, attempts[:-1]):
         return JobEnd.FINAL
@@ -97,7 +99,8 @@ def _is_final(last: AttemptStatus, earlier: Sequence[AttemptStatus]) -> bool:
 def delay_s(attempts: Sequence[AttemptStatus]) -> float:
     """Return the seconds to wait after the last attempt: 15, 30, then 60 while it goes on; a first retry comes at once.
 
-    Waiting attempts are delayed from the first on, disrupted or suspended ones never.
+    Waiting attempts are delayed from the first on, up to 600 s where a node refused the pod; disrupted or suspended
+    ones never.
     """
     last_class = attempts[-1].attempt_class if attempts else None
     if last_class not in ("Failure", "Waiting"):
@@ -106,4 +109,5 @@ def delay_s(attempts: Sequence[AttemptStatus]) -> float:
         (index for index, each in enumerate(reversed(attempts)) if each.attempt_class != last_class), len(attempts)
     )
     doublings = in_a_row - 1 if last_class == "Waiting" else in_a_row - 2
-    return min(MAX_DELAY_S, FIRST_DELAY_S * 2**doublings) if doublings >= 0 else 0.0
+    longest_s = MAX_REFUSED_DELAY_S if attempts[-1].reason == Reason.POD_NOT_STARTED else MAX_DELAY_S
+    return min(longest_s, FIRST_DELAY_S * 2**doublings) if doublings >= 0 else 0.0

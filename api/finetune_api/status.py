@@ -136,7 +136,7 @@ class AttemptStatus(ApiModel):
         Field(
             alias="class",
             description="Running, Succeeded, Failure, Disruption, Suspended, Superseded or Waiting. Only Failure uses "
-            "up recovery.maxRetries. Waiting: storage was missing or denied.",
+            "up recovery.maxRetries. Waiting: storage was missing or denied, or the node refused the pod.",
         )
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")

@@ -66,7 +66,7 @@ def outcome_of(
     """Return how the open attempt ended; None while it is unstarted, runs, or has pods that have not ended."""
     if is_unstarted(entry, job, pods) or (job is not None and job.live) or any(pod.active for pod in pods):
         return None
-    pod = max(pods, key=lambda p: (p.exit_code is not None, p.created_at, p.uid), default=None)
+    pod = max(pods, key=lambda p: (_tells_its_end(p), p.created_at, p.uid), default=None)
     result = next((p.result for p in pods if p.exit_code == 0 and _completes(entry, p.result)), None)
     finished_at = (job and job.finished_at) or (pod and pod.finished_at) or None
     if result is not None:
@@ -77,6 +77,10 @@ def outcome_of(
     result = pod.result if _matches(entry, pod) else None
     attempt_class, reason, message = _with_container(entry, job, pod, result, earlier)
     return AttemptOutcome(attempt_class, reason, message, pod.exit_code, result, finished_at)
+
+
+def _tells_its_end(pod: ObservedPod) -> bool:
+    return pod.exit_code is not None or pod.refused is not None
 
 
 def _completes(entry: AttemptStatus, result: RunResult | None) -> bool:
@@ -158,6 +162,8 @@ def _without_container(
         return _without_message(pod, earlier, entry)
     if pod is not None and pod.disrupted:
         return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
+    if pod is not None and pod.refused is not None:
+        return "Waiting", Reason.POD_NOT_STARTED, f"the node refused the pod before anything of it ran: {pod.refused}"
     if pod is not None and pod.evicted:
         return "Failure", Reason.DISK_LIMIT, _disk_words(entry, pod)
     if job is None:

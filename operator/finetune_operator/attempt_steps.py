@@ -60,7 +60,7 @@ def with_wait_clock(state: JobState, pod_state: PodState, gate: GateAnswer, now:
     The clock goes on through the attempts in between, and stops while the job is held back, as nobody tries then."""
     record = state.status.record or OperatorRecord()
     closed = [entry for entry in state.status.attempts if not is_open(entry)]
-    waiting = bool(closed) and closed[-1].attempt_class == "Waiting"
+    waiting = bool(closed) and closed[-1].attempt_class == "Waiting" and closed[-1].reason != Reason.POD_NOT_STARTED
     if pod_state.wait is not None and pod_state.wait.reason in IMPATIENT_REASONS:
         waiting = True
     counted = waiting and not isinstance(gate, Wait)

@@ -1,5 +1,6 @@
 """From a situation to conditions and phase. Pure; a condition's time moves only when its status does."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -11,8 +12,15 @@ from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.clock import format_time
 
 MAX_MESSAGE = 1024
+MAX_COMPARED = 300
 # Words that change all the time: the scheduler's with every node of the cluster, a divergence's with every step.
 _FIRST_WORDS_STAY = (Reason.UNSCHEDULABLE, Reason.DIVERGING)
+# Whose words are the cluster's: names of pods, numbers, ports, ids of requests and times in them change with every try.
+_CLUSTERS_WORDS = (
+    Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.IMAGE_PULL, Reason.MISSING_REF,
+    Reason.NODE_UNREACHABLE, Reason.POD_NOT_STARTED, Reason.JOB_SUSPENDED, Reason.DISRUPTED, Reason.INVALID_MANIFEST,
+)  # fmt: skip
+_VOLATILE = re.compile(r"[\w./:>-]*(\d[\w./:>-]*|[0-9a-f]{8,})")
 ConditionState = Literal["True", "False", "Unknown"]
 
 
@@ -44,8 +52,10 @@ def with_updates(
 def _condition(old: Condition | None, update: ConditionUpdate, generation: int, now: datetime) -> Condition:
     message = one_line(update.message)
     same_answer = old is not None and old.status == update.status
-    if old is not None and same_answer and old.reason == update.reason and update.reason in _FIRST_WORDS_STAY:
-        message = old.message
+    if old is not None and same_answer and old.reason == update.reason:
+        stays = update.reason in _FIRST_WORDS_STAY
+        stays = stays or (update.reason in _CLUSTERS_WORDS and _gist(message) == _gist(old.message))
+        message = old.message if stays else message
     return Condition(
         type=update.type,
         status=update.status,
@@ -54,6 +64,11 @@ def _condition(old: Condition | None, update: ConditionUpdate, generation: int, 
         last_transition_time=old.last_transition_time if old is not None and same_answer else format_time(now),
         observed_generation=generation,
     )
+
+
+def _gist(message: str) -> str:
+    """Return what a message says, without words that hold a digit, which mean nothing to whoever has to act."""
+    return _VOLATILE.sub("#", message)[:MAX_COMPARED]
 
 
 def one_line(text: str) -> str:

@@ -23,7 +23,7 @@ from finetune_operator.job_events import events_between
 from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observation import Blocked, Observation
 from finetune_operator.pod_waits import PATIENCE, SLOW_START_S, PodState
-from finetune_operator.progress_status import is_stale, is_write_due, with_progress
+from finetune_operator.progress_status import is_stale, is_write_due, with_progress, without_eta
 from finetune_operator.running_status import running_status
 from finetune_operator.status_size import bounded
 
@@ -125,6 +125,8 @@ def _with_live_progress(
 ) -> FineTuneJobStatus:
     """Return the status with the running pod's last answer, as often as live figures may be written."""
     status, last, interval_s = state.status, state.last, observation.progress_write_interval_s
+    if not pod_state.running and not pod_state.ending:
+        status = without_eta(status)
     if last is None or not pod_state.running:
         return status
     answer = observation.answer_of(last)

@@ -16,6 +16,7 @@ from finetune_operator.conditions import ConditionUpdate, find, with_updates
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked
 from finetune_operator.pod_waits import IMPATIENT_REASONS, PodState
+from finetune_operator.progress_status import without_eta
 
 
 @dataclass(frozen=True)
@@ -150,4 +151,4 @@ def _over(status: FineTuneJobStatus, phase: Phase, now: datetime) -> FineTuneJob
     usage = status.usage or UsageStatus(seconds=0, gpu_seconds=0)
     if accepted is not None:
         usage = usage.model_copy(update={"seconds": max(0, int((now - accepted).total_seconds()))})
-    return status.model_copy(update={"phase": phase, "usage": usage})
+    return without_eta(status).model_copy(update={"phase": phase, "usage": usage})

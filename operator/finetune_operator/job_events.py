@@ -63,5 +63,5 @@ def events_between(
         if running.status == "True":
             tell(False, reason, running.message)
         elif reason not in _QUIET:
-            tell(True, reason, running.message)
+            tell(reason != Reason.JOB_SUSPENDED, reason, running.message)
     return tuple(events.values())

@@ -38,6 +38,7 @@ class ObservedK8sJob:
     message: str = ""  # of the Failed condition
     finished_at: datetime | None = None
     ttl_seconds: int | None = None
+    suspended: str | None = None  # by somebody else, as we never do: the words of its condition
 
     @property
     def live(self) -> bool:
@@ -61,8 +62,10 @@ class ObservedPod:
     unschedulable: str | None = None  # the scheduler's words
     disrupted: bool = False
     evicted: bool = False  # by the kubelet, for a limit of its own
+    refused: str | None = None  # the node's words: no container was ever begun
     waiting_reason: str | None = None
     waiting_message: str = ""
+    waiting_container: str | None = None  # one that the cluster put before ours
     started_at: datetime | None = None
     finished_at: datetime | None = None
     exit_code: int | None = None
@@ -108,6 +111,7 @@ def observe_k8s_job(body: Body) -> ObservedK8sJob | None:
         message="" if ended is None else _cut(ended.get("message")),
         finished_at=None if ended is None else parse_time(ended.get("lastTransitionTime")),
         ttl_seconds=_int(spec.get("ttlSecondsAfterFinished")),
+        suspended=_suspended(conditions) if spec.get("suspend") is True else None,
     )
 
 
@@ -121,7 +125,10 @@ def observe_pod(body: Body) -> ObservedPod | None:
     scheduled = conditions.get("PodScheduled", {})
     container = next((c for c in _dicts(status, "containerStatuses") if c.get("name") == names.CONTAINER), {})
     state = _dict(container, "state")
-    running, waiting, ended = _dict(state, "running"), _dict(state, "waiting"), _dict(state, "terminated")
+    running, ended = _dict(state, "running"), _dict(state, "terminated")
+    waiting_container, waiting = _waiting(status, state)
+    disrupted = conditions.get("DisruptionTarget", {}).get("status") == "True"
+    refused = None if disrupted else _refused(status)
     result, bad_result = parse_result(ended.get("message"))
     return ObservedPod(
         name=str(meta.get("name")),
@@ -135,10 +142,12 @@ def observe_pod(body: Body) -> ObservedPod | None:
         deletion_due=parse_time(meta.get("deletionTimestamp")),
         scheduled=scheduled.get("status") == "True",
         unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") == "Unschedulable" else None,
-        disrupted=conditions.get("DisruptionTarget", {}).get("status") == "True",
-        evicted=status.get("reason") == "Evicted",
+        disrupted=disrupted,
+        evicted=status.get("reason") == "Evicted" and refused is None,
+        refused=refused,
         waiting_reason=_text(waiting.get("reason")),
         waiting_message=_cut(waiting.get("message")),
+        waiting_container=waiting_container,
         started_at=parse_time(running.get("startedAt")) or parse_time(ended.get("startedAt")),
         finished_at=parse_time(ended.get("finishedAt")),
         exit_code=_int(ended.get("exitCode")),
@@ -148,6 +157,32 @@ def observe_pod(body: Body) -> ObservedPod | None:
         result=result,
         bad_result=bad_result,
     )
+
+
+def _suspended(conditions: Mapping[object, Body]) -> str:
+    return _cut(conditions.get("Suspended", {}).get("message")) or "spec.suspend is true"
+
+
+def _refused(status: Body) -> str | None:
+    """Return the words of a node that let the pod fail before any of its containers began: no such capacity any more,
+    a device that is gone, a label that it lost. The kubelet has many names for it, and others with each release."""
+    reason = _text(status.get("reason"))
+    if status.get("phase") != "Failed" or reason is None:
+        return None
+    containers = [*_dicts(status, "initContainerStatuses"), *_dicts(status, "containerStatuses")]
+    states = [_dict(container, key) for container in containers for key in ("state", "lastState")]
+    if any(_dict(state, "running") or _dict(state, "terminated") for state in states):
+        return None
+    return _cut(f"{reason}: {_text(status.get('message')) or 'no more is said'}")
+
+
+def _waiting(status: Body, state: Body) -> tuple[str | None, Body]:
+    """Return what the pod waits for: (name, state) of a container that the cluster put before ours, else ours."""
+    for container in _dicts(status, "initContainerStatuses"):
+        waiting = _dict(_dict(container, "state"), "waiting")
+        if _text(waiting.get("reason")) not in (None, "PodInitializing", "ContainerCreating"):
+            return _cut(container.get("name")), waiting
+    return None, _dict(state, "waiting")
 
 
 def parse_result(message: object) -> tuple[RunResult | None, bool]:

@@ -37,6 +37,11 @@ _FIELDS = {
     "serviceaccount": ("ServiceAccount", "storage.serviceAccountName"),
     "service account": ("ServiceAccount", "storage.serviceAccountName"),
 }
+# What a node says of a pod that it cannot set up; nobody but the platform team can mend it.
+_NODE_TROUBLE = {
+    "FailedCreatePodSandBox": "the node cannot set up the pod",
+    "FailedAttachVolume": "a volume of the pod cannot be attached",
+}
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ def pod_state_of(
 ) -> PodState:
     active = [pod for pod in pods if pod.active]
     if not active:
-        wait = blocked or _disruption(entry, job, pods)
+        wait = _suspension(entry, job) or blocked or _disruption(entry, job, pods)
         return PodState(ending=bool(pods) and wait is None, wait=wait)
     pod = max(active, key=lambda p: (p.created_at, p.uid))
+    lost = pod.deletion_due is not None and now > pod.deletion_due + timedelta(seconds=60)
+    if lost and (pod.scheduled or pod.running):
+        wait = Blocked(Reason.NODE_UNREACHABLE, f"the node of pod {pod.name} does not answer")
+        return PodState(running=pod.running, scheduled=True, wait=wait)
     if pod.running:
-        lost = pod.deletion_due is not None and now > pod.deletion_due + timedelta(seconds=60)
-        wait = Blocked(Reason.NODE_UNREACHABLE, f"the node of pod {pod.name} does not answer") if lost else None
-        return PodState(running=True, scheduled=True, wait=wait)
+        return PodState(running=True, scheduled=True)
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
@@ -81,7 +88,12 @@ def is_slow_to_start(entry: AttemptStatus, k8s_job: ObservedK8sJob, now: datetim
 
 def needs_explanation(job: ObservedK8sJob | None, pods: Sequence[ObservedPod], now: datetime) -> str | None:
     """UID whose events say why nothing has started: the Job's without pods, else that of a pod without a container."""
-    if job is None or not job.live or (now - job.created_at).total_seconds() < SLOW_START_S:
+    if (
+        job is None
+        or not job.live
+        or job.suspended is not None
+        or (now - job.created_at).total_seconds() < SLOW_START_S
+    ):
         return None
     active = [pod for pod in pods if pod.active]
     if not active:
@@ -111,6 +123,10 @@ def explain_events(events: Sequence[Mapping[str, Any]], namespace: str) -> Block
 def explain(event_reason: str, message: str, namespace: str) -> Blocked | None:
     """What an event on a Job or pod of ours means; None where it says nothing that a person must act on."""
     text = shortened(" ".join(message.split()), 512)
+    if event_reason in _NODE_TROUBLE:
+        return Blocked(Reason.POD_NOT_STARTED, f"{_NODE_TROUBLE[event_reason]}: {text}")
+    if event_reason == "NodeNotReady" or (event_reason == "TaintManagerEviction" and text.startswith("Marking")):
+        return Blocked(Reason.NODE_UNREACHABLE, "the node of the pod is not ready, and the pod has not started")
     if event_reason not in ("FailedCreate", "FailedMount"):
         return None
     missing = missing_ref(text, namespace)
@@ -136,12 +152,23 @@ def missing_ref(text: str, namespace: str) -> Blocked | None:
 
 
 def _container_wait(pod: ObservedPod) -> Blocked | None:
+    before = f"container {pod.waiting_container}, which the cluster puts before the trainer"
     if pod.waiting_reason in _IMAGE_WAITS:
         text = pod.waiting_message or pod.waiting_reason or ""
-        return Blocked(Reason.IMAGE_PULL, f"the trainer image cannot be pulled ({pod.waiting_reason}): {text}")
+        image = "the trainer image" if pod.waiting_container is None else f"the image of {before},"
+        return Blocked(Reason.IMAGE_PULL, f"{image} cannot be pulled ({pod.waiting_reason}): {text}")
+    if pod.waiting_container is not None:
+        return Blocked(Reason.POD_NOT_STARTED, f"{before}, waits ({pod.waiting_reason}): {pod.waiting_message}")
     if pod.waiting_reason in _CONFIG_WAITS:
         return Blocked(Reason.MISSING_REF, f"the container cannot start ({pod.waiting_reason}): {pod.waiting_message}")
     return None
+
+
+def _suspension(entry: AttemptStatus, job: ObservedK8sJob | None) -> Blocked | None:
+    if job is None or not job.live or job.suspended is None or is_stopping(entry):
+        return None
+    text = f"Kubernetes Job {job.name} is suspended by somebody else, such as Kueue ({job.suspended}): waiting until"
+    return Blocked(Reason.JOB_SUSPENDED, f"{text} its spec.suspend is false")
 
 
 def _disruption(entry: AttemptStatus, job: ObservedK8sJob | None, pods: Sequence[ObservedPod]) -> Blocked | None:

@@ -59,6 +59,14 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
     )
 
 
+def without_eta(status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Return the status without the time left, which nobody knows while no pod runs."""
+    if status.progress is None or status.progress.estimated_remaining_seconds is status.progress.eta is None:
+        return status
+    progress = status.progress.model_copy(update={"estimated_remaining_seconds": None, "eta": None})
+    return status.model_copy(update={"progress": progress})
+
+
 def progress_of_result(
     old: ProgressStatus | None, plan: PlanStatus | None, result: RunResult, at: datetime
 ) -> ProgressStatus | None:

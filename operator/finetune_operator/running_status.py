@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from finetune_api.names import Stage
 from finetune_api.reasons import FAULTS, Reason, words
 from finetune_api.run import Progress, Trouble
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus, Phase
+from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus, Phase
 from finetune_operator import quality
 from finetune_operator.attempt_outcome import is_open, is_stopping
 from finetune_operator.attempt_steps import may_begin_next
@@ -20,12 +20,14 @@ from finetune_operator.pod_waits import PATIENCE, REFUSED, PodState
 
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
+    Reason.JOB_SUSPENDED, Reason.POD_NOT_STARTED,
 )  # fmt: skip
 # What a trainer may say that it cannot save for.
 TROUBLE_REASONS = (
     Reason.STORAGE_TRANSIENT, Reason.ACCESS_DENIED, Reason.DATA_NOT_FOUND, Reason.DISK_FULL, Reason.CONFIG_INVALID,
 )  # fmt: skip
-_NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED)
+_NOT_ADMITTED = (Reason.UNSCHEDULABLE, Reason.QUOTA_EXCEEDED, Reason.JOB_SUSPENDED)
+_NO_FAULT = (Reason.DISRUPTED, Reason.JOB_SUSPENDED)  # waits that nobody has to mend anything for
 
 
 def running_status(
@@ -53,7 +55,8 @@ def running_status(
     ]
     status = with_updates(status, [update for update in updates if update is not None], job.generation, now)
     started = any(e.started_at is not None for e in status.attempts if e.stage == stage)
-    phase = Phase.PENDING if not started else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
+    held = pod_state.wait is not None and pod_state.wait.reason == Reason.JOB_SUSPENDED
+    phase = Phase.PENDING if held or not started else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
     return status.model_copy(update={"phase": Phase.SUSPENDED if suspended else phase})
 
 
@@ -65,6 +68,8 @@ def _admitted(state: JobState, pod_state: PodState, suspended: bool, doing: Reas
         return ConditionUpdate(ConditionType.ADMITTED, "False", pod_state.wait.reason, pod_state.wait.message)
     if suspended:
         return ConditionUpdate(ConditionType.ADMITTED, "False", Reason.SUSPENDED)
+    if state.outcome is not None and state.outcome.reason == Reason.POD_NOT_STARTED:
+        return ConditionUpdate(ConditionType.ADMITTED, "False", Reason.POD_NOT_STARTED, state.outcome.message)
     if state.last is not None and is_open(state.last) and not pod_state.ending:
         return ConditionUpdate(ConditionType.ADMITTED, "Unknown", doing)
     return None
@@ -127,10 +132,11 @@ def _degraded(
 ) -> ConditionUpdate | None:
     """Return what is to be fixed, or that nothing is; None keeps what is stored. `said`: by the pod that runs."""
     before, last, outcome = find(old, ConditionType.DEGRADED), state.last, state.outcome
-    if pod_state.wait is not None and pod_state.wait.reason != Reason.DISRUPTED:
+    if pod_state.wait is not None and pod_state.wait.reason not in _NO_FAULT:
         return ConditionUpdate(ConditionType.DEGRADED, "True", pod_state.wait.reason, pod_state.wait.message)
     if outcome is not None and outcome.attempt_class == "Waiting":
-        message = f"{ended_words(state)}; trying again until {_patience_ends(state)}"
+        until = f" until {_patience_ends(state)}" if outcome.reason != Reason.POD_NOT_STARTED else ""
+        message = f"{ended_words(state)}; trying again{until}"
         return ConditionUpdate(ConditionType.DEGRADED, "True", outcome.reason, message)
     if outcome is not None and outcome.reason == Reason.BAD_REPORT:
         return ConditionUpdate(ConditionType.DEGRADED, "True", Reason.BAD_REPORT, ended_words(state))
@@ -138,10 +144,10 @@ def _degraded(
         return _trouble(said.trouble)
     if _still_holds(before, state, pod_state, said):
         return None
-    closed = [e for e in state.status.attempts if not is_open(e)]
-    if closed and closed[-1].attempt_class == "Waiting" and last is not None:
-        message = f"attempt {closed[-1].number} of {closed[-1].stage} waited for this; trying again"
-        return ConditionUpdate(ConditionType.DEGRADED, "True", reason_of(closed[-1].reason), message)
+    waited = _waited(state, pod_state)
+    if waited is not None and last is not None:
+        message = f"attempt {waited.number} of {waited.stage} waited for this; trying again"
+        return ConditionUpdate(ConditionType.DEGRADED, "True", reason_of(waited.reason), message)
     return ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY)
 
 
@@ -165,10 +171,19 @@ def _still_holds(before: Condition | None, state: JobState, pod_state: PodState,
         return True  # until a pod that runs has said that it can save
     if state.outcome is not None:
         return False
-    closed = [e for e in state.status.attempts if not is_open(e)]
-    if closed and closed[-1].attempt_class == "Waiting" and reason_of(closed[-1].reason) == reason:
+    waited = _waited(state, pod_state)
+    if waited is not None and reason_of(waited.reason) == reason:
         return True
     return reason == Reason.BAD_REPORT and not pod_state.running
+
+
+def _waited(state: JobState, pod_state: PodState) -> AttemptStatus | None:
+    """Return the attempt that ended last, if what it ended for is not seen to be mended yet."""
+    closed = next((e for e in reversed(state.status.attempts) if not is_open(e)), None)
+    if closed is None or closed.attempt_class != "Waiting":
+        return None
+    begun = pod_state.running and closed.reason == Reason.POD_NOT_STARTED  # what was denied may be denied again
+    return None if begun else closed
 
 
 def _patience_ends(state: JobState) -> str:

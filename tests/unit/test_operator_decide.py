@@ -1123,3 +1123,113 @@ def test_a_divergence_is_not_forgotten_while_the_next_attempt_loads():
     world.progress = PodAnswer(said(attempt=2, total_steps=0), world.now)
     world.step(60)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
+
+
+def refuse(world: World, name: str, why: str = "UnexpectedAdmissionError") -> World:
+    """The node's kubelet refuses the pod: no container runs, and the Kubernetes Job fails with it."""
+    world.pod(name, scheduled=True, phase="Failed", refused=f"{why}: Allocate failed, which is unexpected")
+    world.jobs[name] = replace(world.jobs[name], outcome="Failed", finished_at=world.now)
+    return world.step()
+
+
+def test_a_pod_that_its_node_refuses_is_tried_again_with_growing_delays_and_without_using_up_retries():
+    world = World(recovery={"maxRetries": 0}).prepared()
+    delays: list[float] = []
+    for attempt in range(1, 9):
+        refuse(world, f"train-{attempt}")
+        assert world.verdict[0] == "Unknown"
+        assert world.requeue_after_s is not None
+        delays.append(world.requeue_after_s)
+        world.step(after_s=world.requeue_after_s)
+    assert delays == [15, 30, 60, 120, 240, 480, 600, 600]
+    assert world.status["failures"] == 0
+    assert world.condition(ConditionType.DEGRADED) == ("True", "PodNotStarted")
+    refused = world.status["attempts"][-2]
+    assert (refused["class"], refused["reason"]) == ("Waiting", "PodNotStarted")
+    world.run("train-9")
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert world.condition(ConditionType.ADMITTED)[0] == "True"
+    assert world.reasons().count("PodNotStarted") == 8, "each refusal is told once"
+
+
+def test_a_pod_that_its_node_refuses_is_told_in_the_words_of_the_node_and_is_not_admitted():
+    world = refuse(World().prepared(), "train-1", "OutOfnvidia.com/gpu")
+    assert world.condition(ConditionType.ADMITTED) == ("False", "PodNotStarted")
+    for words in ("OutOfnvidia.com/gpu: Allocate failed", "trying again"):
+        assert words in world.message(ConditionType.DEGRADED)
+
+
+def test_patience_with_storage_is_not_used_up_by_a_node_that_refuses_pods():
+    world = World().step()
+    for attempt in range(1, 8):
+        refuse(world, f"prepare-{attempt}").step(after_s=600)
+    assert "storageWaitSince" not in world.status["record"]
+    world.run("prepare-8").end("prepare-8", fault=Fault.ACCESS_DENIED).step()
+    assert world.verdict[0] == "Unknown"
+    assert "trying again until" in world.message(ConditionType.DEGRADED)
+
+
+def test_a_pod_that_replaced_a_disrupted_one_and_is_refused_decides_what_the_attempt_was():
+    world = World().training().pod("train-1", disrupted=True, phase="Failed", exit_code=30)
+    world.pod("train-1", 1, created_at=world.now + timedelta(seconds=9))
+    world.pod("train-1", 1, scheduled=True, phase="Failed", refused="NodeAffinity: no")
+    world.jobs["train-1"] = replace(world.jobs["train-1"], outcome="Failed", finished_at=world.now)
+    assert world.step().status["attempts"][-1]["reason"] == "PodNotStarted"
+
+
+def hold(world: World, name: str, suspended: str | None = "Job suspended") -> World:
+    """Somebody else, such as Kueue, suspends the Kubernetes Job, or resumes it."""
+    world.jobs[name] = replace(world.jobs[name], suspended=suspended)
+    return world
+
+
+def test_a_kubernetes_job_that_somebody_else_suspends_waits_and_does_not_run():
+    world = World().prepared()
+    hold(world, "train-1").step()
+    assert world.condition(ConditionType.ADMITTED) == ("False", "JobSuspended")
+    assert world.condition(ConditionType.RUNNING) == ("False", "JobSuspended")
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy"), "a queue is not a fault"
+    assert "spec.suspend" in world.message(ConditionType.ADMITTED)
+    before = dict(world.status)
+    assert world.step(after_s=100_000).status == before
+    hold(world, "train-1", None).step().run("train-1")
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+
+
+def test_a_kubernetes_job_that_is_suspended_while_its_pod_trains_waits_too_and_goes_on_in_the_same_attempt():
+    world = World(recovery={"maxRetries": 0}).training()
+    world.say(step=7, eta_seconds=60).step(31)
+    hold(world, "train-1").pod("train-1", phase="Failed", exit_code=30, finished_at=world.now, gone=True).step()
+    assert world.condition(ConditionType.RUNNING) == ("False", "JobSuspended")
+    assert world.condition(ConditionType.ADMITTED) == ("False", "JobSuspended")
+    assert "eta" not in world.status["progress"], "nobody knows how long it waits"
+    hold(world, "train-1", None).step(after_s=300)
+    world.pod("train-1", 1, created_at=world.now, scheduled=True, phase="Running", started_at=world.now).step()
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+    assert world.created == ["prepare-1", "train-1"]
+    world.end("train-1", 1, fault=Fault.COMMITTED, artifact=ARTIFACT).step()
+    assert world.verdict == ("True", "Succeeded")
+
+
+def test_a_node_that_is_lost_before_the_container_started_is_told():
+    world = World().prepared().pod("train-1", scheduled=True, disrupted=True, deletion_due=START)
+    world.step(after_s=61)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "NodeUnreachable")
+    assert world.condition(ConditionType.RUNNING) == ("False", "NodeUnreachable")
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_words_of_the_cluster_that_differ_in_names_ids_and_numbers_alone_are_no_reason_to_write():
+    refusal = 'Job x may not be created: pods "bot-1a2b3-train-1-0-{}" is forbidden: exceeded quota: q, used: pods={}'
+    world = World()
+    world.blocked = Blocked(Reason.QUOTA_EXCEEDED, refusal.format("x7k2p", 9))
+    before = dict(world.step().status)
+    world.blocked = Blocked(Reason.QUOTA_EXCEEDED, refusal.format("bcdfg", 10))
+    assert world.step(after_s=60).status == before
+    lookup = "the trainer image cannot be pulled (ErrImagePull): lookup r.io: read udp 10.0.0.5:{}->10.0.0.10:53: {}"
+    world.blocked = Blocked(Reason.IMAGE_PULL, lookup.format(41234, "i/o timeout"))
+    before = dict(world.step().status)
+    world.blocked = Blocked(Reason.IMAGE_PULL, lookup.format(51111, "i/o timeout"))
+    assert world.step(after_s=60).status == before
+    world.blocked = Blocked(Reason.IMAGE_PULL, lookup.format(51111, "connection refused"))
+    assert "connection refused" in world.step(after_s=60).message(ConditionType.DEGRADED)

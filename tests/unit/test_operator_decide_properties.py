@@ -57,6 +57,7 @@ jobs = st.builds(
     message=texts,
     finished_at=maybe_times,
     ttl_seconds=st.none() | st.integers(0, 100),
+    suspended=st.none() | texts,
 )
 pods = st.builds(
     ObservedPod,
@@ -72,8 +73,10 @@ pods = st.builds(
     unschedulable=st.none() | texts,
     disrupted=st.booleans(),
     evicted=st.booleans(),
+    refused=st.none() | texts,
     waiting_reason=st.sampled_from([None, "ImagePullBackOff", "CreateContainerConfigError", "Odd"]),
     waiting_message=texts,
+    waiting_container=st.none() | texts,
     started_at=maybe_times,
     finished_at=maybe_times,
     exit_code=st.none() | st.integers(0, 255),

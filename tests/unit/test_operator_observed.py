@@ -91,9 +91,58 @@ def test_a_pod_tells_what_ended_it():
     killed = observe_pod(pod_body(**container(terminated={"exitCode": 137, "reason": "OOMKilled"})))
     assert killed is not None
     assert killed.oom_killed
-    evicted = observe_pod(pod_body(phase="Failed", reason="Evicted"))
+    evicted = observe_pod(pod_body(phase="Failed", reason="Evicted", **container(terminated={"exitCode": 137})))
     assert evicted is not None
     assert evicted.evicted
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfnvidia.com/gpu", "NodeAffinity", "NodeShutdown",
+     "TopologyAffinityError", "Evicted"],
+)  # fmt: skip
+def test_a_pod_that_failed_before_any_container_began_was_refused_by_its_node_whatever_the_node_calls_it(reason: str):
+    seen = observe_pod(pod_body(phase="Failed", reason=reason, message="Pod was rejected: no"))
+    assert seen is not None
+    assert seen.refused == f"{reason}: Pod was rejected: no"
+    assert not seen.evicted
+    assert not seen.active
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"phase": "Pending", "reason": "OutOfcpu"},
+        {"phase": "Failed"},
+        {"phase": "Failed", "reason": "Evicted", **container(terminated={"exitCode": 137})},
+        {"phase": "Failed", "reason": "Evicted", "conditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ],
+)
+def test_a_pod_that_ran_or_was_disrupted_was_not_refused(status: dict[str, Any]):
+    seen = observe_pod(pod_body(**status))
+    assert seen is not None
+    assert seen.refused is None
+
+
+def test_a_job_that_somebody_suspended_tells_so_in_the_words_of_its_condition():
+    condition = {"type": "Suspended", "status": "True", "reason": "JobSuspended", "message": "Job suspended"}
+    body = job_body(conditions=[condition])
+    running = observe_k8s_job(body)
+    body["spec"] = {"suspend": True}
+    held = observe_k8s_job(body)
+    assert running is not None
+    assert held is not None
+    assert (running.suspended, held.suspended) == (None, "Job suspended")
+
+
+@pytest.mark.parametrize(("reason", "told"), [("ImagePullBackOff", True), ("PodInitializing", False)])
+def test_a_pod_tells_what_a_container_before_ours_waits_for(reason: str, told: bool):
+    before = [{"name": "mesh", "state": {"waiting": {"reason": reason, "message": "no such image"}}}]
+    ours = container(waiting={"reason": "PodInitializing"})
+    seen = observe_pod(pod_body(initContainerStatuses=before, **ours))
+    assert seen is not None
+    assert seen.waiting_reason == (reason if told else "PodInitializing")
+    assert seen.waiting_container == ("mesh" if told else None)
 
 
 @pytest.mark.parametrize(

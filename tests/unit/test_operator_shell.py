@@ -309,6 +309,10 @@ def test_an_event_has_a_name_of_its_own_that_a_repetition_has_too():
         ("FailedCreate", 'error looking up service account a/x: serviceaccount "x" not found', "ServiceAccount a/x"),
         ("FailedCreate", "pods is forbidden: exceeded quota: q, requested: pods=1", "waiting for quota"),
         ("FailedCreate", "pods is forbidden: violates PodSecurity", "refuses the pod"),
+        ("FailedCreatePodSandBox", "Failed to create pod sandbox: plugin cni failed", "node cannot set up the pod"),
+        ("FailedAttachVolume", "Multi-Attach error for volume x", "cannot be attached"),
+        ("NodeNotReady", "Node is not ready", "node of the pod"),
+        ("TaintManagerEviction", "Marking for deletion Pod a/b", "node of the pod"),
     ],
 )
 def test_events_of_the_cluster_become_words_that_name_the_object(reason: str, message: str, meant: str):
