@@ -79,6 +79,19 @@ def outcome_of(
     return AttemptOutcome(attempt_class, reason, message, pod.exit_code, result, finished_at)
 
 
+def is_explained(job: ObservedK8sJob | None, pods: Sequence[ObservedPod]) -> bool:
+    """Return True if one of the pods is why the attempt has ended.
+
+    Else the watch of pods may be behind that of Jobs, and a pod that it has not told of yet may have the verdict."""
+    if job is not None and job.outcome == "Complete":
+        return any(pod.exit_code == 0 for pod in pods)
+    for pod in pods:
+        replaced = pod.disrupted and pod.exit_code not in FINAL_EXIT_CODES  # by Kubernetes, inside the Job
+        if pod.refused is not None or pod.evicted or (pod.exit_code is not None and not replaced):
+            return True
+    return False
+
+
 def _tells_its_end(pod: ObservedPod) -> bool:
     return pod.exit_code is not None or pod.refused is not None
 

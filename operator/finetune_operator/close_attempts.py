@@ -8,7 +8,7 @@ from finetune_api import retry
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
-from finetune_operator.attempt_outcome import AttemptOutcome, belongs, is_open, outcome_of
+from finetune_operator.attempt_outcome import AttemptOutcome, belongs, is_explained, is_open, outcome_of
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.observation import Observation, PodAnswer
 from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
@@ -25,6 +25,7 @@ class JobState:
     outcome: AttemptOutcome | None  # of the newest attempt, if it was closed just now
     k8s_job: ObservedK8sJob | None  # of the newest attempt
     pods: tuple[ObservedPod, ...]  # of the newest attempt
+    wants_live_pods: bool = False  # its Job has ended, and none of the pods that are known says why
 
     @property
     def last(self) -> AttemptStatus | None:
@@ -60,6 +61,8 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     outcome = outcome_of(entry, k8s_job, pods, entries[:-1])
     if outcome is None:
         return JobState(status, None, k8s_job, pods)
+    if not observation.pods_listed and not is_explained(k8s_job, pods):
+        return JobState(status, None, k8s_job, pods, wants_live_pods=True)
     return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
 
 
@@ -87,6 +90,11 @@ def _children_of(
     k8s_jobs = [j for j in observation.k8s_jobs if belongs(entry, j) and (any_uid or j.uid == uid)]
     pods = tuple(p for p in observation.pods if belongs(entry, p) and (any_uid or p.owner_uid == uid))
     return next(iter(k8s_jobs), None), pods
+
+
+def wants_live_pods(status: FineTuneJobStatus, observation: Observation, now: datetime) -> bool:
+    """Return True if pods have to be listed before anything is decided: the caches of Jobs and pods are not in step."""
+    return close_attempts(status, observation, now).wants_live_pods
 
 
 def _adopt(status: FineTuneJobStatus, k8s_jobs: Sequence[ObservedK8sJob]) -> FineTuneJobStatus:

@@ -95,6 +95,11 @@ class Cluster:
         query = {"labelSelector": f"{_OURS},{names.LABEL_JOB_UID}={job_uid}"}
         return list(self._list(_path("jobs", namespace), query).items())
 
+    def list_pods(self, namespace: str, job_uid: str) -> list[Body]:
+        """The pods of one FineTuneJob as they are now."""
+        query = {"labelSelector": f"{_OURS},{names.LABEL_JOB_UID}={job_uid}"}
+        return list(self._list(_path("pods", namespace), query).items())
+
     def list_events(self, namespace: str, uid: str) -> list[Body]:
         """Events on one object: all there are, for one that has just been made."""
         query = {"fieldSelector": f"involvedObject.uid={uid}", "limit": "50"}

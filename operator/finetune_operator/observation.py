@@ -58,6 +58,7 @@ class Observation:
     silence: PodSilence | None = None
     created: CreatedK8sJob | None = None
     runtime_changed: bool = False  # since the run was made; looked at only while nothing of the job runs
+    pods_listed: bool = False  # the pods were listed after the Jobs were seen: none that there is, is missing
 
     def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:
         """The pod's last answer, if it is about this attempt."""

@@ -3,7 +3,7 @@
 Parsing is total. Whatever a field holds, the result is a value or None; objects that are not ours give None.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
@@ -200,6 +200,12 @@ def parse_result(message: object) -> tuple[RunResult | None, bool]:
 
 def as_gone(pod: ObservedPod) -> ObservedPod:
     return replace(pod, gone=True)
+
+
+def with_live_pods(known: Iterable[ObservedPod], bodies: Iterable[Body]) -> tuple[ObservedPod, ...]:
+    """Return the pods of a list, and as gone those that were known and are not in it."""
+    live = {pod.uid: pod for pod in map(observe_pod, bodies) if pod is not None}
+    return (*live.values(), *(as_gone(pod) for pod in known if pod.uid not in live))
 
 
 def _place(body: Body) -> tuple[Stage, int] | None:

@@ -16,12 +16,14 @@ from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.child_creator import ChildCreator, FoundRun, LaterError, RefusedError
 from finetune_operator.children.base import Run
 from finetune_operator.clock import format_time, parse_time
+from finetune_operator.close_attempts import wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
+from finetune_operator.observed import with_live_pods
 from finetune_operator.pod_waits import explain_events, is_slow_to_start, needs_explanation
 from finetune_operator.run_config import run_digest
 from finetune_operator.runtimes import Runtimes
@@ -136,10 +138,13 @@ class Reconciler:
         entries = job.status.attempts
         if job.finished or job.spec is None or not entries:
             return observation
+        if wants_live_pods(job.status, observation, self._now()):
+            bodies = self._cluster.list_pods(job.namespace, job.uid)
+            observation = replace(observation, pods=with_live_pods(pods, bodies), pods_listed=True)
         child = next((j for j in k8s_jobs if belongs(entries[-1], j)), None)
         if child is not None and is_slow_to_start(entries[-1], child, self._now()):
             observation = replace(observation, runtime_changed=self._creator.runtime_changed(job))
-        uid = needs_explanation(child, [p for p in pods if belongs(entries[-1], p)], self._now())
+        uid = needs_explanation(child, [p for p in observation.pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return observation
         events = self._cluster.list_events(job.namespace, uid)

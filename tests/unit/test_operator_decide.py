@@ -13,6 +13,7 @@ from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.clock import format_time
+from finetune_operator.close_attempts import wants_live_pods
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
@@ -63,6 +64,7 @@ class World:
             silence=self.silence,
             created=self.last_created,
             runtime_changed=self.runtime_changed,
+            pods_listed=True,
         )
 
     def step(self, after_s: float = 0) -> "World":
@@ -1233,3 +1235,23 @@ def test_words_of_the_cluster_that_differ_in_names_ids_and_numbers_alone_are_no_
     assert world.step(after_s=60).status == before
     world.blocked = Blocked(Reason.IMAGE_PULL, lookup.format(51111, "connection refused"))
     assert "connection refused" in world.step(after_s=60).message(ConditionType.DEGRADED)
+
+
+def test_no_verdict_is_taken_while_the_pods_that_are_known_do_not_explain_why_the_job_ended():
+    world = World(recovery={"maxRetries": 0}).training()
+    for outcome, known in (("Failed", {}), ("Complete", {}), ("Failed", {"disrupted": True, "exit_code": 30})):
+        world.pods = {}
+        if known:
+            world.pod("train-1", phase="Failed", **known)
+        world.jobs["train-1"] = replace(world.jobs["train-1"], outcome=outcome, finished_at=world.now)
+        made = decide(world.view, replace(world.seen, pods_listed=False), world.now)
+        assert made.status.attempts[-1].attempt_class == "Running"
+        assert made.actions == ()
+        assert wants_live_pods(world.view.status, replace(world.seen, pods_listed=False), world.now)
+        assert not wants_live_pods(world.view.status, world.seen, world.now), "they are listed once, not for ever"
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("Failed", 11), ("Failed", 31), ("Complete", 0)])
+def test_pods_that_explain_the_end_are_not_listed_once_more(outcome: str, code: int):
+    world = World().training().end("train-1", code=code)
+    assert not wants_live_pods(world.view.status, replace(world.seen, pods_listed=False), world.now)

@@ -103,6 +103,7 @@ seens = st.builds(
     st.none() | progresses,
     st.none() | st.builds(Blocked, st.sampled_from(list(Reason)), words),
     silence=st.none() | silences,
+    pods_listed=st.booleans(),
 )
 entries = st.fixed_dictionaries(
     {
@@ -251,7 +252,9 @@ class OneJobInACluster(RuleBasedStateMachine):
 
     @property
     def seen(self) -> Observation:
-        return Observation(tuple(self.jobs.values()), tuple(self.pods.values()), created=self.last_created)
+        return Observation(
+            tuple(self.jobs.values()), tuple(self.pods.values()), created=self.last_created, pods_listed=True
+        )
 
     @rule(killed=st.booleans(), wait_s=st.sampled_from([0, 1, 20, 100]))
     def operator(self, killed: bool, wait_s: int) -> None:

@@ -36,6 +36,8 @@ class FakeCluster:
         self.events: list[str] = []
         self.fail: dict[str, list[Exception]] = {}
         self.dropped: tuple[str, ...] = ()  # what the CRD's schema of a status record does not know
+        self.pods: list[dict[str, Any]] = []
+        self.lists_of_pods = 0
 
     def submit(self, uid: str = UID, **spec: Any) -> None:
         meta = {"name": "bot", "namespace": "a", "uid": uid, "generation": 1, "resourceVersion": "1"}
@@ -57,6 +59,13 @@ class FakeCluster:
 
     def list_children(self, namespace: str, job_uid: str) -> list[dict[str, Any]]:
         return [body for (kind, _), body in self.objects.items() if kind == "jobs"]
+
+    def list_pods(self, namespace: str, job_uid: str) -> list[dict[str, Any]]:
+        self._may_fail("list pods")
+        self.lists_of_pods += 1
+        return self.pods
+
+    def set_ttl(self, namespace: str, name: str, seconds: int) -> None: ...
 
     def list_events(self, namespace: str, uid: str) -> list[dict[str, Any]]:
         return []
@@ -118,8 +127,12 @@ def runtimes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path) -> Reconciler:
-    children = ChildCache(lambda _key: None)
+def children() -> ChildCache:
+    return ChildCache(lambda _key: None)
+
+
+@pytest.fixture
+def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path, children: ChildCache) -> Reconciler:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     return Reconciler(cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes), metrics, lambda: now)
 
@@ -387,3 +400,37 @@ def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
     cluster.objects.clear()
     reconciler.reconcile(KEY)
     assert metrics.registry.get_sample_value("finetune_job_failures", figures) is None
+
+
+def broken_data(cluster: FakeCluster) -> dict[str, Any]:
+    """The pod of the first attempt as its kubelet left it."""
+    told = {"stage": "prepare", "attempt": 1, "fault": "BrokenRow", "exit_code": 11, "args": {"file": "a.jsonl"}}
+    ended = {"exitCode": 11, "message": json.dumps(told), "startedAt": "2026-01-01T00:00:00Z"}
+    job = cluster.objects["jobs", FIRST]["metadata"]
+    meta = {
+        "name": f"{FIRST}-0-x", "namespace": "a", "uid": "pod-1", "labels": job["labels"],
+        "ownerReferences": [{"kind": "Job", "uid": job.get("uid", "job-1"), "controller": True}],
+    }  # fmt: skip
+    status = {"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": {"terminated": ended}}]}
+    return {"metadata": meta, "spec": {}, "status": status}
+
+
+def test_a_job_that_ended_before_the_watch_told_of_its_pod_gets_the_verdict_of_the_pod(
+    reconciler: Reconciler, cluster: FakeCluster, children: ChildCache
+):
+    reconciler.reconcile(KEY)
+    body = cluster.objects["jobs", FIRST]
+    body["metadata"].setdefault("uid", "job-1")
+    children.take("jobs", "ADDED", body)
+    reconciler.reconcile(KEY)
+    assert cluster.lists_of_pods == 0, "a job that runs is not looked into"
+    failed = {"type": "Failed", "status": "True", "message": "Pod failed", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    children.take("jobs", "MODIFIED", {**body, "status": {"conditions": [failed]}})
+    cluster.pods = [broken_data(cluster)]
+    cluster.fail["list pods"] = [ApiError(503, "x", "")]
+    with pytest.raises(ApiError):
+        reconciler.reconcile(KEY)
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "DataInvalid")
+    reconciler.reconcile(KEY)
+    assert cluster.lists_of_pods == 1
