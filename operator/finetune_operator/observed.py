@@ -159,7 +159,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
     )
 
 
-def _suspended(conditions: Mapping[object, Body]) -> str:
+def _suspended(conditions: Mapping[Any, Body]) -> str:
     return _cut(conditions.get("Suspended", {}).get("message")) or "spec.suspend is true"
 
 
