@@ -77,6 +77,7 @@ class FakeCluster:
         elif (kind, body["metadata"]["name"]) in self.objects:
             raise ApiError(409, "AlreadyExists", "")
         else:
+            body["metadata"].setdefault("uid", f"uid-{body['metadata']['name']}")
             self.objects[kind, body["metadata"]["name"]] = body
         return body
 
@@ -409,7 +410,7 @@ def broken_data(cluster: FakeCluster) -> dict[str, Any]:
     job = cluster.objects["jobs", FIRST]["metadata"]
     meta = {
         "name": f"{FIRST}-0-x", "namespace": "a", "uid": "pod-1", "labels": job["labels"],
-        "ownerReferences": [{"kind": "Job", "uid": job.get("uid", "job-1"), "controller": True}],
+        "ownerReferences": [{"kind": "Job", "uid": job["uid"], "controller": True}],
     }  # fmt: skip
     status = {"phase": "Failed", "containerStatuses": [{"name": "trainer", "state": {"terminated": ended}}]}
     return {"metadata": meta, "spec": {}, "status": status}
@@ -420,7 +421,6 @@ def test_a_job_that_ended_before_the_watch_told_of_its_pod_gets_the_verdict_of_t
 ):
     reconciler.reconcile(KEY)
     body = cluster.objects["jobs", FIRST]
-    body["metadata"].setdefault("uid", "job-1")
     children.take("jobs", "ADDED", body)
     reconciler.reconcile(KEY)
     assert cluster.lists_of_pods == 0, "a job that runs is not looked into"
