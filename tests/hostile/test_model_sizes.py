@@ -89,3 +89,36 @@ def test_what_an_adapter_is_exported_with_is_judged_before_anything_is_trained(
         _facts(tmp_path / "model")
     assert caught.value.fault is Fault.BROKEN_MODEL
     assert f"{name} cannot be loaded by transformers" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_theta": float("nan")}, "rope_theta NaN"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}}, "rope_parameters.rope_theta inf"),
+        ({"rope_theta": 0}, "rope_theta 0"),
+        ({"rope_theta": -5.0}, "rope_theta -5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": float("nan")}}, "rope_scaling.factor NaN"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps NaN"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps -1"),
+        ({"rms_norm_eps": -(10**1000)}, "rms_norm_eps -1e+18"),
+        ({"layers": [{}, {"scale": float("nan")}]}, "layers[1].scale NaN"),
+    ],
+)
+def test_a_number_with_which_the_model_computes_no_numbers_is_named_before_training(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    write_model(tmp_path / "model")
+    _rewrite(tmp_path / "model", **fields)
+    with pytest.raises(StageError) as caught:
+        _facts(tmp_path / "model")
+    assert caught.value.fault is Fault.BROKEN_MODEL
+    assert f"config.json has {words}, " in str(caught.value)
+
+
+def test_a_field_that_knows_no_end_may_be_infinite(tmp_path: Path) -> None:
+    """As `time_step_limit` of Mamba."""
+    write_model(tmp_path / "model")
+    honest = _facts(tmp_path / "model")
+    _rewrite(tmp_path / "model", time_step_limit=[0.0, float("inf")])
+    assert _facts(tmp_path / "model") == honest

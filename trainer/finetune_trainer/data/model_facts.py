@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +29,10 @@ from finetune_trainer.store import Store
 _GENERATION = "generation_config.json"
 MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
+_LEAST = {  # of numbers that are no numbers of the model below it
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), sys.float_info.min),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 0.0),
+}
 _CONTEXT = ("max_seq_len", "max_sequence_length", "seq_length")  # of families that know no max_position_embeddings
 _NO_LIMIT = 2**20  # tokens
 _MAX_MODULE_NAME = 64
@@ -63,6 +69,7 @@ def read_model(store: Store, uri: str) -> Model:
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         if "auto_map" in content:
             raise StageError(Fault.REMOTE_CODE, uri=place(uri), file=name)
+    _require_numbers(folder, config)
     weights = read_weights(folder)
     architecture, family = _architecture(folder, config)
     others = {name: folder.json(name) for name in ("added_tokens.json", "special_tokens_map.json", _GENERATION)}
@@ -82,6 +89,26 @@ def read_model(store: Store, uri: str) -> Model:
     report = check_structure(folder, architecture, config, weights, exported)
     facts = _facts(folder, config, report, architecture, family, weights)
     return Model(facts, family, tokenizer, tokens, template)
+
+
+def _require_numbers(folder: ModelFolder, value: Any, place: str = "") -> None:
+    """Raise BROKEN_MODEL for a number of config.json by which all that the model computes is no number."""
+    if isinstance(value, dict):
+        for name, each in cast(dict[str, Any], value).items():
+            _require_numbers(folder, each, f"{place}.{name}" if place else name)
+    elif isinstance(value, list):
+        for index, each in enumerate(cast(list[Any], value)):
+            _require_numbers(folder, each, f"{place}[{index}]")
+    elif type(value) in (int, float):
+        least = _LEAST.get(place.rpartition(".")[2])
+        if isinstance(value, float) and math.isnan(value):
+            shown = "NaN"
+        elif least is not None and not least <= value < math.inf:
+            shown = f"{max(value, -1e18):g}"
+        else:
+            return
+        field = shortened(place, 64)
+        raise folder.broken(f"config.json has {field} {shown}, with which the model gives no numbers")
 
 
 def _architecture(folder: ModelFolder, config: dict[str, Any]) -> tuple[str, str]:
