@@ -495,7 +495,9 @@ class FineTuneJobSpec(ApiModel):
         default=None,
         ge=60,
         le=31_536_000,
-        description="The job fails when it has run for so long, waiting and all attempts included. Absent: no limit.",
+        description="The job fails when it is not done so long after it was accepted, waiting and all attempts "
+        "included. Time in which it is suspended, by suspend or by a queue such as Kueue, does not count. "
+        "Absent: no limit.",
     )
     ttl_seconds_after_finished: int | None = Field(
         default=None,

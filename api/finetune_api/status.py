@@ -7,6 +7,7 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Count, Digest, Str64, Str256, Uri
 
+MAX_SUSPENDED_S = 10**9  # a sum of times that no calendar ends at
 MAX_RESOLVED = 20  # chosen values in the status; the plan holds all
 
 
@@ -180,6 +181,11 @@ class OperatorRecord(ApiModel):
         default=None, description="SHA-256 of that ConfigMap's data: with another content it is not used."
     )
     storage_wait_since: Str64 | None = Field(default=None, description="Since when storage is missing or denied.")
+    # None where nothing is to be said, not 0: a CRD that does not know these fields drops them, in every round anew.
+    suspended_seconds: int | None = Field(
+        default=None, ge=0, le=MAX_SUSPENDED_S, description="How long the job was suspended before it last went on."
+    )
+    suspended_since: Str64 | None = Field(default=None, description="Since when the job is suspended.")
     disruptions: int = Field(default=0, ge=0, description="Disrupted pods so far.")
     disrupted_pods: list[Str64] = Field(
         default_factory=list[str], max_length=20, description="UIDs of the last disrupted pods: each counts once."

@@ -9,7 +9,7 @@ from datetime import datetime
 from finetune_api import retry
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
-from finetune_api.status import AttemptStatus, ConditionType, OperatorRecord
+from finetune_api.status import AttemptStatus, ConditionType
 from finetune_operator.attempt_outcome import STOPPING, is_open, is_stopping, is_unstarted
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import MAX_ENTRIES, JobState, running_entry
@@ -18,7 +18,7 @@ from finetune_operator.decision import CreateK8sJob, DeleteK8sJob
 from finetune_operator.gates import GateAnswer, Open, Wait
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked, Observation
-from finetune_operator.pod_waits import IMPATIENT_REASONS, REFUSED, PodState, pod_state_of
+from finetune_operator.pod_waits import REFUSED, PodState, pod_state_of
 
 
 def drop_unstarted(state: JobState, gate: GateAnswer, now: datetime) -> JobState:
@@ -52,23 +52,6 @@ def pod_state(state: JobState, observation: Observation, now: datetime) -> PodSt
         reason = reason_of(stored.reason)
         blocked = Blocked(reason, stored.message) if reason in REFUSED else None
     return pod_state_of(last, state.k8s_job, state.pods, blocked, now)
-
-
-def with_wait_clock(state: JobState, pod_state: PodState, gate: GateAnswer, now: datetime) -> JobState:
-    """Note since when somebody has to fix something.
-
-    The clock goes on through the attempts in between, and stops while the job is held back, as nobody tries then."""
-    record = state.status.record or OperatorRecord()
-    closed = [entry for entry in state.status.attempts if not is_open(entry)]
-    waiting = bool(closed) and closed[-1].attempt_class == "Waiting" and closed[-1].reason != Reason.POD_NOT_STARTED
-    if pod_state.wait is not None and pod_state.wait.reason in IMPATIENT_REASONS:
-        waiting = True
-    counted = waiting and not isinstance(gate, Wait)
-    since = (record.storage_wait_since or format_time(now)) if counted else None
-    if since == record.storage_wait_since:
-        return state
-    record = record.model_copy(update={"storage_wait_since": since})
-    return state.with_status(state.status.model_copy(update={"record": record}))
 
 
 def delete_leftovers(state: JobState, observation: Observation) -> tuple[DeleteK8sJob, ...]:
@@ -115,6 +98,11 @@ def begin_next(state: JobState, observation: Observation, gate: GateAnswer, now:
         return state
     attempts = [*status.attempts, running_entry(stage, number)][-MAX_ENTRIES:]
     return JobState(status.model_copy(update={"attempts": attempts}), state.outcome, None, ())
+
+
+def is_suspended(state: JobState, observation: Observation, gate: GateAnswer) -> bool:
+    """Return True if its user has suspended the job and nothing of it runs any more."""
+    return isinstance(gate, Wait) and gate.reason == Reason.SUSPENDED and may_begin_next(state, observation)
 
 
 def may_begin_next(state: JobState, observation: Observation) -> bool:

@@ -16,6 +16,7 @@ from finetune_operator.attempt_outcome import is_open
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import JobState, close_attempts
 from finetune_operator.conditions import ConditionUpdate, with_updates
+from finetune_operator.counted_time import with_suspended_clock, with_wait_clock
 from finetune_operator.decision import Action, Decision, SetK8sJobTtl
 from finetune_operator.final_status import Limits
 from finetune_operator.gates import Open, Over, ask_gates, deadline
@@ -53,7 +54,7 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
     state = attempt_steps.drop_outdated(state, observation, pod_state, now)
     # The clock of what a person has to fix goes on, or stops.
     pod_state = attempt_steps.pod_state(state, observation, now)
-    state = attempt_steps.with_wait_clock(state, pod_state, gate, now)
+    state = with_wait_clock(state, pod_state, gate, now)
     # Kubernetes Jobs of closed attempts go, whatever comes next.
     actions = attempt_steps.delete_leftovers(state, observation)
 
@@ -75,6 +76,7 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
 
     # The status says what is so now.
     pod_state = attempt_steps.pod_state(state, observation, now)
+    state = with_suspended_clock(state, pod_state, attempt_steps.is_suspended(state, observation, gate), now)
     state = state.with_status(_with_live_progress(state, observation, pod_state, now))
     status = running_status(job, state, observation, pod_state, gate, now)
     return _decision(job, status, state, actions, _requeue_after_s(spec, state, observation, pod_state, gate, now))
@@ -150,7 +152,7 @@ def _requeue_after_s(
     record, last = state.status.record, state.last
     waiting_since = parse_time(record.storage_wait_since) if record else None
     patience_ends = waiting_since + PATIENCE if waiting_since is not None else None
-    moments = [moment for moment in (deadline(spec, state.status), patience_ends) if moment is not None]
+    moments = [moment for moment in (deadline(spec, state.status, now), patience_ends) if moment is not None]
     waits_s = [max(1.0, (moment - now).total_seconds()) for moment in moments]
     if isinstance(gate, Open) and attempt_steps.may_begin_next(state, observation):
         retry_s = attempt_steps.seconds_to_next(state, now)

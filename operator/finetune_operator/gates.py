@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Reason
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.clock import parse_time
 
 
@@ -37,10 +37,12 @@ Gate = Callable[[FineTuneJobSpec, FineTuneJobStatus, datetime], GateAnswer]
 
 def is_in_time(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
     """End a job that was not done within activeDeadlineSeconds."""
-    due = deadline(spec, status)
+    due = deadline(spec, status, now)
     if due is None or now < due:
         return Open()
     text = f"the job was not done {spec.active_deadline_seconds} s after it was accepted (activeDeadlineSeconds)"
+    held_s = suspended_s(status.record, now)
+    text += f"; the {held_s} s in which it was suspended are not counted" if held_s else ""
     return Over(Reason.DEADLINE_EXCEEDED, text)
 
 
@@ -59,9 +61,18 @@ def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -
     return next((answer for answer in answers if not isinstance(answer, Open)), Open())
 
 
-def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> datetime | None:
-    """Return when the job ends at the latest; None where it sets no bound."""
+def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> datetime | None:
+    """Return when the job ends at the latest, if it is not suspended from now on; None where it sets no bound."""
     accepted_at = parse_time(status.record.accepted_at) if status.record else None
     if spec.active_deadline_seconds is None or accepted_at is None:
         return None
-    return accepted_at + timedelta(seconds=spec.active_deadline_seconds)
+    return accepted_at + timedelta(seconds=spec.active_deadline_seconds + suspended_s(status.record, now))
+
+
+def suspended_s(record: OperatorRecord | None, now: datetime) -> int:
+    """Return for how many seconds the job was suspended up to now."""
+    if record is None:
+        return 0
+    since = parse_time(record.suspended_since)
+    going_on_s = max(0, int((now - since).total_seconds())) if since is not None else 0
+    return (record.suspended_seconds or 0) + going_on_s

@@ -8,10 +8,11 @@ from finetune_api.run import Progress, Trouble
 from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus, Phase
 from finetune_operator import quality
 from finetune_operator.attempt_outcome import is_open, is_stopping
-from finetune_operator.attempt_steps import may_begin_next
+from finetune_operator.attempt_steps import is_suspended
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import JobState
 from finetune_operator.conditions import ConditionUpdate, find, with_updates
+from finetune_operator.counted_time import is_held_by_others
 from finetune_operator.final_status import ended_words, planned_condition
 from finetune_operator.gates import GateAnswer, Wait
 from finetune_operator.job_reader import FineTuneJob, reason_of
@@ -40,7 +41,7 @@ def running_status(
     suspend = isinstance(gate, Wait) and gate.reason == Reason.SUSPENDED
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     doing = Reason.TRAINING if stage == Stage.TRAIN else Reason.PREPARING
-    suspended = suspend and may_begin_next(state, observation)
+    suspended = is_suspended(state, observation, gate)
     updates = [
         planned_condition(status),
         _admitted(state, pod_state, suspended, doing),
@@ -55,8 +56,11 @@ def running_status(
     ]
     status = with_updates(status, [update for update in updates if update is not None], job.generation, now)
     started = any(e.started_at is not None for e in status.attempts if e.stage == stage)
-    held = pod_state.wait is not None and pod_state.wait.reason == Reason.JOB_SUSPENDED
-    phase = Phase.PENDING if held or not started else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
+    phase = (
+        Phase.PENDING
+        if is_held_by_others(pod_state) or not started
+        else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
+    )
     return status.model_copy(update={"phase": Phase.SUSPENDED if suspended else phase})
 
 

@@ -1255,3 +1255,67 @@ def test_no_verdict_is_taken_while_the_pods_that_are_known_do_not_explain_why_th
 def test_pods_that_explain_the_end_are_not_listed_once_more(outcome: str, code: int):
     world = World().training().end("train-1", code=code)
     assert not wants_live_pods(world.view.status, replace(world.seen, pods_listed=False), world.now)
+
+
+def test_the_time_in_which_a_job_is_suspended_does_not_count_against_its_deadline():
+    world = World(activeDeadlineSeconds=3600).training()
+    world.spec["suspend"] = True
+    world.step(after_s=1000).end("train-1", fault=Fault.INTERRUPTED).gone("train-1").step(after_s=100)
+    assert world.step(after_s=100_000).phase == Phase.SUSPENDED
+    world.spec["suspend"] = False
+    world.step().run("train-2")
+    assert world.status["record"]["suspendedSeconds"] == 100_000
+    assert "suspendedSince" not in world.status["record"]
+    world.step(after_s=2499)
+    assert world.verdict[0] == "Unknown"
+    assert world.requeue_after_s == 1
+    world.step(after_s=1)
+    assert world.verdict == ("False", "DeadlineExceeded")
+    assert "100000 s in which it was suspended are not counted" in world.message(ConditionType.SUCCEEDED)
+
+
+def test_time_in_a_queue_that_suspends_the_kubernetes_job_does_not_count_against_the_deadline_either():
+    world = World(activeDeadlineSeconds=3600).prepared()
+    hold(world, "train-1").step().step(after_s=100_000)
+    assert world.verdict[0] == "Unknown"
+    hold(world, "train-1", None).step().run("train-1").step(after_s=3599)
+    assert world.verdict[0] == "Unknown"
+    world.step(after_s=1)
+    assert world.verdict == ("False", "DeadlineExceeded")
+
+
+def test_a_job_whose_status_an_earlier_operator_or_crd_wrote_has_no_suspended_time_and_its_deadline():
+    world = World(activeDeadlineSeconds=3600).training()
+    assert set(world.status["record"]) <= {"acceptedAt", "disruptions", "disruptedPods", "runConfig", "runDigest"}
+    world.step(after_s=3600)
+    assert world.verdict == ("False", "DeadlineExceeded")
+    assert "suspended" not in world.message(ConditionType.SUCCEEDED)
+
+
+@pytest.mark.parametrize("operator_is_there", [True, False])
+def test_storage_that_is_denied_after_hours_of_good_work_gets_the_whole_patience_again(operator_is_there: bool):
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.ACCESS_DENIED).step().step(after_s=15)
+    world.run("prepare-2")
+    if operator_is_there:
+        world.step(after_s=3 * 3600)
+        assert "storageWaitSince" not in world.status["record"]
+    else:
+        world.now += timedelta(hours=3)
+    world.end("prepare-2", fault=Fault.TOKEN_EXPIRED)
+    denied_at = world.now
+    world.step()
+    assert world.verdict[0] == "Unknown"
+    assert world.status["record"]["storageWaitSince"] == format_time(denied_at)
+    for attempt in range(3, 40):
+        world.step(after_s=60).run(f"prepare-{attempt}").end(f"prepare-{attempt}", fault=Fault.TOKEN_EXPIRED).step()
+        if world.phase == Phase.FAILED:
+            break
+    assert world.verdict == ("False", "AccessDenied")
+    assert timedelta(minutes=15) <= world.now - denied_at < timedelta(minutes=17)
+
+
+def test_a_queue_that_suspends_the_kubernetes_job_stops_the_clock_of_patience():
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.ACCESS_DENIED).step().step(after_s=15)
+    hold(world, "prepare-2").step().step(after_s=3600)
+    hold(world, "prepare-2", None).step().run("prepare-2").end("prepare-2", fault=Fault.ACCESS_DENIED).step()
+    assert world.verdict[0] == "Unknown"

@@ -134,7 +134,12 @@ conditions = st.lists(
 )  # fmt: skip
 records = st.fixed_dictionaries(
     {"disruptions": st.integers(0, 30)},
-    optional={"acceptedAt": stored_times, "storageWaitSince": stored_times},
+    optional={
+        "acceptedAt": stored_times,
+        "storageWaitSince": stored_times,
+        "suspendedSince": stored_times,
+        "suspendedSeconds": st.integers(0, 10**9),
+    },
 )
 statuses = st.fixed_dictionaries(
     {},
