@@ -22,7 +22,7 @@ def control_plane() -> Iterator[testbed.Cluster]:
     try:
         cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds/finetunejobs.yaml"))
         cluster.kubectl(
-            "wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=120s", timeout_s=130
+            "wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=240s", timeout_s=300
         )
         yield cluster
     finally:

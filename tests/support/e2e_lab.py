@@ -39,7 +39,7 @@ class Api:
         url = f"{self._server}{path}?{urllib.parse.urlencode(query)}"
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self.token}"})
         try:
-            with self._opener.open(request, timeout=10) as answer:
+            with self._opener.open(request, timeout=PATIENCE_S) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code == 404:
@@ -53,7 +53,7 @@ class Api:
 def fetch(url: str) -> str | None:
     """Text at an address on this machine; None when nobody answers."""
     try:
-        with urllib.request.build_opener(_DIRECT).open(url, timeout=5) as answer:
+        with urllib.request.build_opener(_DIRECT).open(url, timeout=60) as answer:
             return answer.read().decode()
     except (OSError, http.client.HTTPException):
         return None

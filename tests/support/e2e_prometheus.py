@@ -69,10 +69,12 @@ def running(lab: Lab, folder: Path) -> Generator[Prometheus]:
         yield prometheus
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE_S)
 
 
 def lint(metrics: str) -> str:
     """What `promtool check metrics` has against the text; empty when it is clean."""
-    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     return (done.stdout + done.stderr).strip() or ("" if done.returncode == 0 else f"exit code {done.returncode}")

@@ -43,9 +43,11 @@ def take_away(cluster: testbed.Cluster) -> None:
     """Only what is ours. Tests of the testbed may have ended the cluster meanwhile."""
     if testbed.find() is None:
         return
-    cluster.kubectl("-n", NAMESPACE, "delete", "ftj", "--all", "--wait=true", check=False, timeout_s=90)
+    cluster.kubectl("-n", NAMESPACE, "delete", "ftj", "--all", "--wait=true", check=False, timeout_s=PATIENCE_S)
     _helm(cluster, "uninstall", "finetune-operator", check=False)
-    cluster.kubectl("delete", "namespace", NAMESPACE, OPERATOR_NAMESPACE, "--wait=true", check=False, timeout_s=120)
+    cluster.kubectl(
+        "delete", "namespace", NAMESPACE, OPERATOR_NAMESPACE, "--wait=true", check=False, timeout_s=PATIENCE_S
+    )
 
 
 def _s3(cluster: testbed.Cluster) -> Any:
@@ -105,7 +107,9 @@ def _prepare_namespaces(lab: Lab) -> None:
     )
     account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default"
     until(lambda: lab.api.get(account), "the namespace's ServiceAccount", PATIENCE_S)
-    lab.kubectl("delete", "ftj", "--all", "--wait=true", "--timeout=60s", check=False, timeout_s=70)
+    lab.kubectl(
+        "delete", "ftj", "--all", "--wait=true", f"--timeout={PATIENCE_S:.0f}s", check=False, timeout_s=PATIENCE_S + 60
+    )
     pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
     until(lambda: not lab.api.items(pods), "pods of an earlier session are gone", PATIENCE_S)
 
@@ -113,18 +117,27 @@ def _prepare_namespaces(lab: Lab) -> None:
 def _install_chart(lab: Lab, folder: Path) -> None:
     values = _values()
     # The CRD is one for the whole cluster and may belong to another release, such as the demo's.
-    options = ["--take-ownership", "--wait", "--timeout", "120s", "-f", str(write_json(folder / "values.json", values))]
+    options = [
+        "--take-ownership",
+        "--wait",
+        "--timeout",
+        f"{PATIENCE_S:.0f}s",
+        "-f",
+        str(write_json(folder / "values.json", values)),
+    ]
     chart = str(ROOT / "charts/finetune-operator")
     _helm(lab.cluster, "upgrade", "--install", "finetune-operator", chart, *options)
     # The same tag may be another image than the running pod's.
     deployment = ("-n", OPERATOR_NAMESPACE, "rollout")
     lab.cluster.kubectl(*deployment, "restart", "deploy/finetune-operator")
-    lab.cluster.kubectl(*deployment, "status", "deploy/finetune-operator", "--timeout=120s", timeout_s=130)
+    lab.cluster.kubectl(
+        *deployment, "status", "deploy/finetune-operator", f"--timeout={PATIENCE_S:.0f}s", timeout_s=PATIENCE_S + 60
+    )
 
 
 def _helm(cluster: testbed.Cluster, *arguments: str, check: bool = True) -> None:
     command = [binaries.binary("helm"), "--kubeconfig", str(cluster.kubeconfig), "-n", OPERATOR_NAMESPACE]
-    run([*command, *arguments], timeout_s=150, check=check)
+    run([*command, *arguments], timeout_s=PATIENCE_S + 60, check=check)
 
 
 def _values() -> dict[str, object]:
