@@ -53,6 +53,28 @@ class Connections(Generic[T]):
         self._hang_up(self._since_s.pop(key)[1])
 
 
+class OneAtATime(Generic[T]):
+    """Makes an answer for all who wait for one, so that many who ask at once cost no more than one does.
+
+    Thread-safe. None gets an answer that was begun before he asked."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._turn = threading.Lock()
+        self._begun = 0  # answers
+        self._newest: tuple[int, T] | None = None  # which of them it was
+
+    def get(self) -> T:
+        """Raises what `make` raises."""
+        asked = self._begun
+        with self._turn:
+            if self._newest is not None and self._newest[0] > asked:
+                return self._newest[1]
+            self._begun += 1
+            self._newest = (self._begun, self._make())
+            return self._newest[1]
+
+
 class BoundedHttpServer(ThreadingHTTPServer):
     """A server with a thread for each connection, of which Connections ends those that are too many or too slow."""
 

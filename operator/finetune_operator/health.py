@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer
+from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer, OneAtATime
 
 STALL_S = 180.0
 STUCK_S = 120.0
@@ -34,6 +34,8 @@ class HttpServer:
     def __init__(self, port: int, registry: CollectorRegistry, check: Callable[[], list[str]]) -> None:
         """Port 0 takes a free one; see `port`."""
 
+        metrics = OneAtATime(lambda: generate_latest(registry))
+
         class Handler(BaseHTTPRequestHandler):
             timeout = CONNECTION_TIMEOUT_S
 
@@ -42,7 +44,7 @@ class HttpServer:
                     wrong = check()
                     self._answer(503 if wrong else 200, "text/plain", ("\n".join(wrong) or "ok").encode())
                 elif self.path.split("?")[0] == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+                    self._answer(200, CONTENT_TYPE_LATEST, metrics.get())
                 else:
                     self._answer(404, "text/plain", b"/healthz or /metrics")
 

@@ -5,15 +5,17 @@ import contextlib
 import http.client
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.registry import Collector
 
 from finetune_api import connections
-from finetune_api.connections import MAX_CONNECTIONS, Connections
+from finetune_api.connections import MAX_CONNECTIONS, Connections, OneAtATime
 from finetune_api.names import Stage
 from finetune_operator import progress
 from finetune_operator.child_cache import ChildCache
@@ -131,6 +133,59 @@ def test_the_oldest_of_too_many_connections_makes_room_and_none_stays_for_ever()
     table.enter("newest")
     table.end_overdue()
     assert gone == [*names[1:], "late", "later"]
+
+
+def test_many_who_ask_for_metrics_at_once_cost_no_more_than_one() -> None:
+    class Slow(Collector):
+        """Metrics that are made as long as the test wants."""
+
+        def __init__(self) -> None:
+            self.begun, self.at_once, self.most = threading.Semaphore(0), 0, 0
+            self.go_on = threading.Event()
+
+        def collect(self) -> Iterator[Metric]:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            self.begun.release()
+            assert self.go_on.wait(60)
+            self.at_once -= 1
+            return iter(())
+
+    slow, registry, threads = Slow(), CollectorRegistry(), list[threading.Thread]()
+    server = HttpServer(0, registry, list)
+    registry.register(slow)
+    try:
+        for _ in range(8):
+            threads.append(threading.Thread(target=status_of, args=(server.port, "/metrics"), daemon=True))
+            threads[-1].start()
+        assert slow.begun.acquire(timeout=60)
+        assert status_of(server.port, "/healthz") == 200
+        slow.go_on.set()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        slow.go_on.set()
+        server.close()
+    assert slow.most == 1
+
+
+def test_an_answer_for_all_who_wait_is_none_that_was_begun_before_they_asked() -> None:
+    going, go_on, made = threading.Semaphore(0), threading.Semaphore(0), list[int]()
+
+    def make() -> int:
+        made.append(len(made) + 1)
+        going.release()
+        assert go_on.acquire(timeout=60)
+        return made[-1]
+
+    shared = OneAtATime(make)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(shared.get)
+        assert going.acquire(timeout=60)
+        later = [pool.submit(shared.get) for _ in range(3)]
+        go_on.release(4)
+        assert first.result(60) == 1
+        assert all(each.result(60) > 1 for each in later)
 
 
 def silence_after(minutes: int, behave: str, monkeypatch: pytest.MonkeyPatch) -> float:

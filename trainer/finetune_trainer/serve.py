@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from finetune_api.base import finite
-from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer
+from finetune_api.connections import CONNECTION_TIMEOUT_S, BoundedHttpServer, OneAtATime
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_trainer.logs import bind_step
@@ -150,7 +150,7 @@ class _ProgressCollector(Collector):
 
 class _Server(BoundedHttpServer):
     def __init__(self, port: int, registry: CollectorRegistry, reporter: Reporter) -> None:
-        self.registry = registry
+        self.metrics = OneAtATime(lambda: generate_latest(registry))
         self.reporter = reporter
         super().__init__(("", port), _Handler, bind_and_activate=False)
         self.socket.close()
@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 self._answer(body, "application/json")
             case "/metrics":
-                self._answer(generate_latest(self.server.registry), CONTENT_TYPE_PLAIN_0_0_4)
+                self._answer(self.server.metrics.get(), CONTENT_TYPE_PLAIN_0_0_4)
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
 

@@ -29,7 +29,7 @@ from finetune_trainer.store import Store
 _GENERATION = "generation_config.json"
 MAX_TOKENIZER_BYTES = 64 * 2**20
 _CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")  # other …LMHeadModel are of encoders, which see what comes after
-_LEAST = {  # of numbers that are no numbers of the model below it
+_LEAST = {  # that a number must be, and finite, for the model to give numbers
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), sys.float_info.min),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 0.0),
 }
