@@ -47,7 +47,7 @@ def test_an_sft_job_ends_with_a_whole_adapter_that_beats_the_base(lab: Lab, undi
         ("train", 1, "Succeeded", 0),
     ]
     assert_adapter_is_whole(lab, undisturbed)
-    lab.kubectl("wait", "--for=condition=Succeeded", "ftj/undisturbed", "--timeout=5s")
+    lab.kubectl("wait", "--for=condition=Succeeded", "ftj/undisturbed", "--timeout=60s")
     logs = lab.keys(f"{undisturbed.run_uri()}/.job/logs/")
     assert [uri.rpartition("/")[2] for uri in logs] == ["prepare-1.jsonl", "train-1.jsonl"]
     assert lab.keys(f"{undisturbed.run_uri()}/.job/checkpoints/")  # the last one is kept
@@ -75,7 +75,7 @@ def test_a_broken_row_fails_the_job_before_any_training_pod_and_is_named(lab: La
     event = until(lambda: _event(job, "DataInvalid"), "the event about the broken row", PATIENCE_S, job.explain)
     assert f"{BAD_FILE} row {BAD_ROW}" in event["message"]
     assert event["type"] == "Warning"
-    lab.kubectl("wait", "--for=condition=Finished", "ftj/broken", "--timeout=5s")
+    lab.kubectl("wait", "--for=condition=Finished", "ftj/broken", "--timeout=60s")
 
 
 def _event(job: Submitted, reason: str) -> dict[str, Any] | None:

@@ -22,8 +22,9 @@ from built import require_testbed
 from testbed import host, images
 from testbed.instance import Instance, containerd_root
 from testbed.processes import marked_pids, run
+from waiting import PATIENCE_S
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTANCE = Instance("selftest")
@@ -78,14 +79,18 @@ def run_pod(cluster: testbed.Cluster, name: str, spec: Mapping[str, object]) -> 
     cluster.apply(NAMESPACE)
     # The ServiceAccount of a new namespace comes a moment later, and a pod is refused until then.
     account = ["-n", "probe", "get", "serviceaccount", "default"]
-    until(lambda: cluster.kubectl(*account, check=False) != "", timeout_s=20, what="the namespace's ServiceAccount")
+    until(
+        lambda: cluster.kubectl(*account, check=False) != "",
+        timeout_s=PATIENCE_S,
+        what="the namespace's ServiceAccount",
+    )
     cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "probe"}, "spec": spec})
 
     def terminated() -> dict[str, object] | None:
         status = json.loads(cluster.kubectl("-n", "probe", "get", "pod", name, "-o", "json"))["status"]
         return status.get("containerStatuses", [{}])[0].get("state", {}).get("terminated")
 
-    until(lambda: terminated() is not None, timeout_s=90, what=f"pod {name} ends")
+    until(lambda: terminated() is not None, timeout_s=PATIENCE_S, what=f"pod {name} ends")
     return terminated() or {}, cluster.kubectl("-n", "probe", "logs", name)
 
 
@@ -111,9 +116,9 @@ account = "/var/run/secrets/kubernetes.io/serviceaccount/"
 context = ssl.create_default_context(cafile=account + "ca.crt")
 headers = {{"Authorization": "Bearer " + open(account + "token").read()}}
 request = urllib.request.Request("https://kubernetes.default.svc/version", headers=headers)
-print("api", urllib.request.urlopen(request, context=context, timeout=10).status)
+print("api", urllib.request.urlopen(request, context=context, timeout=100).status)
 try:
-    urllib.request.urlopen("{cluster.s3_endpoint_pod}/", timeout=10)
+    urllib.request.urlopen("{cluster.s3_endpoint_pod}/", timeout=100)
 except urllib.error.HTTPError as error:
     print("s3", error.code)
 open("/dev/termination-log", "w").write("done")
@@ -124,7 +129,7 @@ open("/dev/termination-log", "w").write("done")
 
     # The same server on the host's loopback; 403: it asks for a signature.
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(cluster.s3_endpoint_host, timeout=10)
+        urllib.request.urlopen(cluster.s3_endpoint_host, timeout=PATIENCE_S)
 
     testbed.down(INSTANCE.name)
     assert_nothing_is_left()
@@ -135,15 +140,16 @@ def test_two_pods_of_an_indexed_job_find_each_other_and_exit_code_11_ends_the_jo
 import os, socket, sys, time
 index = int(os.environ["JOB_COMPLETION_INDEX"])
 server = socket.create_server(("", 29500))
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 200
 while True:
     try:
-        socket.create_connection((f"ring-{1 - index}.ring", 29500), timeout=2)
+        socket.create_connection((f"ring-{1 - index}.ring", 29500), timeout=20)
         break
     except OSError:
         assert time.monotonic() < deadline, "the other pod was not found"
         time.sleep(0.1)
-time.sleep(3)
+server.settimeout(200)
+server.accept()  # the other one has found this pod, too
 sys.exit(11 * index)
 """
     selector = {"job-name": "ring"}
@@ -162,7 +168,7 @@ sys.exit(11 * index)
         {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": service},
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": job},
     )
-    cluster.kubectl("-n", "probe", "wait", "--for=condition=Failed", "job/ring", "--timeout=90s", timeout_s=100)
+    cluster.kubectl("-n", "probe", "wait", "--for=condition=Failed", "job/ring", "--timeout=240s", timeout_s=300)
     message = cluster.kubectl("-n", "probe", "get", "job", "ring", "-o", "jsonpath={.status.conditions[*].message}")
     assert "exit code 11 matching FailJob rule" in message
 
@@ -211,7 +217,7 @@ def test_up_renews_a_cluster_of_which_a_component_was_killed(cluster: testbed.Cl
     cluster.apply(
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "left", "namespace": "probe"}, "spec": sleeper}
     )
-    cluster.kubectl("-n", "probe", "wait", "--for=condition=Ready", "pod/left", "--timeout=60s", timeout_s=70)
+    cluster.kubectl("-n", "probe", "wait", "--for=condition=Ready", "pod/left", "--timeout=240s", timeout_s=300)
     cluster.stop_component(component)
 
     renewed = testbed.up(INSTANCE.name)
@@ -230,10 +236,10 @@ def test_down_and_up_work_after_the_tool_was_killed_in_mid_start(moment: str):
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )
-    until((INSTANCE.dir / moment).exists, timeout_s=60, what=moment)
+    until((INSTANCE.dir / moment).exists, timeout_s=PATIENCE_S, what=moment)
     assert tool.poll() is None
     tool.send_signal(signal.SIGKILL)
-    tool.wait(timeout=10)
+    tool.wait(timeout=PATIENCE_S)
 
     testbed.down(INSTANCE.name)
 
@@ -265,7 +271,7 @@ def test_an_image_that_the_disk_cannot_hold_is_refused_with_the_sizes_and_loads_
     cluster: testbed.Cluster, monkeypatch: pytest.MonkeyPatch
 ):
     name = "localhost/finetune-base:bookworm"
-    container = run(["buildah", "from", name], timeout_s=60).stdout.strip()
+    container = run(["buildah", "from", name], timeout_s=PATIENCE_S).stdout.strip()
     try:
         run(
             [

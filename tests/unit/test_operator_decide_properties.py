@@ -178,10 +178,17 @@ def dumped(made: Decision) -> dict[str, Any]:
 
 @settings(max_examples=500, deadline=None)
 @given(specs, statuses, seens, times)
-def test_plan_never_raises_and_its_status_and_events_are_bounded(
+def test_a_decision_is_bounded_creates_at_most_one_job_and_says_nothing_new_when_made_again(
     spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
 ):
+    """All of them about the same examples, which take longer to make than to decide on."""
     made = decide(job_view(spec, status), seen, now)
+    is_bounded(made)
+    creates_a_job_only_when_nothing_of_another_attempt_is_alive(made, spec, seen)
+    writes_and_tells_nothing_when_made_again(spec, status, seen, now)
+
+
+def is_bounded(made: Decision) -> None:
     assert len(made.status.model_dump_json(by_alias=True, exclude_none=True).encode()) <= 8192
     assert len(made.status.attempts) <= 10
     assert all(0 < len(event.message) <= 1024 for event in made.events)
@@ -196,11 +203,9 @@ def about_the_open_attempt(job: FineTuneJob, seen: Observation, now: datetime) -
     return seen if same and (before[-1].stage, before[-1].number) == (after[-1].stage, after[-1].number) else without
 
 
-@settings(max_examples=500, deadline=None)
-@given(specs, statuses, seens, times)
-def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
+def writes_and_tells_nothing_when_made_again(
     spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
-):
+) -> None:
     seen = about_the_open_attempt(job_view(spec, status), seen, now)
     first = decide(job_view(spec, status), seen, now)
     second = decide(job_view(spec, dumped(first)), seen, now)
@@ -210,12 +215,9 @@ def test_planning_again_with_the_same_observation_writes_and_tells_nothing(
         assert second.actions == first.actions
 
 
-@settings(max_examples=500, deadline=None)
-@given(specs, statuses, seens, times)
-def test_a_job_is_created_only_when_nothing_of_another_attempt_is_alive(
-    spec: dict[str, Any], status: dict[str, Any], seen: Observation, now: datetime
-):
-    made = decide(job_view(spec, status), seen, now)
+def creates_a_job_only_when_nothing_of_another_attempt_is_alive(
+    made: Decision, spec: dict[str, Any], seen: Observation
+) -> None:
     creations = [action for action in made.actions if isinstance(action, CreateK8sJob)]
     assert len(creations) <= 1
     if creations:
