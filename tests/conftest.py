@@ -1,6 +1,8 @@
 """What holds for all tests: speed is never asserted, as the machine may have other work, and decides nothing."""
 
+import gc
 import sys
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,3 +17,22 @@ def fp32_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     world = sys.modules.get("finetune_trainer.world")  # not imported for tests that need no torch
     if world is not None:
         monkeypatch.setattr(world, "bf16_speedup", lambda: 0.2)
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run spends half its time on its 64 tokens of each answer; a test that is about answers takes them all, by a
+    fixture of this name that does nothing."""
+    train = sys.modules.get("finetune_trainer.train")
+    if train is not None:
+        monkeypatch.setattr(train, "answers", partial(train.answers, limit=8))
+
+
+def pytest_collection_finish() -> None:
+    """Leave torch and all else that the tests import out of the collections of garbage that every run makes."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -24,6 +24,11 @@ from tiny_run import STOP_ID, TinyRun, context, make_run
 WORSE, RUN_ON, DIVERGING = Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING
 
 
+@pytest.fixture(autouse=True)
+def short_answers() -> None:
+    """All tokens of an answer, as here it matters whether it ends."""
+
+
 def held_out(loss: float, rows: int = 100, **more: float | None) -> HeldOut:
     return HeldOut.model_validate({"step": 0, "loss": loss, "rows": rows, "label_tokens": 10 * rows, **more})
 
