@@ -227,6 +227,21 @@ def test_a_parquet_file_whose_pages_hold_fewer_rows_than_it_counts_is_refused(
         list(decoder.rows(path, "a.parquet"))
 
 
+def test_a_parquet_file_with_a_row_group_of_less_than_nothing_is_refused(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 1097}), path, row_group_size=1000, write_statistics=False)
+    # In Thrift's compact protocol: 97 and -97, and what 1000 and either come to.
+    rows, less, of_both, of_less = b"\x16\xc2\x01", b"\x16\xc1\x01", b"\x16\x92\x11", b"\x16\x8e\x0e"
+    content = path.read_bytes()
+    begin, _, end = content.rpartition(rows)
+    assert content.count(of_both) == 1
+    path.write_bytes((begin + less + end).replace(of_both, of_less))
+    with pytest.raises(StageError, match="its footer counts 903 rows, its row groups 903"):
+        list(decoder.rows(path, "a.parquet"))
+
+
 def test_of_very_many_columns_with_long_names_a_bounded_part_is_told(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({f"{number}" + "n" * 100: ["a"] for number in range(1100)})
     assert len(list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a"))) == 1
@@ -295,8 +310,9 @@ def test_a_parquet_value_that_no_json_has_breaks_rows_that_need_its_field_alone(
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "x" * (MAX_LINE_BYTES + 1)]})
-    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
-    assert found == [{"text": "a"}, Broken(Problem.LINE_TOO_LONG)]
+    short, long = decoder.rows(parquet(tmp_path / "a.parquet", table), "a")
+    assert (short.value, long.value) == ({"text": "a"}, Broken(Problem.LINE_TOO_LONG))
+    assert long.size_bytes == MAX_LINE_BYTES, "it counts against what a file may unpack to"
 
 
 @settings(max_examples=60, deadline=None)
