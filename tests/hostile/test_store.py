@@ -271,6 +271,8 @@ def test_a_listing_without_end_of_what_does_not_match_is_given_up(
     assert caught.value.fault is Fault.TOO_MANY_FILES
 
 
+# Otherwise a listing of nothing.
+DECLARED = """<!DOCTYPE a [<!ENTITY b "false">]><ListBucketResult><IsTruncated>&b;</IsTruncated></ListBucketResult>"""
 ODD = {
     "no bytes at all": ("list", OK + b"\r\n"),
     "a page of something else": ("list", sized(b"<html/>")),
@@ -281,8 +283,8 @@ ODD = {
     "an entry without a name": ("list", listing("<Contents><Size>1</Size></Contents>")),
     "a name that was not asked for": ("list", listing(ENTRY.format("a").replace("folder/", "../../etc/"))),
     "a time that is none": ("list", listing("<Contents><LastModified>soon</LastModified></Contents>")),
-    "declared entities": ("list", sized(b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>')),
-    "declared entities in UTF-16": ("list", sized('<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'.encode("utf-16"))),
+    "declared entities": ("list", sized(DECLARED.encode())),
+    "declared entities in UTF-16": ("list", sized(DECLARED.encode("utf-16"))),
     "a head without an ETag": ("head", sized(b"")),
     "a head without a size": ("head", OK + TAG + b"\r\n"),
     "a head with a size in words": ("head", OK + TAG + b"Content-Length: many\r\n\r\n"),
