@@ -1,5 +1,6 @@
 """The processes that read what others wrote need no more memory on a machine of many cores than on one of few."""
 
+import io
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import orjson
 import pytest
 
 from finetune_trainer.data import child
+from finetune_trainer.data.frames import read_frame, write_frame
 
 BEGIN = {
     "finetune_trainer.data.parquet_worker": [],
@@ -33,3 +35,11 @@ def threads_on(cores: set[int], module: str) -> int:
 def test_no_child_starts_threads_by_the_number_of_cores(module: str) -> None:
     every = os.sched_getaffinity(0)
     assert threads_on(every, module) == threads_on({min(every)}, module)
+
+
+@pytest.mark.parametrize(("size", "found"), [(10, b"x" * 10), (11, None)])
+def test_a_message_beyond_its_limit_is_not_read(size: int, found: bytes | None) -> None:
+    stream = io.BytesIO()
+    write_frame(stream, b"x" * size)
+    stream.seek(0)
+    assert read_frame(stream, 10) == found
