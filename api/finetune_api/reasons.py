@@ -63,6 +63,7 @@ class Reason(StrEnum):
     MISSING_REF = "MissingRef"
     FORBIDDEN = "Forbidden"
     NODE_UNREACHABLE = "NodeUnreachable"
+    NO_ANSWER = "NoAnswer"  # of a pod that runs, when it is asked for its progress
     POD_NOT_STARTED = "PodNotStarted"  # the node refuses the pod, or cannot set it up
     JOB_SUSPENDED = "JobSuspended"  # the Kubernetes Job, by somebody else: Kueue, say
     JOB_LOST = "JobLost"

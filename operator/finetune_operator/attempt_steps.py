@@ -77,9 +77,10 @@ def stop(
         return state
     if isinstance(gate, Wait) and gate.reason in STOPPING:
         return _with_last(state, last.model_copy(update={"reason": gate.reason.value}))
-    answer = observation.answer_of(last)
+    answer, silence = observation.answer_of(last), observation.silence_of(last)
     # Silence is judged as standing still: whoever keeps a pod from answering must not keep it from being judged.
-    still_s = max(answer.progress.seconds_since_step if answer is not None else 0.0, observation.silent_s(last))
+    silent_s = silence.silent_s if silence is not None else 0.0
+    still_s = max(answer.progress.seconds_since_step if answer is not None else 0.0, silent_s)
     if pod_state.running and still_s > progress_deadline_s:
         return _with_last(state, last.model_copy(update={"reason": Reason.NO_PROGRESS.value}))
     return state

@@ -31,11 +31,11 @@ class ChildCache:
         with self._lock:
             return tuple(self._jobs.get(owner, {}).values()), tuple(self._pods.get(owner, {}).values())
 
-    def running_train_pods(self) -> list[tuple[Owner, ObservedPod]]:
+    def running_pods(self) -> list[tuple[Owner, ObservedPod]]:
         """Each pod that can be asked for its progress."""
         with self._lock:
             pods = [(owner, pod) for owner, by_uid in self._pods.items() for pod in by_uid.values()]
-        return [(owner, pod) for owner, pod in pods if pod.stage == names.Stage.TRAIN and pod.running and pod.ip]
+        return [(owner, pod) for owner, pod in pods if pod.running and pod.ip]
 
     def owners(self) -> set[Owner]:
         """The FineTuneJobs of which anything is kept."""

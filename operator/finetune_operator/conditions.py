@@ -19,6 +19,7 @@ _FIRST_WORDS_STAY = (Reason.UNSCHEDULABLE, Reason.DIVERGING)
 _CLUSTERS_WORDS = (
     Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.IMAGE_PULL, Reason.MISSING_REF,
     Reason.NODE_UNREACHABLE, Reason.POD_NOT_STARTED, Reason.JOB_SUSPENDED, Reason.DISRUPTED, Reason.INVALID_MANIFEST,
+    Reason.NO_ANSWER,
 )  # fmt: skip
 _VOLATILE = re.compile(r"[\w./:>-]*(\d[\w./:>-]*|[0-9a-f]{8,})")
 ConditionState = Literal["True", "False", "Unknown"]

@@ -24,7 +24,7 @@ from finetune_operator.job_events import events_between
 from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observation import Blocked, Observation
 from finetune_operator.pod_waits import PATIENCE, SLOW_START_S, PodState
-from finetune_operator.progress_status import is_stale, is_write_due, with_progress, without_eta
+from finetune_operator.progress_status import is_write_due, with_age, with_progress, without_eta
 from finetune_operator.running_status import running_status
 from finetune_operator.status_size import bounded
 
@@ -132,12 +132,11 @@ def _with_live_progress(
     if last is None or not pod_state.running:
         return status
     answer = observation.answer_of(last)
+    if last.stage != Stage.TRAIN:
+        return status
     if answer is not None and is_write_due(status, answer, interval_s):
         status = with_progress(status, answer)
-    if status.progress is not None and last.stage == Stage.TRAIN:
-        stale = is_stale(status, answer, interval_s, now)
-        status = status.model_copy(update={"progress": status.progress.model_copy(update={"stale": stale})})
-    return status
+    return with_age(status, answer, interval_s, now)
 
 
 def _requeue_after_s(

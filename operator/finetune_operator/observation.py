@@ -28,13 +28,26 @@ class PodAnswer:
 
 @dataclass(frozen=True)
 class PodSilence:
-    """A pod that can be reached but gave no usable answer, from the first to the last time it was asked."""
+    """A pod that gave no usable answer, from the first to the last time that it was asked in vain.
+
+    reached_since: since when it can be reached and says nothing; None where the network may be what keeps us apart."""
 
     stage: Stage
     attempt: int
     pod_uid: str
     since: datetime
     until: datetime
+    reached_since: datetime | None = None
+
+    @property
+    def unanswered_s(self) -> float:
+        """Seconds for which it has not answered, whosever fault that is."""
+        return (self.until - self.since).total_seconds()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which it has not answered, although it could be reached."""
+        return (self.until - self.reached_since).total_seconds() if self.reached_since is not None else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,8 @@ class Observation:
         mine = answer is not None and (answer.progress.stage, answer.progress.attempt) == (entry.stage, entry.number)
         return answer if mine else None
 
-    def silent_s(self, entry: AttemptStatus) -> float:
-        """Seconds for which this attempt's pod has not answered, although it was asked and could be reached."""
+    def silence_of(self, entry: AttemptStatus) -> PodSilence | None:
+        """The pod's silence, if it is of this attempt."""
         silence = self.silence
-        if silence is None or (silence.stage, silence.attempt) != (entry.stage, entry.number):
-            return 0.0
-        return (silence.until - silence.since).total_seconds()
+        mine = silence is not None and (silence.stage, silence.attempt) == (entry.stage, entry.number)
+        return silence if mine else None

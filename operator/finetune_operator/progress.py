@@ -1,4 +1,4 @@
-"""Pull the progress of running train pods. A pod is hostile: time, size and shape of its answer are bounded.
+"""Pull the progress of running pods. A pod is hostile: time, size and shape of its answer are bounded.
 
 The pod is asked in HTTP/1.0 over a plain connection, so there are no redirects, no chunks and no compression, and
 one deadline covers the whole exchange, however slowly the bytes come.
@@ -91,7 +91,7 @@ async def _exchange(host: str, port: int, reached: asyncio.Event) -> bytes:
 
 
 class ProgressPuller:
-    """Asks every running train pod each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
+    """Asks every running pod each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
     answer should be looked at."""
 
     def __init__(
@@ -118,7 +118,7 @@ class ProgressPuller:
             return self._answers.get(owner)
 
     def silence(self, owner: Owner) -> PodSilence | None:
-        """How long the pod has not answered, although it can be reached; None when it has."""
+        """How long the pod has not answered; None when it has, or was not asked."""
         with self._lock:
             return self._silences.get(owner)
 
@@ -142,7 +142,7 @@ class ProgressPuller:
         self._round_at_s = self._clock()
         while not self._stop.wait(interval_s):
             self._round_at_s = self._clock()
-            asyncio.run(self.pull(self._children.running_train_pods()))
+            asyncio.run(self.pull(self._children.running_pods()))
             self._round_at_s = self._clock()
 
     def stop(self) -> None:
@@ -175,15 +175,16 @@ class ProgressPuller:
     def _note_silence(self, owner: Owner, pod: ObservedPod, *, silent: bool) -> None:
         """Begin or go on with the pod's silence.
 
-        One that cannot be reached at all begins none, as a policy or a fault of the network, ours even, is not the
-        pod's. It goes on with one: for a process that stands still the kernel takes a hundred connections, no more."""
+        One that was never reached is not held against the pod, as a policy or a fault of the network, ours even, is not
+        the pod's. It goes on with one that is: for a process that stands still the kernel takes a hundred connections,
+        no more."""
         now = self._now()
         with self._lock:
             before = self._silences.pop(owner, None)
-            if before is not None and before.pod_uid == pod.uid:
-                self._silences[owner] = replace(before, until=now)
-            elif silent:
-                self._silences[owner] = PodSilence(pod.stage, pod.attempt, pod.uid, now, now)
+            if before is None or before.pod_uid != pod.uid:
+                before = PodSilence(pod.stage, pod.attempt, pod.uid, now, now)
+            reached_since = before.reached_since or (now if silent else None)
+            self._silences[owner] = replace(before, until=now, reached_since=reached_since)
 
     def _end_silence(self, owner: Owner) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from finetune_api.base import finite
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.observation import PodAnswer
+from finetune_operator.observation import PodAnswer, PodSilence
 
 STALE_AFTER_S = 120
 
@@ -36,12 +36,30 @@ def is_write_due(status: FineTuneJobStatus, answer: PodAnswer, interval_s: float
     return last is None or (answer.at - last).total_seconds() >= interval_s
 
 
-def is_stale(status: FineTuneJobStatus, answer: PodAnswer | None, interval_s: float, now: datetime) -> bool:
-    """Return True if the running pod has not answered for a while. `answer` outlives status writes, not restarts."""
-    last = parse_time(status.progress.last_updated_time) if status.progress else None
+def is_unanswered(silence: PodSilence | None, interval_s: float) -> bool:
+    """Return True if the running pod was asked in vain for a while."""
+    return silence is not None and silence.unanswered_s > _stale_after_s(interval_s)
+
+
+def with_age(
+    status: FineTuneJobStatus, answer: PodAnswer | None, interval_s: float, now: datetime
+) -> FineTuneJobStatus:
+    """Return the status that says whether its figures are old; the time left of old ones is wrong.
+
+    `answer` outlives status writes, not restarts."""
+    if status.progress is None:
+        return status
+    last = parse_time(status.progress.last_updated_time)
     if answer is not None:
         last = answer.at if last is None else max(last, answer.at)
-    return last is not None and (now - last).total_seconds() > max(STALE_AFTER_S, 3 * interval_s)
+    stale = last is not None and (now - last).total_seconds() > _stale_after_s(interval_s)
+    progress = status.progress.model_copy(update={"stale": stale})
+    status = status.model_copy(update={"progress": progress})
+    return without_eta(status) if stale else status
+
+
+def _stale_after_s(interval_s: float) -> float:
+    return max(STALE_AFTER_S, 3 * interval_s)
 
 
 def progress_status(said: Progress, at: datetime) -> ProgressStatus:
@@ -60,7 +78,7 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
 
 
 def without_eta(status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Return the status without the time left, which nobody knows while no pod runs."""
+    """Return the status without the time left, which nobody knows while no pod runs and answers."""
     if status.progress is None or status.progress.estimated_remaining_seconds is status.progress.eta is None:
         return status
     progress = status.progress.model_copy(update={"estimated_remaining_seconds": None, "eta": None})

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from finetune_api.names import Stage
+from finetune_api.names import HTTP_PORT, Stage
 from finetune_api.reasons import FAULTS, Reason, words
 from finetune_api.run import Progress, Trouble
 from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus, Phase
@@ -16,8 +16,9 @@ from finetune_operator.counted_time import is_held_by_others
 from finetune_operator.final_status import ended_words, planned_condition
 from finetune_operator.gates import GateAnswer, Wait
 from finetune_operator.job_reader import FineTuneJob, reason_of
-from finetune_operator.observation import Observation
+from finetune_operator.observation import Observation, PodSilence
 from finetune_operator.pod_waits import PATIENCE, REFUSED, PodState
+from finetune_operator.progress_status import is_unanswered
 
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
@@ -47,7 +48,7 @@ def running_status(
         _admitted(state, pod_state, suspended, doing),
         _running(job.status, state, pod_state, suspended, doing),
         _suspended(job.status, suspend, suspended),
-        _degraded(job.status, state, pod_state, said),
+        _degraded(job.status, state, pod_state, said, _unanswered(state, observation, pod_state)),
         quality.while_running(job.status, said),
         ConditionUpdate(ConditionType.SUCCEEDED, "Unknown", doing),
         ConditionUpdate(ConditionType.FINISHED, "False", doing),
@@ -132,7 +133,11 @@ def _suspended(old: FineTuneJobStatus, suspend: bool, suspended: bool) -> Condit
 
 
 def _degraded(
-    old: FineTuneJobStatus, state: JobState, pod_state: PodState, said: Progress | None
+    old: FineTuneJobStatus,
+    state: JobState,
+    pod_state: PodState,
+    said: Progress | None,
+    unanswered: PodSilence | None,
 ) -> ConditionUpdate | None:
     """Return what is to be fixed, or that nothing is; None keeps what is stored. `said`: by the pod that runs."""
     before, last, outcome = find(old, ConditionType.DEGRADED), state.last, state.outcome
@@ -144,6 +149,8 @@ def _degraded(
         return ConditionUpdate(ConditionType.DEGRADED, "True", outcome.reason, message)
     if outcome is not None and outcome.reason == Reason.BAD_REPORT:
         return ConditionUpdate(ConditionType.DEGRADED, "True", Reason.BAD_REPORT, ended_words(state))
+    if unanswered is not None:
+        return _no_answer(unanswered)
     if said is not None and said.trouble is not None:
         return _trouble(said.trouble)
     if _still_holds(before, state, pod_state, said):
@@ -153,6 +160,21 @@ def _degraded(
         message = f"attempt {waited.number} of {waited.stage} waited for this; trying again"
         return ConditionUpdate(ConditionType.DEGRADED, "True", reason_of(waited.reason), message)
     return ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY)
+
+
+def _unanswered(state: JobState, observation: Observation, pod_state: PodState) -> PodSilence | None:
+    """Return the silence of the pod that runs, if it is worth telling."""
+    silence = observation.silence_of(state.last) if state.last is not None and pod_state.running else None
+    return silence if is_unanswered(silence, observation.progress_write_interval_s) else None
+
+
+def _no_answer(silence: PodSilence) -> ConditionUpdate:
+    """The pod runs, and nobody knows how far it is."""
+    message = (
+        f"the pod has not answered since {format_time(silence.since)}, but may go on: see whether a NetworkPolicy or "
+        f"its node keeps the operator from port {HTTP_PORT}"
+    )
+    return ConditionUpdate(ConditionType.DEGRADED, "True", Reason.NO_ANSWER, message)
 
 
 def _trouble(trouble: Trouble) -> ConditionUpdate:

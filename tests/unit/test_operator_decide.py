@@ -921,7 +921,7 @@ def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_
 def silent(world: World, seconds: int, attempt: int = 1) -> World:
     """The pod can be reached, but has not answered for so long."""
     since = world.now - timedelta(seconds=seconds)
-    world.silence = PodSilence(TRAIN, attempt, "uid-train-1-0", since, world.now)
+    world.silence = PodSilence(TRAIN, attempt, "uid-train-1-0", since, world.now, reached_since=since)
     return world
 
 
@@ -1319,3 +1319,63 @@ def test_a_queue_that_suspends_the_kubernetes_job_stops_the_clock_of_patience():
     hold(world, "prepare-2").step().step(after_s=3600)
     hold(world, "prepare-2", None).step().run("prepare-2").end("prepare-2", fault=Fault.ACCESS_DENIED).step()
     assert world.verdict[0] == "Unknown"
+
+
+def unanswered(world: World, seconds: int, stage: Stage = TRAIN) -> World:
+    """The pod was asked for so long, and could not even be reached."""
+    since = world.now - timedelta(seconds=seconds)
+    world.silence = PodSilence(stage, 1, "uid", since, world.now)
+    return world
+
+
+@pytest.mark.parametrize("stage", [PREPARE, TRAIN])
+def test_a_pod_that_never_answered_is_told_and_goes_on(stage: Stage):
+    world = (World().step().run("prepare-1")) if stage == PREPARE else World().training()
+    unanswered(world, 120, stage).step()
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    unanswered(world, 121, stage).step()
+    assert world.condition(ConditionType.DEGRADED) == ("True", "NoAnswer")
+    for words in ("NetworkPolicy", "port 9400"):
+        assert words in world.message(ConditionType.DEGRADED)
+    assert world.condition(ConditionType.RUNNING)[0] == "True"
+    before = dict(world.status)
+    world.now += timedelta(days=2)
+    assert unanswered(world, 121 + 2 * 86400, stage).step().status == before, "it may train on: it is not stopped"
+    assert not world.jobs[f"{stage.value}-1"].deleting
+    world.silence = None
+    assert world.step().condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert [e.type for e in world.events if e.reason in ("NoAnswer", "Healthy")] == ["Warning", "Normal"]
+
+
+def test_a_pod_that_answers_no_more_shows_no_time_left():
+    world = World().training()
+    world.say(step=4, eta_seconds=600).step()
+    assert world.status["progress"]["eta"] == "10m"
+    unanswered(world, 0).step(after_s=60)
+    assert world.status["progress"]["eta"] == "10m"
+    unanswered(world, 121).step(after_s=61)
+    assert world.status["progress"]["stale"] is True
+    assert "eta" not in world.status["progress"]
+    world.silence = None
+    world.now += timedelta(seconds=31)
+    world.say(step=9, eta_seconds=300).step()
+    assert (world.status["progress"]["stale"], world.status["progress"]["eta"]) == (False, "5m")
+
+
+def test_data_that_is_prepared_by_a_pod_that_is_reached_and_says_nothing_is_stopped_at_the_deadline():
+    world = World(recovery={"progressDeadlineSeconds": 600}).step().run("prepare-1")
+    since = world.now
+    world.now += timedelta(seconds=601)
+    world.silence = PodSilence(PREPARE, 1, "uid", since, world.now, reached_since=since)
+    assert world.step().jobs["prepare-1"].deleting
+    assert world.last["reason"] == "NoProgress"
+
+
+@pytest.mark.parametrize("code", [1, 11])
+def test_a_job_that_failed_or_waits_for_its_next_attempt_shows_no_time_left(code: int):
+    world = World().training()
+    world.say(step=4, eta_seconds=600).step()
+    world.end("train-1", code=code).step()
+    assert "eta" not in world.status["progress"]
+    assert "estimatedRemainingSeconds" not in world.status["progress"]
+    assert world.status["progress"]["step"] == 4

@@ -95,7 +95,7 @@ def answer(attempt: int, step: int, seconds: float, loss: float | None, at: date
 
 steps = st.integers(0, 200) | st.just(2**53 - 1)
 progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times)
-silences = st.builds(PodSilence, st.just(Stage.TRAIN), attempts, st.just("u"), times, times)
+silences = st.builds(PodSilence, stages, attempts, st.just("u"), times, times, maybe_times)
 seens = st.builds(
     Observation,
     st.lists(jobs, max_size=3).map(tuple),

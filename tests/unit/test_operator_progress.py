@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 from prometheus_client import CollectorRegistry
 
+from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_operator import progress
@@ -192,7 +193,7 @@ def test_the_puller_stops_at_once():
 
 
 class BrokenChildren(ChildCache):
-    def running_train_pods(self) -> list[tuple[Owner, ObservedPod]]:
+    def running_pods(self) -> list[tuple[Owner, ObservedPod]]:
         raise ZeroDivisionError
 
 
@@ -207,3 +208,17 @@ def test_a_puller_that_has_died_grows_old():
     assert puller.age_s() == 0
     clock.now_s += 200
     assert puller.age_s() == 200
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_pods_of_both_stages_are_asked_while_they_run(stage: Stage):
+    children = ChildCache(lambda _key: None)
+    labels = names.child_labels("bot", "uid-1", stage, 1)
+    meta = {
+        "name": "p", "namespace": "a", "uid": "u", "labels": labels,
+        "ownerReferences": [{"kind": "Job", "uid": "j", "controller": True}],
+    }  # fmt: skip
+    state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [{"name": "trainer", "state": state}]}
+    children.take("pods", "ADDED", {"metadata": meta, "spec": {}, "status": status})
+    assert [(owner, pod.stage) for owner, pod in children.running_pods()] == [(("a", "uid-1"), stage)]
