@@ -12,6 +12,8 @@ SHORT_NAMES = ("ftj",)
 CATEGORIES = ("finetune",)
 FIELD_MANAGER = "finetune-operator"
 
+# A name may begin with a digit (7b-bot), as those of Jobs, pods and their host names may. That of a Service must not:
+# the headless Service of several nodes will be called `ftj-NAME-UID5`, whatever NAME begins with.
 MAX_NAME_LENGTH = 40  # so that NAME-UID5-prepare-999-0, the pod's host name, stays below 63
 MAX_ATTEMPTS = 999
 

@@ -205,6 +205,12 @@ class Team:
             ended["message"] = json.dumps(result)
         self._report(pod, "Failed" if ended["exitCode"] else "Succeeded", {"terminated": ended})
 
+    def refuses(self, stage: str, attempt: int, name: str = "bot") -> None:
+        """The kubelet refuses the pod when it comes to the node: no container is begun."""
+        pod = self.pod(stage, attempt, name)
+        status = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Allocate failed: no device"}
+        self.core.patch_namespaced_pod_status(pod.metadata.name, self.namespace, {"status": status})
+
     def prepared(self, attempt: int = 1, name: str = "bot") -> None:
         self.ends("prepare", attempt, Fault.PREPARED, name, plan=PLAN, data=DATA)
 
@@ -448,6 +454,35 @@ def test_a_quota_that_is_used_up_is_a_wait_with_words_and_not_a_failure(team: Te
     team.submit()
     team.until("Admitted", "False", "QuotaExceeded")
     team.core.delete_namespaced_resource_quota("none", team.namespace)
+
+
+def test_a_pod_that_its_node_refuses_uses_up_no_retry(team: Team, operator: Operator):
+    team.submit(recovery={"maxRetries": 0})
+    team.refuses("prepare", 1)
+    team.until("Degraded", "True", "PodNotStarted")
+    team.runs("prepare", 2)
+    team.until("Degraded", "False", "Healthy")
+    refused, running = team.get()["status"]["attempts"]
+    assert (refused["class"], refused["reason"], running["class"]) == ("Waiting", "PodNotStarted", "Running")
+
+
+def test_a_kubernetes_job_that_a_queue_suspends_waits_and_then_goes_on_in_the_same_attempt(
+    team: Team, operator: Operator
+):
+    team.submit(activeDeadlineSeconds=86_400)
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    job, pod = team.job("prepare", 1).metadata.name, team.pod("prepare", 1)
+    team.batch.patch_namespaced_job(job, team.namespace, {"spec": {"suspend": True}})
+    team.until("Admitted", "False", "JobSuspended")
+    team.until("Running", "False", "JobSuspended")
+    team.batch.patch_namespaced_job(job, team.namespace, {"spec": {"suspend": False}})
+    eventually(lambda: team.pod("prepare", 1).metadata.uid != pod.metadata.uid, "another pod")
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    status = team.get()["status"]
+    assert [each["number"] for each in status["attempts"]] == [1]
+    assert status["record"]["suspendedSeconds"] >= 0
 
 
 def test_a_job_waits_for_a_runtime_that_is_not_there_yet(team: Team, operator: Operator):

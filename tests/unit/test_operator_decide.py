@@ -1,5 +1,6 @@
 """The specification of `plan`: what the operator does and says in every state of the fault table."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune_api.names import Stage
+from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import ConditionType, Phase
@@ -1379,3 +1380,12 @@ def test_a_job_that_failed_or_waits_for_its_next_attempt_shows_no_time_left(code
     assert "eta" not in world.status["progress"]
     assert "estimatedRemainingSeconds" not in world.status["progress"]
     assert world.status["progress"]["step"] == 4
+
+
+def test_a_job_whose_name_begins_with_a_digit_is_taken_and_its_children_have_names_that_kubernetes_takes():
+    world = World()
+    world.meta["name"] = "7" * MAX_NAME_LENGTH
+    assert world.step().run("prepare-1").created == ["prepare-1"]
+    pod = f"{child_name(world.meta['name'], '0' * 36, PREPARE, 999)}-0"
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", pod)
+    assert len(pod) <= 63
