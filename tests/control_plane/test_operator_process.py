@@ -477,7 +477,7 @@ def test_a_kubernetes_job_that_a_queue_suspends_waits_and_then_goes_on_in_the_sa
     team.until("Admitted", "False", "JobSuspended")
     team.until("Running", "False", "JobSuspended")
     team.batch.patch_namespaced_job(job, team.namespace, {"spec": {"suspend": False}})
-    eventually(lambda: team.pod("prepare", 1).metadata.uid != pod.metadata.uid, "another pod")
+    until(lambda: team.pod("prepare", 1).metadata.uid != pod.metadata.uid, "another pod")
     team.runs("prepare", 1)
     team.until("Running", "True", "Preparing")
     status = team.get()["status"]
