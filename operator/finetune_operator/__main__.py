@@ -23,7 +23,7 @@ def main() -> int:
     except SettingsError as error:
         print(error, file=sys.stderr)  # noqa: T201 - there may be no log yet
         return 2
-    server = HttpServer(settings.http_port, metrics.registry, engine.problems)
+    server = HttpServer(settings.http_port, metrics.registry, engine.health)
     try:
         kopf.run(
             registry=registry(engine),

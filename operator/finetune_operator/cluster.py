@@ -9,12 +9,12 @@ Rights it needs, in every watched namespace:
   ""             configmaps               get, create
   ""             events                   list, create
 and in its own namespace:
-  coordination.k8s.io  leases             get, create, update
+  coordination.k8s.io  leases             create; get and update of the one of its release
 It reads no Secret, node or namespace, and of Jobs and pods only those with its own label.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 from urllib.parse import quote
 
@@ -62,11 +62,20 @@ class UnreachableError(Exception):
     """No answer: the network, a time-out, or an answer cut short. Whether a write happened is not known."""
 
 
+def brief(error: ApiError | UnreachableError) -> str:
+    """Return the error without words from outside, for a port that answers whoever asks."""
+    if isinstance(error, UnreachableError):
+        return "no answer"
+    reason = "".join(letter for letter in error.reason if letter.isascii() and letter.isalpha())
+    return f"{error.status} {reason[:40]}".strip()
+
+
 class Cluster:
     """Thread-safe. What asks the API server raises ApiError or UnreachableError, within REQUEST_TIMEOUT_S."""
 
-    def __init__(self, metrics: Metrics, pool_size: int) -> None:
-        """In-cluster credentials, else those of KUBECONFIG."""
+    def __init__(self, metrics: Metrics, pool_size: int, answered: Callable[[], None] = lambda: None) -> None:
+        """In-cluster credentials, else those of KUBECONFIG. `answered` is called in the thread that asked, for each
+        answer, whatever it says."""
         settings = client.Configuration()
         try:
             config.load_incluster_config(client_configuration=settings)
@@ -75,7 +84,7 @@ class Cluster:
         settings.connection_pool_maxsize = pool_size
         settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
         self._client = client.ApiClient(settings)
-        self._metrics = metrics
+        self._metrics, self._answered = metrics, answered
 
     def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
         """None if it does not exist."""
@@ -110,10 +119,24 @@ class Cluster:
         path = _path(kind, body["metadata"]["namespace"])
         return self._write("create", kind, "POST", path, body, {"fieldManager": FIELD_MANAGER})
 
-    def replace_lease(self, body: Body) -> Body:
-        """Raises ApiError 409 if somebody else wrote it since `body` was read."""
+    def read_lease(self, namespace: str, name: str, timeout_s: float) -> Body | None:
+        """None if it does not exist."""
+        try:
+            return self._request("GET", _path("leases", namespace, name), timeout_s=timeout_s)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def write_lease(self, body: Body, timeout_s: float) -> Body:
+        """Replace the one that was read, or create it. Raises ApiError 409 if somebody else wrote it since."""
         meta = body["metadata"]
-        return self._write("update", "leases", "PUT", _path("leases", meta["namespace"], meta["name"]), body)
+        if meta.get("resourceVersion"):
+            path, method, verb = _path("leases", meta["namespace"], meta["name"]), "PUT", "update"
+        else:
+            path, method, verb = _path("leases", meta["namespace"]), "POST", "create"
+        self._metrics.api_writes.labels(verb, "leases").inc()
+        return self._request(method, path, {"fieldManager": FIELD_MANAGER}, body, timeout_s)
 
     def patch_status(self, namespace: str, name: str, resource_version: str, patch: Body) -> Body:
         """Merge `patch` into the status. Raises ApiError 409 if the object is not that version any more."""
@@ -133,26 +156,23 @@ class Cluster:
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         self._gone_is_fine("delete", "DELETE", _path("jobs", namespace, name), body, {})
 
-    def watch(self, kind: ChildKind, namespace: str | None) -> Iterator[tuple[str, Body]]:
-        """List our Jobs or pods, then follow them until the server ends it.
+    def watch(self, kind: ChildKind, namespace: str | None, version: str | None) -> Iterator[tuple[str, Body]]:
+        """Follow our Jobs or pods from `version` on, or list them first where it is None, until the server ends it.
 
-        Yields (ITEM, object) for what exists, (LISTED, {}) after the last, then (ADDED | MODIFIED | DELETED |
-        BOOKMARK, object). Raises ApiError (410: list again) or UnreachableError.
+        The list yields (ITEM, object) for what exists, then (LISTED, the list without items); the watch (OPENED, {})
+        once the server takes it, then (ADDED | MODIFIED | DELETED | BOOKMARK, object). Raises ApiError (410: the
+        version is forgotten) or UnreachableError.
         """
         path, query = _path(kind, namespace), {"labelSelector": _OURS}
-        pages = self._list(path, query)
-        for body in pages.items():
-            self._metrics.watched.labels(kind).inc()
-            yield "ITEM", body
-        yield "LISTED", {}
-        follow = {
-            **query,
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "resourceVersion": pages.version,
-            "timeoutSeconds": str(WATCH_TIMEOUT_S),
-        }
-        answer = self._send("GET", path, follow, None, SILENCE_TIMEOUT_S)
+        if version is None:
+            pages = self._list(path, query)
+            for body in pages.items():
+                self._metrics.watched.labels(kind).inc()
+                yield "ITEM", body
+            version = pages.version
+            yield "LISTED", {"metadata": {"resourceVersion": version}}
+        answer = self._follow(path, {**query, "resourceVersion": version}, WATCH_TIMEOUT_S)
+        yield "OPENED", {}
         try:
             for line in _lines(answer):
                 event = cast(Body, json.loads(line))
@@ -165,6 +185,14 @@ class Cluster:
             raise UnreachableError(f"watch of {kind}: {type(error).__name__}") from error
         finally:
             answer.close()
+
+    def try_watch(self, namespace: str | None) -> None:
+        """Raises ApiError where the server refuses a watch of FineTuneJobs."""
+        self._follow(_path("finetunejobs", namespace), {"resourceVersion": "0"}, 1).close()
+
+    def _follow(self, path: str, query: dict[str, str], timeout_s: int) -> urllib3.BaseHTTPResponse:
+        follow = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s)}
+        return self._send("GET", path, follow, None, SILENCE_TIMEOUT_S)
 
     def _list(self, path: str, query: dict[str, str]) -> "_Pages":
         return _Pages(self, path, query)
@@ -187,10 +215,19 @@ class Cluster:
         self._metrics.api_writes.labels(verb, resource).inc()
         return self._request(method, path, query, body)
 
-    def _request(self, method: str, path: str, query: dict[str, str] | None = None, body: Body | None = None) -> Body:
-        answer = self._send(method, path, query or {}, body, REQUEST_TIMEOUT_S)
+    def _request(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str] | None = None,
+        body: Body | None = None,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> Body:
+        answer = self._send(method, path, query or {}, body, timeout_s)
         try:
-            return cast(Body, json.loads(answer.data))
+            content = cast(Body, json.loads(answer.data))
+            self._answered()
+            return content
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
         finally:
@@ -200,6 +237,7 @@ class Cluster:
         self, method: str, path: str, query: dict[str, str], body: Body | None, read_timeout_s: float
     ) -> urllib3.BaseHTTPResponse:
         headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER, "Content-Type": _CONTENT.get(method, "")}
+        waits_s = (min(CONNECT_TIMEOUT_S, read_timeout_s), read_timeout_s)
         try:
             request = self._client.param_serialize(
                 method, path, query_params=list(query.items()), header_params=headers, body=body,
@@ -207,9 +245,10 @@ class Cluster:
             )  # fmt: skip
             answer = cast(
                 urllib3.BaseHTTPResponse,
-                self._client.call_api(*request, _request_timeout=(CONNECT_TIMEOUT_S, read_timeout_s)).response,
+                self._client.call_api(*request, _request_timeout=waits_s).response,
             )
             if answer.status >= 400:
+                self._answered()
                 raise self._error(answer)
         except (urllib3.exceptions.HTTPError, client.ApiException, OSError) as error:
             self._metrics.api_errors.labels("unreachable").inc()

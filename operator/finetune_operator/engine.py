@@ -5,14 +5,14 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from finetune_operator.child_cache import ChildCache, Key, Owner
 from finetune_operator.child_creator import LaterError, RefusedError
-from finetune_operator.child_watch import ChildWatch
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.decide import decide
-from finetune_operator.health import problems
+from finetune_operator.health import Health, problems
 from finetune_operator.job_reader import is_finished, read_job
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
@@ -21,12 +21,15 @@ from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.runtimes import Runtimes
+from finetune_operator.scope import Listed, Scope
 from finetune_operator.settings import Settings
-from finetune_operator.watch_lag import WatchLag
 
 log = logging.getLogger(__name__)
 
 EXIT_LEASE_LOST = 3
+RESYNC_RETRY_S = 10.0
+STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
+UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
 
 
 class Engine:
@@ -36,124 +39,163 @@ class Engine:
         """Raises SettingsError when the runtimes file cannot be used."""
         self._settings, self._metrics = settings, metrics
         self._queue: WorkQueue[Key] = WorkQueue()
-        scopes: tuple[str | None, ...] = settings.watch_namespaces or (None,)
-        self._scopes = scopes
-        cluster = Cluster(metrics, pool_size=settings.workers + 2 * len(scopes) + 4)
+        namespaces: tuple[str | None, ...] = settings.watch_namespaces or (None,)
+        pool_size = settings.workers + 2 * len(namespaces) + 4
+        cluster = Cluster(metrics, pool_size=pool_size, answered=self._round_moved)
         self._cluster = cluster
         self._children = ChildCache(self._queue.put)
         self._progress = ProgressPuller(self._children, metrics, self._look_at, utcnow)
-        self._watches = [ChildWatch(cluster, self._children, kind, ns) for kind in ("jobs", "pods") for ns in scopes]
+        self._stop, self._wake = threading.Event(), threading.Event()
+        self._scopes = {name: Scope(cluster, self._children, metrics, name, self._wake.set) for name in namespaces}
         runtimes = Runtimes(settings.runtimes_file)
         self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, utcnow)
-        self._lease = Lease(cluster, settings.namespace, settings.identity, settings.lease_duration_s)
-        self._stop = threading.Event()
-        self._watch_lag = WatchLag()
-        self._names: dict[Owner, Key] = {}  # of unfinished jobs, from the last resync and from events
-        self._resynced_s = time.monotonic()
+        self._lease = Lease(
+            cluster, settings.namespace, settings.lease_name, settings.identity, settings.lease_duration_s
+        )
+        self._resync_moved_s = time.monotonic()
+        self._in_work = threading.local()  # `key`, of the round of this thread
+        self._threads: list[threading.Thread] = []
         self._leading = False
+        self._ending = threading.Lock()
         metrics.queue_depth.set_function(self._queue.depth)
 
     def start(self) -> bool:
-        """Take the lease, fill the caches, start the workers; False when stopped before. Blocks."""
+        """Take the lease, then start everything; False when stopped before. Blocks until the lease is taken."""
         if not self._lease.acquire():
             return False
-        threading.Thread(target=self._lease.hold, args=(_lease_lost,), name="lease", daemon=True).start()
-        for watch in self._watches:
-            watch.last_activity_s = time.monotonic()
-            threading.Thread(
-                target=watch.run, args=((ApiError, UnreachableError),), name=watch.name, daemon=True
-            ).start()
-        threading.Thread(
-            target=self._progress.run, args=(self._settings.progress_interval_s,), name="progress", daemon=True
-        ).start()
-        self._resynced_s = time.monotonic()
-        self._leading = True
-        for watch in self._watches:
-            while not watch.listed.wait(1):
-                if self._stop.is_set():
-                    return False
+        self._begin("lease", lambda: self._lease.hold(_lease_lost))
+        self._resync_moved_s = time.monotonic()
+        for scope in self._scopes.values():
+            # Its first resync comes as soon as its Jobs and pods are known, or, to tell why, when they are not by then.
+            scope.resync_due_s = time.monotonic() + min(RESYNC_RETRY_S, self._settings.resync_interval_s)
+            self._threads += scope.start()
+        self._begin("progress", lambda: self._progress.run(self._settings.progress_interval_s))
         for number in range(self._settings.workers):
-            threading.Thread(target=self._work, name=f"worker-{number}", daemon=True).start()
-        threading.Thread(target=self._resync_for_ever, name="resync", daemon=True).start()
+            self._begin(f"worker-{number}", self._work)
+        self._begin("resync", self._resync_for_ever)
+        self._leading = True
         return True
 
     def put(self, namespace: str, name: str, uid: str, generation: int) -> None:
         """The watch of FineTuneJobs says that the job was created, changed or deleted."""
-        self._watch_lag.heard(uid, generation)
-        self._names[namespace, uid] = (namespace, name)
-        self._queue.put((namespace, name))
+        scope = self._scope_of(namespace)
+        if scope is not None:
+            scope.watch_lag.heard(uid, generation)
+            scope.names[namespace, uid] = (namespace, name)
+            self._queue.put((namespace, name))
 
     def stop(self) -> None:
-        """Start no more rounds and give the lease back. A round that is cut short is safe to repeat."""
-        self._stop.set()
-        self._lease.stop()
-        self._progress.stop()
-        self._queue.close()
-        for watch in self._watches:
-            watch.stop()
-        if self._leading:
-            self._lease.release()
+        """Start no more rounds, wait for those in work, then give the lease back.
 
-    def problems(self) -> list[str]:
-        """What stalled, in words; an operator that waits for the lease is well."""
-        if not self._leading:
-            return []
-        now = time.monotonic()
-        ages_s = {watch.name: now - watch.last_activity_s for watch in self._watches} | {
-            "lease": self._lease.age_s(),
-            "progress": self._progress.age_s(),
-            "resync": now - self._resynced_s,
-            "watch of finetunejobs": self._watch_lag.lag_s(),
-        }
-        return problems(ages_s, self._queue.stuck_s())
+        One that does not end in STOP_S is cut short, which is safe to repeat, and the lease left to run out."""
+        with self._ending:
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            self._wake.set()
+            self._progress.stop()
+            self._queue.close()
+            for scope in self._scopes.values():
+                scope.stop()
+            ended = self._queue.wait_until_idle(STOP_S)
+            self._lease.stop()
+            if ended:
+                self._lease.release()
+            else:
+                log.warning("a round did not end within %.0f s: the lease is left to run out", STOP_S)
+
+    def health(self) -> Health:
+        """What stands still, what keeps it from its work, and what is good to know."""
+        lease = self._lease.problem()
+        notes = [self._lease.note()]
+        if not self._leading or self._stop.is_set():
+            return Health(unready=(lease,) if lease else (), notes=tuple(notes))
+        scopes = self._scopes.values()
+        ages_s = {"lease": self._lease.age_s(), "progress": self._progress.age_s()}
+        ages_s["resync"] = time.monotonic() - self._resync_moved_s
+        for scope in scopes:
+            ages_s |= scope.ages_s()
+            notes += scope.notes()
+        ended = [f"{thread.name}: has ended" for thread in self._threads if not thread.is_alive()]
+        unready = [lease] if lease else []
+        since_s = [min((each.since_s for each in scope.troubles().values()), default=None) for scope in scopes]
+        if all(moment is not None and time.monotonic() - moment > UNREADABLE_S for moment in since_s):
+            unready.append("no watched namespace can be read")
+        return Health((*ended, *problems(ages_s, self._queue.stuck_s())), tuple(unready), tuple(notes))
 
     def resync(self) -> None:
-        """Ask for a round of every unfinished job, and forget what belongs to no such job."""
-        owners, exported = self._children.owners(), self._reconciler.exported()
-        listed: set[Key] = set()
-        unfinished: dict[Owner, Key] = {}
-        generations: dict[str, int] = {}
-        phases: Counter[str] = Counter()
-        for scope in self._scopes:
-            for body in self._cluster.list_finetunejobs(scope):
-                job = read_job(body)
-                listed.add(job.key)
-                phases[job.status.phase.value if job.status.phase else "Pending"] += 1
-                generations[job.uid] = job.generation
-                if not is_finished(job.status):
-                    unfinished[job.owner] = job.key
-                elif job.owner in owners and decide(job, Observation(*self._children.of(job.owner)), utcnow()).actions:
-                    self._queue.put(job.key)  # a Job of it still wants its TTL
-        self._watch_lag.listed(generations)
-        self._names = unfinished
-        for owner in owners - set(unfinished):
-            self._children.forget(owner)
-        for key in exported - listed:  # deleted, and nobody was told
+        """Ask for a round of every unfinished job, and forget what belongs to no such job; each scope by itself."""
+        for scope in self._scopes.values():
+            self._resync_scope(scope)
+
+    def _resync_scope(self, scope: Scope) -> None:
+        owners = {owner for owner in self._children.owners() if scope.namespace in (None, owner[0])}
+        exported = {key for key in self._reconciler.exported() if scope.namespace in (None, key[0])}
+        try:
+            found = self._list(scope.namespace, owners)
+            scope.take_list(found, time.time())
+            scope.resync_due_s = time.monotonic() + self._settings.resync_interval_s
+        except (ApiError, UnreachableError) as error:
+            if scope.take_failure(error):
+                log.warning("resync of %s failed: %s", scope.namespace or "the cluster", error)
+            self._forget_figures(exported if scope.is_gone() else set())
+            scope.resync_due_s = time.monotonic() + min(RESYNC_RETRY_S, self._settings.resync_interval_s)
+        else:
+            for owner in owners - set(found.unfinished):
+                self._children.forget(owner)
+            self._forget_figures(exported - found.keys)  # deleted, and nobody was told
+            self._progress.retain({owner for each in self._scopes.values() for owner in each.names})
+            for key in found.unfinished.values():
+                self._queue.put(key)
+        self._resync_moved_s = time.monotonic()
+        self._metrics.count_phases(sum((each.phases for each in self._scopes.values()), Counter[str]()))
+        times_s = [each.resynced_at_s for each in self._scopes.values() if each.well()]
+        if times_s and all(times_s):
+            self._metrics.last_resync.set(min(moment for moment in times_s if moment is not None))
+
+    def _forget_figures(self, keys: set[Key]) -> None:
+        for key in keys:
             self._reconciler.forget(key)
-        self._progress.retain(set(unfinished))
-        self._metrics.count_phases(phases)
-        for key in unfinished.values():
-            self._queue.put(key)
+
+    def _list(self, namespace: str | None, owners: set[Owner]) -> Listed:
+        found = Listed()
+        for body in self._cluster.list_finetunejobs(namespace):
+            self._resync_moved_s = time.monotonic()
+            job = read_job(body)
+            found.keys.add(job.key)
+            found.phases[job.status.phase.value if job.status.phase else "Pending"] += 1
+            found.generations[job.uid] = job.generation
+            if not is_finished(job.status):
+                found.unfinished[job.owner] = job.key
+            elif job.owner in owners and decide(job, Observation(*self._children.of(job.owner)), utcnow()).actions:
+                self._queue.put(job.key)  # a Job of it still wants its TTL
+        return found
 
     def _resync_for_ever(self) -> None:
         while not self._stop.is_set():
-            try:
-                self.resync()
-                self._resynced_s = time.monotonic()
-                self._metrics.last_resync.set_to_current_time()
-                self._stop.wait(self._settings.resync_interval_s)
-            except (ApiError, UnreachableError) as error:
-                log.warning("resync failed: %s", error)
-                self._stop.wait(min(10.0, self._settings.resync_interval_s))
+            self._wake.clear()
+            for scope in self._scopes.values():
+                if (scope.resync_wanted or scope.resync_due_s <= time.monotonic()) and not self._stop.is_set():
+                    scope.resync_wanted = False
+                    self._resync_scope(scope)
+            self._resync_moved_s = time.monotonic()
+            due_s = min(scope.resync_due_s for scope in self._scopes.values())
+            self._wake.wait(max(0.0, due_s - time.monotonic()))
 
     def _work(self) -> None:
         while (key := self._queue.get()) is not None:
             started_s = time.monotonic()
+            self._in_work.key = key
             result = self._one_round(key)
+            self._in_work.key = None
             self._metrics.reconcile_duration.labels(result).observe(time.monotonic() - started_s)
 
     def _one_round(self, key: Key) -> str:
         place = "/".join(key)
+        scope = self._scope_of(key[0])
+        if scope is None or not scope.listed or scope.closed:
+            self._queue.done(key)  # its next resync asks again
+            return "unreadable"
         try:
             again_s = self._reconciler.reconcile(key)
         except (ApiError, UnreachableError, LaterError, RefusedError) as error:
@@ -170,10 +212,24 @@ class Engine:
             self._queue.put(key, again_s)
         return "ok"
 
+    def _round_moved(self) -> None:
+        key: Key | None = getattr(self._in_work, "key", None)
+        if key is not None:
+            self._queue.moved(key)
+
     def _look_at(self, owner: Owner) -> None:
-        key = self._names.get(owner)
+        scope = self._scope_of(owner[0])
+        key = scope.names.get(owner) if scope is not None else None
         if key is not None:
             self._queue.put(key)
+
+    def _scope_of(self, namespace: str) -> Scope | None:
+        return self._scopes.get(namespace) or self._scopes.get(None)
+
+    def _begin(self, name: str, target: Callable[[], object]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
 
 def _lease_lost() -> None:

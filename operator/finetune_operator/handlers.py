@@ -1,12 +1,16 @@
 """Kopf is the watcher of FineTuneJobs, and nothing else: no state, no finalizer, no annotation, no event of its own."""
 
 import asyncio
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import kopf
 
 from finetune_api import names
 from finetune_operator.engine import Engine
+
+RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 def registry(engine: Engine) -> kopf.OperatorRegistry:
@@ -20,7 +24,11 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
     @kopf.on.startup(registry=handlers)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
-        await asyncio.get_running_loop().run_in_executor(None, engine.start)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, engine.start)
+        except asyncio.CancelledError:  # told to end while waiting for the lease: Kopf then cleans nothing up
+            engine.stop()
+            raise
 
     @kopf.on.cleanup(registry=handlers)
     async def stop(**_: Any) -> None:
@@ -32,6 +40,13 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
             engine.put(namespace, name, uid, int(meta.get("generation") or 0))
 
     return handlers
+
+
+class Backoffs:
+    """Seconds between two tries of one request, without end: Kopf ends as a whole once a single watch has no more."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain(RETRY_AFTER_S, itertools.repeat(RETRY_AFTER_S[-1]))
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
@@ -46,3 +61,4 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
     settings.networking.enforce_retry_after = True
+    settings.networking.error_backoffs = Backoffs()

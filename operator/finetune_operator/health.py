@@ -1,10 +1,17 @@
-"""/healthz and /metrics on one port. An operator that only looks alive is worse than one that is restarted."""
+"""/healthz, /readyz and /metrics on one port.
+
+/healthz is liveness: it fails for what a restart mends, an activity that stands still. Slow is not still: what counts
+is the time since an activity last made progress. /readyz also fails for what a person has to mend. Both list all that
+is known with `?verbose`.
+"""
 
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -15,10 +22,31 @@ STALL_S = 180.0
 STUCK_S = 120.0
 
 
+@dataclass(frozen=True)
+class Health:
+    """In words: what stands still, what else keeps the operator from its work, and what is good to know."""
+
+    stuck: tuple[str, ...] = ()
+    unready: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def problems(ages_s: dict[str, float], stuck_s: float) -> list[str]:
-    """What stalled: `ages_s` since each activity was last seen, `stuck_s` of the oldest work in the queue."""
+    """What stalled: `ages_s` since each activity last made progress, `stuck_s` of the queue."""
     found = [f"{name}: nothing for {age:.0f} s" for name, age in sorted(ages_s.items()) if age > STALL_S]
     return [*found, f"queue: stuck for {stuck_s:.0f} s"] if stuck_s > STUCK_S else found
+
+
+def answer(path: str, query: str, health: Health) -> tuple[int, str] | None:
+    """Status and text for a path of ours; None for another."""
+    wrong = {"/healthz": health.stuck, "/readyz": (*health.stuck, *health.unready)}.get(path)
+    if wrong is None:
+        return None
+    lines = wrong or ("ok",)
+    if query == "verbose":
+        told = (*health.stuck, *health.unready, *health.notes)
+        lines = (*lines, *(line for line in told if line not in lines))
+    return 503 if wrong else 200, "\n".join(lines)
 
 
 class _Server(BoundedHttpServer):
@@ -29,9 +57,9 @@ class _Server(BoundedHttpServer):
 
 
 class HttpServer:
-    """Serves in daemon threads until `close`. `check` gives what is wrong, in words."""
+    """Serves in daemon threads until `close`. `check` gives the health of now."""
 
-    def __init__(self, port: int, registry: CollectorRegistry, check: Callable[[], list[str]]) -> None:
+    def __init__(self, port: int, registry: CollectorRegistry, check: Callable[[], Health]) -> None:
         """Port 0 takes a free one; see `port`."""
 
         metrics = OneAtATime(lambda: generate_latest(registry))
@@ -40,13 +68,12 @@ class HttpServer:
             timeout = CONNECTION_TIMEOUT_S
 
             def do_GET(self) -> None:
-                if self.path == "/healthz":
-                    wrong = check()
-                    self._answer(503 if wrong else 200, "text/plain", ("\n".join(wrong) or "ok").encode())
-                elif self.path.split("?")[0] == "/metrics":
+                url = urlsplit(self.path)
+                if url.path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, metrics.get())
-                else:
-                    self._answer(404, "text/plain", b"/healthz or /metrics")
+                    return
+                status, text = answer(url.path, url.query, check()) or (404, "/healthz, /readyz or /metrics")
+                self._answer(status, "text/plain", text.encode())
 
             def _answer(self, status: int, content_type: str, content: bytes) -> None:
                 self.send_response(status)

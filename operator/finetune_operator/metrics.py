@@ -31,11 +31,14 @@ class Metrics:
             "finetune_reconcile_duration_seconds", "Time of one reconcile.", ("result",), registry=registry
         )
         self.queue_depth = gauge("finetune_queue_depth", "Keys waiting to be reconciled.")
-        self.last_resync = gauge("finetune_last_resync_timestamp_seconds", "When the last full resync ended.")
+        self.last_resync = gauge("finetune_last_resync_timestamp_seconds", "When the last resync ended.")
         self.api_writes = counter("finetune_api_writes", "Writes to the API server.", ("verb", "resource"))
         self.api_errors = counter("finetune_api_errors", "Failed requests to the API server.", ("code",))
         self.api_throttled = counter("finetune_api_throttled", "Requests that the API server asked to repeat later.")
         self.watched = counter("finetune_watched_objects", "Objects that lists and watches brought.", ("kind",))
+        self.watch_trouble = gauge(
+            "finetune_watch_trouble", "1 while a kind of objects cannot be read there.", ("kind", "watched_namespace")
+        )
         self.progress_pulls = counter("finetune_progress_pulls", "Pulls of pods' progress.", ("result",))
         self.job_figures = {
             "step": gauge("finetune_job_step", "Last known finished optimizer step.", _JOB),

@@ -123,7 +123,7 @@ class ProgressPuller:
             return self._silences.get(owner)
 
     def age_s(self) -> float:
-        """Seconds since a round began or ended: it grows when the thread is dead or hangs."""
+        """Seconds since a round began or ended, or a pod of it was asked: it grows when the thread is dead or hangs."""
         return self._clock() - self._round_at_s
 
     def interval_s(self) -> float:
@@ -156,6 +156,7 @@ class ProgressPuller:
 
         async def ask(owner: Owner, pod: ObservedPod) -> None:
             async with free:
+                self._round_at_s = self._clock()  # thousands of silent pods take longer than a stall
                 try:
                     said = await fetch(pod.ip or "", self._port)
                 except ProgressError as error:

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -12,6 +13,13 @@ Key = TypeVar("Key", bound=Hashable)
 MIN_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
 MAX_STALE = 64
+ROUND_LIMIT_S = 1800.0  # more than the slowest answers to all requests of a round take together
+
+
+@dataclass
+class _Round:
+    begun_s: float
+    moved_s: float
 
 
 class WorkQueue(Generic[Key]):
@@ -26,10 +34,11 @@ class WorkQueue(Generic[Key]):
         self._changed = threading.Condition()
         self._due: dict[Key, float] = {}  # when each waiting key is due
         self._heap: list[tuple[float, int, Key]] = []  # the same by time; entries that _due contradicts are stale
-        self._working: dict[Key, float] = {}  # since when
+        self._working: dict[Key, _Round] = {}
         self._again: dict[Key, float] = {}  # put while in work
         self._failures: dict[Key, int] = {}
         self._count = 0
+        self._moved_s = clock()  # when a key was last taken, or a round came one step further
         self._closed = False
 
     def put(self, key: Key, delay_s: float = 0.0) -> None:
@@ -44,11 +53,20 @@ class WorkQueue(Generic[Key]):
                 now = self._clock()
                 key = self._pop(now)
                 if key is not None:
-                    self._working[key] = now
+                    self._working[key] = _Round(now, now)
+                    self._moved_s = now
                     return key
                 wait_s = self._heap[0][0] - now if self._heap else None
                 self._changed.wait(None if wait_s is None else max(0.0, wait_s))
             return None
+
+    def moved(self, key: Key) -> None:
+        """The round of `key` came one step further, as an answer to one of its requests has arrived."""
+        with self._changed:
+            now = self._clock()
+            if key in self._working:
+                self._working[key].moved_s = now
+                self._moved_s = now
 
     def done(self, key: Key) -> None:
         """The round went well."""
@@ -78,12 +96,21 @@ class WorkQueue(Generic[Key]):
             now = self._clock()
             return sum(1 for due in self._due.values() if due <= now) + len(self._working)
 
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Wait until no round is in work, at most so long; whether none is. To be called after `close`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._working, timeout_s)
+
     def stuck_s(self) -> float:
-        """Seconds of the longest round in work, or of the longest wait of a key that is due."""
+        """Return for how many seconds nothing has moved: in a round in work, or with keys due that nobody takes.
+
+        A long queue and a slow round are no standstill as long as keys are taken and requests answered."""
         with self._changed:
             now = self._clock()
-            waits = [now - since for since in (*self._working.values(), *self._due.values())]
-            return max([0.0, *waits])
+            rounds = [now - work.moved_s for work in self._working.values()]
+            endless = [now - work.begun_s for work in self._working.values() if now - work.begun_s > ROUND_LIMIT_S]
+            due = min(self._due.values(), default=now)
+            return max([0.0, *rounds, *endless, now - max(due, self._moved_s)])
 
     def _put(self, key: Key, due: float) -> None:
         if key in self._working:
@@ -118,3 +145,5 @@ class WorkQueue(Generic[Key]):
         again = self._again.pop(key, None)
         if again is not None:
             self._put(key, again)
+        if self._closed and not self._working:
+            self._changed.notify_all()

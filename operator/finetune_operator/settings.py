@@ -26,6 +26,7 @@ class Settings:
     workers: int = 8
     resync_interval_s: float = 60
     progress_interval_s: float = 15
+    lease_name: str = "finetune-operator"
     lease_duration_s: float = 30
     log_level: str = "INFO"
 
@@ -44,6 +45,7 @@ class Settings:
             progress_interval_s=_number(
                 env, "FINETUNE_PROGRESS_INTERVAL_S", cls.progress_interval_s, 1, MAX_INTERVAL_S
             ),
+            lease_name=env.get("FINETUNE_LEASE_NAME") or cls.lease_name,
             lease_duration_s=_number(env, "FINETUNE_LEASE_DURATION_S", cls.lease_duration_s, 2, 3 * MAX_INTERVAL_S),
             log_level=_level(env.get("FINETUNE_LOG_LEVEL", cls.log_level)),
         )

@@ -122,6 +122,17 @@ def test_no_right_is_more_than_needed(helm: str, namespaces: list[str]):
         assert not {"secrets", "nodes", "namespaces", "customresourcedefinitions"} & set(rule["resources"])
 
 
+def test_the_lease_is_the_releases_and_no_other_may_be_read_or_changed(helm: str):
+    done = run(helm, "template", "second", str(CHART), "--namespace", "ns")
+    objects = [document for document in yaml.safe_load_all(done.stdout) if document]
+    assert environment(objects)["FINETUNE_LEASE_NAME"] == "second-finetune-operator"
+    rules = by_kind(objects, "Role")["ns", "second-finetune-operator-lease"]["rules"]
+    assert {tuple(rule["verbs"]): rule.get("resourceNames") for rule in rules} == {
+        ("get", "update"): ["second-finetune-operator"],
+        ("create",): None,
+    }
+
+
 def environment(objects: list[dict[str, Any]]) -> dict[str, Any]:
     (container,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     return {item["name"]: item.get("value") for item in container["env"]}
@@ -140,7 +151,8 @@ def test_the_pod_is_restricted_and_single(helm: str):
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    assert container["livenessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/healthz"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     startup = container["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300  # a slow start is no reason to be killed
     assert container["resources"]["limits"]["memory"]

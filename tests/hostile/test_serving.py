@@ -19,7 +19,7 @@ from finetune_api.connections import MAX_CONNECTIONS, Connections, OneAtATime
 from finetune_api.names import Stage
 from finetune_operator import progress
 from finetune_operator.child_cache import ChildCache
-from finetune_operator.health import HttpServer
+from finetune_operator.health import Health, HttpServer
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressPuller
@@ -42,7 +42,7 @@ def stage_port() -> Generator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def operator_port() -> Generator[tuple[int, str]]:
-    server = HttpServer(0, CollectorRegistry(), list)
+    server = HttpServer(0, CollectorRegistry(), Health)
     try:
         yield server.port, "/healthz"
     finally:
@@ -152,7 +152,7 @@ def test_many_who_ask_for_metrics_at_once_cost_no_more_than_one() -> None:
             return iter(())
 
     slow, registry, threads = Slow(), CollectorRegistry(), list[threading.Thread]()
-    server = HttpServer(0, registry, list)
+    server = HttpServer(0, registry, Health)
     registry.register(slow)
     try:
         for _ in range(8):

@@ -1,13 +1,16 @@
 """The cache of Jobs and pods: deleted pods keep their last state, and memory stays flat."""
 
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import pytest
 
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_operator.child_cache import MAX_GONE, ChildCache
 from finetune_operator.child_watch import ChildWatch
+from finetune_operator.cluster import ApiError, UnreachableError
 
 OWNER = ("a", "job-1")
 
@@ -99,37 +102,102 @@ def test_pods_without_our_labels_or_owner_are_ignored():
     assert touched == []
 
 
-class ListAgainError(Exception):
-    pass
+class ScriptedCluster:
+    """Watches that yield what `script` gives one after another, an exception at the end of each where there is one;
+    `asked` has the versions that they were to go on from."""
+
+    def __init__(self, *script: Sequence[tuple[str, dict[str, Any]] | Exception]) -> None:
+        self.script = list(script)
+        self.asked: list[str | None] = []
+
+    def watch(self, kind: Any, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        self.asked.append(version)
+        for item in self.script.pop(0):
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
 
-class FakeCluster:
-    """Lists one Job, is cut with 410, then lists none."""
+def at(version: str) -> dict[str, Any]:
+    return {"metadata": {"resourceVersion": version}}
 
-    def __init__(self) -> None:
-        self.watch_of: ChildWatch | None = None
-        self.rounds = 0
 
-    def watch(self, kind: Any, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        self.rounds += 1
-        if self.rounds == 1:
-            yield "ITEM", body("jobs", "j")
-        yield "LISTED", {}
-        if self.rounds == 1:
-            yield "BOOKMARK", {}
-            raise ListAgainError
-        assert self.watch_of is not None
-        self.watch_of.stop()
-        yield "BOOKMARK", {}
+OPENED: tuple[str, dict[str, Any]] = ("OPENED", {})
+LISTED = [("LISTED", at("5")), OPENED]
+CUT = UnreachableError("cut")
+
+
+def watch_of(cluster: ScriptedCluster) -> ChildWatch:
+    return ChildWatch(cluster, cache()[0], "jobs", None)
 
 
 def test_a_watch_that_is_gone_lists_again_and_sees_what_was_deleted_meanwhile():
     children, touched = cache()
-    cluster = FakeCluster()
+    expired = ApiError(410, "Expired", "")
+    cluster = ScriptedCluster([("ITEM", body("jobs", "j")), *LISTED, ("BOOKMARK", at("6")), expired], LISTED)
     watch = ChildWatch(cluster, children, "jobs", None)
-    cluster.watch_of = watch
-    watch.run((ListAgainError,))
-    assert cluster.rounds == 2
+    watch.attempt()
     assert watch.listed.is_set()
+    assert len(children.of(OWNER)[0]) == 1
+    watch.attempt()
+    assert cluster.asked == [None, None]
+    assert watch.trouble is None
     assert children.of(OWNER)[0] == ()
     assert touched == [("a", "bot")] * 2
+
+
+def test_a_watch_that_is_cut_goes_on_after_the_last_that_it_brought():
+    changed = body("jobs", "j")
+    changed["metadata"]["resourceVersion"] = "7"
+    cluster = ScriptedCluster(
+        [*LISTED, ("MODIFIED", changed), CUT], [OPENED, ("BOOKMARK", at("9")), CUT], [OPENED], [OPENED]
+    )
+    watch = watch_of(cluster)
+    for _ in range(3):
+        watch.attempt()
+    assert cluster.asked == [None, "7", "9"]
+
+
+def test_what_the_server_refuses_for_now_leads_to_no_new_list():
+    refused = [ApiError(status, "x", "") for status in (429, 500, 503)]
+    cluster = ScriptedCluster([*LISTED, CUT], *([error] for error in refused), [CUT], [OPENED])
+    watch = watch_of(cluster)
+    for _ in range(6):
+        watch.attempt()
+    assert cluster.asked == [None] + ["5"] * 5
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [[ApiError(410, "Expired", "")]],
+        [[ApiError(504, "Timeout", "Too large resource version")]],
+        [[OPENED, CUT]],  # the second in a row that brings nothing: such a server may be one of an older backup
+    ],
+)
+def test_a_version_that_leads_nowhere_is_given_up(script: list[Any]):
+    cluster = ScriptedCluster([*LISTED, CUT], *script, LISTED)
+    watch = watch_of(cluster)
+    for _ in range(2 + len(script)):
+        watch.attempt()
+    assert cluster.asked[-1] is None
+
+
+def test_the_waits_between_watches_grow_while_nothing_comes_and_begin_anew_once_something_does():
+    bookmark = ("BOOKMARK", at("9"))
+    nothing: list[Any] = [CUT]
+    cluster = ScriptedCluster(*[nothing] * 7, [*LISTED, bookmark, CUT], nothing, nothing, [OPENED, bookmark])
+    watch = watch_of(cluster)
+    assert [watch.attempt() for _ in range(11)] == [1, 2, 4, 8, 16, 30, 30, 1, 1, 2, 0]
+
+
+def test_what_cannot_be_read_is_told_until_it_can_and_counts_as_a_sign_of_life():
+    cluster = ScriptedCluster([ApiError(403, "Forbidden", "user x")], [CUT], LISTED, [CUT])
+    watch = watch_of(cluster)
+    told: list[str | None] = []
+    for _ in range(4):
+        before_s = watch.last_activity_s
+        watch.attempt()
+        told.append(watch.trouble.words if watch.trouble else None)
+        assert watch.last_activity_s > before_s
+    assert told == ["403 Forbidden", "no answer", None, "no answer"]

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from prometheus_client import CollectorRegistry
 
-from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
 from finetune_operator.metrics import Metrics
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -159,19 +159,65 @@ def test_a_watch_lists_in_pages_what_has_our_label_and_follows_from_there(cluste
     server.says(200, listed("one", token="more"))
     server.says(200, listed("two", version="9"))
     server.says(200, line("ADDED", metadata={"name": "three"}) + line("BOOKMARK"))
-    seen = [(kind, (body.get("metadata") or {}).get("name")) for kind, body in cluster.watch("pods", "a")]
-    assert seen == [("ITEM", "one"), ("ITEM", "two"), ("LISTED", None), ("ADDED", "three"), ("BOOKMARK", None)]
+    seen = [(kind, (body.get("metadata") or {}).get("name")) for kind, body in cluster.watch("pods", "a", None)]
+    told = [
+        ("ITEM", "one"),
+        ("ITEM", "two"),
+        ("LISTED", None),
+        ("OPENED", None),
+        ("ADDED", "three"),
+        ("BOOKMARK", None),
+    ]
+    assert seen == told
     queries = [parse_qs(urlsplit(path).query) for _, path, _ in server.asked]
     assert {query["labelSelector"][0] for query in queries} == {"app.kubernetes.io/managed-by=finetune-operator"}
     assert queries[1]["continue"] == ["more"]
     assert queries[2]["resourceVersion"] == ["9"]
 
 
+def test_a_watch_that_goes_on_lists_nothing(cluster: Cluster, server: Server):
+    server.says(200, line("ADDED", metadata={"name": "three"}))
+    assert [kind for kind, _ in cluster.watch("pods", "a", "41")] == ["OPENED", "ADDED"]
+    ((_, path, _),) = server.asked
+    assert parse_qs(urlsplit(path).query)["resourceVersion"] == ["41"]
+
+
+def test_a_lease_is_created_once_and_then_replaced_by_its_version(cluster: Cluster, server: Server):
+    server.says(201, {})
+    server.says(200, {})
+    meta = {"name": "mine", "namespace": "a"}
+    cluster.write_lease({"metadata": meta}, 5)
+    cluster.write_lease({"metadata": {**meta, "resourceVersion": "3"}}, 5)
+    place = "/apis/coordination.k8s.io/v1/namespaces/a/leases"
+    assert [(method, path.partition("?")[0]) for method, path, _ in server.asked] == [
+        ("POST", place),
+        ("PUT", f"{place}/mine"),
+    ]
+
+
+def test_each_answer_is_noticed_in_the_thread_that_asked_whatever_it_says(
+    server: Server, metrics: Metrics, cluster: Cluster
+):
+    noticed: list[str] = []
+    cluster = Cluster(metrics, 4, lambda: noticed.append(threading.current_thread().name))
+    server.says(200, {})
+    server.refuses(404, "NotFound")
+    cluster.get("finetunejobs", "a", "bot")
+    assert cluster.get("finetunejobs", "a", "bot") is None
+    assert noticed == [threading.current_thread().name] * 2
+
+
+def test_of_an_error_only_its_number_and_word_are_for_everybody():
+    assert brief(ApiError(403, "Forbidden", "user x may not")) == "403 Forbidden"
+    assert brief(ApiError(502, "<script>\n" + "a" * 99, "")) == "502 script" + "a" * 34
+    assert brief(UnreachableError("GET /secret")) == "no answer"
+
+
 def test_a_watch_whose_past_is_gone_says_so(cluster: Cluster, server: Server):
     server.says(200, listed())
     server.says(200, line("ERROR", code=410, reason="Expired", message="too old resource version"))
     with pytest.raises(ApiError, match="410"):
-        list(cluster.watch("jobs", None))
+        list(cluster.watch("jobs", None, None))
 
 
 @pytest.mark.parametrize("part", [b'{"type": "ADD', b"", b"\xff\xff\n"])
@@ -179,4 +225,4 @@ def test_a_watch_that_is_cut_or_garbled_is_unreachable(cluster: Cluster, server:
     server.says(200, listed())
     server.says(200, part, Content_Length="1000")
     with pytest.raises(UnreachableError):
-        list(cluster.watch("jobs", None))
+        list(cluster.watch("jobs", None, None))

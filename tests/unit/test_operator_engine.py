@@ -1,9 +1,10 @@
 """The operator's threads, on a cluster that says nothing: what /healthz watches over."""
 
 import asyncio
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,18 @@ from prometheus_client import CollectorRegistry
 from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
+from finetune_operator.child_cache import ChildCache
+from finetune_operator.cluster import ApiError
 from finetune_operator.engine import Engine
+from finetune_operator.health import STALL_S
 from finetune_operator.job_reader import read_job
 from finetune_operator.metrics import Metrics
+from finetune_operator.scope import Listed, Scope
 from finetune_operator.settings import Settings
 from finetune_operator.watch_lag import WatchLag
 from hand_clock import Clock
 from status_samples import SPEC
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 
 class QuietCluster:
@@ -33,10 +38,9 @@ class QuietCluster:
         self.jobs: list[dict[str, Any]] = []  # Kubernetes Jobs
         self.finetunejobs: list[dict[str, Any]] = []
         self.rounds: queue.Queue[str] = queue.Queue()
+        self.answered: Callable[[], None] = lambda: None
 
     def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
-        if kind == "leases":
-            return self.lease
         self.rounds.put(name)
         return None
 
@@ -47,21 +51,24 @@ class QuietCluster:
             found.append(self.rounds.get(timeout=PATIENCE_S))
         return found
 
-    def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.lease = body
-        return body
+    def read_lease(self, namespace: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+        return self.lease
 
-    def replace_lease(self, body: dict[str, Any]) -> dict[str, Any]:
+    def write_lease(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         self.lease = body
         return body
 
     def list_finetunejobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
         return iter(self.finetunejobs)
 
-    def watch(self, kind: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def try_watch(self, namespace: str | None) -> None:
+        """Allowed."""
+
+    def watch(self, kind: str, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
         for job in self.jobs if kind == "jobs" else []:
             yield "ITEM", job
-        yield "LISTED", {}
+        yield "LISTED", {"metadata": {"resourceVersion": "1"}}
+        yield "OPENED", {}
         self.end.wait()
 
 
@@ -77,8 +84,9 @@ def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     runtimes = tmp_path / "runtimes.yaml"
     runtimes.write_text("runtimes: {default: {image: x}}")
 
-    def connect(_metrics: Metrics, pool_size: int) -> QuietCluster:
+    def connect(_metrics: Metrics, pool_size: int, answered: Callable[[], None]) -> QuietCluster:
         assert pool_size > 0
+        cluster.answered = answered
         return cluster
 
     monkeypatch.setattr(engine_module, "Cluster", connect)
@@ -88,7 +96,7 @@ def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_operator_that_waits_for_the_lease_is_well(engine: Engine):
-    assert engine.problems() == []
+    assert engine.health().stuck == engine.health().unready == ()
 
 
 def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine, monkeypatch: pytest.MonkeyPatch):
@@ -96,11 +104,179 @@ def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine
         return sorted(ages_s)
 
     assert engine.start()
-    assert engine.problems() == []
+    assert engine.health().stuck == ()
     monkeypatch.setattr(engine_module, "problems", watched)
-    assert engine.problems() == [
+    assert engine.health().stuck == (
         "lease", "progress", "resync", "watch of finetunejobs", "watch of jobs", "watch of pods",
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_has_ended_is_told_at_once(engine: Engine, cluster: QuietCluster):
+    def broken(kind: str, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        raise KeyError(kind)
+
+    cluster.watch = broken  # type: ignore[method-assign]
+    assert engine.start()
+    until(lambda: set(engine.health().stuck) == {"watch of jobs: has ended", "watch of pods: has ended"}, "told")
+
+
+def test_a_round_whose_requests_are_answered_moves(
+    engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
+):
+    moved: list[tuple[str, str]] = []
+    monkeypatch.setattr(engine._queue, "moved", moved.append)  # pyright: ignore[reportPrivateUsage]
+    cluster.finetunejobs = [finetunejob("busy")]
+    get = cluster.get
+
+    def answered(kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        cluster.answered()
+        return get(kind, namespace, name)
+
+    cluster.get = answered  # type: ignore[method-assign]
+    assert engine.start()
+    cluster.rounds_until("busy")
+    assert moved[0] == ("a", "busy")
+    count = len(moved)
+    cluster.answered()
+    assert len(moved) == count  # an answer to another thread is none of a round
+
+
+def test_no_round_is_begun_before_the_jobs_and_pods_of_its_namespace_are_known(engine: Engine, cluster: QuietCluster):
+    know, watch = threading.Event(), cluster.watch
+
+    def late(kind: str, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        know.wait(PATIENCE_S)
+        yield from watch(kind, namespace, version)
+
+    cluster.watch = late  # type: ignore[method-assign]
+    cluster.finetunejobs = [finetunejob("busy")]
+    assert engine.start()
+    engine.put("a", "busy", "uid-busy", 1)
+    until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
+    assert cluster.rounds.empty()
+    know.set()
+    assert cluster.rounds_until("busy") == ["busy"]
+
+
+def test_stopping_waits_for_the_round_in_work_with_the_lease_held_and_then_gives_it_back(
+    engine: Engine, cluster: QuietCluster
+):
+    entered, go_on = threading.Event(), threading.Event()
+    holders: list[str] = []
+
+    def slow(kind: str, namespace: str, name: str) -> None:
+        entered.set()
+        go_on.wait(PATIENCE_S)
+        assert cluster.lease is not None
+        holders.append(cluster.lease["spec"]["holderIdentity"])
+
+    cluster.get = slow  # type: ignore[method-assign]
+    cluster.finetunejobs = [finetunejob("busy")]
+    assert engine.start()
+    assert entered.wait(PATIENCE_S)
+    threading.Timer(0.3, go_on.set).start()
+    engine.stop()
+    assert holders == ["finetune-operator"]
+    assert cluster.lease is not None
+    assert cluster.lease["spec"]["holderIdentity"] == ""
+
+
+def test_a_round_that_does_not_end_keeps_no_operator_from_ending_and_the_lease_runs_out_by_itself(
+    engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
+):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hangs(kind: str, namespace: str, name: str) -> None:
+        entered.set()
+        go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(engine_module, "STOP_S", 0.1)
+    cluster.get = hangs  # type: ignore[method-assign]
+    cluster.finetunejobs = [finetunejob("busy")]
+    assert engine.start()
+    assert entered.wait(PATIENCE_S)
+    engine.stop()
+    assert cluster.lease is not None
+    assert cluster.lease["spec"]["holderIdentity"] == "finetune-operator"
+    go_on.set()
+
+
+def test_rounds_in_a_namespace_that_was_refused_are_not_begun_until_it_can_be_listed(
+    engine: Engine, cluster: QuietCluster
+):
+    cluster.finetunejobs = [finetunejob("busy")]
+    listing = cluster.list_finetunejobs
+
+    def refused(namespace: str | None) -> Iterator[dict[str, Any]]:
+        raise ApiError(403, "Forbidden", "")
+
+    cluster.list_finetunejobs = refused  # type: ignore[method-assign]
+    assert engine.start()
+    engine.resync()
+    engine.put("a", "gone", "uid-gone", 1)
+    until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
+    assert cluster.rounds.empty()
+    assert "cluster: finetunejobs: 403 Forbidden, for 0 s" in engine.health().notes
+    cluster.list_finetunejobs = listing  # type: ignore[method-assign]
+    engine.resync()
+    assert cluster.rounds_until("busy") == ["busy"]
+    assert len(engine.health().notes) == 1
+
+
+def test_an_operator_that_can_read_no_namespace_is_not_ready_after_a_while_and_lives(
+    engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: object) -> Iterator[Any]:
+        raise ApiError(403, "Forbidden", "")
+
+    cluster.watch = cluster.list_finetunejobs = refused  # type: ignore[method-assign]
+    assert engine.start()
+    until(lambda: len(engine.health().notes) == 4, "troubles with all three kinds are told")
+    assert engine.health().unready == engine.health().stuck == ()
+    monkeypatch.setattr(engine_module, "UNREADABLE_S", -1)
+    assert engine.health().unready == ("no watched namespace can be read",)
+    assert engine.health().stuck == ()
+
+
+def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_nothing_is(clock: Clock):
+    answers: list[Exception | None] = []
+
+    class Cluster(QuietCluster):
+        def try_watch(self, namespace: str | None) -> None:
+            answer = answers.pop(0)
+            if answer is not None:
+                raise answer
+
+    metrics = Metrics(CollectorRegistry())
+    scope = Scope(cast(Any, Cluster()), ChildCache(lambda _: None), metrics, "b", lambda: None)
+    scope.watch_lag = WatchLag(clock)
+    found = Listed(generations={"u": 1})
+    labels = {"kind": "finetunejobs", "watched_namespace": "b"}
+    answers += [ApiError(403, "Forbidden", "")] * 9
+    for _ in range(10):
+        scope.take_list(found, 0)
+        clock.now_s += 60
+        assert scope.ages_s()["watch of finetunejobs in b"] <= 60
+    assert any("finetunejobs: 403 Forbidden" in note for note in scope.notes())
+    assert metrics.registry.get_sample_value("finetune_watch_trouble", labels) == 1
+    answers += [None] * 9
+    for _ in range(5):
+        scope.take_list(found, 0)
+        clock.now_s += 60
+    assert scope.ages_s()["watch of finetunejobs in b"] > STALL_S
+    assert metrics.registry.get_sample_value("finetune_watch_trouble", labels) == 0
+
+
+def test_kopf_tries_what_is_refused_again_for_ever_as_it_ends_altogether_otherwise():
+    settings = kopf.OperatorSettings()
+    handlers.configure(settings)
+    backoffs = settings.networking.error_backoffs
+    assert isinstance(backoffs, handlers.Backoffs)
+    for _ in range(2):
+        waits_s = list(itertools.islice(backoffs, 1000))
+        assert waits_s[0] == 1
+        assert max(waits_s) == waits_s[-1] == 30
 
 
 def finetunejob(name: str, *conditions: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +371,26 @@ def test_a_job_that_is_told_of_before_the_list_knows_it_is_remembered(hearing: W
     hearing.listed({"new": 1})
     clock.now_s = 600
     assert hearing.lag_s() == 0
+
+
+def test_a_watch_that_tells_one_job_after_the_other_is_not_deaf_to_the_last(hearing: WatchLag, clock: Clock):
+    hearing.listed({str(number): 1 for number in range(100)})
+    for number in range(99):
+        clock.now_s += 20
+        hearing.heard(str(number), 1)
+    assert hearing.lag_s() == 0
+    clock.now_s += 200
+    assert hearing.lag_s() == 200
+
+
+def test_what_the_server_lets_nobody_hear_counts_from_when_it_does(hearing: WatchLag, clock: Clock):
+    hearing.listed({"a": 1})
+    clock.now_s = 1000
+    hearing.excuse()
+    assert hearing.lag_s() == 0
+    hearing.listed({"a": 1})
+    clock.now_s = 1100
+    assert hearing.lag_s() == 100
 
 
 def test_a_job_that_was_deleted_unheard_is_no_longer_missed(hearing: WatchLag, clock: Clock):

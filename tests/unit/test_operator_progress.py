@@ -15,6 +15,7 @@ from finetune_api.names import Stage
 from finetune_api.run import MAX_PROGRESS_BYTES, Progress
 from finetune_operator import progress
 from finetune_operator.child_cache import ChildCache, Owner
+from finetune_operator.health import STALL_S
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
 from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
@@ -222,3 +223,19 @@ def test_pods_of_both_stages_are_asked_while_they_run(stage: Stage):
     status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [{"name": "trainer", "state": state}]}
     children.take("pods", "ADDED", {"metadata": meta, "spec": {}, "status": status})
     assert [(owner, pod.stage) for owner, pod in children.running_pods()] == [(("a", "uid-1"), stage)]
+
+
+def test_a_round_over_thousands_of_silent_pods_does_not_look_like_a_standstill(monkeypatch: pytest.MonkeyPatch):
+    clock, ages_s = Clock(), list[float]()
+    puller = ProgressPuller(
+        ChildCache(lambda _: None), Metrics(CollectorRegistry()), lambda _: None, lambda: NOW, 1, clock
+    )
+
+    async def silent(host: str, port: int) -> Progress:
+        clock.now_s += 2
+        ages_s.append(puller.age_s())
+        raise ProgressError("timeout")
+
+    monkeypatch.setattr(progress, "fetch", silent)
+    asyncio.run(puller.pull([(("a", str(number)), pod()) for number in range(500)]))
+    assert max(ages_s) < STALL_S

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from finetune_operator.queue import WorkQueue
+from finetune_operator.queue import ROUND_LIMIT_S, WorkQueue
 from hand_clock import Clock
 from waiting import PATIENCE_S, until
 
@@ -133,6 +133,52 @@ def test_a_stuck_round_and_a_key_that_nobody_takes_are_seen(queue: WorkQueue[str
     assert queue.depth() == 1
     queue.done("a")
     assert queue.stuck_s() == 0
+
+
+def test_a_long_queue_from_which_keys_are_taken_is_not_stuck(queue: WorkQueue[str], clock: Clock):
+    for number in range(10_000):
+        queue.put(str(number))
+    for _ in range(100):
+        key = queue.get()
+        clock.now_s += 20
+        assert key is not None
+        queue.done(key)
+        assert queue.stuck_s() == 20
+    clock.now_s += 150
+    assert queue.stuck_s() == 170
+
+
+def test_a_slow_round_whose_requests_are_answered_is_not_stuck_until_it_never_ends(queue: WorkQueue[str], clock: Clock):
+    for key in ("slow", "waits"):
+        queue.put(key)
+    assert queue.get() == "slow"
+    for _ in range(int(ROUND_LIMIT_S / 30)):
+        clock.now_s += 30
+        assert queue.stuck_s() == 30
+        queue.moved("slow")
+    clock.now_s += 1
+    queue.moved("slow")
+    assert queue.stuck_s() > ROUND_LIMIT_S
+
+
+def test_one_stuck_round_is_seen_beside_others_that_move(queue: WorkQueue[str], clock: Clock):
+    for key in ("stuck", "moves"):
+        queue.put(key)
+    assert {queue.get(), queue.get()} == {"stuck", "moves"}
+    for _ in range(5):
+        clock.now_s += 30
+        queue.moved("moves")
+    assert queue.stuck_s() == 150
+
+
+def test_who_closes_the_queue_can_wait_for_the_rounds_in_work():
+    queue: WorkQueue[str] = WorkQueue()
+    queue.put("a")
+    assert queue.get() == "a"
+    queue.close()
+    assert not queue.wait_until_idle(0.01)
+    threading.Timer(0.05, queue.done, ("a",)).start()
+    assert queue.wait_until_idle(PATIENCE_S)
 
 
 def test_closing_wakes_all_workers():

@@ -1,10 +1,12 @@
 """Settings, lease, health, metrics and the small pure parts of a round."""
 
+import threading
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,7 +17,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.cluster import ApiError, UnreachableError
 from finetune_operator.decision import JobEvent
-from finetune_operator.health import STALL_S, HttpServer, problems
+from finetune_operator.health import STALL_S, Health, HttpServer, answer, problems
 from finetune_operator.job_reader import read_job
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
@@ -37,6 +39,8 @@ def test_the_environment_decides_and_everything_has_a_default():
     assert settings.watch_namespaces == ("a", "b")
     assert settings.workers == 3
     assert Settings.from_env({}).watch_namespaces == ()
+    assert Settings.from_env({}).lease_name == "finetune-operator"
+    assert Settings.from_env({"FINETUNE_LEASE_NAME": "x-finetune-operator"}).lease_name == "x-finetune-operator"
 
 
 def test_an_unknown_level_of_the_log_is_named():
@@ -94,32 +98,40 @@ class FakeApi:
     def __init__(self) -> None:
         self.lease: dict[str, Any] | None = None
         self.version = 0
-        self.down = False
+        self.refusal: Exception | None = None
+        self.hangs: threading.Event | None = None  # every call waits for it
+        self.calls: list[str] = []
 
-    def get(self, kind: Any, namespace: str, name: str) -> dict[str, Any] | None:
-        if self.down:
-            raise UnreachableError("down")
+    def read_lease(self, namespace: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+        self._call("read")
         return None if self.lease is None else {**self.lease, "spec": dict(self.lease["spec"])}
 
-    def create(self, kind: Any, body: dict[str, Any]) -> dict[str, Any]:
-        if self.lease is not None:
+    def write_lease(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        self._call("write")
+        version = body["metadata"].get("resourceVersion")
+        if version is None and self.lease is not None:
             raise ApiError(409, "AlreadyExists", "")
-        return self._store(body)
-
-    def replace_lease(self, body: dict[str, Any]) -> dict[str, Any]:
-        if body["metadata"]["resourceVersion"] != str(self.version):
+        if version is not None and version != str(self.version):
             raise ApiError(409, "Conflict", "")
-        return self._store(body)
-
-    def _store(self, body: dict[str, Any]) -> dict[str, Any]:
         self.version += 1
         self.lease = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version)}}
         return self.lease
 
+    def _call(self, verb: str) -> None:
+        self.calls.append(verb)
+        if self.hangs is not None:
+            self.hangs.wait(PATIENCE_S)
+        if self.refusal is not None:
+            raise self.refusal
+
+
+def lease(api: FakeApi, identity: str, clock: Clock, duration_s: float = 30) -> Lease:
+    return Lease(api, "ns", "release", identity, duration_s, clock)
+
 
 def test_one_operator_holds_the_lease_and_another_takes_it_only_when_it_is_not_renewed():
     api, clock = FakeApi(), Clock()
-    first, second = Lease(api, "ns", "one", 30, clock), Lease(api, "ns", "two", 30, clock)
+    first, second = lease(api, "one", clock), lease(api, "two", clock)
     assert first.try_acquire()
     assert not second.try_acquire()
     clock.now_s = 29
@@ -132,34 +144,136 @@ def test_one_operator_holds_the_lease_and_another_takes_it_only_when_it_is_not_r
     assert not first.try_acquire()
 
 
+def test_renewing_takes_one_call_and_heeds_what_others_wrote_in_between():
+    api, clock = FakeApi(), Clock()
+    first = lease(api, "one", clock)
+    assert first.try_acquire()
+    assert first.try_acquire()
+    assert api.calls == ["read", "write", "write"]
+    assert api.lease is not None
+    api.version += 1  # somebody annotates it
+    api.lease["metadata"]["resourceVersion"] = str(api.version)
+    assert first.try_acquire()
+    api.lease = None  # somebody deletes it
+    assert first.try_acquire()
+
+
 def test_a_restarted_operator_takes_its_own_lease_at_once_and_a_released_one_is_free():
     api, clock = FakeApi(), Clock()
-    assert Lease(api, "ns", "one", 30, clock).try_acquire()
-    again = Lease(api, "ns", "one", 30, clock)
+    assert lease(api, "one", clock).try_acquire()
+    again = lease(api, "one", clock)
     assert again.try_acquire()
+    again.stop()
     again.release()
-    assert Lease(api, "ns", "two", 30, clock).try_acquire()
+    assert lease(api, "two", clock).try_acquire()
+
+
+def test_a_lease_that_was_given_back_is_not_taken_again_by_a_renewal_that_comes_late():
+    api, clock = FakeApi(), Clock()
+    first = lease(api, "one", clock)
+    assert first.try_acquire()
+    first.stop()
+    first.release()
+    assert not first.try_acquire()
+    assert api.lease is not None
+    assert api.lease["spec"]["holderIdentity"] == ""
 
 
 def test_a_lost_race_for_the_lease_is_not_won():
     api, clock = FakeApi(), Clock()
-    first = Lease(api, "ns", "one", 30, clock)
+    first, second = lease(api, "one", clock), lease(api, "two", clock)
     assert first.try_acquire()
+    clock.now_s = 100
+    assert not second.try_acquire()  # first seen now
+    clock.now_s = 200
     stale = api.lease
     assert first.try_acquire()
-    api.get = lambda kind, namespace, name: stale  # type: ignore[method-assign]
-    assert not first.try_acquire()
+    api.read_lease = lambda namespace, name, timeout_s: stale  # type: ignore[method-assign]
+    assert not second.try_acquire()
 
 
 def test_an_operator_that_cannot_renew_gives_up_before_another_may_start():
     api, clock = FakeApi(), Clock()
-    lease = Lease(api, "ns", "one", 0.03, clock)
-    assert lease.try_acquire()
-    api.down = True
+    held = lease(api, "one", clock, 0.03)
+    assert held.try_acquire()
+    api.refusal = UnreachableError("down")
     clock.now_s = 0.025
     lost: list[bool] = []
-    lease.hold(lambda: lost.append(True))
+    held.hold(lambda: lost.append(True))
     assert lost == [True]
+
+
+def test_a_call_that_hangs_keeps_no_operator_from_giving_up_in_time():
+    """Two calls of 40 s each against a lease of 30 s, at a fiftieth of the time."""
+    api = FakeApi()
+    held, lost = Lease(api, "ns", "release", "one", 0.6), threading.Event()
+    assert held.try_acquire()
+    api.hangs = threading.Event()
+    threading.Thread(target=held.hold, args=(lost.set,), daemon=True).start()
+    try:
+        assert lost.wait(PATIENCE_S)  # while the call itself hangs
+        assert len(api.calls) == 3
+    finally:
+        api.hangs.set()
+
+
+def test_a_lease_whose_answer_comes_too_late_is_not_acted_on():
+    api, clock = FakeApi(), Clock()
+    late = lease(api, "one", clock)
+    read = api.read_lease
+
+    def slow(namespace: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+        clock.now_s += 40
+        return read(namespace, name, timeout_s)
+
+    api.read_lease = slow  # type: ignore[method-assign]
+    assert not late.try_acquire()
+    assert late.try_acquire()  # the next one is one quick write
+    assert late.age_s() == 0
+
+
+def test_the_calls_for_the_lease_end_in_time_for_another_one():
+    api, waits_s = FakeApi(), list[float]()
+    api.read_lease = lambda namespace, name, timeout_s: waits_s.append(timeout_s)  # type: ignore[method-assign]
+    assert lease(api, "one", Clock()).try_acquire()
+    assert waits_s == [12]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "why"), [(ApiError(403, "Forbidden", "user x"), "403 Forbidden"), (UnreachableError("x"), "no answer")]
+)
+def test_an_operator_that_cannot_read_its_lease_says_so_after_a_while(refusal: Exception, why: str):
+    api, clock = FakeApi(), Clock()
+    mine = lease(api, "one", clock)
+    api.refusal = refusal
+    with pytest.raises((ApiError, UnreachableError)):
+        mine.try_acquire()
+    clock.now_s = 60
+    assert mine.problem() is None
+    clock.now_s = 61
+    assert mine.problem() == f"lease ns/release: {why}, neither ours nor another's for 61 s"
+    api.refusal = None
+    assert mine.try_acquire()
+    assert mine.problem() is None
+    assert mine.note() == "lease ns/release: held by this operator, renewed 0 s ago"
+
+
+def test_a_standby_beside_a_holder_who_lives_has_no_problem_and_one_who_never_wins_has():
+    api, clock = FakeApi(), Clock()
+    first, standby = lease(api, "one", clock), lease(api, "two", clock)
+    for _ in range(20):
+        assert first.try_acquire()
+        assert not standby.try_acquire()
+        clock.now_s += 10
+    assert standby.problem() is None
+    assert standby.note() == "lease ns/release: held by one, this operator waits"
+    api.lease, third = None, lease(api, "three", clock)
+    api.refusal = ApiError(409, "Conflict", "")
+    api.read_lease = lambda namespace, name, timeout_s: None  # type: ignore[method-assign]
+    for _ in range(7):
+        assert not third.try_acquire()
+        clock.now_s += 10
+    assert third.problem() == "lease ns/release: 409 Conflict, neither ours nor another's for 70 s"
 
 
 @pytest.mark.parametrize(
@@ -175,19 +289,35 @@ def test_health_names_what_stalled(ages_s: dict[str, float], stuck_s: float, wro
     assert problems(ages_s, stuck_s) == wrong
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "text"),
+    [
+        ("/healthz", 200, "ok"),
+        ("/readyz", 503, "no lease"),
+        ("/healthz?verbose", 200, "ok\nno lease\nnamespace b: pods: 403"),
+        ("/readyz?verbose", 503, "no lease\nnamespace b: pods: 403"),
+    ],
+)
+def test_what_no_restart_mends_makes_an_operator_unready_but_not_dead(path: str, status: int, text: str):
+    url = urlsplit(path)
+    assert answer(url.path, url.query, Health((), ("no lease",), ("namespace b: pods: 403",))) == (status, text)
+
+
 def test_healthz_fails_with_words_and_metrics_are_served():
     wrong: list[str] = []
     metrics = Metrics(CollectorRegistry())
-    server = HttpServer(0, metrics.registry, lambda: wrong)
+    server = HttpServer(0, metrics.registry, lambda: Health(tuple(wrong)))
     try:
         base = f"http://127.0.0.1:{server.port}"
-        assert urllib.request.urlopen(f"{base}/healthz", timeout=PATIENCE_S).read() == b"ok"
+        for path in ("/healthz", "/readyz", "/healthz?verbose"):
+            assert urllib.request.urlopen(f"{base}{path}", timeout=PATIENCE_S).read() == b"ok"
         assert b"finetune_queue_depth" in urllib.request.urlopen(f"{base}/metrics", timeout=PATIENCE_S).read()
         wrong.append("resync: nothing for 200 s")
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            urllib.request.urlopen(f"{base}/healthz", timeout=PATIENCE_S)
-        assert refusal.value.code == 503
-        assert refusal.value.read() == b"resync: nothing for 200 s"
+        for path, status in (("/healthz", 503), ("/readyz", 503), ("/", 404)):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(f"{base}{path}", timeout=PATIENCE_S)
+            assert refusal.value.code == status
+            assert status == 404 or refusal.value.read() == b"resync: nothing for 200 s"
     finally:
         server.close()
 

@@ -1,0 +1,131 @@
+"""One watched namespace, or the whole cluster: its watches, its unfinished jobs and what is wrong there.
+
+Each stands alone. A namespace that was deleted, or that the operator may not read, costs the others nothing.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from finetune_operator.child_cache import ChildCache, Key, Owner
+from finetune_operator.child_watch import ChildWatch, Trouble
+from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.metrics import Metrics
+from finetune_operator.watch_lag import WatchLag
+
+WHOLE_CLUSTER = "*"  # of a label: no namespace is called so
+REFUSED = (403, 404)  # as of a namespace whose Role is gone; 404 where the CRD is gone
+GONE_S = 600.0
+PROBE_AFTER_S = 50.0  # of lag; with the longest interval of the resync still below health.STALL_S
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What one list of its FineTuneJobs showed."""
+
+    keys: set[Key] = field(default_factory=set[Key])
+    unfinished: dict[Owner, Key] = field(default_factory=dict[Owner, Key])
+    generations: dict[str, int] = field(default_factory=dict[str, int])
+    phases: Counter[str] = field(default_factory=Counter[str])
+
+
+class Scope:
+    """`start` follows its Kubernetes Jobs and pods; the engine lists its FineTuneJobs and tells what came of it."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        children: ChildCache,
+        metrics: Metrics,
+        namespace: str | None,
+        on_listed: Callable[[], None],
+    ) -> None:
+        self.namespace = namespace
+        self.watch_lag = WatchLag()
+        self.names: dict[Owner, Key] = {}  # of unfinished jobs, from the last list and from events
+        self.phases: Counter[str] = Counter()
+        self.resync_due_s = 0.0  # monotonic
+        self.resync_wanted = False  # out of turn: rounds were put off until its Jobs and pods are known
+        self.resynced_at_s: float | None = None  # Unix
+        self.closed = False  # the server refuses to list its FineTuneJobs: no round is begun
+        self._cluster, self._on_listed = cluster, on_listed
+        self._trouble: Trouble | None = None
+        self.watches = tuple(ChildWatch(cluster, children, kind, namespace, self._listed) for kind in ("jobs", "pods"))
+        label = namespace or WHOLE_CLUSTER
+        for watch in self.watches:
+            metrics.watch_trouble.labels(watch.kind, label).set_function(lambda w=watch: float(w.trouble is not None))
+        metrics.watch_trouble.labels("finetunejobs", label).set_function(lambda: float(self._trouble is not None))
+
+    def start(self) -> list[threading.Thread]:
+        threads = [threading.Thread(target=watch.run, name=watch.name, daemon=True) for watch in self.watches]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def stop(self) -> None:
+        for watch in self.watches:
+            watch.stop()
+
+    @property
+    def listed(self) -> bool:
+        """Whether its Kubernetes Jobs and pods are known: without them every job would look as if it had none."""
+        return all(watch.listed.is_set() for watch in self.watches)
+
+    def take_list(self, found: Listed, now_s: float) -> None:
+        self.names, self.phases, self.closed, self.resynced_at_s = found.unfinished, found.phases, False, now_s
+        self.watch_lag.listed(found.generations)
+        self._trouble = self._deafness()
+
+    def take_failure(self, error: ApiError | UnreachableError) -> bool:
+        """The list failed; whether that is news."""
+        before, self._trouble = self._trouble, Trouble.after(self._trouble, error)
+        self.watch_lag.excuse()
+        if isinstance(error, ApiError) and error.status in REFUSED:
+            self.closed, self.phases = True, Counter()
+        return before is None or before.words != self._trouble.words
+
+    def is_gone(self) -> bool:
+        """Whether it has been refused for so long that it is taken for deleted, with its jobs."""
+        return self.closed and self._trouble is not None and time.monotonic() - self._trouble.since_s > GONE_S
+
+    def well(self) -> bool:
+        """Whether its FineTuneJobs could be listed and watched when that was last tried."""
+        return self._trouble is None
+
+    def troubles(self) -> dict[str, Trouble]:
+        """By kind of object."""
+        found = {watch.kind: watch.trouble for watch in self.watches} | {"finetunejobs": self._trouble}
+        return {kind: trouble for kind, trouble in found.items() if trouble is not None}
+
+    def notes(self) -> list[str]:
+        """Return what cannot be read, in words."""
+        place = f"namespace {self.namespace}" if self.namespace else "cluster"
+        now_s = time.monotonic()
+        troubles = sorted(self.troubles().items())
+        notes = [f"{place}: {kind}: {each.words}, for {now_s - each.since_s:.0f} s" for kind, each in troubles]
+        return notes if notes or self.listed else [f"{place}: its Jobs and pods are being listed for the first time"]
+
+    def ages_s(self) -> dict[str, float]:
+        """Seconds since each of its activities made progress."""
+        now_s = time.monotonic()
+        place = f" in {self.namespace}" if self.namespace else ""
+        ages_s = {watch.name: now_s - watch.last_activity_s for watch in self.watches}
+        return {**ages_s, f"watch of finetunejobs{place}": self.watch_lag.lag_s()}
+
+    def _listed(self) -> None:
+        if self.listed:
+            self.resync_wanted = True
+            self._on_listed()
+
+    def _deafness(self) -> Trouble | None:
+        """Kopf tells nothing: ask whether the server would let it. What a restart would not mend is no stall."""
+        if self._trouble is None and self.watch_lag.lag_s() < PROBE_AFTER_S:
+            return None
+        try:
+            self._cluster.try_watch(self.namespace)
+        except (ApiError, UnreachableError) as error:
+            self.watch_lag.excuse()
+            return Trouble.after(self._trouble, error)
+        return None
