@@ -1,6 +1,5 @@
 """From a situation to conditions and phase. Pure; a condition's time moves only when its status does."""
 
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -21,7 +20,6 @@ _CLUSTERS_WORDS = (
     Reason.NODE_UNREACHABLE, Reason.POD_NOT_STARTED, Reason.JOB_SUSPENDED, Reason.DISRUPTED, Reason.INVALID_MANIFEST,
     Reason.NO_ANSWER,
 )  # fmt: skip
-_VOLATILE = re.compile(r"[\w./:>-]*(\d[\w./:>-]*|[0-9a-f]{8,})")
 ConditionState = Literal["True", "False", "Unknown"]
 
 
@@ -69,7 +67,8 @@ def _condition(old: Condition | None, update: ConditionUpdate, generation: int, 
 
 def _gist(message: str) -> str:
     """Return what a message says, without words that hold a digit, which mean nothing to whoever has to act."""
-    return _VOLATILE.sub("#", message)[:MAX_COMPARED]
+    words = ("#" if any(map(str.isdigit, word)) else word for word in message.split())
+    return " ".join(words)[:MAX_COMPARED]
 
 
 def one_line(text: str) -> str:

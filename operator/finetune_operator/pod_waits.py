@@ -154,9 +154,11 @@ def missing_ref(text: str, namespace: str) -> Blocked | None:
 def _container_wait(pod: ObservedPod) -> Blocked | None:
     before = f"container {pod.waiting_container}, which the cluster puts before the trainer"
     if pod.waiting_reason in _IMAGE_WAITS:
-        text = pod.waiting_message or pod.waiting_reason or ""
+        # While it pauses between two tries, the kubelet repeats why the last one failed.
+        text = pod.waiting_message.rpartition("ErrImagePull: ")[2] or pod.waiting_reason or ""
         image = "the trainer image" if pod.waiting_container is None else f"the image of {before},"
-        return Blocked(Reason.IMAGE_PULL, f"{image} cannot be pulled ({pod.waiting_reason}): {text}")
+        reason = "ErrImagePull" if pod.waiting_reason == "ImagePullBackOff" else pod.waiting_reason
+        return Blocked(Reason.IMAGE_PULL, f"{image} cannot be pulled ({reason}): {text}")
     if pod.waiting_container is not None:
         return Blocked(Reason.POD_NOT_STARTED, f"{before}, waits ({pod.waiting_reason}): {pod.waiting_message}")
     if pod.waiting_reason in _CONFIG_WAITS:

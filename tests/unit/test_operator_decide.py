@@ -1389,3 +1389,13 @@ def test_a_job_whose_name_begins_with_a_digit_is_taken_and_its_children_have_nam
     pod = f"{child_name(world.meta['name'], '0' * 36, PREPARE, 999)}-0"
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", pod)
     assert len(pod) <= 63
+
+
+def test_an_image_that_cannot_be_pulled_is_not_told_anew_with_every_try_and_pause_of_the_kubelet():
+    cause = "failed to resolve image: unexpected status from HEAD request to https://r.io/v2/x: 403 Forbidden"
+    world = World().step().pod("prepare-1", scheduled=True, waiting_reason="ErrImagePull", waiting_message=cause)
+    before = dict(world.step().status)
+    assert cause in world.message(ConditionType.DEGRADED)
+    paused = f'Back-off pulling image "r.io/x@sha256:0": ErrImagePull: {cause}'
+    world.pod("prepare-1", waiting_reason="ImagePullBackOff", waiting_message=paused)
+    assert world.step(after_s=20).status == before
