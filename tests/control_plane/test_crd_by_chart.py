@@ -29,9 +29,10 @@ def helm(cluster: testbed.Cluster, *arguments: str) -> str:
     return done.stdout
 
 
-def may(cluster: testbed.Cluster, user: str, verb: str, resource: str, namespace: str) -> bool:
+def may(cluster: testbed.Cluster, user: str, verb: str, resource: str, namespace: str, name: str = "") -> bool:
     kind, _, subresource = resource.partition("/")
     part = [f"--subresource={subresource}"] if subresource else []
+    kind += f"/{name}" if name else ""
     answer = cluster.kubectl("auth", "can-i", verb, kind, *part, f"--as={user}", "-n", namespace, check=False)
     return answer.strip() == "yes"
 
@@ -72,7 +73,10 @@ def test_the_operator_may_do_what_it_must_and_only_where_it_watches(control_plan
     ):
         assert may(control_plane, user, verb, resource, team), f"{verb} {resource}"
         assert not may(control_plane, user, verb, resource, "default"), f"{verb} {resource} elsewhere"
-    assert may(control_plane, user, "update", "leases.coordination.k8s.io", release)
+    leases = "leases.coordination.k8s.io"
+    assert may(control_plane, user, "create", leases, release)
+    assert may(control_plane, user, "update", leases, release, f"{release}-finetune-operator")
+    assert not may(control_plane, user, "update", leases, release, "of-another")
     for verb, resource in (
         ("get", "secrets"),
         ("patch", "finetunejobs.finetune.dev"),

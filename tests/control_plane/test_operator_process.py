@@ -20,6 +20,7 @@ import pytest
 from kubernetes import client, config
 
 import testbed
+from built import require_program
 from finetune_api import names
 from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault
@@ -29,13 +30,16 @@ from waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.control_plane
 
+ROOT = Path(__file__).resolve().parents[2]
 FOREIGN_PODS = 5_000
 
 
 class Operator:
-    """One operator process that watches one namespace."""
+    """One operator process that watches one namespace, unless `env` says otherwise."""
 
-    def __init__(self, kubeconfig: Path, namespace: str, folder: Path, identity: str = "operator-0") -> None:
+    def __init__(
+        self, kubeconfig: Path, namespace: str, folder: Path, identity: str = "operator-0", **env: str
+    ) -> None:
         self._runtimes = folder / "runtimes.yaml"
         self.offer("default")
         self.log = folder / "operator.log"
@@ -51,6 +55,7 @@ class Operator:
             "FINETUNE_RESYNC_INTERVAL_S": "2",
             "FINETUNE_LEASE_DURATION_S": "20",  # a busy machine renews it in time
             "PYTHONUNBUFFERED": "1",
+            **env,
         }
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -533,3 +538,40 @@ def test_a_second_operator_waits_until_the_first_is_gone(
         assert "holding the lease as operator-1" in second.log.read_text()
     finally:
         second.end()
+
+
+@pytest.fixture
+def of_chart(control_plane: testbed.Cluster, namespace: str, tmp_path: Path) -> Iterator[Operator]:
+    """An operator with the chart's rights and no more, in the test's namespace and in one called NAMESPACE-gone."""
+    control_plane.kubectl("create", "namespace", f"{namespace}-gone")
+    chart = [require_program("helm"), "template", "x", str(ROOT / "charts/finetune-operator"), "--namespace", namespace]
+    watched = f"watchNamespaces={{{namespace},{namespace}-gone}}"
+    shown = [f"--show-only=templates/{name}.yaml" for name in ("rbac", "serviceaccount")]
+    done = subprocess.run([*chart, "--set", watched, *shown], capture_output=True, text=True, timeout=60, check=True)
+    control_plane.kubectl("apply", "-f", "-", stdin=done.stdout)
+    settings = json.loads(control_plane.kubeconfig.read_text())
+    account = control_plane.kubectl("create", "token", "x-finetune-operator", "-n", namespace).strip()
+    settings["users"][0]["user"] = {"token": account}
+    (tmp_path / "kubeconfig").write_text(json.dumps(settings))
+    both = f"{namespace},{namespace}-gone"
+    more = {"FINETUNE_WATCH_NAMESPACES": both, "FINETUNE_LEASE_NAME": "x-finetune-operator"}
+    running = Operator(tmp_path / "kubeconfig", namespace, tmp_path, **more).start()
+    yield running
+    if running.process is not None:
+        running.end()
+
+
+def test_a_deleted_namespace_that_is_still_watched_stops_no_other(
+    team: Team, of_chart: Operator, control_plane: testbed.Cluster
+):
+    team.submit()
+    team.until("Ready", "True")
+    control_plane.kubectl("delete", "namespace", f"{team.namespace}-gone", "--timeout=120s", timeout_s=130)
+    of_chart.kill()
+    of_chart.start()
+    team.submit("next")
+    team.job("prepare", 1, "next")
+    trouble = f"namespace {team.namespace}-gone: finetunejobs: 403 Forbidden"
+    until(lambda: trouble in of_chart.get("/healthz?verbose"), "the deleted namespace is told")
+    assert of_chart.get("/readyz") == "ok"
+    assert of_chart.metric(f'finetune_watch_trouble{{kind="jobs",watched_namespace="{team.namespace}"}}') == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,9 +15,10 @@ import pytest
 
 from status_samples import SPEC
 from stub_api import StubApi, Trouble, stub_api
-from waiting import until
+from testbed.instance import free_ports
+from waiting import PATIENCE_S, until
 
-LEASE_S = 6.0
+LEASE_S = 20.0  # a busy machine renews it in time
 
 
 class Running:
@@ -29,9 +29,7 @@ class Running:
         small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
         runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
         runtimes.write_text(json.dumps({"runtimes": {"default": runtime}}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_ports("127.0.0.1", ["http"])["http"]
         environment = {
             **os.environ,
             "KUBECONFIG": str(kubeconfig),
@@ -52,7 +50,7 @@ class Running:
     def get(self, path: str) -> tuple[int, str]:
         """Status and text; 0 as long as nobody answers."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE_S) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -68,7 +66,7 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(60)
+            return self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
 
