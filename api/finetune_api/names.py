@@ -23,6 +23,8 @@ LABEL_JOB_NAME = f"{GROUP}/job-name"
 LABEL_STAGE = f"{GROUP}/stage"
 LABEL_ATTEMPT = f"{GROUP}/attempt"
 
+ANNOTATION_PROOF = f"{GROUP}/proof"  # on a Kubernetes Job: the status held its SHA-256 before the Job existed
+
 CONTAINER = "trainer"
 PORT_NAME = "metrics"
 HTTP_PORT = 9400  # /progress and /metrics

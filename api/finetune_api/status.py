@@ -142,6 +142,9 @@ class AttemptStatus(ApiModel):
     )
     reason: Str64 | None = Field(default=None, description="Why it ended.")
     exit_code: int | None = Field(default=None, description="Exit code of the trainer.")
+    job_proof: Digest | None = Field(
+        default=None, description="SHA-256 of the annotation finetune.dev/proof, by which its Kubernetes Job is known."
+    )
     job_uid: Str64 | None = Field(
         default=None, description="UID of its Kubernetes Job: what has another one does not count, whatever it says."
     )

@@ -10,7 +10,7 @@ from finetune_api import retry
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType
-from finetune_operator.attempt_outcome import STOPPING, is_open, is_stopping, is_unstarted
+from finetune_operator.attempt_outcome import STOPPING, belongs, is_open, is_stopping, is_unstarted
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import MAX_ENTRIES, JobState, running_entry
 from finetune_operator.conditions import find
@@ -18,6 +18,7 @@ from finetune_operator.decision import CreateK8sJob, DeleteK8sJob
 from finetune_operator.gates import GateAnswer, Open, Wait
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked, Observation
+from finetune_operator.observed import ObservedK8sJob
 from finetune_operator.pod_waits import REFUSED, PodState, pod_state_of
 
 
@@ -59,8 +60,13 @@ def delete_leftovers(state: JobState, observation: Observation) -> tuple[DeleteK
     return tuple(
         DeleteK8sJob(each.name, each.uid)
         for each in observation.k8s_jobs
-        if each.live and not each.deleting and each.uid not in _own_uids(state)
+        if (each.live or _has_our_name(state, each)) and not each.deleting and each.uid not in _own_uids(state)
     )
+
+
+def _has_our_name(state: JobState, k8s_job: ObservedK8sJob) -> bool:
+    """Return True if the newest attempt, which is open, cannot be created beside this Job."""
+    return state.last is not None and is_open(state.last) and belongs(state.last, k8s_job)
 
 
 def delete_all(observation: Observation) -> tuple[DeleteK8sJob, ...]:

@@ -51,6 +51,14 @@ class FoundRun:
     exists: bool
 
 
+@dataclass(frozen=True)
+class Creation:
+    """What a round is about to create. proof: by which the attempt's Kubernetes Job will be known."""
+
+    run: FoundRun
+    proof: str
+
+
 class ChildCreator:
     """Knows the API server and the runtimes; keeps nothing between two calls."""
 
@@ -92,11 +100,11 @@ class ChildCreator:
         except RefusedError:
             return False  # what is refused is told when something is to be created
 
-    def create(self, job: FineTuneJob, found: FoundRun, action: CreateK8sJob) -> str | None:
+    def create(self, job: FineTuneJob, creation: Creation, action: CreateK8sJob) -> str | None:
         """Create the attempt's objects; return the UID of its Kubernetes Job if it was created now.
 
         job: as it is stored, with the run's digest in its record, which a CRD of an earlier release leaves out."""
-        run, stage, attempt = found.run, action.stage, action.attempt
+        run, stage, attempt = creation.run.run, action.stage, action.attempt
         # The watch may be behind: what exists now decides whether a second writer would come to life.
         wanted = names.child_name(job.name, job.uid, stage, attempt)
         existing = [observe_k8s_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
@@ -107,12 +115,14 @@ class ChildCreator:
         record = job.status.record or OperatorRecord()
         if record.run_digest is None:
             run = of_earlier_operator(run)
-        if not found.exists:
+        if not creation.run.exists:
             self._create_config(job, run)
         digest = action.plan_digest
         manifests = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, digest)
         uid: str | None = None
         for manifest in manifests:
+            if manifest["kind"] == "Job":
+                manifest["metadata"]["annotations"] = {names.ANNOTATION_PROOF: creation.proof}
             made = self._create(job, manifest)
             if made is None and self._get(job, manifest) is None:
                 raise LaterError(f"{_place(job, manifest)} has just vanished")

@@ -1,5 +1,6 @@
 """Close the attempts that ended, once, with everything that was observed of them. Pure."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -48,7 +49,7 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     status = _count_disruptions(status, pods)
     if not is_open(entry):
         return JobState(status, None, k8s_job, pods)
-    if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or any(p.scheduled or p.gone for p in pods)):
+    if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or any(map(_has_a_node, pods))):
         # Only now, with what is written then anyway: before, a Job that nobody knows is simply made again.
         entry = entry.model_copy(update={"job_uid": k8s_job.uid})
         entries = [*entries[:-1], entry]
@@ -66,6 +67,10 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
 
 
+def _has_a_node(pod: ObservedPod) -> bool:
+    return pod.scheduled or pod.started_at is not None or not pod.active
+
+
 def has_begun(status: FineTuneJobStatus) -> bool:
     """Return True once a pod of the job was seen to run."""
     return status.plan is not None or any(entry.started_at is not None for entry in status.attempts)
@@ -81,12 +86,14 @@ def _children_of(
 ) -> tuple[ObservedK8sJob | None, tuple[ObservedPod, ...]]:
     """Return the attempt's Kubernetes Job and its pods.
 
-    Labels and owners are anybody's to write: what counts has the UID that is in the status, or that the API server gave
-    to what we have just created."""
+    Labels and owners are anybody's to write. A Job counts that has the UID in the status; before that is known, one
+    that we have just created, or whose annotation only its maker could know."""
     created = observation.created
     uid = entry.job_uid
     if uid is None and created is not None and (created.stage, created.attempt) == (entry.stage, entry.number):
         uid = created.uid
+    if uid is None:
+        uid = next((j.uid for j in observation.k8s_jobs if belongs(entry, j) and _is_proven(entry, j)), None)
     k8s_jobs = [j for j in observation.k8s_jobs if belongs(entry, j) and (any_uid or j.uid == uid)]
     pods = tuple(p for p in observation.pods if belongs(entry, p) and (any_uid or p.owner_uid == uid))
     return next(iter(k8s_jobs), None), pods
@@ -95,6 +102,15 @@ def _children_of(
 def wants_live_pods(status: FineTuneJobStatus, observation: Observation, now: datetime) -> bool:
     """Return True if pods have to be listed before anything is decided: the caches of Jobs and pods are not in step."""
     return close_attempts(status, observation, now).wants_live_pods
+
+
+def _is_proven(entry: AttemptStatus, k8s_job: ObservedK8sJob) -> bool:
+    return k8s_job.proof is not None and entry.job_proof == digest_of_proof(k8s_job.proof)
+
+
+def digest_of_proof(proof: str) -> str:
+    """Return what the status holds of a Job's proof before the Job exists."""
+    return "sha256:" + hashlib.sha256(proof.encode(errors="replace")).hexdigest()
 
 
 def _adopt(status: FineTuneJobStatus, k8s_jobs: Sequence[ObservedK8sJob]) -> FineTuneJobStatus:

@@ -38,6 +38,7 @@ class ObservedK8sJob:
     message: str = ""  # of the Failed condition
     finished_at: datetime | None = None
     ttl_seconds: int | None = None
+    proof: str | None = None  # what only its maker knew until it existed
     suspended: str | None = None  # by somebody else, as we never do: the words of its condition
 
     @property
@@ -98,7 +99,7 @@ def observe_k8s_job(body: Body) -> ObservedK8sJob | None:
     owner = _controller(meta)
     if place is None or owner.get("kind") != names.KIND or owner.get("uid") != job_uid(body):
         return None
-    conditions = {c.get("type"): c for c in _dicts(status, "conditions") if c.get("status") == "True"}
+    conditions = {_text(c.get("type")): c for c in _dicts(status, "conditions") if c.get("status") == "True"}
     ended = conditions.get("Complete") or conditions.get("Failed")
     return ObservedK8sJob(
         name=str(meta.get("name")),
@@ -111,6 +112,7 @@ def observe_k8s_job(body: Body) -> ObservedK8sJob | None:
         message="" if ended is None else _cut(ended.get("message")),
         finished_at=None if ended is None else parse_time(ended.get("lastTransitionTime")),
         ttl_seconds=_int(spec.get("ttlSecondsAfterFinished")),
+        proof=_text(_dict(meta, "annotations").get(names.ANNOTATION_PROOF)),
         suspended=_suspended(conditions) if spec.get("suspend") is True else None,
     )
 
@@ -121,7 +123,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
     place = _place(body)
     if place is None or _controller(meta).get("kind") != "Job":
         return None
-    conditions = {c.get("type"): c for c in _dicts(status, "conditions")}
+    conditions = {_text(c.get("type")): c for c in _dicts(status, "conditions")}
     scheduled = conditions.get("PodScheduled", {})
     container = next((c for c in _dicts(status, "containerStatuses") if c.get("name") == names.CONTAINER), {})
     state = _dict(container, "state")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,10 +14,9 @@ from finetune_api import names
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
-from finetune_operator.child_creator import ChildCreator, FoundRun, LaterError, RefusedError
-from finetune_operator.children.base import Run
+from finetune_operator.child_creator import ChildCreator, Creation, LaterError, RefusedError
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.close_attempts import wants_live_pods
+from finetune_operator.close_attempts import digest_of_proof, wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
@@ -55,6 +55,7 @@ class Reconciler:
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
+        self._proofs: dict[Owner, tuple[tuple[str, int], str]] = {}  # (stage, attempt), proof of what is created next
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job, until its UID is in the status
         self._exported: dict[tuple[str, str], str] = {}  # key → UID
         self._lock = threading.Lock()
@@ -82,6 +83,7 @@ class Reconciler:
             uid = self._exported.pop(key, None)
         if uid is not None:
             self._created.pop((key[0], uid), None)
+            self._proofs.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
@@ -94,23 +96,31 @@ class Reconciler:
         observation = self._observe(job)
         decision = decide(job, observation, self._now())
         try:
-            found = self._find_run(job, decision)
-            if found is not None:
-                decision = with_run(decision, found.run)
+            creation = self._creation(job, decision)
+            if creation is not None:
+                decision = with_creation(decision, creation)
             stored = self._store(job, decision)
             for action in decision.actions:
-                self._act(stored, action, found)
+                self._act(stored, action, creation)
         except RefusedError as refused:
             return self._refused(job, observation, refused)
         if stored.finished:
             self._created.pop(stored.owner, None)
+            self._proofs.pop(stored.owner, None)
             self._children.forget(stored.owner)
         return decision.requeue_after_s
 
-    def _find_run(self, job: FineTuneJob, decision: Decision) -> FoundRun | None:
-        """Return the run for what is to be created, before the status is written, which holds its digest."""
-        creates = any(isinstance(action, CreateK8sJob) for action in decision.actions)
-        return self._creator.find_run(job, decision.status) if creates else None
+    def _creation(self, job: FineTuneJob, decision: Decision) -> Creation | None:
+        """Return what is to be created, before the status is written, which holds its digests."""
+        if not any(isinstance(action, CreateK8sJob) for action in decision.actions):
+            return None
+        last = decision.status.attempts[-1]
+        attempt = (last.stage, last.number)
+        known, proof = self._proofs.get(job.owner, (attempt, ""))
+        if known != attempt or not proof:
+            proof = secrets.token_hex(16)
+            self._proofs[job.owner] = (attempt, proof)
+        return Creation(self._creator.find_run(job, decision.status), proof)
 
     def _refused(self, job: FineTuneJob, observation: Observation, refused: RefusedError) -> None:
         """Write down why nothing can be created, and do what else is to be done. Raises `refused`, to try again."""
@@ -160,11 +170,11 @@ class Reconciler:
         self._export(job)
         return job
 
-    def _act(self, job: FineTuneJob, action: Action, found: FoundRun | None) -> None:
+    def _act(self, job: FineTuneJob, action: Action, creation: Creation | None) -> None:
         match action:
             case CreateK8sJob(stage, attempt, _):
-                assert found is not None
-                uid = self._creator.create(job, found, action)
+                assert creation is not None
+                uid = self._creator.create(job, creation, action)
                 if uid is not None:
                     self._created[job.owner] = CreatedK8sJob(stage, attempt, uid)
             case DeleteK8sJob(name, uid):
@@ -192,13 +202,16 @@ class Reconciler:
         self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
 
 
-def with_run(decision: Decision, run: Run) -> Decision:
-    """Return the decision with the run's ConfigMap and its digest in the status."""
+def with_creation(decision: Decision, creation: Creation) -> Decision:
+    """Return the decision with the digests of what is to be created in the status."""
+    run, status = creation.run.run, decision.status
     if run.config_digest is None:  # of an earlier operator, which kept none
         return decision
-    record = decision.status.record or OperatorRecord()
+    record = status.record or OperatorRecord()
     record = record.model_copy(update={"run_config": run.name, "run_digest": run_digest(run)})
-    return replace(decision, status=decision.status.model_copy(update={"record": record}))
+    entry = status.attempts[-1].model_copy(update={"job_proof": digest_of_proof(creation.proof)})
+    status = status.model_copy(update={"record": record, "attempts": [*status.attempts[:-1], entry]})
+    return replace(decision, status=status)
 
 
 def status_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Body:

@@ -1,5 +1,6 @@
-"""The specification of `plan`: what the operator does and says in every state of the fault table."""
+"""The specification of `decide`: what the operator does and says in every state of the fault table."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -211,6 +212,18 @@ def test_a_kubernetes_job_that_the_operator_did_not_create_is_removed_and_never_
     assert world.created == ["prepare-1"]
 
 
+def test_an_ended_kubernetes_job_of_somebody_else_does_not_keep_an_attempt_from_its_name():
+    world = World()
+    world.jobs["prepare-1"] = ObservedK8sJob("prepare-1", "forged", PREPARE, 1, START, outcome="Complete")
+    made = decide(world.view, world.seen, world.now)
+    world.status = made.status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    number = made.status.attempts[-1].number
+    assert number == 2  # a number that nobody has used
+    world.jobs["prepare-2"] = ObservedK8sJob("prepare-2", "forged too", PREPARE, 2, START, outcome="Complete")
+    again = decide(world.view, world.seen, world.now)
+    assert DeleteK8sJob("prepare-2", "forged too") in again.actions
+
+
 def test_a_success_counts_only_from_pods_of_the_job_whose_uid_the_status_holds():
     forged = {"scheduled": True, "started_at": START, "exit_code": 0, "phase": "Succeeded", "finished_at": START}
     told = report(PREPARE, 1, Fault.PREPARED, plan=PLAN, data=DATA)
@@ -235,6 +248,19 @@ def test_an_operator_that_forgot_the_job_it_created_before_its_pod_was_scheduled
     world.last_created = None  # from now on the status knows
     world.step()
     assert not world.jobs["prepare-1"].deleting
+
+
+def test_a_job_whose_pod_ran_while_no_operator_did_is_known_by_its_proof():
+    world = World().step()
+    world.last_created = None
+    world.status["attempts"][0]["jobProof"] = "sha256:" + hashlib.sha256(b"secret").hexdigest()
+    world.jobs["prepare-1"] = replace(world.jobs["prepare-1"], proof="secret")
+    world.run("prepare-1")
+    assert not world.jobs["prepare-1"].deleting
+    assert world.last["jobUid"] == "uid-prepare-1"
+    world.jobs["prepare-1"] = replace(world.jobs["prepare-1"], uid="uid-of-a-copy")  # the proof is no secret any more
+    world.step()
+    assert world.jobs["prepare-1"].deleting
 
 
 def test_a_job_of_an_operator_that_kept_no_uids_goes_on():

@@ -12,6 +12,7 @@ from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
 from finetune_operator.clock import format_time
+from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob, Decision, DeleteK8sJob, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, is_finished, read_job
@@ -285,6 +286,8 @@ class OneJobInACluster(RuleBasedStateMachine):
         if name not in self.jobs:
             self.created += 1
             self.jobs[name] = ObservedK8sJob(name, f"{name}-{self.created}", stage, attempt, self.now)
+            self.jobs[name] = replace(self.jobs[name], proof=f"proof of {self.created}")
+            self.status["attempts"][-1]["jobProof"] = digest_of_proof(f"proof of {self.created}")
             self.last_created = CreatedK8sJob(stage, attempt, f"{name}-{self.created}")
             self.status["record"]["runDigest"] = DIGEST  # as the shell notes it, before it creates
 

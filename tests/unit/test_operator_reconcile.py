@@ -14,6 +14,7 @@ from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION
 from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.child_creator import LaterError, RefusedError
+from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
@@ -254,6 +255,18 @@ def test_the_digest_of_the_configuration_is_in_the_status_before_it_exists(
     assert record["runDigest"] == digest_of(data)
     args = cluster.objects["jobs", FIRST]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert f"--config-digest=sha256:{hashlib.sha256(data[names.CONFIG_FILE].encode()).hexdigest()}" in args
+
+
+def test_the_proof_of_a_kubernetes_job_is_secret_until_the_job_exists(reconciler: Reconciler, cluster: FakeCluster):
+    cluster.fail["create jobs"] = [UnreachableError("cut")]
+    with pytest.raises(UnreachableError):
+        reconciler.reconcile(KEY)
+    written = json.dumps(cluster.status)
+    reconciler.reconcile(KEY)
+    proof = cluster.objects["jobs", FIRST]["metadata"]["annotations"][names.ANNOTATION_PROOF]
+    assert proof not in written
+    assert cluster.status["attempts"][0]["jobProof"] == digest_of_proof(proof)
+    assert json.dumps(cluster.status["attempts"][0]) in written, "the same proof when it is tried again"
 
 
 @pytest.mark.parametrize("file", [names.CONFIG_FILE, RUNTIME_FILE])
