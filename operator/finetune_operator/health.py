@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -68,11 +67,11 @@ class HttpServer:
             timeout = CONNECTION_TIMEOUT_S
 
             def do_GET(self) -> None:
-                url = urlsplit(self.path)
-                if url.path == "/metrics":
+                path, _, query = self.path.partition("?")
+                if path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, metrics.get())
                     return
-                status, text = answer(url.path, url.query, check()) or (404, "/healthz, /readyz or /metrics")
+                status, text = answer(path, query, check()) or (404, "/healthz, /readyz or /metrics")
                 self._answer(status, "text/plain", text.encode())
 
             def _answer(self, status: int, content_type: str, content: bytes) -> None:

@@ -135,6 +135,12 @@ def test_the_oldest_of_too_many_connections_makes_room_and_none_stays_for_ever()
     assert gone == [*names[1:], "late", "later"]
 
 
+def test_a_path_that_is_none_is_not_found() -> None:
+    with operator_port() as (port, _), socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
+        client.sendall(b"GET http://[/?x HTTP/1.0\r\n\r\n")
+        assert b" 404 " in client.recv(100)
+
+
 def test_many_who_ask_for_metrics_at_once_cost_no_more_than_one() -> None:
     class Slow(Collector):
         """Metrics that are made as long as the test wants."""
