@@ -461,6 +461,78 @@ def test_a_quota_that_is_used_up_is_a_wait_with_words_and_not_a_failure(team: Te
     team.core.delete_namespaced_resource_quota("none", team.namespace)
 
 
+POLICY: dict[str, Any] = {
+    "apiVersion": "admissionregistration.k8s.io/v1",
+    "kind": "ValidatingAdmissionPolicy",
+    "spec": {
+        "failurePolicy": "Fail",
+        "matchConstraints": {
+            "resourceRules": [
+                {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+            ]
+        },
+        "validations": [{"expression": "false", "message": "no Jobs before the audit"}],
+    },
+}
+
+
+def test_a_job_waits_for_an_admission_policy_in_its_words_and_goes_on_once_it_is_removed(
+    team: Team, operator: Operator, control_plane: testbed.Cluster
+):
+    name = f"deny-{team.namespace}"
+    binding = {
+        "apiVersion": POLICY["apiVersion"],
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": name},
+        "spec": {
+            "policyName": name,
+            "validationActions": ["Deny"],
+            "matchResources": {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": team.namespace}}},
+        },
+    }
+    control_plane.apply({**POLICY, "metadata": {"name": name}}, binding)
+    until(lambda: _is_denied(control_plane, team.namespace), "the policy is in force")
+    team.submit()
+    team.until("Degraded", "True", "InvalidManifest")
+    assert "no Jobs before the audit" in str(team.get()["status"]["conditions"])
+    control_plane.kubectl("delete", "validatingadmissionpolicy,validatingadmissionpolicybinding", name)
+    team.runs("prepare", 1)
+    team.until("Running", "True", "Preparing")
+    assert team.condition("Degraded") == ("False", "Healthy")
+
+
+def _is_denied(cluster: testbed.Cluster, namespace: str) -> bool:
+    """Ask the API server, which reads its policies some time after they are made."""
+    try:
+        cluster.kubectl("-n", namespace, "create", "job", "try", "--image=x", "--dry-run=server")
+    except testbed.TestbedError as error:
+        return "no Jobs before the audit" in str(error)
+    return False
+
+
+def test_a_job_comes_to_its_end_on_the_crd_of_the_first_release(
+    team: Team, operator: Operator, control_plane: testbed.Cluster
+):
+    """The chart may be told to leave the CRD alone: what an old one does not know is lost, and nothing else."""
+    apply = ("apply", "--server-side", "--force-conflicts", "-f")
+    control_plane.kubectl(*apply, str(ROOT / "tests/support/crd_723dcf3.yaml"))
+    try:
+        team.submit()
+        team.runs("prepare", 1)
+        team.until("Running", "True", "Preparing")
+        assert "runDigest" not in team.get()["status"]["record"]
+        team.prepared()
+        team.runs("train", 1)
+        team.until("Running", "True", "Training")
+        operator.end()
+        operator.start()
+        team.committed()
+        team.until("Succeeded", "True", "Succeeded")
+        assert len(team.jobs()) == 2
+    finally:
+        control_plane.kubectl(*apply, str(ROOT / "crds/finetunejobs.yaml"))
+
+
 def test_a_pod_that_its_node_refuses_uses_up_no_retry(team: Team, operator: Operator):
     team.submit(recovery={"maxRetries": 0})
     team.refuses("prepare", 1)
