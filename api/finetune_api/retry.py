@@ -74,11 +74,10 @@ def job_end(
     """Return why the job ends after the last of its attempts, which has ended; None when another one follows.
 
     attempts: oldest first. failures: all attempts of class Failure, also those that are no longer listed. waited_s:
-    seconds since the first of the attempts in class Waiting ended, None when nothing is waited for.
+    seconds since the first of the attempts in class Waiting ended, None when nothing that a user mends is waited for.
     """
     last = attempts[-1]
-    impatient = last.attempt_class == "Waiting" and last.reason != Reason.POD_NOT_STARTED
-    if impatient and waited_s is not None and waited_s >= limits.patience_s:
+    if last.attempt_class == "Waiting" and waited_s is not None and waited_s >= limits.patience_s:
         return JobEnd.PATIENCE
     if last.attempt_class == "Failure" and _is_final(last, attempts[:-1]):
         return JobEnd.FINAL

@@ -67,6 +67,23 @@ def test_suspend_frees_the_pod_and_resume_goes_on_at_the_step_it_stopped_at(dist
     assert disturbed.status().get("failures", 0) == failures
 
 
+def test_a_queue_that_suspends_the_kubernetes_job_frees_the_pod_and_the_same_attempt_goes_on(
+    lab: Lab, disturbed: Submitted
+):
+    before = disturbed.until_training_beyond(1)
+    k8s_job = disturbed.jobs()[-1]["metadata"]["name"]
+    lab.kubectl("patch", "job", k8s_job, "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    disturbed.until(lambda: disturbed.condition("Running").get("reason") == "JobSuspended", "it waits for the queue")
+    assert disturbed.condition("Admitted")["status"] == "False"
+    live = [pod for pod in disturbed.pods(Stage.TRAIN) if pod["status"]["phase"] in ("Pending", "Running")]
+    assert live == []
+
+    lab.kubectl("patch", "job", k8s_job, "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    after = disturbed.until_resumed(before["attempt"])
+    assert after["resumed_from_step"] >= before["checkpoint"]["step"] > 0
+    assert disturbed.attempts()[-1]["class"] == "Running"
+
+
 def test_a_container_killed_whole_without_any_message_counts_once_and_the_job_resumes(disturbed: Submitted):
     _, closed, _ = disturb(disturbed, lambda pod: send(pod, signal.SIGKILL))
     assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 137)
