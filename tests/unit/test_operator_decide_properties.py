@@ -292,9 +292,29 @@ class OneJobInACluster(RuleBasedStateMachine):
             self.status["record"]["runDigest"] = DIGEST  # as the shell notes it, before it creates
 
     @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
+    @rule(pick=st.booleans())
+    def a_queue_suspends_or_resumes_the_job(self, pick: bool) -> None:
+        job = next(job for job in self.jobs.values() if job.live and not job.deleting)
+        self.jobs[job.name] = replace(job, suspended="by a queue" if pick else None)
+        for pod in [pod for pod in self.pods.values() if pod.active and pick]:
+            self.pods[pod.uid] = replace(pod, phase="Failed", exit_code=30, finished_at=self.now, gone=True)
+
+    @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
+    @rule()
+    def the_node_refuses_the_pod(self) -> None:
+        self.pod_starts()
+        pod = next((pod for pod in self.pods.values() if pod.active), None)
+        if pod is not None and pod.started_at == self.now:
+            self.pods[pod.uid] = replace(pod, phase="Failed", started_at=None, refused="OutOfcpu: no")
+            name = f"{pod.stage.value}-{pod.attempt}"
+            self.jobs[name] = replace(self.jobs[name], outcome="Failed", finished_at=self.now)
+
+    @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))
     @rule()
     def pod_starts(self) -> None:
         job = next(job for job in self.jobs.values() if job.live and not job.deleting)
+        if job.suspended is not None:
+            return
         mine = [p for p in self.pods.values() if (p.stage, p.attempt) == (job.stage, job.attempt)]
         if not any(p.active for p in mine):
             uid = f"{job.uid}-{len(mine)}"
@@ -365,7 +385,8 @@ class OneJobInACluster(RuleBasedStateMachine):
     def teardown(self) -> None:
         """With a cluster that works and a user who lets it, every job comes to an end."""
         self.spec["suspend"] = False
-        for _ in range(40):
+        self.jobs = {name: replace(job, suspended=None) for name, job in self.jobs.items()}
+        for _ in range(60):
             self.operator(killed=False, wait_s=100)
             if self.status.get("phase") in ("Succeeded", "Failed"):
                 return
