@@ -51,7 +51,7 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
         return JobState(status, None, k8s_job, pods)
     if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or any(map(_has_a_node, pods))):
         # Only now, with what is written then anyway: before, a Job that nobody knows is simply made again.
-        entry = entry.model_copy(update={"job_uid": k8s_job.uid})
+        entry = entry.model_copy(update={"job_uid": k8s_job.uid, "job_proof": None})
         entries = [*entries[:-1], entry]
         status = status.model_copy(update={"attempts": entries})
     if entry.started_at is None and any(p.started_at is not None for p in pods):

@@ -258,6 +258,7 @@ def test_a_job_whose_pod_ran_while_no_operator_did_is_known_by_its_proof():
     world.run("prepare-1")
     assert not world.jobs["prepare-1"].deleting
     assert world.last["jobUid"] == "uid-prepare-1"
+    assert "jobProof" not in world.last
     world.jobs["prepare-1"] = replace(world.jobs["prepare-1"], uid="uid-of-a-copy")  # the proof is no secret any more
     world.step()
     assert world.jobs["prepare-1"].deleting
