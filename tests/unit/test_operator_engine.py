@@ -268,6 +268,18 @@ def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_
     assert metrics.registry.get_sample_value("finetune_watch_trouble", labels) == 0
 
 
+def test_a_namespace_that_is_refused_altogether_is_no_stall_of_its_watch(clock: Clock):
+    metrics = Metrics(CollectorRegistry())
+    scope = Scope(cast(Any, QuietCluster()), ChildCache(lambda _: None), metrics, "b", lambda: None)
+    scope.watch_lag = WatchLag(clock)
+    scope.take_list(Listed(generations={"u": 1}), 0)
+    clock.now_s += 60
+    assert scope.take_failure(ApiError(403, "Forbidden", ""))
+    assert not scope.take_failure(ApiError(403, "Forbidden", ""))  # known by now
+    clock.now_s += 600
+    assert scope.ages_s()["watch of finetunejobs in b"] == 0
+
+
 def test_kopf_tries_what_is_refused_again_for_ever_as_it_ends_altogether_otherwise():
     settings = kopf.OperatorSettings()
     handlers.configure(settings)
