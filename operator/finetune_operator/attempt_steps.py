@@ -32,10 +32,13 @@ def drop_unstarted(state: JobState, gate: GateAnswer, now: datetime) -> JobState
 
 
 def drop_outdated(state: JobState, observation: Observation, pod_state: PodState, now: datetime) -> JobState:
-    """Close the newest attempt if it waits for something and its runtime has been mended: the next one gets that."""
-    last = state.last
-    waits = last is not None and is_open(last) and last.started_at is None and pod_state.wait is not None
-    if last is None or not waits or not observation.runtime_changed or is_stopping(last):
+    """Close the newest attempt if it waits for something and its runtime has been mended: the next one gets that.
+
+    One that a queue holds keeps its place there: nothing of its runtime is in its way."""
+    last, wait = state.last, pod_state.wait
+    if last is None or not is_open(last) or is_stopping(last) or last.started_at is not None:
+        return state
+    if not observation.runtime_changed or wait is None or wait.reason == Reason.JOB_SUSPENDED:
         return state
     update = {"attempt_class": "Superseded", "reason": Reason.SUPERSEDED.value, "finished_at": format_time(now)}
     return _with_last(state, last.model_copy(update=update))

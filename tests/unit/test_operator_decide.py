@@ -286,6 +286,15 @@ def test_an_attempt_that_waits_is_given_up_for_one_with_the_mended_runtime():
     assert world.status["failures"] == 0
 
 
+def test_an_attempt_that_a_queue_holds_keeps_its_place_whatever_the_runtime_is_by_then():
+    world = World().step()
+    world.jobs["prepare-1"] = replace(world.jobs["prepare-1"], suspended="admitted by no queue yet")
+    world.runtime_changed = True
+    world.step(60)
+    assert world.condition(ConditionType.ADMITTED) == ("False", "JobSuspended")
+    assert not world.jobs["prepare-1"].deleting
+
+
 def test_an_attempt_that_runs_is_not_given_up_for_another_runtime():
     world = World().step().run("prepare-1")
     world.runtime_changed = True
