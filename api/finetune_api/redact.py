@@ -46,7 +46,9 @@ _PATTERNS = tuple(
             rf"\1{_HIDDEN}",
             True,
         ),
-        (rf"((?:{_NAMES}){_BETWEEN}){_VALUE}", rf"\1{_HIDDEN}", True),
+        # In a query the next parameter follows; elsewhere a value may hold an ampersand.
+        (rf"([?&](?:{_NAMES})=)[^\s\"'<>&]+", rf"\1{_HIDDEN}", True),
+        (rf"((?:{_NAMES}){_BETWEEN})(?!{re.escape(_HIDDEN)}&){_VALUE}", rf"\1{_HIDDEN}", True),
         (rf"(({_QUOTE})token\2\s*[:,]\s*b?{_QUOTE})[^\"'\\]+", rf"\1{_HIDDEN}", True),  # of container credentials
         (r"([?&](?:signature|sig|token)=)[^\s\"'<>&]+", rf"\1{_HIDDEN}", True),
         (

@@ -119,7 +119,7 @@ class Lease:
     def note(self) -> str:
         """Who holds it, in words."""
         if self._holder:
-            name = "".join(c if c.isprintable() else "?" for c in self._holder[:MAX_NAME])
+            name = "".join(c if c.isprintable() else "_" for c in self._holder[:MAX_NAME])
             return f"{self._place()}: held by {name}, this operator waits"
         if self._stored is None:
             return f"{self._place()}: not ours yet, {self._trouble}"
