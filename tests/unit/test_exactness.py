@@ -37,7 +37,7 @@ from waiting import PATIENCE_S, until
 
 CPU = torch.device("cpu")
 
-REAL_KILLS = int(os.environ.get("FINETUNE_REAL_KILLS", "5"))
+REAL_KILLS = int(os.environ.get("FINETUNE_REAL_KILLS", "3"))
 
 
 def _trl(
@@ -200,7 +200,7 @@ def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_
 @pytest.mark.real_model
 @pytest.mark.timeout(3600)
 def test_the_real_model_too_is_bit_equal_after_random_kills(tmp_path: Path) -> None:
-    """Five, as each attempt loads the model; `make soak` kills twenty times."""
+    """Three, as each attempt loads the model; `make soak` kills twenty times."""
     from demo import assets
 
     model, kills = assets.ensure_model(), _kills(REAL_KILLS, start_s=5.0)
