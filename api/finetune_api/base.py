@@ -1,5 +1,6 @@
 """Base models: camelCase on the wire, snake_case in Python, bounded everywhere."""
 
+import hashlib
 import math
 from typing import Annotated, TypeVar
 
@@ -40,6 +41,11 @@ Uri = Annotated[str, StringConstraints(max_length=1024)]
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$", max_length=71)]
+
+
+def sha256_digest(content: bytes) -> str:
+    """Return the content's SHA-256 as a Digest."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def finite(value: T) -> T | None:

@@ -1,11 +1,11 @@
 """Close the attempts that ended, once, with everything that was observed of them. Pure."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api import retry
+from finetune_api.base import sha256_digest
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
@@ -110,7 +110,7 @@ def _is_proven(entry: AttemptStatus, k8s_job: ObservedK8sJob) -> bool:
 
 def digest_of_proof(proof: str) -> str:
     """Return what the status holds of a Job's proof before the Job exists."""
-    return "sha256:" + hashlib.sha256(proof.encode(errors="replace")).hexdigest()
+    return sha256_digest(proof.encode(errors="replace"))
 
 
 def _adopt(status: FineTuneJobStatus, k8s_jobs: Sequence[ObservedK8sJob]) -> FineTuneJobStatus:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune_api.base import Digest, StoredModel
+from finetune_api.base import Digest, StoredModel, sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import CHECKPOINTS, join
 from finetune_api.reasons import Fault
@@ -258,7 +258,7 @@ def _read(store: Store, manifest_uri: str, plan_digest: str, base_files: Mapping
 
 
 def _status(step: int, manifest_uri: str, content: bytes) -> CheckpointStatus:
-    digest = "sha256:" + hashlib.sha256(content).hexdigest()
+    digest = sha256_digest(content)
     return CheckpointStatus(step=step, uri=manifest_uri, digest=digest)
 
 

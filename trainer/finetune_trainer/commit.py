@@ -15,7 +15,6 @@ A manifest is a JSON object with `files: [{"path": relative to the manifest's fo
 and anything else its writer wants to keep (Merkle-style: its own digest covers every file).
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -25,7 +24,7 @@ from datetime import UTC, datetime
 from pydantic import AwareDatetime, Field, ValidationError
 
 from finetune_api import layout
-from finetune_api.base import Digest, Str256, WireModel
+from finetune_api.base import Digest, Str256, WireModel, sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact
@@ -123,7 +122,7 @@ def publish_manifest(store: Store, fence: Fence, uri: str, manifest: dict[str, o
     except PreconditionFailed:
         if store.read(uri, max_bytes=_MANIFEST_BYTES)[0] != content:
             raise ValueError(f"{uri} holds another manifest") from None
-    return _digest(content)
+    return sha256_digest(content)
 
 
 def read_manifest(store: Store, uri: str, digest: str | None = None) -> dict[str, object]:
@@ -131,7 +130,7 @@ def read_manifest(store: Store, uri: str, digest: str | None = None) -> dict[str
 
     Raises StageError(CORRUPT_TRANSFER) when it, or a file, is not what it was; OBJECT_NOT_FOUND."""
     content, _etag = store.read(uri, max_bytes=_MANIFEST_BYTES)
-    if digest is not None and _digest(content) != digest:
+    if digest is not None and sha256_digest(content) != digest:
         raise StageError(Fault.CORRUPT_TRANSFER, uri=uri, tries=1)
     try:
         manifest: dict[str, object] = json.loads(content)
@@ -281,7 +280,3 @@ def _epoch(writer_uri: str) -> int:
 
 def _json_bytes(content: dict[str, object]) -> bytes:
     return json.dumps(content, sort_keys=True, indent=1).encode()
-
-
-def _digest(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"

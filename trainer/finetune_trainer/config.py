@@ -1,13 +1,12 @@
 """The run configuration as the pod finds it."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import cast
 
 from pydantic import ValidationError
 
-from finetune_api.base import first_problem
+from finetune_api.base import first_problem, sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
@@ -25,7 +24,7 @@ def load(path: Path, digest: str | None = None) -> RunConfig:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise StageError(Fault.CONFIG_UNREADABLE, field=str(path), problem="larger than 1 MiB")
         content = path.read_bytes()
-        if digest is not None and digest != "sha256:" + hashlib.sha256(content).hexdigest():
+        if digest is not None and digest != sha256_digest(content):
             raise StageError(Fault.CONFIG_REPLACED, file=str(path))
         found: object = json.loads(content)
     except OSError as error:

@@ -1,6 +1,5 @@
 """What train reads: the plan, the base model's files, and the prepared arrays, each verified against its pin."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
@@ -195,4 +195,4 @@ def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
 def digest_of(digests: Mapping[str, str]) -> str:
     """One digest over names and digests of files, whatever their order."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+    return sha256_digest(lines.encode())

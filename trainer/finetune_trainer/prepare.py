@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from finetune_api import defaults
+from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
@@ -325,7 +326,7 @@ def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> 
 
 def _content_digest(written: dict[str, Written]) -> str:
     parts = {f"{name}/{file}": sha256 for name, each in written.items() for file, sha256 in each.sha256.items()}
-    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256_digest(json.dumps(parts, sort_keys=True).encode())
 
 
 def _record(ctx: StageContext, path: Path, uri: str, sha256: str) -> FileRecord:

@@ -20,7 +20,6 @@ The batch plan is `batches.safetensors` with
 How a step's rows are packed into forward passes is not part of the plan: it changes no result but rounding.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem
+from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_api.layout import PLAN, PLANS, join
@@ -174,7 +173,7 @@ class RunPlan(StoredModel):
 def plan_digest(content: object) -> str:
     """SHA-256 of a plan's canonical JSON without ETags."""
     canonical = json.dumps(_without_etags(content), sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+    return sha256_digest(canonical.encode())
 
 
 def _without_etags(content: Any) -> Any:

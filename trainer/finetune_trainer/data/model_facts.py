@@ -1,6 +1,5 @@
 """What the base model is, from its small files and the headers of its weights; the weights are not downloaded."""
 
-import hashlib
 import json
 import math
 import re
@@ -9,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
+from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
@@ -288,4 +288,4 @@ def _digest(files: list[FileRecord]) -> str:
     lines = json.dumps(
         [[file.uri.rpartition("/")[2], file.size_bytes, file.sha256 or [file.sample, file.checksum]] for file in files]
     )
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+    return sha256_digest(lines.encode())

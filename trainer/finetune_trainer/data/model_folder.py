@@ -1,11 +1,11 @@
 """The base model's files in storage, what tells their content, and the words for what is wrong with them."""
 
-import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
+from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
@@ -71,7 +71,7 @@ class ModelFolder:
         content, etag = self.store.read(info.uri, max_bytes=max_bytes)
         if content.startswith(LFS_POINTER):
             raise self.lfs_pointer(name)
-        sha256 = "sha256:" + hashlib.sha256(content).hexdigest()
+        sha256 = sha256_digest(content)
         self.records[name] = FileRecord(uri=info.uri, size_bytes=len(content), sha256=sha256, etag=etag)
         return content
 
@@ -91,7 +91,7 @@ class ModelFolder:
             for offset, length in sample_places(info.size_bytes)
         ]
         if info.size_bytes <= SAMPLE_BYTES:
-            sha256 = "sha256:" + hashlib.sha256(b"".join(blocks)).hexdigest()
+            sha256 = sha256_digest(b"".join(blocks))
             return FileRecord(uri=info.uri, size_bytes=info.size_bytes, sha256=sha256, etag=info.etag)
         return FileRecord(
             uri=info.uri,

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.base import sha256_digest
 from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_TO_HOLD_OUT
 from finetune_trainer.data.tokens import Tokens
 
@@ -144,7 +145,7 @@ def write_split(
     offsets = np.concatenate([[0], np.cumsum(lengths[keep].astype(np.int64))]).astype("<i8")
     content = offsets.tobytes()
     (target / "offsets").write_bytes(content)
-    return Written(target, {**sha256, "offsets": "sha256:" + hashlib.sha256(content).hexdigest()})
+    return Written(target, {**sha256, "offsets": sha256_digest(content)})
 
 
 def _runs(keep: npt.NDArray[np.bool_], bounds: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
