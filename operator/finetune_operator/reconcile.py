@@ -25,7 +25,6 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import with_live_pods
 from finetune_operator.pod_waits import explain_events, is_slow_to_start, needs_explanation
-from finetune_operator.run_config import run_digest
 from finetune_operator.runtimes import Runtimes
 
 log = logging.getLogger(__name__)
@@ -208,7 +207,7 @@ def with_creation(decision: Decision, creation: Creation) -> Decision:
     if run.config_digest is None:  # of an earlier operator, which kept none
         return decision
     record = status.record or OperatorRecord()
-    record = record.model_copy(update={"run_config": run.name, "run_digest": run_digest(run)})
+    record = record.model_copy(update={"run_config": run.name, "run_digest": run.digest})
     entry = status.attempts[-1].model_copy(update={"job_proof": digest_of_proof(creation.proof)})
     status = status.model_copy(update={"record": record, "attempts": [*status.attempts[:-1], entry]})
     return replace(decision, status=status)

@@ -4,12 +4,12 @@ Whoever may create ConfigMaps in a namespace could else choose image, priority a
 ConfigMap is named by its content, the status holds its digest before it exists, and each pod is told what it must read.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 from finetune_api import defaults, names
+from finetune_api.base import sha256_digest
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
@@ -23,7 +23,7 @@ RUNTIME_FILE = "runtime.json"
 
 def new_run(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> Run:
     """Return the run of a job that begins now with this runtime."""
-    return _run(job, run_config(job, spec, runtime), runtime)
+    return _made_run(job, run_config(job, spec, runtime), runtime)
 
 
 def renewed_run(run: Run, spec: FineTuneJobSpec, runtime: Runtime, *, planned: bool) -> Run:
@@ -33,14 +33,14 @@ def renewed_run(run: Run, spec: FineTuneJobSpec, runtime: Runtime, *, planned: b
     if not planned:
         return new_run(run.job, spec, runtime)
     update = {"image": runtime.image, "grace_period_s": runtime.termination_grace_period_seconds}
-    return _run(run.job, run.config.model_copy(update=update), runtime)
+    return _made_run(run.job, run.config.model_copy(update=update), runtime)
 
 
 def stored_run(job: FineTuneJob, name: str, files: Mapping[str, str]) -> Run:
     """Return the run that a ConfigMap holds. Raises pydantic.ValidationError if this version cannot read it."""
     config = RunConfig.model_validate_json(files.get(names.CONFIG_FILE, ""))
     runtime = runtime_of_snapshot(files.get(RUNTIME_FILE, ""))
-    return Run(job=job, config=config, runtime=runtime, name=name, config_digest=_sha256(files[names.CONFIG_FILE]))
+    return _run(job, config, runtime, name, files)
 
 
 def of_earlier_operator(run: Run) -> Run:
@@ -89,26 +89,22 @@ def config_map(run: Run) -> Manifest:
     }
 
 
-def run_digest(run: Run) -> str:
-    """Return the digest of the run's ConfigMap."""
-    return digest_of(_files(run.config, run.runtime))
-
-
 def digest_of(files: Mapping[str, str]) -> str:
     """Return the SHA-256 of a ConfigMap's data."""
-    return _sha256(json.dumps(dict(files), sort_keys=True))
+    return sha256_digest(json.dumps(dict(files), sort_keys=True).encode())
 
 
-def _run(job: FineTuneJob, config: RunConfig, runtime: Runtime) -> Run:
+def _made_run(job: FineTuneJob, config: RunConfig, runtime: Runtime) -> Run:
     files = _files(config, runtime)
-    name = names.run_config_name(job.name, job.uid, digest_of(files))
-    return Run(job=job, config=config, runtime=runtime, name=name, config_digest=_sha256(files[names.CONFIG_FILE]))
+    return _run(job, config, runtime, names.run_config_name(job.name, job.uid, digest_of(files)), files)
+
+
+def _run(job: FineTuneJob, config: RunConfig, runtime: Runtime, name: str, files: Mapping[str, str]) -> Run:
+    """Digests are of the files as they are: another release may write the same in other words."""
+    config_digest = sha256_digest(files[names.CONFIG_FILE].encode())
+    return Run(job=job, config=config, runtime=runtime, name=name, digest=digest_of(files), config_digest=config_digest)
 
 
 def _files(config: RunConfig, runtime: Runtime) -> dict[str, str]:
     snapshot = json.dumps(runtime.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=True)
     return {names.CONFIG_FILE: config.to_json(), RUNTIME_FILE: snapshot}
-
-
-def _sha256(text: str) -> str:
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

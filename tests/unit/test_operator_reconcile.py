@@ -326,6 +326,22 @@ def test_a_configuration_of_another_version_is_waited_for_once_steps_were_traine
     assert cluster.condition("Finished")[0] == "False"
 
 
+def test_a_configuration_that_an_earlier_release_wrote_in_other_words_is_used_again_and_again(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    reconciler.reconcile(KEY)
+    (name,) = config_maps(cluster)
+    data = cluster.objects["configmaps", name]["data"]
+    data[names.CONFIG_FILE] = json.dumps(json.loads(data[names.CONFIG_FILE]), indent=1)
+    cluster.status["record"]["runDigest"] = digest_of(data)
+    cluster.status["progress"] = PROGRESS
+    for _ in range(2):
+        del cluster.objects["jobs", FIRST]
+        reconciler.reconcile(KEY)
+        assert cluster.jobs() == [FIRST]
+        assert cluster.status["record"]["runDigest"] == digest_of(data)
+
+
 def of_the_future(cluster: FakeCluster) -> None:
     """Let the run's ConfigMap be one that a later operator wrote."""
     (name,) = config_maps(cluster)

@@ -28,12 +28,13 @@ Manifest = dict[str, Any]
 class Run:
     """What all attempts of a job have in common, as it was when the first began.
 
-    name: of its ConfigMap. config_digest: of the file that the trainer reads; None where it is not told."""
+    name, digest: of its ConfigMap. config_digest: of the file that the trainer reads; None where it is not told."""
 
     job: FineTuneJob
     config: RunConfig
     runtime: Runtime
     name: str
+    digest: str
     config_digest: str | None
 
 
