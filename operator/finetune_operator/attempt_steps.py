@@ -11,8 +11,8 @@ from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType
 from finetune_operator.attempt_outcome import STOPPING, belongs, is_open, is_stopping, is_unstarted
-from finetune_operator.clock import format_time, parse_time
-from finetune_operator.close_attempts import MAX_ENTRIES, JobState, running_entry
+from finetune_operator.clock import parse_time
+from finetune_operator.close_attempts import MAX_ENTRIES, JobState, given_up, running_entry
 from finetune_operator.conditions import find
 from finetune_operator.decision import CreateK8sJob, DeleteK8sJob
 from finetune_operator.gates import GateAnswer, Open, Wait
@@ -27,8 +27,7 @@ def drop_unstarted(state: JobState, gate: GateAnswer, now: datetime) -> JobState
     last = state.last
     if not isinstance(gate, Wait) or last is None or not is_unstarted(last, state.k8s_job, state.pods):
         return state
-    update = {"attempt_class": "Suspended", "reason": gate.reason.value, "finished_at": format_time(now)}
-    return _with_last(state, last.model_copy(update=update))
+    return _with_last(state, given_up(last, "Suspended", gate.reason, now))
 
 
 def drop_outdated(state: JobState, observation: Observation, pod_state: PodState, now: datetime) -> JobState:
@@ -40,8 +39,7 @@ def drop_outdated(state: JobState, observation: Observation, pod_state: PodState
         return state
     if not observation.runtime_changed or wait is None or wait.reason == Reason.JOB_SUSPENDED:
         return state
-    update = {"attempt_class": "Superseded", "reason": Reason.SUPERSEDED.value, "finished_at": format_time(now)}
-    return _with_last(state, last.model_copy(update=update))
+    return _with_last(state, given_up(last, "Superseded", Reason.SUPERSEDED, now))
 
 
 def pod_state(state: JobState, observation: Observation, now: datetime) -> PodState:
@@ -136,8 +134,9 @@ def own_action(state: JobState, observation: Observation) -> tuple[CreateK8sJob 
     if last is None or not is_open(last):
         return ()
     if is_stopping(last):
-        stops = k8s_job is not None and k8s_job.live and not k8s_job.deleting
-        return (DeleteK8sJob(k8s_job.name, k8s_job.uid),) if stops and k8s_job is not None else ()
+        if k8s_job is None or not k8s_job.live or k8s_job.deleting:
+            return ()
+        return (DeleteK8sJob(k8s_job.name, k8s_job.uid),)
     if is_unstarted(last, k8s_job, state.pods) and nothing_else_alive(state, observation):
         stage, plan = Stage(last.stage), state.status.plan
         return (CreateK8sJob(stage, last.number, plan.digest if plan is not None and stage == Stage.TRAIN else None),)

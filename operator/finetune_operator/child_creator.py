@@ -55,7 +55,7 @@ class FoundRun:
 class Creation:
     """What a round is about to create. proof: by which the attempt's Kubernetes Job will be known."""
 
-    run: FoundRun
+    found: FoundRun
     proof: str
 
 
@@ -100,36 +100,32 @@ class ChildCreator:
         except RefusedError:
             return False  # what is refused is told when something is to be created
 
-    def create(self, job: FineTuneJob, creation: Creation, action: CreateK8sJob) -> str | None:
-        """Create the attempt's objects; return the UID of its Kubernetes Job if it was created now.
+    def create(self, job: FineTuneJob, creation: Creation, action: CreateK8sJob) -> None:
+        """Create the attempt's objects.
 
         job: as it is stored, with the run's digest in its record, which a CRD of an earlier release leaves out."""
-        run, stage, attempt = creation.run.run, action.stage, action.attempt
+        run, stage, attempt = creation.found.run, action.stage, action.attempt
         # The watch may be behind: what exists now decides whether a second writer would come to life.
         wanted = names.child_name(job.name, job.uid, stage, attempt)
         existing = [observe_k8s_job(body) for body in self._cluster.list_children(job.namespace, job.uid)]
         if any(child is not None and child.live and child.name != wanted for child in existing):
             raise LaterError("another Job of this FineTuneJob is alive")
         if any(child is not None and child.name == wanted for child in existing):
-            return None
+            return
         record = job.status.record or OperatorRecord()
         if record.run_digest is None:
             run = of_earlier_operator(run)
-        if not creation.run.exists:
-            self._create_config(job, run)
+        if not creation.found.exists:
+            found = self._create_or_find(job, config_map(run))
+            if digest_of(cast(Mapping[str, str], found.get("data") or {})) != run.digest:
+                raise RefusedError(_collision("ConfigMap", job.namespace, run.name))
         digest = action.plan_digest
         manifests = prepare.render(run, attempt) if stage == Stage.PREPARE else train.render(run, attempt, digest)
-        uid: str | None = None
         for manifest in manifests:
             if manifest["kind"] == "Job":
                 manifest["metadata"]["annotations"] = {names.ANNOTATION_PROOF: creation.proof}
-            made = self._create(job, manifest)
-            if made is None and self._get(job, manifest) is None:
-                raise LaterError(f"{_place(job, manifest)} has just vanished")
-            if made is not None and manifest["kind"] == "Job":
-                uid = str(made["metadata"].get("uid"))
+            self._create_or_find(job, manifest)
             log.info("%s/%s: created %s %s", job.namespace, job.name, manifest["kind"], manifest["metadata"]["name"])
-        return uid
 
     def _stored(self, job: FineTuneJob, name: str, digest: str | None) -> Run | None:
         """Return the run in a ConfigMap; None if there is none, or none that this version can read."""
@@ -149,31 +145,23 @@ class ChildCreator:
             raise RefusedError(Blocked(Reason.INVALID_MANIFEST, text)) from error
         return of_earlier_operator(run) if digest is None else run
 
-    def _create_config(self, job: FineTuneJob, run: Run) -> None:
-        manifest = config_map(run)
-        if self._create(job, manifest) is None:
-            found = self._get(job, manifest)
-            if found is None:
-                raise LaterError(f"{_place(job, manifest)} has just vanished")
-            if digest_of(cast(Mapping[str, str], found.get("data") or {})) != digest_of(manifest["data"]):
-                raise RefusedError(_collision("ConfigMap", job.namespace, run.name))
+    def _create_or_find(self, job: FineTuneJob, manifest: Manifest) -> Body:
+        """Return what is created, or what exists of this job under its name.
 
-    def _get(self, job: FineTuneJob, manifest: Manifest) -> Body | None:
-        """Return what exists under the manifest's name. Raises RefusedError if it is not of this job."""
+        Raises RefusedError for what a person can fix, LaterError."""
         kind, name = manifest["kind"], manifest["metadata"]["name"]
-        found = self._cluster.get(KINDS[kind], job.namespace, name)
-        if found is not None and not is_ours(found, job):
-            raise RefusedError(_collision(kind, job.namespace, name))
-        return found
-
-    def _create(self, job: FineTuneJob, manifest: Manifest) -> Body | None:
-        """Return what was created; None if the name is taken. Raises RefusedError for what a person can fix."""
+        what = f"{kind} {job.namespace}/{name}"
         try:
-            return self._cluster.create(KINDS[manifest["kind"]], manifest)
+            return self._cluster.create(KINDS[kind], manifest)
         except ApiError as error:
             if error.status == 409:
-                return None
-            blocked = refusal(error, _place(job, manifest))
+                found = self._cluster.get(KINDS[kind], job.namespace, name)
+                if found is None:
+                    raise LaterError(f"{what} has just vanished") from error
+                if is_ours(found, job):
+                    return found
+                raise RefusedError(_collision(kind, job.namespace, name)) from error
+            blocked = refusal(error, what)
             if blocked is None:
                 raise
             raise RefusedError(blocked) from error
@@ -199,10 +187,6 @@ def has_stepped(status: FineTuneJobStatus) -> bool:
 def is_ours(body: Body, job: FineTuneJob) -> bool:
     owners = cast(list[Body], body.get("metadata", {}).get("ownerReferences") or [])
     return any(owner.get("uid") == job.uid and owner.get("controller") is True for owner in owners)
-
-
-def _place(job: FineTuneJob, manifest: Manifest) -> str:
-    return f"{manifest['kind']} {job.namespace}/{manifest['metadata']['name']}"
 
 
 def _collision(kind: str, namespace: str, name: str) -> Blocked:

@@ -26,15 +26,15 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Trouble:
+class ReadTrouble:
     """What keeps a kind of objects in a namespace from being read: words without text from outside."""
 
     words: str
     since_s: float  # monotonic
 
     @staticmethod
-    def after(before: "Trouble | None", error: ApiError | UnreachableError) -> "Trouble":
-        return Trouble(brief(error), before.since_s if before else time.monotonic())
+    def after(before: "ReadTrouble | None", error: ApiError | UnreachableError) -> "ReadTrouble":
+        return ReadTrouble(brief(error), before.since_s if before else time.monotonic())
 
 
 class ChildWatch:
@@ -54,7 +54,7 @@ class ChildWatch:
         self.name = f"watch of {kind}" + (f" in {namespace}" if namespace else "")
         self.listed = threading.Event()
         self.last_activity_s = time.monotonic()  # an attempt that fails is one: the thread lives
-        self.trouble: Trouble | None = None
+        self.trouble: ReadTrouble | None = None
         self._cluster, self._children, self._namespace, self._on_listed = cluster, children, namespace, on_listed
         self._stop = threading.Event()
         self._version: str | None = None  # up to which all is known; None: list
@@ -125,7 +125,7 @@ class ChildWatch:
             return
         if self.trouble is None or self.trouble.words != brief(error):
             log.warning("%s: %s; trying again", self.name, error)
-        self.trouble = Trouble.after(self.trouble, error)
+        self.trouble = ReadTrouble.after(self.trouble, error)
 
     def _end_trouble(self) -> None:
         if self.trouble is not None:

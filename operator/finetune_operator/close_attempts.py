@@ -7,11 +7,11 @@ from datetime import datetime
 from finetune_api import retry
 from finetune_api.base import sha256_digest
 from finetune_api.names import Stage
-from finetune_api.reasons import Fault
+from finetune_api.reasons import Fault, Reason
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
-from finetune_operator.attempt_outcome import AttemptOutcome, belongs, is_explained, is_open, outcome_of
+from finetune_operator.attempt_outcome import AttemptClass, AttemptOutcome, belongs, is_explained, is_open, outcome_of
 from finetune_operator.clock import format_time, parse_time
-from finetune_operator.observation import Observation, PodAnswer
+from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer
 from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
 from finetune_operator.progress_status import checkpoints, metrics_of_result, progress_of_result
 
@@ -40,7 +40,9 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     """Return the state after what was observed; an attempt that was closed is never opened again."""
     if _began_without_uids(status):
         status = _adopt(status, observation.k8s_jobs)
-    entries = [_superseded(e, now) if is_open(e) else e for e in status.attempts[:-1]] + status.attempts[-1:]
+    entries = [
+        given_up(e, "Superseded", Reason.SUPERSEDED, now) if is_open(e) else e for e in status.attempts[:-1]
+    ] + status.attempts[-1:]
     status = status.model_copy(update={"attempts": entries})
     if not entries:
         return JobState(status, None, None, ())
@@ -87,13 +89,13 @@ def _children_of(
     """Return the attempt's Kubernetes Job and its pods.
 
     Labels and owners are anybody's to write. A Job counts that has the UID in the status; before that is known, one
-    that we have just created, or whose annotation only its maker could know."""
-    created = observation.created
+    whose annotation only its maker could know."""
     uid = entry.job_uid
-    if uid is None and created is not None and (created.stage, created.attempt) == (entry.stage, entry.number):
-        uid = created.uid
     if uid is None:
-        uid = next((j.uid for j in observation.k8s_jobs if belongs(entry, j) and _is_proven(entry, j)), None)
+        proven = (
+            j.uid for j in observation.k8s_jobs if belongs(entry, j) and _is_proven(entry, j, observation.created)
+        )
+        uid = next(proven, None)
     k8s_jobs = [j for j in observation.k8s_jobs if belongs(entry, j) and (any_uid or j.uid == uid)]
     pods = tuple(p for p in observation.pods if belongs(entry, p) and (any_uid or p.owner_uid == uid))
     return next(iter(k8s_jobs), None), pods
@@ -104,8 +106,13 @@ def wants_live_pods(status: FineTuneJobStatus, observation: Observation, now: da
     return close_attempts(status, observation, now).wants_live_pods
 
 
-def _is_proven(entry: AttemptStatus, k8s_job: ObservedK8sJob) -> bool:
-    return k8s_job.proof is not None and entry.job_proof == digest_of_proof(k8s_job.proof)
+def _is_proven(entry: AttemptStatus, k8s_job: ObservedK8sJob, created: CreatedK8sJob | None) -> bool:
+    """Return True if we made the Job: by memory, which a CRD that keeps no proofs needs, else by the status."""
+    if k8s_job.proof is None:
+        return False
+    if created is not None and (created.stage, created.attempt) == (entry.stage, entry.number):
+        return k8s_job.proof == created.proof
+    return entry.job_proof == digest_of_proof(k8s_job.proof)
 
 
 def digest_of_proof(proof: str) -> str:
@@ -128,9 +135,10 @@ def running_entry(stage: Stage, number: int) -> AttemptStatus:
     return AttemptStatus.model_validate({"number": number, "stage": stage.value, "class": "Running"})
 
 
-def _superseded(entry: AttemptStatus, now: datetime) -> AttemptStatus:
+def given_up(entry: AttemptStatus, attempt_class: AttemptClass, reason: Reason, now: datetime) -> AttemptStatus:
+    """Return the open attempt as it is closed by us, whatever its pods would have told."""
     return entry.model_copy(
-        update={"attempt_class": "Superseded", "reason": "Superseded", "finished_at": format_time(now)}
+        update={"attempt_class": attempt_class, "reason": reason.value, "finished_at": format_time(now)}
     )
 
 

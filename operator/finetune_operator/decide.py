@@ -19,7 +19,7 @@ from finetune_operator.conditions import ConditionUpdate, with_updates
 from finetune_operator.counted_time import with_suspended_clock, with_wait_clock
 from finetune_operator.decision import Action, Decision, SetK8sJobTtl
 from finetune_operator.final_status import Limits
-from finetune_operator.gates import Open, Over, ask_gates, deadline
+from finetune_operator.gates import GateAnswer, Open, Over, ask_gates, deadline
 from finetune_operator.job_events import events_between
 from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observation import Blocked, Observation
@@ -144,7 +144,7 @@ def _requeue_after_s(
     state: JobState,
     observation: Observation,
     pod_state: PodState,
-    gate: object,
+    gate: GateAnswer,
     now: datetime,
 ) -> float | None:
     """Return the seconds until time alone changes the decision; None when only events do."""

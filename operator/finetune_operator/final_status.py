@@ -10,8 +10,8 @@ from finetune_api.retry import JobEnd
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
 from finetune_operator import quality
 from finetune_operator.attempt_outcome import is_open
-from finetune_operator.clock import format_time, parse_time
-from finetune_operator.close_attempts import JobState, used
+from finetune_operator.clock import parse_time
+from finetune_operator.close_attempts import JobState, given_up, used
 from finetune_operator.conditions import ConditionUpdate, find, with_updates
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked
@@ -111,8 +111,7 @@ def failed(state: JobState, why: Blocked, generation: int, now: datetime) -> Fin
     status = state.status
     attempts = list(status.attempts)
     if attempts and is_open(attempts[-1]):
-        update = {"attempt_class": "Failure", "reason": why.reason.value, "finished_at": format_time(now)}
-        attempts[-1] = attempts[-1].model_copy(update=update)
+        attempts[-1] = given_up(attempts[-1], "Failure", why.reason, now)
         status = status.model_copy(update={"usage": used(status, state.pods, now, now)})
     updates = [
         planned_condition(status)

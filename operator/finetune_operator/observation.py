@@ -52,11 +52,11 @@ class PodSilence:
 
 @dataclass(frozen=True)
 class CreatedK8sJob:
-    """The Kubernetes Job that this process created last for a FineTuneJob."""
+    """The Kubernetes Job that this process creates or created last for a FineTuneJob. proof: by which it is known."""
 
     stage: Stage
     attempt: int
-    uid: str
+    proof: str
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Protocol, cast
 
 from finetune_api import names
+from finetune_api.names import Stage
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
@@ -54,8 +55,7 @@ class Reconciler:
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
-        self._proofs: dict[Owner, tuple[tuple[str, int], str]] = {}  # (stage, attempt), proof of what is created next
-        self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job, until its UID is in the status
+        self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
         self._exported: dict[tuple[str, str], str] = {}  # key → UID
         self._lock = threading.Lock()
 
@@ -82,7 +82,6 @@ class Reconciler:
             uid = self._exported.pop(key, None)
         if uid is not None:
             self._created.pop((key[0], uid), None)
-            self._proofs.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
@@ -93,7 +92,7 @@ class Reconciler:
 
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
-        decision = decide(job, observation, self._now())
+        decision, stored = decide(job, observation, self._now()), job
         try:
             creation = self._creation(job, decision)
             if creation is not None:
@@ -102,10 +101,9 @@ class Reconciler:
             for action in decision.actions:
                 self._act(stored, action, creation)
         except RefusedError as refused:
-            return self._refused(job, observation, refused)
+            return self._refused(stored, observation, refused)
         if stored.finished:
             self._created.pop(stored.owner, None)
-            self._proofs.pop(stored.owner, None)
             self._children.forget(stored.owner)
         return decision.requeue_after_s
 
@@ -113,19 +111,15 @@ class Reconciler:
         """Return what is to be created, before the status is written, which holds its digests."""
         if not any(isinstance(action, CreateK8sJob) for action in decision.actions):
             return None
-        last = decision.status.attempts[-1]
-        attempt = (last.stage, last.number)
-        known, proof = self._proofs.get(job.owner, (attempt, ""))
-        if known != attempt or not proof:
-            proof = secrets.token_hex(16)
-            self._proofs[job.owner] = (attempt, proof)
-        return Creation(self._creator.find_run(job, decision.status), proof)
+        found, last = self._creator.find_run(job, decision.status), decision.status.attempts[-1]
+        created = self._created.get(job.owner)
+        if created is None or (created.stage, created.attempt) != (last.stage, last.number):
+            created = CreatedK8sJob(Stage(last.stage), last.number, secrets.token_hex(16))
+            self._created[job.owner] = created
+        return Creation(found, created.proof)
 
     def _refused(self, job: FineTuneJob, observation: Observation, refused: RefusedError) -> None:
         """Write down why nothing can be created, and do what else is to be done. Raises `refused`, to try again."""
-        body = self._cluster.get("finetunejobs", job.namespace, job.name)
-        if body is None or (job := read_job(body)).finished:
-            return
         decision = decide(job, replace(observation, blocked=refused.blocked), self._now())
         stored = self._store(job, decision)
         for action in decision.actions:
@@ -171,11 +165,9 @@ class Reconciler:
 
     def _act(self, job: FineTuneJob, action: Action, creation: Creation | None) -> None:
         match action:
-            case CreateK8sJob(stage, attempt, _):
+            case CreateK8sJob():
                 assert creation is not None
-                uid = self._creator.create(job, creation, action)
-                if uid is not None:
-                    self._created[job.owner] = CreatedK8sJob(stage, attempt, uid)
+                self._creator.create(job, creation, action)
             case DeleteK8sJob(name, uid):
                 self._cluster.delete_k8s_job(job.namespace, name, uid)
             case SetK8sJobTtl(name, seconds):
@@ -203,7 +195,7 @@ class Reconciler:
 
 def with_creation(decision: Decision, creation: Creation) -> Decision:
     """Return the decision with the digests of what is to be created in the status."""
-    run, status = creation.run.run, decision.status
+    run, status = creation.found.run, decision.status
     if run.config_digest is None:  # of an earlier operator, which kept none
         return decision
     record = status.record or OperatorRecord()

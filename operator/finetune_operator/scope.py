@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finetune_operator.child_cache import ChildCache, Key, Owner
-from finetune_operator.child_watch import ChildWatch, Trouble
+from finetune_operator.child_watch import ChildWatch, ReadTrouble
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.metrics import Metrics
 from finetune_operator.watch_lag import WatchLag
@@ -51,7 +51,7 @@ class Scope:
         self.resynced_at_s: float | None = None  # Unix
         self.closed = False  # the server refuses to list its FineTuneJobs: no round is begun
         self._cluster, self._on_listed = cluster, on_listed
-        self._trouble: Trouble | None = None
+        self._trouble: ReadTrouble | None = None
         self.watches = tuple(ChildWatch(cluster, children, kind, namespace, self._listed) for kind in ("jobs", "pods"))
         label = namespace or WHOLE_CLUSTER
         for watch in self.watches:
@@ -80,7 +80,7 @@ class Scope:
 
     def take_failure(self, error: ApiError | UnreachableError) -> bool:
         """The list failed; whether that is news."""
-        before, self._trouble = self._trouble, Trouble.after(self._trouble, error)
+        before, self._trouble = self._trouble, ReadTrouble.after(self._trouble, error)
         self.watch_lag.excuse()
         if isinstance(error, ApiError) and error.status in REFUSED:
             self.closed, self.phases = True, Counter()
@@ -94,7 +94,7 @@ class Scope:
         """Whether its FineTuneJobs could be listed and watched when that was last tried."""
         return self._trouble is None
 
-    def troubles(self) -> dict[str, Trouble]:
+    def troubles(self) -> dict[str, ReadTrouble]:
         """By kind of object."""
         found = {watch.kind: watch.trouble for watch in self.watches} | {"finetunejobs": self._trouble}
         return {kind: trouble for kind, trouble in found.items() if trouble is not None}
@@ -119,7 +119,7 @@ class Scope:
             self.resync_wanted = True
             self._on_listed()
 
-    def _deafness(self) -> Trouble | None:
+    def _deafness(self) -> ReadTrouble | None:
         """Kopf tells nothing: ask whether the server would let it. What a restart would not mend is no stall."""
         if self._trouble is None and self.watch_lag.lag_s() < PROBE_AFTER_S:
             return None
@@ -127,5 +127,5 @@ class Scope:
             self._cluster.try_watch(self.namespace)
         except (ApiError, UnreachableError) as error:
             self.watch_lag.excuse()
-            return Trouble.after(self._trouble, error)
+            return ReadTrouble.after(self._trouble, error)
         return None

@@ -100,8 +100,8 @@ class World:
         assert name not in self.jobs
         assert not any(job.live for job in self.jobs.values()), "two live Jobs"
         self.created.append(name)
-        self.jobs[name] = ObservedK8sJob(name, f"uid-{name}", stage, attempt, self.now)
-        self.last_created = CreatedK8sJob(stage, attempt, f"uid-{name}")
+        self.jobs[name] = ObservedK8sJob(name, f"uid-{name}", stage, attempt, self.now, proof=f"proof of {name}")
+        self.last_created = CreatedK8sJob(stage, attempt, f"proof of {name}")
         self.status["record"]["runDigest"] = DIGEST  # as the shell notes it
 
     def pod(self, name: str, number: int = 0, **fields: Any) -> "World":

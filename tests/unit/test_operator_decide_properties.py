@@ -288,7 +288,7 @@ class OneJobInACluster(RuleBasedStateMachine):
             self.jobs[name] = ObservedK8sJob(name, f"{name}-{self.created}", stage, attempt, self.now)
             self.jobs[name] = replace(self.jobs[name], proof=f"proof of {self.created}")
             self.status["attempts"][-1]["jobProof"] = digest_of_proof(f"proof of {self.created}")
-            self.last_created = CreatedK8sJob(stage, attempt, f"{name}-{self.created}")
+            self.last_created = CreatedK8sJob(stage, attempt, f"proof of {self.created}")
             self.status["record"]["runDigest"] = DIGEST  # as the shell notes it, before it creates
 
     @precondition(lambda self: any(job.live and not job.deleting for job in self.jobs.values()))

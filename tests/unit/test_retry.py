@@ -69,6 +69,7 @@ def by_operator(plays: Plays, spec: dict[str, Any]) -> Played:
             pod = ObservedPod(name, name, action.stage, action.attempt, now, phase="Failed", started_at=now)
             pods.append(replace(pod, exit_code=result.exit_code, finished_at=now, result=result, owner_uid=name))
             last = CreatedK8sJob(action.stage, action.attempt, name)
+            jobs[-1] = replace(jobs[-1], proof=name)
             played.append((action.stage, waited_s))
             waited_s = 0.0
         if not created and made.requeue_after_s:
