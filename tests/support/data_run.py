@@ -3,7 +3,7 @@
 import gzip
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -129,6 +129,11 @@ def chat(question: str, answer: str, *more: str) -> dict[str, Any]:
 
 def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [chat(f"what is {i} and one?", f"the answer is {i + 1}.") for i in range(start, start + count)]
+
+
+def every_answer(messages: Sequence[dict[str, Any]], learn_from: int = 0) -> tuple[bool, ...]:
+    """Return what is learned where every answer from message `learn_from` on is."""
+    return tuple(index >= learn_from and each["role"] == "assistant" for index, each in enumerate(messages))
 
 
 def jsonl(rows: Iterable[object]) -> bytes:

@@ -69,10 +69,10 @@ def test_a_broken_row_is_told_by_problem_and_field(
     [
         (T, {"text": "a", "id": 7}, Text("a")),
         (PC, {"prompt": "a", "completion": "b"}, Completion("a", "b")),
-        (PC, {"prompt": [USER], "completion": [ANSWER]}, Conversation([USER, ANSWER], 1)),
-        (M, messages(USER, ANSWER), Conversation([USER, ANSWER], 0)),
-        (M, messages(SYSTEM, USER, ANSWER), Conversation([SYSTEM, USER, ANSWER], 0)),
-        (M, messages(USER, {**ANSWER, "tool_calls": None}), Conversation([USER, ANSWER], 0)),
+        (PC, {"prompt": [USER], "completion": [ANSWER]}, Conversation([USER, ANSWER], (False, True))),
+        (M, messages(USER, ANSWER), Conversation([USER, ANSWER], (False, True))),
+        (M, messages(SYSTEM, USER, ANSWER), Conversation([SYSTEM, USER, ANSWER], (False, False, True))),
+        (M, messages(USER, {**ANSWER, "tool_calls": None}), Conversation([USER, ANSWER], (False, True))),
     ],
 )
 def test_a_good_row_is_taken_as_it_is(data_format: DatasetFormat, row: object, expected: Row) -> None:
@@ -84,13 +84,13 @@ def test_every_problem_has_words() -> None:
 
 
 def test_rows_that_say_the_same_have_one_hash_whatever_the_order_of_their_fields() -> None:
-    one = content_hash(Conversation([{"role": "user", "content": "q"}, ANSWER], 0))
-    other = content_hash(Conversation([{"content": "q", "role": "user"}, ANSWER], 0))
+    one = content_hash(Conversation([{"role": "user", "content": "q"}, ANSWER], (False, True)))
+    other = content_hash(Conversation([{"content": "q", "role": "user"}, ANSWER], (False, True)))
     assert one == other
-    assert one != content_hash(Conversation([USER, {**ANSWER, "content": "b"}], 0))
+    assert one != content_hash(Conversation([USER, {**ANSWER, "content": "b"}], (False, True)))
 
 
 def test_a_value_that_is_not_json_is_a_broken_row() -> None:
-    found = content_hash(Conversation([{**USER, "note": b"\xff"}, ANSWER], 0))
+    found = content_hash(Conversation([{**USER, "note": b"\xff"}, ANSWER], (False, True)))
     assert isinstance(found, Broken)
     assert found.problem is Problem.WRONG_TYPE

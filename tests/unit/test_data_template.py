@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from data_run import CHATML
+from data_run import CHATML, every_answer
 from finetune_trainer.data import renderer
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
@@ -37,7 +37,7 @@ def messages(*texts: str) -> list[dict[str, Any]]:
 
 def spans_of(source: str, texts: tuple[str, ...], learn_from: int = 0, learn_all: bool = False) -> list[str]:
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, NOW)
-    whole, spans = answers(template, messages(*texts), learn_from, learn_all)
+    whole, spans = answers(template, messages(*texts), every_answer(messages(*texts), learn_from), learn_all)
     assert whole == template.render(messages(*texts))
     return [whole[begin:end] for begin, end in spans]
 
@@ -48,6 +48,24 @@ def test_an_answer_is_what_the_template_adds_to_the_generation_prompt() -> None:
 
 def test_only_answers_of_the_completion_are_learned() -> None:
     assert spans_of(CHATML, ("q", "a", "r", "b"), learn_from=2) == ["b<|im_end|>\n"]
+
+
+def test_an_answer_between_others_may_be_context_only() -> None:
+    template, turns = ChatTemplate(CHATML, {}, NOW), messages("q", "a", "r", "b", "s", "c")
+    whole, spans = answers(template, turns, (False, True, False, False, False, True), False)
+    assert [whole[begin:end] for begin, end in spans] == ["a<|im_end|>\n", "c<|im_end|>\n"]
+
+
+def test_tools_and_what_the_row_hands_to_the_template_reach_it() -> None:
+    source = "{{ tools[0].function.name }} {{ mood }} {{ eos_token }}" + CHATML
+    child = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False)
+    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "weather"}}]
+    try:
+        (found,) = child.render([Conversation(messages("q", "a"), (False, True), tools, {"mood": "calm"})])
+    finally:
+        child.close()
+    assert isinstance(found, Rendered)
+    assert found.text.startswith("weather calm </s><|im_start|>user")
 
 
 def test_with_all_tokens_to_learn_there_is_one_span_from_the_first_answer() -> None:
@@ -89,14 +107,14 @@ def test_a_prompt_that_no_finished_answer_follows_is_told_apart_from_messages_th
         assert caught.value.message == 1
     system = [{"role": "system", "content": "Be brief."}, *messages("q", "a")]
     with pytest.raises(PromptNotKeptError) as caught:
-        answers(ChatTemplate(SYSTEM_LAST, {}, NOW), system, 0, False)
+        answers(ChatTemplate(SYSTEM_LAST, {}, NOW), system, every_answer(system), False)
     assert caught.value.message == 2
     assert spans_of(SYSTEM_LAST, ("q", "a")) == ["a"]
 
 
 def test_where_an_answer_begins_is_unknown_after_such_a_prompt_and_where_it_ends_is_not() -> None:
     template = ChatTemplate(OPENS_REASONING, {}, NOW)
-    whole, spans = answers(template, messages("q", "a", "r", "b"), 0, True)
+    whole, spans = answers(template, messages("q", "a", "r", "b"), (False, True, False, True), True)
     assert spans == [(None, len(whole))]
 
 
@@ -157,7 +175,7 @@ def test_a_template_that_takes_longer_than_all_templates_do_is_refused_after_a_b
 
 def test_long_conversations_may_take_the_time_that_all_their_beginnings_take() -> None:
     spent, turns = renderer.Spent(), [{"role": "user", "content": ""}] * 512
-    spent.add(Conversation(turns, 0), 20_000, Rendered("", []))
+    spent.add(Conversation(turns, every_answer(turns)), 20_000, Rendered("", []))
     spent.cpu_s = renderer.BASE_CPU_S + 250
     assert spent.too_much is None
     spent.cpu_s += 50
@@ -177,7 +195,7 @@ def test_the_slowest_published_templates_take_less_than_what_long_conversations_
 
 def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5) -> list[Rendered | Broken]:
     child = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False, row_cpu_s=row_cpu_s)
-    rows = [Conversation(messages(*texts), 0) for texts in conversations]
+    rows = [Conversation(messages(*texts), every_answer(messages(*texts))) for texts in conversations]
     results: list[Rendered | Broken] = []
     try:
         while len(results) < len(rows):
@@ -189,7 +207,7 @@ def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5)
 
 def test_texts_that_are_much_come_a_few_at_a_time() -> None:
     child = Renderer("{{ 'x' * 1500000 }}" + CHATML, {}, NOW, learn_all=True)
-    rows = [Conversation(messages("a", "b"), 0)] * 9
+    rows = [Conversation(messages("a", "b"), (False, True))] * 9
     try:
         counts = [len(child.render(rows)) for _ in range(3)]
     finally:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from data_run import CHATML, byte_bpe
-from finetune_trainer.data.rows import Completion
+from data_run import CHATML, byte_bpe, every_answer
 from finetune_trainer.data.template import ChatTemplate, answers
 from finetune_trainer.data.tokens import RowTokenizer, Tokens, special_tokens, split
 
@@ -33,7 +32,7 @@ def conversation(template: str, texts: list[str], learn_all: bool = False) -> tu
     rows = tokenizer()
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     compiled = ChatTemplate(template, {"eos_token": "<|im_end|>"}, NOW)
-    whole, spans = answers(compiled, messages, 0, learn_all)
+    whole, spans = answers(compiled, messages, every_answer(messages), learn_all)
     return whole, rows.conversations([whole], [spans], learn_all)[0], rows
 
 
@@ -57,14 +56,14 @@ def test_an_end_token_that_is_not_marked_as_special_ends_answers_too() -> None:
     source = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}"
     template = ChatTemplate(source, {"eos_token": "</s>"}, NOW)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    whole, spans = answers(template, messages, 0, False)
+    whole, spans = answers(template, messages, every_answer(messages), False)
     (tokens,) = rows.conversations([whole], [spans], False)
     assert (learned(tokens, rows), rows.stop_ids) == (["Hello</s>"], {rows.eos_id})
 
 
 def test_a_token_that_reaches_over_the_begin_of_an_answer_is_learned() -> None:
     rows = tokenizer()
-    (tokens,) = rows.completions([Completion("the ", "quick")], learn_all=False)
+    (tokens,) = rows.completions([("the ", "quick")], learn_all=False)
     assert learned(tokens, rows) == [" quick<|im_end|>"]
 
 
@@ -89,7 +88,7 @@ def test_all_tokens_but_the_first_are_learned_when_asked() -> None:
 
 def test_a_completion_ends_with_the_end_token_and_only_it_is_learned() -> None:
     rows = tokenizer()
-    (tokens,) = rows.completions([Completion("the quick", " brown fox")], learn_all=False)
+    (tokens,) = rows.completions([("the quick", " brown fox")], learn_all=False)
     assert rows.decode(tokens.ids.tolist()) == "the quick brown fox<|im_end|>"
     assert learned(tokens, rows) == [" brown fox<|im_end|>"]
     assert rows.stop_ids == {rows.eos_id}
@@ -109,7 +108,7 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
     (ids,) = rows.texts(["the fox"])
     assert rows.decode(ids.tolist()) == "<|im_start|>the fox<|im_end|>"
     assert rows.stop_ids == {rows.eos_id}, "the end of a document is trained"
-    (tokens,) = rows.completions([Completion("the", " fox")], learn_all=False)
+    (tokens,) = rows.completions([("the", " fox")], learn_all=False)
     assert rows.decode(tokens.ids.tolist()) == "<|im_start|>the fox<|im_end|>"
     assert learned(tokens, rows) == [" fox<|im_end|>"]
 
@@ -121,7 +120,7 @@ def test_metaspace_tokenizers_are_labelled_by_their_own_offsets() -> None:
     plain.decoder = decoders.Metaspace()  # type: ignore[assignment]
     plain.add_special_tokens(["<unk>", "</s>"])
     rows = RowTokenizer(plain, "</s>")
-    (tokens,) = rows.completions([Completion("a:", " b")], learn_all=False)
+    (tokens,) = rows.completions([("a:", " b")], learn_all=False)
     assert [plain.id_to_token(i) for i in tokens.ids.tolist()] == ["▁a", ":", "▁b", "</s>"]
     assert tokens.labels.tolist() == [0, 0, 1, 1]
 

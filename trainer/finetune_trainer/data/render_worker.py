@@ -39,13 +39,13 @@ def safe_words(error: Exception, constants: Collection[str]) -> str:
     return shortened(said, _MAX_WORDS) if said in constants and "\n" not in said else type(error).__name__
 
 
-def render(template: ChatTemplate, setup: dict[str, Any], messages: list[dict[str, Any]], learn_from: int) -> list[Any]:
+def render(template: ChatTemplate, setup: dict[str, Any], row: dict[str, Any]) -> list[Any]:
     """Return [text, spans], or [None, [index of the unstable message, whether its prompt is not kept]], or
     [None, words of the failure]."""
     # SIGPROF ends the process: a loop in C heeds no Python handler.
     signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
     try:
-        text, spans = answers(template, messages, learn_from, setup["learn_all"])
+        text, spans = answers(template, learn_all=setup["learn_all"], **row)
         if len(text) > MAX_TEXT:
             return [None, f"it makes more than {MAX_TEXT // 2**20} Mi characters of the row"]
         text.encode()  # refuse surrogates that a template can make
@@ -65,8 +65,8 @@ def render_some(template: ChatTemplate, setup: dict[str, Any], rows: list[Any]) 
     began_s = time.process_time()
     results: list[list[Any]] = []
     characters, cpu_s = 0, 0.0
-    for messages, learn_from in rows:
-        result = render(template, setup, messages, learn_from)
+    for row in rows:
+        result = render(template, setup, row)
         results.append(result)
         characters += len(result[0] or "")
         cpu_s = time.process_time() - began_s

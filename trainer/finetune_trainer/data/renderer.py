@@ -135,7 +135,7 @@ class Renderer:
         """The child's reply, or None when it died; then there is a new one."""
         if self._child is None:
             self._child = self._start()
-        sent = [orjson.dumps([row.messages, row.learn_from]) for row in rows]
+        sent = [_request(row) for row in rows]
         reply = _ask(self._child, b"[" + b",".join(sent) + b"]")
         if reply is None:
             child.end(self._child)
@@ -152,6 +152,15 @@ class Renderer:
     def close(self) -> None:
         if self._child is not None:
             child.end(self._child)
+
+
+def _request(row: Conversation) -> bytes:
+    sent: dict[str, Any] = {"messages": row.messages, "learned": row.learned}
+    if row.tools:
+        sent["tools"] = row.tools
+    if row.template_kwargs:
+        sent["template_kwargs"] = dict(row.template_kwargs)
+    return orjson.dumps(sent)
 
 
 def _ask(process: child.Process, message: bytes) -> Any | None:

@@ -1,9 +1,10 @@
 """One row: from a decoded object to a checked conversation, completion or text."""
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import orjson
 
@@ -26,17 +27,25 @@ FIELDS = ("messages", "prompt", "completion", "text", *_UNSUPPORTED_IN_ROW)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages to render by the chat template; answers from message `learn_from` on are learned."""
+    """Messages to render by the chat template, in OpenAI's form.
+
+    learned: one for each message; True only for an assistant's that is to be learned. tools: what the model may call,
+    as JSON schemas; template_kwargs: what the row itself hands to the template."""
 
     messages: list[Message]
-    learn_from: int
+    learned: tuple[bool, ...]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    weight: float = 1.0
 
 
-class Completion(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Completion:
     """A prompt and its continuation, both plain text."""
 
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,7 @@ class Text:
     """A document."""
 
     text: str
+    weight: float = 1.0
 
 
 Row = Conversation | Completion | Text
@@ -120,7 +130,8 @@ def _conversation(first: object, first_field: str, second: object, second_field:
         return Broken(Problem.NO_ASSISTANT, last_field)
     if messages[-1]["role"] != "assistant":
         return Broken(Problem.LAST_NOT_ASSISTANT, last_field)
-    return Conversation(messages, learn_from)
+    learned = [index >= learn_from and message["role"] == "assistant" for index, message in enumerate(messages)]
+    return Conversation(messages, tuple(learned))
 
 
 def _check_message(value: object, field: str, index: int) -> Message | Broken:
@@ -151,7 +162,8 @@ def content_hash(row: Row) -> bytes | Broken:
         elif isinstance(row, Completion):
             content = orjson.dumps([row.prompt, row.completion])
         else:
-            content = orjson.dumps(row.messages, option=orjson.OPT_SORT_KEYS)
+            said = [row.messages, row.learned, row.tools, dict(row.template_kwargs)]
+            content = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, UnicodeEncodeError):
         # Only Parquet can hold such values, in fields of a message that are no part of its words.
         return Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")

@@ -7,7 +7,7 @@ untrusted templates must stay small.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
@@ -127,14 +127,20 @@ class ChatTemplate:
         )
         self._special_tokens = special_tokens
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text."""
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text. template_kwargs: what the row hands to the template by name."""
         return self._template.render(
             messages=messages,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self._special_tokens,
+            **{**self._special_tokens, **(template_kwargs or {})},
         )
 
 
@@ -155,9 +161,14 @@ class PromptNotKeptError(UnstableError):
 
 
 def answers(
-    template: ChatTemplate, messages: list[Message], learn_from: int, learn_all: bool
+    template: ChatTemplate,
+    messages: list[Message],
+    learned: Sequence[bool],
+    learn_all: bool,
+    tools: list[dict[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Span]]:
-    """The whole conversation as text, and where in it the answers are, from message `learn_from` on.
+    """The whole conversation as text, and where in it the answers are whose message is `learned`.
 
     An answer is what the template adds to the generation prompt for one assistant message. Raises PromptNotKeptError
     where the finished answer does not follow that prompt, such as one that opens reasoning, and NotPrefixStableError
@@ -165,15 +176,17 @@ def answers(
     one span, from the first answer to the end of the last.
     """
     messages = [_with_reasoning(message) for message in messages]
-    whole = template.render(messages)
+    whole = template.render(messages, False, tools, template_kwargs)
     spans: list[Span] = []
-    for index in range(learn_from, len(messages)):
-        if messages[index]["role"] != "assistant":
-            continue
-        before = template.render(messages[:index], add_generation_prompt=True)
+    for index in (index for index, is_learned in enumerate(learned) if is_learned):
+        before = template.render(messages[:index], True, tools, template_kwargs)
         if learn_all:
             return whole, [(len(before) if whole.startswith(before) else None, len(whole))]
-        through = whole if index == len(messages) - 1 else template.render(messages[: index + 1])
+        through = (
+            whole
+            if index == len(messages) - 1
+            else template.render(messages[: index + 1], False, tools, template_kwargs)
+        )
         if not through.startswith(before):
             raise PromptNotKeptError(index)
         if not whole.startswith(through):

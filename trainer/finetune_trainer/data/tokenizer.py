@@ -81,7 +81,7 @@ class Tokenizer:
 
     def completions(self, rows: Sequence[Completion], learn_all: bool) -> list[Tokens]:
         """Tokenise prompt + completion + end token, as RowTokenizer does."""
-        texts, ends = ["".join(row) for row in rows], [len(row.prompt) for row in rows]
+        texts, ends = [row.prompt + row.completion for row in rows], [len(row.prompt) for row in rows]
         return self._tokens({"kind": "completions", "texts": texts, "prompt_ends": ends, "learn_all": learn_all})
 
     def texts(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
