@@ -16,7 +16,7 @@ from finetune_api.status import FineTuneJobStatus
 Schema = dict[str, Any]
 
 MAX_WORD_LENGTH = 64  # of a status field that holds one word of a list
-MUTABLE_FIELDS = ("suspend", "ttlSecondsAfterFinished")
+MUTABLE_FIELDS = ("startPolicy", "suspend", "ttlSecondsAfterFinished")
 
 _KEPT = (
     "type",

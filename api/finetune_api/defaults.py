@@ -46,6 +46,7 @@ MAX_RETRIES = 3
 MAX_DISRUPTIONS = 20
 PROGRESS_DEADLINE_S = 1800
 TTL_S = 86400
+START_POLICY = "Automatic"
 
 
 def given(value: T | None, default: T) -> T:

@@ -436,6 +436,12 @@ class OutputSpec(ApiModel):
     )
 
 
+class StartPolicy(StrEnum):
+    AUTOMATIC = "Automatic"
+    MANUAL = "Manual"
+    PLAN_ONLY = "PlanOnly"
+
+
 _OUTPUT_FOLDER = "(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')"
 _MODEL_FOLDER = "(self.model.uri.endsWith('/') ? self.model.uri : self.model.uri + '/')"
 _IS_FILE = "!d.uri.matches('[*?]|/$')"
@@ -444,7 +450,8 @@ _FIXED_PART = "d.uri.find('^[^*?]+')"
 
 
 class FineTuneJobSpec(ApiModel):
-    """What to train, from what, and where to put it. Immutable but for suspend and ttlSecondsAfterFinished."""
+    """What to train, from what, and where to put it. Immutable but for startPolicy, suspend and
+    ttlSecondsAfterFinished."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -467,6 +474,13 @@ class FineTuneJobSpec(ApiModel):
                 "output.uri and model.uri lie in one another; write an output.uri beside the model's folder",
             ),
         )
+    )
+    start_policy: StartPolicy | None = Field(
+        default=None,
+        description="What follows the plan, which is made on a CPU before any GPU is claimed. Automatic trains. Manual "
+        "waits at status.plan until this is patched to Automatic; once training has begun it changes nothing, and "
+        "the wait does not count against activeDeadlineSeconds. PlanOnly ends the job there, as Planned and Finished: "
+        f"a dry run with the plan and the data report. Absent: {defaults.START_POLICY}.",
     )
     suspend: bool | None = Field(
         default=None,

@@ -48,6 +48,8 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     SUSPENDING = "Suspending"
     RESUMED = "Resumed"
+    AWAITING_APPROVAL = "AwaitingApproval"
+    PLANNED = "Planned"
     HEALTHY = "Healthy"
     SUCCEEDED = "Succeeded"
     # Of QualityConcern: what the trainer measured of the model; see quality.py.

@@ -17,7 +17,9 @@ class Phase(StrEnum):
     PENDING = "Pending"
     PREPARING = "Preparing"
     TRAINING = "Training"
+    WAITING = "Waiting"
     SUSPENDED = "Suspended"
+    PLANNED = "Planned"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from finetune_api import layout, retry
 from finetune_api.base import first_problem
 from finetune_api.errors import StageError
+from finetune_api.job import StartPolicy
 from finetune_api.names import MAX_ATTEMPTS, Stage
 from finetune_api.reasons import Fault, reason_of_exit
 from finetune_api.run import RunConfig, RunResult
@@ -70,6 +71,10 @@ def run(path: Path, work_dir: Path | None, console: Console) -> int:
                 show.show_prepared(console, result.data, result.plan)
                 state = state.model_copy(update={"plan_digest": result.plan.digest})
                 local.save_state(folder, state)
+            policy = config.spec.start_policy
+            if policy is StartPolicy.PLAN_ONLY or policy is StartPolicy.MANUAL:
+                show.show_planned(console, policy)
+                return Exit.SUCCEEDED
             train = replace(stage_run, stage=Stage.TRAIN, plan_digest=state.plan_digest)
             ran = _with_retries(train, state, attempts, stop, console)
             state, attempts, result = ran.state, ran.attempts, ran.result

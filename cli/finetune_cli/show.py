@@ -9,6 +9,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from finetune_api.job import StartPolicy
 from finetune_api.names import Stage
 from finetune_api.printable import printable
 from finetune_api.quality import Quality, concern_words, verdict
@@ -148,6 +149,14 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
         for item in plan.resolved:
             chosen.add_row(escape(item.field), escape(item.value), escape(item.reason))
         console.print(chosen)
+
+
+def show_planned(console: Console, policy: StartPolicy) -> None:
+    console.print(
+        f"[bold]Planned[/] as startPolicy: {policy} asks, and not trained; with startPolicy: Automatic the same "
+        "command goes on from here",
+        soft_wrap=True,
+    )
 
 
 def show_prepared_earlier(console: Console) -> None:

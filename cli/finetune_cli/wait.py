@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune_api.printable import printable
+from finetune_api.reasons import Reason
 from finetune_cli.cluster import Cluster, UnavailableError
 from finetune_cli.errors import CommandError, Exit
 
@@ -24,7 +25,10 @@ def verdict(job: dict[str, Any]) -> Exit | None:
     """How the job ended; None while it runs, or while the status speaks of an older spec."""
     if (job.get("status") or {}).get("observedGeneration") != job["metadata"].get("generation"):
         return None
-    return {"True": Exit.SUCCEEDED, "False": Exit.FAILED}.get(condition(job, "Succeeded").get("status", ""))
+    succeeded = condition(job, "Succeeded")
+    if succeeded.get("reason") == Reason.PLANNED:  # all that startPolicy: PlanOnly asks for
+        return Exit.SUCCEEDED
+    return {"True": Exit.SUCCEEDED, "False": Exit.FAILED}.get(succeeded.get("status", ""))
 
 
 def line(job: dict[str, Any]) -> str:

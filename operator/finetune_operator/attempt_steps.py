@@ -108,9 +108,9 @@ def begin_next(state: JobState, observation: Observation, gate: GateAnswer, now:
     return JobState(status.model_copy(update={"attempts": attempts}), state.outcome, None, ())
 
 
-def is_suspended(state: JobState, observation: Observation, gate: GateAnswer) -> bool:
-    """Return True if its user has suspended the job and nothing of it runs any more."""
-    return isinstance(gate, Wait) and gate.reason == Reason.SUSPENDED and may_begin_next(state, observation)
+def held_back(state: JobState, observation: Observation, gate: GateAnswer) -> Wait | None:
+    """Return what the job waits for, such as its user who has suspended it, once nothing of it runs any more."""
+    return gate if isinstance(gate, Wait) and may_begin_next(state, observation) else None
 
 
 def may_begin_next(state: JobState, observation: Observation) -> bool:

@@ -39,13 +39,14 @@ def with_wait_clock(state: JobState, pod_state: PodState, gate: GateAnswer, now:
     return _with_record(state, record.model_copy(update={"storage_wait_since": since}))
 
 
-def with_suspended_clock(state: JobState, pod_state: PodState, suspended: bool, now: datetime) -> JobState:
-    """Note for how long the job was suspended, by its user or, its Kubernetes Job, by somebody else such as Kueue.
+def with_suspended_clock(state: JobState, pod_state: PodState, held_back: Wait | None, now: datetime) -> JobState:
+    """Note for how long the job was held back: suspended, by its user or, its Kubernetes Job, by somebody else such
+    as Kueue, or waiting for approval.
 
-    suspended: by its user, and nothing of it runs any more."""
+    held_back: by one of the gates, and nothing of it runs any more."""
     record = state.status.record or OperatorRecord()
     since = parse_time(record.suspended_since)
-    if suspended or is_held_by_others(pod_state):
+    if held_back is not None or is_held_by_others(pod_state):
         if since is not None:
             return state
         return _with_record(state, record.model_copy(update={"suspended_since": format_time(now)}))

@@ -61,6 +61,8 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
     # It may be over: it has what it is for, or nothing is left to try.
     if final_status.is_success(state):
         return _decision(job, final_status.succeeded(state, job.generation, now), state, actions)
+    if final_status.is_only_planned(spec, state):
+        return _decision(job, final_status.planned(state, job.generation, now), state, actions)
     end = Blocked(gate.reason, gate.message) if isinstance(gate, Over) else None
     end = end or final_status.failure(state, pod_state, limits, now)
     if end is not None:
@@ -76,7 +78,7 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
 
     # The status says what is so now.
     pod_state = attempt_steps.pod_state(state, observation, now)
-    state = with_suspended_clock(state, pod_state, attempt_steps.is_suspended(state, observation, gate), now)
+    state = with_suspended_clock(state, pod_state, attempt_steps.held_back(state, observation, gate), now)
     state = state.with_status(_with_live_progress(state, observation, pod_state, now))
     status = running_status(job, state, observation, pod_state, gate, now)
     return _decision(job, status, state, actions, _requeue_after_s(spec, state, observation, pod_state, gate, now))

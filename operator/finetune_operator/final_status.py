@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api import defaults, retry
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec, StartPolicy
 from finetune_api.reasons import Fault, Reason, words
 from finetune_api.retry import JobEnd
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
@@ -13,6 +13,7 @@ from finetune_operator.attempt_outcome import is_open
 from finetune_operator.clock import parse_time
 from finetune_operator.close_attempts import JobState, given_up, used
 from finetune_operator.conditions import ConditionUpdate, find, with_updates
+from finetune_operator.gates import has_trained, start_policy
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked
 from finetune_operator.pod_waits import IMPATIENT_REASONS, PodState
@@ -43,6 +44,12 @@ def is_success(state: JobState) -> bool:
         and last.attempt_class == "Succeeded"
         and bool(state.status.artifacts)
     )
+
+
+def is_only_planned(spec: FineTuneJobSpec, state: JobState) -> bool:
+    """Return True if the plan is made and is all that the job is for."""
+    status = state.status
+    return start_policy(spec) == StartPolicy.PLAN_ONLY and status.plan is not None and not has_trained(status)
 
 
 def failure(state: JobState, pod_state: PodState, limits: Limits, now: datetime) -> Blocked | None:
@@ -104,6 +111,26 @@ def succeeded(state: JobState, generation: int, now: datetime) -> FineTuneJobSta
     of_quality = quality.at_the_end(result.quality) if result is not None else None
     updates += [of_quality] if of_quality is not None else []
     return _over(with_updates(status, updates, generation, now), Phase.SUCCEEDED, now)
+
+
+def planned(state: JobState, generation: int, now: datetime) -> FineTuneJobStatus:
+    """Return the status of a job that was to be planned only. It has no adapter, so it has not succeeded."""
+    status = state.status
+    message = (
+        "planned, as startPolicy: PlanOnly asks; nothing was trained. To train, apply it under another name without "
+        "startPolicy, or delete this one first"
+    )
+    updates = [
+        planned_condition(status),
+        ConditionUpdate(ConditionType.ADMITTED, "False", Reason.PLANNED),
+        ConditionUpdate(ConditionType.RUNNING, "False", Reason.PLANNED),
+        ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY),
+        ConditionUpdate(ConditionType.SUCCEEDED, "False", Reason.PLANNED, message),
+        ConditionUpdate(ConditionType.FINISHED, "True", Reason.PLANNED, message),
+        ConditionUpdate(ConditionType.READY, "True", Reason.PLANNED, message),
+        ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
+    ]
+    return _over(with_updates(status, updates, generation, now), Phase.PLANNED, now)
 
 
 def failed(state: JobState, why: Blocked, generation: int, now: datetime) -> FineTuneJobStatus:

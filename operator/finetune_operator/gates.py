@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api.job import FineTuneJobSpec
+from finetune_api import defaults
+from finetune_api.job import FineTuneJobSpec, StartPolicy
+from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.clock import parse_time
@@ -42,7 +44,7 @@ def is_in_time(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) 
         return Open()
     text = f"the job was not done {spec.active_deadline_seconds} s after it was accepted (activeDeadlineSeconds)"
     held_s = suspended_s(status.record, now)
-    text += f"; the {held_s} s in which it was suspended are not counted" if held_s else ""
+    text += f"; the {held_s} s in which it was suspended or waited for approval are not counted" if held_s else ""
     return Over(Reason.DEADLINE_EXCEEDED, text)
 
 
@@ -51,8 +53,16 @@ def is_not_suspended(spec: FineTuneJobSpec, _status: FineTuneJobStatus, _now: da
     return Wait(Reason.SUSPENDED, "spec.suspend is true") if spec.suspend is True else Open()
 
 
-# The first that is not open decides. Approval, another job and a queue will stand here too.
-GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended)
+def is_approved(spec: FineTuneJobSpec, status: FineTuneJobStatus, _now: datetime) -> GateAnswer:
+    """Hold back the training of a job whose user wants to see the plan first."""
+    if start_policy(spec) != StartPolicy.MANUAL or status.plan is None or has_trained(status):
+        return Open()
+    words = "the plan waits for approval: read status.plan, then set spec.startPolicy to Automatic"
+    return Wait(Reason.AWAITING_APPROVAL, words)
+
+
+# The first that is not open decides. Another job and a queue will stand here too.
+GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended, is_approved)
 
 
 def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
@@ -61,8 +71,18 @@ def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -
     return next((answer for answer in answers if not isinstance(answer, Open)), Open())
 
 
+def start_policy(spec: FineTuneJobSpec) -> StartPolicy:
+    """Return what follows the plan."""
+    return StartPolicy(defaults.given(spec.start_policy, defaults.START_POLICY))
+
+
+def has_trained(status: FineTuneJobStatus) -> bool:
+    """Return True if an attempt of training was begun, for which the plan was approved."""
+    return any(entry.stage == Stage.TRAIN for entry in status.attempts)
+
+
 def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> datetime | None:
-    """Return when the job ends at the latest, if it is not suspended from now on; None where it sets no bound."""
+    """Return when the job ends at the latest, if it is not held back from now on; None where it sets no bound."""
     accepted_at = parse_time(status.record.accepted_at) if status.record else None
     if spec.active_deadline_seconds is None or accepted_at is None:
         return None
@@ -70,7 +90,7 @@ def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) ->
 
 
 def suspended_s(record: OperatorRecord | None, now: datetime) -> int:
-    """Return for how many seconds the job was suspended up to now."""
+    """Return for how many seconds the job was suspended, or waited for approval, up to now."""
     if record is None:
         return 0
     since = parse_time(record.suspended_since)

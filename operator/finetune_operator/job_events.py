@@ -9,6 +9,8 @@ from finetune_operator.job_reader import is_finished, reason_of
 
 # Ways of not running that are no news: the condition that caused them has its own event.
 _QUIET = (Reason.PREPARING, Reason.TRAINING, Reason.SUCCEEDED, Reason.SUSPENDED, Reason.COMMITTED)
+# Ways of waiting in which nothing is wrong.
+_NO_FAULT = (Reason.JOB_SUSPENDED, Reason.AWAITING_APPROVAL)
 
 
 def events_between(
@@ -45,7 +47,8 @@ def events_between(
     verdict = find(new, ConditionType.SUCCEEDED)
     if finished and verdict is not None:
         if changed(ConditionType.SUCCEEDED):
-            tell(verdict.status != "True", reason_of(verdict.reason), verdict.message)
+            bad = verdict.status != "True" and verdict.reason != Reason.PLANNED
+            tell(bad, reason_of(verdict.reason), verdict.message)
         tell_quality()
         return tuple(events.values())
     suspended = find(new, ConditionType.SUSPENDED)
@@ -63,5 +66,5 @@ def events_between(
         if running.status == "True":
             tell(False, reason, running.message)
         elif reason not in _QUIET:
-            tell(reason != Reason.JOB_SUSPENDED, reason, running.message)
+            tell(reason not in _NO_FAULT, reason, running.message)
     return tuple(events.values())

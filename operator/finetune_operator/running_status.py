@@ -8,7 +8,7 @@ from finetune_api.run import Progress, Trouble
 from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus, Phase
 from finetune_operator import quality
 from finetune_operator.attempt_outcome import is_open, is_stopping
-from finetune_operator.attempt_steps import is_suspended
+from finetune_operator.attempt_steps import held_back
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import JobState
 from finetune_operator.conditions import ConditionUpdate, find, with_updates
@@ -22,7 +22,7 @@ from finetune_operator.progress_status import is_unanswered
 
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
-    Reason.JOB_SUSPENDED, Reason.POD_NOT_STARTED,
+    Reason.JOB_SUSPENDED, Reason.POD_NOT_STARTED, Reason.AWAITING_APPROVAL,
 )  # fmt: skip
 # What a trainer may say that it cannot save for.
 TROUBLE_REASONS = (
@@ -42,16 +42,18 @@ def running_status(
     suspend = isinstance(gate, Wait) and gate.reason == Reason.SUSPENDED
     stage = Stage.TRAIN if status.plan is not None else Stage.PREPARE
     doing = Reason.TRAINING if stage == Stage.TRAIN else Reason.PREPARING
-    suspended = is_suspended(state, observation, gate)
+    held = held_back(state, observation, gate)
+    suspended = held is not None and held.reason == Reason.SUSPENDED
+    waits = held if not suspended else None
     updates = [
         planned_condition(status),
-        _admitted(state, pod_state, suspended, doing),
-        _running(job.status, state, pod_state, suspended, doing),
+        _admitted(state, pod_state, held, doing),
+        _running(job.status, state, pod_state, held, doing),
         _suspended(job.status, suspend, suspended),
         _degraded(job.status, state, pod_state, said, _unanswered(state, observation, pod_state)),
         quality.while_running(job.status, said),
-        ConditionUpdate(ConditionType.SUCCEEDED, "Unknown", doing),
-        ConditionUpdate(ConditionType.FINISHED, "False", doing),
+        ConditionUpdate(ConditionType.SUCCEEDED, "Unknown", waits.reason if waits is not None else doing),
+        ConditionUpdate(ConditionType.FINISHED, "False", waits.reason if waits is not None else doing),
         ConditionUpdate(ConditionType.READY, "True", Reason.ACCEPTED),
         ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
     ]
@@ -62,17 +64,19 @@ def running_status(
         if is_held_by_others(pod_state) or not started
         else (Phase.TRAINING if stage == Stage.TRAIN else Phase.PREPARING)
     )
-    return status.model_copy(update={"phase": Phase.SUSPENDED if suspended else phase})
+    if held is not None:
+        phase = Phase.SUSPENDED if suspended else Phase.WAITING
+    return status.model_copy(update={"phase": phase})
 
 
-def _admitted(state: JobState, pod_state: PodState, suspended: bool, doing: Reason) -> ConditionUpdate | None:
+def _admitted(state: JobState, pod_state: PodState, held: Wait | None, doing: Reason) -> ConditionUpdate | None:
     """Whether the cluster has given the newest attempt a place; between attempts the last answer stays."""
     if pod_state.scheduled:
         return ConditionUpdate(ConditionType.ADMITTED, "True", doing)
     if pod_state.wait is not None and pod_state.wait.reason in _NOT_ADMITTED:
         return ConditionUpdate(ConditionType.ADMITTED, "False", pod_state.wait.reason, pod_state.wait.message)
-    if suspended:
-        return ConditionUpdate(ConditionType.ADMITTED, "False", Reason.SUSPENDED)
+    if held is not None:
+        return ConditionUpdate(ConditionType.ADMITTED, "False", held.reason)
     if state.outcome is not None and state.outcome.reason == Reason.POD_NOT_STARTED:
         return ConditionUpdate(ConditionType.ADMITTED, "False", Reason.POD_NOT_STARTED, state.outcome.message)
     if state.last is not None and is_open(state.last) and not pod_state.ending:
@@ -81,11 +85,11 @@ def _admitted(state: JobState, pod_state: PodState, suspended: bool, doing: Reas
 
 
 def _running(
-    old: FineTuneJobStatus, state: JobState, pod_state: PodState, suspended: bool, doing: Reason
+    old: FineTuneJobStatus, state: JobState, pod_state: PodState, held: Wait | None, doing: Reason
 ) -> ConditionUpdate | None:
     last, before = state.last, find(old, ConditionType.RUNNING)
-    if suspended:
-        return ConditionUpdate(ConditionType.RUNNING, "False", Reason.SUSPENDED, "spec.suspend is true")
+    if held is not None:
+        return ConditionUpdate(ConditionType.RUNNING, "False", held.reason, held.message)
     if pod_state.ending and before is not None:
         return None
     if pod_state.running and last is not None:

@@ -53,14 +53,32 @@ def test_an_sft_job_ends_with_a_whole_adapter_that_beats_the_base(lab: Lab, undi
     assert lab.keys(f"{undisturbed.run_uri()}/.job/checkpoints/")  # the last one is kept
 
 
-def test_a_cpt_job_ends_with_a_whole_adapter(lab: Lab):
-    hyperparameters = {"maxSteps": 30, "globalBatchSize": 4, "learningRate": 5e-3}
+def test_a_manual_cpt_job_waits_at_its_plan_and_ends_with_a_whole_adapter_once_it_is_approved(lab: Lab):
     job = lab.submit(
-        "texts", method={"type": "CPT"}, datasets=[{"uri": "s3://e2e-data/texts/"}], hyperparameters=hyperparameters
+        "texts",
+        startPolicy="Manual",
+        method={"type": "CPT"},
+        datasets=[{"uri": "s3://e2e-data/texts/"}],
+        hyperparameters={"maxSteps": 30, "globalBatchSize": 4, "learningRate": 5e-3},
     )
+    job.until(lambda: job.condition("Running").get("reason") == "AwaitingApproval", "the plan waits for approval")
+    assert (job.status()["phase"], job.status()["plan"]["steps"]) == ("Waiting", 30)
+    assert job.pods(Stage.TRAIN) == []
+    lab.kubectl("patch", "ftj/texts", "--type=merge", "-p", '{"spec":{"startPolicy":"Automatic"}}')
     status = job.until_succeeded()
     assert status["metrics"]["evalLoss"] < status["metrics"]["baseEvalLoss"]
     assert_adapter_is_whole(lab, job)
+
+
+def test_a_job_that_is_only_planned_ends_with_plan_and_report_and_no_training_pod(lab: Lab):
+    job = lab.submit("planned", startPolicy="PlanOnly")
+    status = job.until_finished()
+    assert (status["phase"], job.condition("Finished")["reason"]) == ("Planned", "Planned"), job.explain()
+    assert json.loads(lab.read(status["plan"]["uri"]))["hyperparameters"]["total_steps"] == 20
+    assert json.loads(lab.read(status["data"]["reportUri"]))["state"] == "prepared"
+    assert [(e["stage"], e["class"]) for e in status["attempts"]] == [("prepare", "Succeeded")]
+    assert job.pods(Stage.TRAIN) == []
+    assert {event["type"] for event in job.events()} == {"Normal"}
 
 
 def test_a_broken_row_fails_the_job_before_any_training_pod_and_is_named(lab: Lab):

@@ -391,6 +391,27 @@ def test_suspending_checkpoints_and_resuming_is_the_next_attempt(team: Team, ope
     assert team.get()["status"].get("failures", 0) == 0
 
 
+def test_a_manual_job_waits_at_its_plan_until_it_is_patched(team: Team, operator: Operator):
+    team.submit(startPolicy="Manual")
+    team.prepared()
+    team.until("Running", "False", "AwaitingApproval")
+    assert team.get()["status"]["phase"] == "Waiting"
+    assert [job.metadata.name.rsplit("-", 2)[-2] for job in team.jobs()] == ["prepare"]
+    team.change({"spec": {"startPolicy": "Automatic"}})
+    team.runs("train", 1)
+    team.committed()
+    team.until("Succeeded", "True")
+
+
+def test_a_job_that_is_only_planned_ends_with_its_plan_and_no_training_pod(team: Team, operator: Operator):
+    team.submit(startPolicy="PlanOnly")
+    team.prepared()
+    team.until("Finished", "True", "Planned")
+    status = team.get()["status"]
+    assert (status["phase"], status["plan"]["steps"] > 0) == ("Planned", True)
+    assert [job.metadata.name.rsplit("-", 2)[-2] for job in team.jobs()] == ["prepare"]
+
+
 def test_deleting_a_job_lets_the_garbage_collector_end_its_pods_and_forgets_its_figures(team: Team, operator: Operator):
     team.submit()
     team.runs("prepare", 1)

@@ -180,6 +180,19 @@ def test_fields_that_only_a_cluster_heeds_are_named(play: Play):
     assert "only a cluster heeds spec.suspend, spec.activeDeadlineSeconds" in play.said
 
 
+@pytest.mark.parametrize("policy", ["PlanOnly", "Manual"])
+def test_a_job_that_is_to_be_planned_first_stops_there_and_goes_on_once_it_may(play: Play, policy: str):
+    play.job["spec"]["startPolicy"] = policy
+    play.file.write_text(json.dumps(play.job))
+    assert play.run(prepare_1=PREPARED) == 0
+    assert f"startPolicy: {policy} asks, and not trained" in " ".join(play.said.split())
+    assert play.run() == 0  # again: nothing new
+    play.job["spec"]["startPolicy"] = "Automatic"
+    play.file.write_text(json.dumps(play.job))
+    assert play.run(train_1=play.committed()) == 0
+    assert "as an earlier call prepared it" in play.said
+
+
 def test_data_and_plan_are_said_in_one_line_each_in_the_words_of_the_events():
     output = io.StringIO()
     data = DataStatus.model_validate({**DATA, "files": 1})

@@ -99,6 +99,12 @@ def test_a_long_silence_of_the_cluster_ends_it():
     assert played.now_s > MAX_SILENCE_S
 
 
+def planned_only() -> dict[str, Any]:
+    found = job("Planned", "False")
+    found["status"]["conditions"][0]["reason"] = "Planned"
+    return found
+
+
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
@@ -106,6 +112,7 @@ def test_a_long_silence_of_the_cluster_ends_it():
         (job("Training"), None),
         (job("Succeeded", "True"), Exit.SUCCEEDED),
         (job("Failed", "False"), Exit.FAILED),
+        (planned_only(), Exit.SUCCEEDED),
         (job("Failed", "False", generation=2), None),  # suspend was patched, and the operator has not seen it
     ],
 )

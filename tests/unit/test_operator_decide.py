@@ -1308,7 +1308,9 @@ def test_the_time_in_which_a_job_is_suspended_does_not_count_against_its_deadlin
     assert world.requeue_after_s == 1
     world.step(after_s=1)
     assert world.verdict == ("False", "DeadlineExceeded")
-    assert "100000 s in which it was suspended are not counted" in world.message(ConditionType.SUCCEEDED)
+    assert "100000 s in which it was suspended or waited for approval are not counted" in world.message(
+        ConditionType.SUCCEEDED
+    )
 
 
 def test_time_in_a_queue_that_suspends_the_kubernetes_job_does_not_count_against_the_deadline_either():
@@ -1435,3 +1437,92 @@ def test_an_image_that_cannot_be_pulled_is_not_told_anew_with_every_try_and_paus
     paused = f'Back-off pulling image "r.io/x@sha256:0": ErrImagePull: {cause}'
     world.pod("prepare-1", waiting_reason="ImagePullBackOff", waiting_message=paused)
     assert world.step(after_s=20).status == before
+
+
+def test_a_manual_job_waits_at_its_plan_until_it_is_approved():
+    world = World()
+    world.spec["startPolicy"] = "Manual"
+    world.prepared()
+    assert world.created == ["prepare-1"]
+    assert world.phase == Phase.WAITING
+    assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
+    for kind in (ConditionType.ADMITTED, ConditionType.RUNNING, ConditionType.FINISHED):
+        assert world.condition(kind) == ("False", "AwaitingApproval")
+    assert world.verdict == ("Unknown", "AwaitingApproval")
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert "spec.startPolicy to Automatic" in world.message(ConditionType.RUNNING)
+    assert world.reasons().count("AwaitingApproval") == 1
+    assert "Warning" not in {event.type for event in world.events}
+    world.step(after_s=500_000)
+    assert world.created == ["prepare-1"]
+    world.spec["startPolicy"] = "Automatic"
+    world.step()
+    assert world.created[-1] == "train-1"
+    assert world.phase == Phase.PENDING
+    world.run("train-1")
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+
+
+def test_time_in_which_a_plan_waits_for_approval_does_not_count_against_the_deadline():
+    world = World()
+    world.spec |= {"startPolicy": "Manual", "activeDeadlineSeconds": 3600}
+    world.prepared().step(after_s=100_000)
+    assert world.phase == Phase.WAITING
+    world.spec["startPolicy"] = "Automatic"
+    world.step()
+    assert world.created[-1] == "train-1"
+
+
+def test_a_job_that_trains_is_not_held_back_by_asking_for_approval_then():
+    world = World().training()
+    world.spec["startPolicy"] = "Manual"
+    world.step()
+    assert world.phase == Phase.TRAINING
+    world.end("train-1", fault=Fault.INTERRUPTED).gone("train-1").step(after_s=1000)
+    assert world.created[-1] == "train-2"
+
+
+def test_a_manual_job_that_is_suspended_while_it_waits_says_suspended_and_then_waits_again():
+    world = World()
+    world.spec |= {"startPolicy": "Manual"}
+    world.prepared()
+    world.spec["suspend"] = True
+    world.step()
+    assert world.phase == Phase.SUSPENDED
+    world.spec["suspend"] = False
+    world.step()
+    assert (world.phase, world.condition(ConditionType.RUNNING)) == (Phase.WAITING, ("False", "AwaitingApproval"))
+
+
+def test_a_job_that_is_only_planned_ends_with_its_plan_and_no_training_pod():
+    world = World()
+    world.spec["startPolicy"] = "PlanOnly"
+    world.prepared()
+    assert world.created == ["prepare-1"]
+    assert world.phase == Phase.PLANNED
+    assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
+    assert world.condition(ConditionType.FINISHED) == ("True", "Planned")
+    assert world.verdict == ("False", "Planned")  # it has no adapter
+    assert world.condition(ConditionType.READY) == ("True", "Planned")
+    assert world.condition(ConditionType.STALLED) == ("False", "Healthy")
+    assert world.reasons()[-1] == "Planned"
+    assert "Warning" not in {event.type for event in world.events}
+    world.spec["startPolicy"] = "Automatic"  # too late: the verdict is told
+    world.step(after_s=1000)
+    assert (world.created, world.phase) == (["prepare-1"], Phase.PLANNED)
+
+
+def test_a_plan_that_cannot_be_made_fails_whatever_the_policy():
+    world = World()
+    world.spec["startPolicy"] = "PlanOnly"
+    world.step().run("prepare-1").end("prepare-1", fault=Fault.NO_CHAT_TEMPLATE).gone("prepare-1").step()
+    assert world.phase == Phase.FAILED
+
+
+def test_a_waiting_plan_may_be_asked_for_alone():
+    world = World()
+    world.spec["startPolicy"] = "Manual"
+    world.prepared()
+    world.spec["startPolicy"] = "PlanOnly"
+    world.step()
+    assert world.phase == Phase.PLANNED

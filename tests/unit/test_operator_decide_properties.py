@@ -15,6 +15,7 @@ from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.decide import decide
 from finetune_operator.decision import CreateK8sJob, Decision, DeleteK8sJob, SetK8sJobTtl
+from finetune_operator.gates import has_trained
 from finetune_operator.job_reader import FineTuneJob, is_finished, read_job
 from finetune_operator.observation import Blocked, CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
@@ -161,6 +162,7 @@ specs = st.fixed_dictionaries(
     | {"method": st.sampled_from([{"type": "SFT"}, {"type": "SFT"}, {"type": "SFT"}, {"type": "Odd"}])},
     optional={
         "suspend": st.booleans(),
+        "startPolicy": st.sampled_from(["Automatic", "Manual", "PlanOnly"]),
         "activeDeadlineSeconds": st.integers(60, 6000),
         "recovery": st.fixed_dictionaries({"maxRetries": st.integers(0, 3), "maxDisruptions": st.integers(0, 3)}),
         "ttlSecondsAfterFinished": st.integers(0, 100),
@@ -268,7 +270,10 @@ class OneJobInACluster(RuleBasedStateMachine):
     def operator(self, killed: bool, wait_s: int) -> None:
         """One round; killed, it writes the status and does nothing of what it wanted."""
         self.now += timedelta(seconds=wait_s)
-        made = decide(job_view(self.spec, self.status), self.seen, self.now)
+        job = job_view(self.spec, self.status)
+        made = decide(job, self.seen, self.now)
+        if has_trained(made.status) and not has_trained(job.status):
+            assert self.spec.get("startPolicy", "Automatic") == "Automatic", "nobody has approved its plan"
         self.status = dumped(made)
         if killed:
             return
@@ -365,6 +370,10 @@ class OneJobInACluster(RuleBasedStateMachine):
     def user_suspends_or_resumes(self, suspend: bool) -> None:
         self.spec["suspend"] = suspend
 
+    @rule(policy=st.sampled_from(["Automatic", "Manual", "Manual", "PlanOnly"]))
+    def user_changes_the_start_policy(self, policy: str) -> None:
+        self.spec["startPolicy"] = policy
+
     @invariant()
     def at_most_one_job_is_alive(self) -> None:
         assert sum(job.live for job in self.jobs.values()) <= 1
@@ -388,8 +397,10 @@ class OneJobInACluster(RuleBasedStateMachine):
         self.jobs = {name: replace(job, suspended=None) for name, job in self.jobs.items()}
         for _ in range(60):
             self.operator(killed=False, wait_s=100)
-            if self.status.get("phase") in ("Succeeded", "Failed"):
+            if self.status.get("phase") in ("Succeeded", "Failed", "Planned"):
                 return
+            if self.status.get("phase") == "Waiting":
+                self.spec["startPolicy"] = "Automatic"
             for job in [job for job in self.jobs.values() if job.deleting]:
                 self._vanish(job)
             if any(pod.active for pod in self.pods.values()):
