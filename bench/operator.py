@@ -1,119 +1,82 @@
-"""The operator's memory and its writes to the API server per job, from its own /metrics, while jobs run to their end.
+"""The operator at scale and in small, beside that of an earlier commit in the same run.
 
-Writes that only move progress are told apart by watching the object: an update that changes nothing but progress,
-metrics, checkpoints, usage and the attempt's last step is one. Renewals of the Lease are counted by themselves.
+finished: 10,000 finished jobs that are kept. thousand: 1,000 jobs in a minute, in turns with a bare client. Both need a
+control plane alone (`make testbed`); pods are acted. real: real jobs to their end on the real node (`make images`).
 """
 
 import argparse
-import json
-import re
-import subprocess
+import os
 import tempfile
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import testbed
-from bench import site, tables
-from demo import setup
-from testbed import binaries
+from bench import operator_finished, operator_real_jobs, operator_thousand, tables
+from bench.operator_process import Release, of_checkout, of_commit, start_control_plane
 
-MAX_MEMORY_MIB = 200
-MAX_WRITES = 20
-_MOVING = ("progress", "metrics", "usage", "checkpoints")
-
-
-def scrape(cluster: testbed.Cluster) -> dict[str, float]:
-    """The operator's samples by name with labels."""
-    service = f"/api/v1/namespaces/{setup.SYSTEM_NAMESPACE}/services/{setup.RELEASE}:http/proxy/metrics"
-    text = cluster.kubectl("get", "--raw", service)
-    pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
+INSTANCE = f"bench-operator-{os.getpid()}"
+BASELINE = "723dcf3"
+SECONDS = 60.0
 
 
-def writes(samples: dict[str, float]) -> Counter[str]:
-    """Writes so far by resource."""
-    found: Counter[str] = Counter()
-    for name, value in samples.items():
-        if match := re.match(r'finetune_api_writes_total\{resource="([^"]+)"', name):
-            found[match[1]] += int(value)
-    return found
+def finished(cluster: testbed.Cluster, releases: list[Release], folder: Path, arguments: argparse.Namespace) -> str:
+    namespace = "finished"
+    operator_finished.fill(cluster, of_checkout(), namespace, arguments.finished)
+    runs = [
+        operator_finished.measure(cluster, release, namespace, folder / f"finished-{number}")
+        for number, release in enumerate(releases)
+    ]
+    title = f"## {arguments.finished} finished jobs\n\nKept, with a filled status of 4 to 5 KiB each."
+    return f"{title}\n\n{tables.table(*operator_finished.table_rows(runs))}"
 
 
-def progress_only(stream: str) -> int:
-    """How many of the watched versions differ from the one before in nothing but progress."""
-    decoder, place, count = json.JSONDecoder(), 0, 0
-    last: dict[str, Any] | None = None
-    while place < len(stream):
-        body, place = decoder.raw_decode(stream, place)
-        while place < len(stream) and stream[place].isspace():
-            place += 1
-        rest = {key: value for key, value in body.get("status", {}).items() if key not in _MOVING}
-        for attempt in rest.get("attempts", []):
-            attempt.pop("lastStep", None)
-        count += last is not None and rest == last
-        last = rest
-    return count
+def thousand(cluster: testbed.Cluster, releases: list[Release], folder: Path, arguments: argparse.Namespace) -> str:
+    count, seconds = arguments.jobs, SECONDS * arguments.jobs / 1000
+    runs: list[operator_thousand.OperatorRun] = []
+    bare: list[operator_thousand.Waits] = []
+    for number, release in enumerate(releases):
+        like = f"operator-{number}"
+        runs.append(operator_thousand.run_operator(cluster, release, like, count, seconds, folder / like))
+        bare.append(operator_thousand.run_bare(cluster, like, f"bare-{number}", count, seconds))
+    title = f"## {count} jobs in {seconds:.0f} s\n\nEach to its end; one pod in ten takes 40 s to start. In turns with"
+    title += " a client that creates as many Kubernetes Jobs, and nothing else."
+    return f"{title}\n\n{tables.table(*operator_thousand.table_rows(runs, bare))}"
 
 
-def measure(cluster: testbed.Cluster, name: str, steps: int) -> tuple[Counter[str], int, float]:
-    """Run one job: writes by resource, how many of them only moved progress, largest memory in MiB."""
-    site.remove(cluster, "ftj", name)
-    before = writes(scrape(cluster))
-    peak_bytes = 0.0
-    kubectl = [binaries.binary("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "get", "ftj", "-n", site.NAMESPACE]
-    with tempfile.TemporaryDirectory() as folder:
-        seen = Path(folder) / "watch.json"
-        with seen.open("w") as output:
-            field = f"--field-selector=metadata.name={name}"
-            watch = subprocess.Popen([*kubectl, field, "--watch", "-o", "json"], stdout=output)
-        try:
-            site.apply(cluster, site.job(name, steps))
-
-            def finished() -> bool:
-                nonlocal peak_bytes
-                peak_bytes = max(peak_bytes, scrape(cluster)["process_resident_memory_bytes"])
-                status = json.loads(cluster.kubectl("get", "ftj", name, "-n", site.NAMESPACE, "-o", "json"))
-                conditions = status.get("status", {}).get("conditions", [])
-                return any(c["type"] == "Finished" and c["status"] == "True" for c in conditions)
-
-            site.until(finished, f"the end of {name}")
-        finally:
-            watch.terminate()
-            watch.wait(timeout=10)
-        moved = progress_only(seen.read_text())
-    return writes(scrape(cluster)) - before, moved, peak_bytes / 2**20
+AT_SCALE: dict[str, Callable[[testbed.Cluster, list[Release], Path, argparse.Namespace], str]] = {
+    "finished": finished,
+    "thousand": thousand,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("tables", nargs="*", default=[*AT_SCALE, "real"], help="of finished, thousand and real")
+    parser.add_argument("--baseline", default=BASELINE, help="commit to compare with; empty: none")
+    parser.add_argument("--finished", type=int, default=10_000, help="finished jobs")
+    parser.add_argument("--jobs", type=int, default=1_000, help="jobs that come in, at 1,000 a minute")
+    parser.add_argument("--runs", type=int, default=3, help="real jobs")
+    parser.add_argument("--steps", type=int, default=6, help="of each real job")
     arguments = parser.parse_args()
-    cluster = site.set_up()
-    found = [measure(cluster, f"bench-operator-{run}", arguments.steps) for run in range(arguments.runs)]
-    besides = [sum(counts.values()) - counts["leases"] - moved for counts, moved, _ in found]
-    memory = max(peak for _, _, peak in found)
-    resources = sorted({resource for counts, _, _ in found for resource in counts})
-    rows = [
-        ["largest resident memory", f"{memory:.0f} MiB", f"{MAX_MEMORY_MIB} MiB"],
-        ["writes besides progress and Lease", tables.spread(besides, 0), str(MAX_WRITES)],
-        ["writes of progress alone", tables.spread([moved for _, moved, _ in found], 0), "-"],
-        *[
-            [f"all writes to {name}", tables.spread([counts[name] for counts, _, _ in found], 0), "-"]
-            for name in resources
-        ],
-    ]
-    body = (
-        f"{arguments.runs} jobs of {arguments.steps} steps, one after another; per job, medians (quartiles).\n\n"
-        + tables.table(["", "measured", "at most"], rows)
-    )
-    tables.write(
-        "operator", "Memory and writes of the operator", "python -m bench.operator", ["kopf", "kubernetes"], body
-    )
-    for name in (f"bench-operator-{run}" for run in range(arguments.runs)):
-        site.remove(cluster, "ftj", name)
-    if memory > MAX_MEMORY_MIB or max(besides) > MAX_WRITES:
+    at_scale = [name for name in AT_SCALE if name in arguments.tables]
+    parts: list[str] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        before = [of_commit(arguments.baseline, folder / "baseline")] if arguments.baseline else []
+        for name in at_scale:
+            cluster = start_control_plane(INSTANCE)
+            try:
+                parts.append(AT_SCALE[name](cluster, [*before, of_checkout()], folder, arguments))
+                print(f"{parts[-1]}\n\nload {os.getloadavg()[0]:.1f}\n", flush=True)
+            finally:
+                testbed.down(INSTANCE)
+    over_the_limit = False
+    if "real" in arguments.tables:
+        part, over_the_limit = operator_real_jobs.table(arguments.runs, arguments.steps)
+        parts.append(part)
+    command = "python -m bench.operator" + "".join(f" {name}" for name in arguments.tables)
+    tables.write("operator", "The operator", command, ["kopf", "kubernetes"], "\n\n".join(parts))
+    if over_the_limit:
         raise SystemExit("over the limit")
 
 

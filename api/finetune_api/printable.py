@@ -18,7 +18,7 @@ _AS_ENTITY = frozenset("<>&|:.")  # a backslash does not keep these from being H
 
 def printable(text: str) -> str:
     """Return the text on one line: other white space as spaces, all that shows no letter as U+FFFD."""
-    return "".join(_shown(letter) for letter in text)
+    return text if text.isprintable() else "".join(_shown(letter) for letter in text)
 
 
 def printable_lines(text: str) -> str:

@@ -426,12 +426,14 @@ def words(fault: Fault, args: dict[str, str | int | float]) -> str:
 
     A missing argument shows as `?`."""
     known = {**FAULTS[fault].unknown, **{name: _readable(value) for name, value in args.items()}}
-
-    class _Args(dict[str, str | int | float]):
-        def __missing__(self, key: str) -> str:
-            return "?"
-
     return FAULTS[fault].text.format_map(_Args(known))
+
+
+class _Args(dict[str, str | int | float]):
+    """The arguments of a sentence; one that is missing shows as `?`."""
+
+    def __missing__(self, key: str) -> str:
+        return "?"
 
 
 def _readable(value: str | int | float) -> str | int | float:

@@ -13,6 +13,7 @@ from finetune_operator.attempt_outcome import AttemptClass, AttemptOutcome, belo
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer
 from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
+from finetune_operator.pod_waits import is_on_its_way
 from finetune_operator.progress_status import checkpoints, metrics_of_result, progress_of_result
 
 MAX_ENTRIES = 10
@@ -51,7 +52,7 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     status = _count_disruptions(status, pods)
     if not is_open(entry):
         return JobState(status, None, k8s_job, pods)
-    if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or any(map(_has_a_node, pods))):
+    if entry.job_uid is None and k8s_job is not None and (k8s_job.outcome or _is_told_of(pods, now)):
         # Only now, with what is written then anyway: before, a Job that nobody knows is simply made again.
         entry = entry.model_copy(update={"job_uid": k8s_job.uid, "job_proof": None})
         entries = [*entries[:-1], entry]
@@ -69,8 +70,10 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
     return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
 
 
-def _has_a_node(pod: ObservedPod) -> bool:
-    return pod.scheduled or pod.started_at is not None or not pod.active
+def _is_told_of(pods: Sequence[ObservedPod], now: datetime) -> bool:
+    """Return True once a pod has started or ended, or has a node and is slow to start there."""
+    begun = [pod for pod in pods if pod.scheduled or pod.started_at is not None or not pod.active]
+    return any(not is_on_its_way(pod, now) for pod in begun)
 
 
 def has_begun(status: FineTuneJobStatus) -> bool:

@@ -84,6 +84,7 @@ class Cluster:
         settings.connection_pool_maxsize = pool_size
         settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
         self._client = client.ApiClient(settings)
+        self._pool = self._client.rest_client.pool_manager
         self._metrics, self._answered = metrics, answered
 
     def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
@@ -237,20 +238,20 @@ class Cluster:
         self, method: str, path: str, query: dict[str, str], body: Body | None, read_timeout_s: float
     ) -> urllib3.BaseHTTPResponse:
         headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER, "Content-Type": _CONTENT.get(method, "")}
-        waits_s = (min(CONNECT_TIMEOUT_S, read_timeout_s), read_timeout_s)
+        waits = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s)
         try:
-            request = self._client.param_serialize(
-                method, path, query_params=list(query.items()), header_params=headers, body=body,
-                auth_settings=["BearerToken"],
-            )  # fmt: skip
-            answer = cast(
-                urllib3.BaseHTTPResponse,
-                self._client.call_api(*request, _request_timeout=waits_s).response,
+            # Only the address and the credentials come from the client: it would copy each body, field by field.
+            _, url, headers, *_ = self._client.param_serialize(
+                method, path, query_params=list(query.items()), header_params=headers, auth_settings=["BearerToken"]
+            )
+            content = None if body is None else json.dumps(body).encode()
+            answer = self._pool.request(
+                method, url, body=content, headers=headers, timeout=waits, preload_content=False
             )
             if answer.status >= 400:
                 self._answered()
                 raise self._error(answer)
-        except (urllib3.exceptions.HTTPError, client.ApiException, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             self._metrics.api_errors.labels("unreachable").inc()
             raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
         return answer

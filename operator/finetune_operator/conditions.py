@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Literal
 
 from finetune_api.printable import printable
@@ -71,6 +72,7 @@ def _gist(message: str) -> str:
     return " ".join(words)[:MAX_COMPARED]
 
 
+@lru_cache(maxsize=512)
 def one_line(text: str) -> str:
     """Return at most 1,024 printable characters on one line, without credentials: parts of it come from outside."""
     clean = printable(without_secrets(text))

@@ -1,5 +1,6 @@
 """A FineTuneJob as the operator reads it. Unknown fields are ignored; what cannot be read is said, never raised."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def read_status(raw: object) -> FineTuneJobStatus:
     Conditions are read one by one, so that a newer version's condition never hides a verdict.
     """
     fields = dict(cast(Mapping[str, Any], raw)) if isinstance(raw, Mapping) else {}
+    with contextlib.suppress(ValidationError):
+        return FineTuneJobStatus.model_validate(fields)
     for key, value in list(fields.items()):
         if isinstance(value, list):
             fields[key] = [item for item in cast(list[object], value) if _readable({key: [item]})]

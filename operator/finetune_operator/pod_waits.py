@@ -22,7 +22,7 @@ IMPATIENT_REASONS = (Reason.MISSING_REF,)
 REFUSED = (
     Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND, Reason.INVALID_MANIFEST,
 )  # fmt: skip
-SLOW_START_S = 15  # a pod that has not started by then is looked into
+SLOW_START_S = 15  # a pod that has not started by then is looked into, and told of
 
 _IMAGE_WAITS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
@@ -48,12 +48,14 @@ _NODE_TROUBLE = {
 class PodState:
     """What the newest attempt's pod does.
 
-    wait: what a person or the cluster has to end before it can run. ending: the pod has ended, its Job not yet."""
+    wait: what a person or the cluster has to end before it can run. ending: the pod has ended, its Job not yet.
+    on_its_way: it has a place and nothing is in its way, so that it will most likely run within seconds."""
 
     running: bool = False
     ending: bool = False
     scheduled: bool = False
     wait: Blocked | None = None
+    on_its_way: bool = False
 
 
 def pod_state_of(
@@ -77,7 +79,15 @@ def pod_state_of(
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
-    return PodState(scheduled=pod.scheduled, wait=wait or _disruption(entry, job, pods))
+    wait = wait or _disruption(entry, job, pods)
+    return PodState(scheduled=pod.scheduled, wait=wait, on_its_way=wait is None and is_on_its_way(pod, now))
+
+
+def is_on_its_way(pod: ObservedPod, now: datetime) -> bool:
+    """Return True if the pod has just found a node: what is written when it starts can wait until then."""
+    is_young = (now - pod.created_at).total_seconds() < SLOW_START_S
+    placed = pod.active and pod.scheduled and pod.started_at is None
+    return placed and is_young and _container_wait(pod) is None
 
 
 def is_slow_to_start(entry: AttemptStatus, k8s_job: ObservedK8sJob, now: datetime) -> bool:

@@ -47,7 +47,7 @@ def running_status(
     waits = held if not suspended else None
     updates = [
         planned_condition(status),
-        _admitted(state, pod_state, held, doing),
+        _admitted(job.status, state, pod_state, held, doing),
         _running(job.status, state, pod_state, held, doing),
         _suspended(job.status, suspend, suspended),
         _degraded(job.status, state, pod_state, said, _unanswered(state, observation, pod_state)),
@@ -69,9 +69,15 @@ def running_status(
     return status.model_copy(update={"phase": phase})
 
 
-def _admitted(state: JobState, pod_state: PodState, held: Wait | None, doing: Reason) -> ConditionUpdate | None:
-    """Whether the cluster has given the newest attempt a place; between attempts the last answer stays."""
-    if pod_state.scheduled:
+def _admitted(
+    old: FineTuneJobStatus, state: JobState, pod_state: PodState, held: Wait | None, doing: Reason
+) -> ConditionUpdate | None:
+    """Whether the cluster has given the newest attempt a place; between attempts the last answer stays.
+
+    Of a pod that is on its way it is told with its start, which saves a write for each, unless it was waited for."""
+    before = find(old, ConditionType.ADMITTED)
+    can_wait = pod_state.on_its_way and before is not None and before.status == "Unknown"
+    if pod_state.scheduled and not can_wait:
         return ConditionUpdate(ConditionType.ADMITTED, "True", doing)
     if pod_state.wait is not None and pod_state.wait.reason in _NOT_ADMITTED:
         return ConditionUpdate(ConditionType.ADMITTED, "False", pod_state.wait.reason, pod_state.wait.message)

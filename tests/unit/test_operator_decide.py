@@ -47,6 +47,7 @@ class World:
         self.blocked: Blocked | None = None
         self.runtime_changed = False
         self.events: list[JobEvent] = []
+        self.writes = 0
         self.created: list[str] = []
         self.last_created: CreatedK8sJob | None = None
         self.requeue_after_s: float | None = None
@@ -78,6 +79,7 @@ class World:
             changed = dumped != self.status
             self.status, self.requeue_after_s = dumped, made.requeue_after_s
             if changed:
+                self.writes += 1
                 self.events += made.events
                 assert all(event.message for event in made.events), "an event without words tells nobody anything"
             acted = False
@@ -1526,3 +1528,35 @@ def test_a_waiting_plan_may_be_asked_for_alone():
     world.spec["startPolicy"] = "PlanOnly"
     world.step()
     assert world.phase == Phase.PLANNED
+
+
+def kubelet_starts(world: World, name: str) -> World:
+    """All that the API server tells of a pod from its birth until it runs, one after the other."""
+    world.pod(name).step(0.5)
+    world.pod(name, scheduled=True).step(0.5)
+    world.pod(name, waiting_reason="ContainerCreating").step(0.5)
+    return world.pod(name, waiting_reason=None, phase="Running", started_at=world.now).step(1)
+
+
+def test_a_job_that_goes_well_is_written_six_times_at_most():
+    """Each write costs the API server one, and each watcher a message: what starts at once is told once."""
+    world = World().step()
+    kubelet_starts(world, "prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA).step(60)
+    kubelet_starts(world, "train-1").end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, step=100).step(60)
+    assert world.verdict == ("True", "Succeeded")
+    assert world.writes <= 6
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_a_place_is_told_with_the_start_of_the_pod_unless_the_job_waited_for_it_or_the_start_takes_long(waited: bool):
+    world = World().step()
+    world.pod("prepare-1", unschedulable="0/3 nodes" if waited else None).step(1)
+    before = world.condition(ConditionType.ADMITTED)[0]
+    world.pod("prepare-1", scheduled=True, unschedulable=None).step(1)
+    assert before == ("False" if waited else "Unknown")
+    assert world.condition(ConditionType.ADMITTED)[0] == ("True" if waited else "Unknown")
+    assert "jobUid" not in world.last
+    assert world.requeue_after_s is not None
+    world.step(world.requeue_after_s)
+    assert world.condition(ConditionType.ADMITTED)[0] == "True"
+    assert world.last["jobUid"] == "uid-prepare-1"
