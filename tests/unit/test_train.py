@@ -276,6 +276,12 @@ def test_an_attempt_after_the_commit_verifies_it_and_ends_well(tmp_path: Path) -
     (run.local().parent / LATEST).unlink()
     second = train.run(context(run, attempt=2), StopFlag(60))
     assert (second.exit_code, second.artifact) == (0, first.artifact)
+    assert second.quality == first.quality
+    assert first.metrics is not None
+    assert second.metrics is not None
+    assert None is not first.metrics.eval_loss == second.metrics.eval_loss
+    assert None is not first.metrics.base_eval_loss == second.metrics.base_eval_loss
+    assert second.step == first.step == 12
     assert (run.local().parent / LATEST).exists()
 
 

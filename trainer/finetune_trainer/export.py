@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, rep
 from finetune_trainer.checkpoint import MANIFEST, disk_error, file_digest
 from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
 from finetune_trainer.data.tokens import TOKENIZER_CLASS, end_ids
-from finetune_trainer.evaluate import Answer
+from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.patience import Patience
@@ -148,11 +148,20 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
     }
 
 
-def read_quality(store: Store, artifact: Artifact) -> Quality | None:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a committed adapter. held_out: the base's first, the finished adapter's last."""
+
+    quality: Quality
+    held_out: list[HeldOut]
+
+
+def read_measured(store: Store, artifact: Artifact) -> Measured | None:
     """Read what was measured of a committed adapter; None if that cannot be read, which ends nothing."""
     try:
         content = json.loads(store.read(join(artifact.uri, EVAL), max_bytes=_MAX_EVAL_BYTES)[0])
-        return Quality.model_validate(content["quality"])
+        held_out = [HeldOut.model_validate(each) for each in content.get("held_out", [])]
+        return Measured(Quality.model_validate(content["quality"]), held_out)
     except (StageError, ValueError, KeyError, TypeError) as error:
         log.warning("what was measured of the adapter cannot be read (%s)", type(error).__name__)
         return None

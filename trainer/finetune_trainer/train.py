@@ -84,7 +84,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     if committed is not None and commit.is_claimed_by(store, run_uri, ctx.config.job.uid):
         # Nothing is left to train: a store that takes no writes any more must not hide that.
         _after_commit(ctx, None, committed, stop)
-        return _success(ctx, committed.artifact, _committed_quality(store, committed.artifact), None, None)
+        return _success(ctx, committed.artifact, _tell_measured(ctx, committed.artifact), None, None)
     commit.claim(store, run_uri, ctx.config.job.uid)
     fence = commit.raise_epoch(store, run_uri, ctx.attempt, ctx.pod_uid)
     fetched = _fetch(replace(ctx, store=reading))
@@ -383,13 +383,19 @@ def _finish(
     log.info("committed %s", committed.artifact.uri)
     # Another attempt's adapter may stand: then its own figures count.
     own = committed.artifact == artifact
-    return committed, quality if own else _committed_quality(ctx.store, committed.artifact)
+    return committed, quality if own else _tell_measured(ctx, committed.artifact)
 
 
-def _committed_quality(store: Store, artifact: Artifact) -> Quality | None:
-    """Return what was measured of a committed adapter; None when that cannot be read, as the adapter counts."""
+def _tell_measured(ctx: StageContext, artifact: Artifact) -> Quality | None:
+    """Tell the figures of an adapter that another attempt has committed, and return its quality.
+
+    None, and nothing is told, when they cannot be read, as the adapter counts."""
     with best_effort("the figures of the committed adapter cannot be read"):
-        return export.read_quality(store, artifact)
+        measured = export.read_measured(ctx.store, artifact)
+        if measured is not None and measured.held_out:
+            base, last = measured.held_out[0], measured.held_out[-1]
+            ctx.reporter.update(step=last.step, base_eval_loss=base.loss, eval_loss=last.loss)
+        return measured.quality if measured is not None else None
     return None
 
 
@@ -438,7 +444,7 @@ def _success(
         exit_code=0,
         checkpoint=session.checkpointer.last if session else None,
         artifact=artifact,
-        step=session.position.step if session else None,
+        step=session.position.step if session else ctx.reporter.progress().step or None,
         resumed_from_step=resumed_from_step,
         quality=quality,
     )
