@@ -1,5 +1,6 @@
 """`python -m finetune_operator`: one process, standalone, configured by its environment."""
 
+import logging
 import sys
 from typing import Any, cast
 
@@ -7,11 +8,15 @@ import kopf
 from prometheus_client import REGISTRY
 
 from finetune_operator import logs
-from finetune_operator.engine import Engine
+from finetune_operator.engine import MISSING_CRD, Engine
 from finetune_operator.handlers import registry
 from finetune_operator.health import HttpServer
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings, SettingsError
+
+log = logging.getLogger("finetune_operator")
+
+EXIT_CRD_GONE = 4
 
 
 def main() -> int:
@@ -32,6 +37,11 @@ def main() -> int:
             clusterwide=not settings.watch_namespaces,
             namespaces=settings.watch_namespaces,
         )
+    except Exception:  # Kopf ends as a whole where one watch finds no CRD; its errors are no part of its interface
+        if not engine.crd_is_missing():
+            raise
+        log.error("%s after a restart", MISSING_CRD)
+        return EXIT_CRD_GONE
     finally:
         engine.stop()
         server.close()

@@ -187,6 +187,19 @@ class Cluster:
         finally:
             answer.close()
 
+    def serves_finetunejobs(self) -> bool:
+        """Return False while the CRD is not installed. Asks where Kopf looks, which looks only once."""
+        groups = self._request("GET", "/apis").get("groups") or []
+        if not any(group.get("name") == names.GROUP for group in groups):
+            return False
+        try:
+            known = self._request("GET", f"/apis/{names.API_VERSION}").get("resources") or []
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        return any(resource.get("name") == names.PLURAL for resource in known)
+
     def try_watch(self, namespace: str | None) -> None:
         """Raises ApiError where the server refuses a watch of FineTuneJobs."""
         self._follow(_path("finetunejobs", namespace), {"resourceVersion": "0"}, 1).close()

@@ -7,10 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from finetune_api import names
 from finetune_operator.child_cache import ChildCache, Key, Owner
 from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.clock import utcnow
-from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
 from finetune_operator.decide import decide
 from finetune_operator.health import Health, problems
 from finetune_operator.job_reader import is_finished, read_job
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 EXIT_LEASE_LOST = 3
 RESYNC_RETRY_S = 10.0
+CRD_RETRY_S = 5.0
+MISSING_CRD = f"the CRD {names.PLURAL}.{names.GROUP} is not installed: it is waited for"
 STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
 UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
 
@@ -55,15 +58,18 @@ class Engine:
         self._resync_moved_s = time.monotonic()
         self._in_work = threading.local()  # `key`, of the round of this thread
         self._threads: list[threading.Thread] = []
+        self._missing: tuple[str, ...] = ()  # in words: the CRD, while it is waited for
         self._leading = False
         self._ending = threading.Lock()
         metrics.queue_depth.set_function(self._queue.depth)
 
     def start(self) -> bool:
-        """Take the lease, then start everything; False when stopped before. Blocks until the lease is taken."""
+        """Take the lease, wait for the CRD, then start everything; False when stopped before that."""
         if not self._lease.acquire():
             return False
         self._begin("lease", lambda: self._lease.hold(_lease_lost))
+        if not self._wait_for_crd():
+            return False
         self._resync_moved_s = time.monotonic()
         for scope in self._scopes.values():
             # Its first resync comes as soon as its Jobs and pods are known, or, to tell why, when they are not by then.
@@ -109,7 +115,7 @@ class Engine:
         lease = self._lease.problem()
         notes = [self._lease.note()]
         if not self._leading or self._stop.is_set():
-            return Health(unready=(lease,) if lease else (), notes=tuple(notes))
+            return Health(unready=(*((lease,) if lease else ()), *self._missing), notes=tuple(notes))
         scopes = self._scopes.values()
         ages_s = {"lease": self._lease.age_s(), "progress": self._progress.age_s()}
         ages_s["resync"] = time.monotonic() - self._resync_moved_s
@@ -127,6 +133,28 @@ class Engine:
         """Ask for a round of every unfinished job, and forget what belongs to no such job; each scope by itself."""
         for scope in self._scopes.values():
             self._resync_scope(scope)
+
+    def crd_is_missing(self) -> bool:
+        """Return True if the API server says that it does not know FineTuneJobs."""
+        try:
+            return not self._cluster.serves_finetunejobs()
+        except (ApiError, UnreachableError):
+            return False
+
+    def _wait_for_crd(self) -> bool:
+        """Wait until the API server knows FineTuneJobs; False when stopped before."""
+        while not self._stop.is_set():
+            try:
+                missing = () if self._cluster.serves_finetunejobs() else (MISSING_CRD,)
+            except (ApiError, UnreachableError) as error:
+                missing = (f"cannot see whether the CRD is installed: {brief(error)}",)
+            for news in set(missing) - set(self._missing):
+                log.warning(news)
+            self._missing = missing
+            if not missing:
+                return True
+            self._stop.wait(CRD_RETRY_S)
+        return False
 
     def _resync_scope(self, scope: Scope) -> None:
         owners = {owner for owner in self._children.owners() if scope.namespace in (None, owner[0])}

@@ -24,6 +24,8 @@ from built import require_program
 from finetune_api import names
 from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault
+from finetune_operator.__main__ import EXIT_CRD_GONE
+from finetune_operator.engine import MISSING_CRD
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 from testbed.instance import free_ports
 from waiting import PATIENCE_S, until
@@ -86,6 +88,11 @@ class Operator:
         self.process = None
         return code
 
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        assert self.process is not None
+        return self.process.wait(PATIENCE_S)
+
     def get(self, path: str) -> str:
         """The first answer: on a busy machine the server starts late and answers slowly."""
 
@@ -99,6 +106,14 @@ class Operator:
                 return None
 
         return until(answered, f"{path} answers")
+
+    def unready(self) -> str | None:
+        """Why it is not ready; None when it is."""
+        try:
+            self.get("/readyz")
+        except urllib.error.HTTPError as refusal:
+            return refusal.read().decode()
+        return None
 
     def looks_at_everything(self) -> None:
         """Wait for two resyncs from now on: what the operator had to do for what it knew is then done."""
@@ -329,27 +344,23 @@ def test_nothing_but_the_lease_is_written_at_rest(team: Team, operator: Operator
     assert (team.get("running"), team.get("done"), operator.writes()[0]) == before
 
 
-@pytest.mark.parametrize("phase", ["submitted", "preparing", "prepared", "training", "committed"])
-def test_an_operator_killed_in_any_phase_comes_to_the_same_end(team: Team, operator: Operator, phase: str):
-    """The world goes on while nobody watches; the next operator finds what happened."""
+def test_an_operator_killed_in_every_phase_comes_to_the_same_end(team: Team, operator: Operator):
+    """The world goes on while nobody watches; each time the next operator finds what happened."""
 
-    def killed_at(moment: str, meanwhile: Callable[[], object]) -> None:
-        if moment == phase:
-            operator.kill()
-            meanwhile()
-            operator.start()
-        else:
-            meanwhile()
+    def while_nobody_watches(happen: Callable[[], object]) -> None:
+        operator.kill()
+        happen()
+        operator.start()
 
-    killed_at("submitted", team.submit)
+    while_nobody_watches(team.submit)
     team.job("prepare", 1)
-    killed_at("preparing", lambda: team.runs("prepare", 1))
+    while_nobody_watches(lambda: team.runs("prepare", 1))
     team.until("Running", "True", "Preparing")
-    killed_at("prepared", team.prepared)
+    while_nobody_watches(team.prepared)
     team.job("train", 1)
-    killed_at("training", lambda: team.runs("train", 1))
+    while_nobody_watches(lambda: team.runs("train", 1))
     team.until("Running", "True", "Training")
-    killed_at("committed", team.committed)
+    while_nobody_watches(team.committed)
     team.until("Succeeded", "True", "Succeeded")
     status = team.get()["status"]
     assert [(a["stage"], a["number"], a["class"]) for a in status["attempts"]] == [
@@ -668,3 +679,46 @@ def test_a_deleted_namespace_that_is_still_watched_stops_no_other(
     until(lambda: trouble in of_chart.get("/healthz?verbose"), "the deleted namespace is told")
     assert of_chart.get("/readyz") == "ok"
     assert of_chart.metric(f'finetune_watch_trouble{{kind="jobs",watched_namespace="{team.namespace}"}}') == 0
+
+
+def _is_served(team: Team) -> bool:
+    try:
+        team.custom.list_namespaced_custom_object(GROUP, VERSION, team.namespace, PLURAL)
+    except client.ApiException:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[testbed.Cluster]:
+    """A cluster of its own, which does not know FineTuneJobs."""
+    name = f"pytest-bare-{os.getpid()}"
+    try:
+        yield testbed.up(name, node=False)
+    finally:
+        testbed.down(name)
+
+
+def test_an_operator_without_its_crd_is_not_ready_says_so_and_goes_on_once_it_is_there(
+    bare: testbed.Cluster, tmp_path: Path
+):
+    team = Team(bare.kubeconfig, "default")
+    operator = Operator(bare.kubeconfig, "default", tmp_path, FINETUNE_RESYNC_INTERVAL_S="120").start()
+    try:
+        until(lambda: operator.unready() == MISSING_CRD, "the missing CRD is told")
+        assert operator.get("/healthz") == "ok", "a restart would not mend it"
+        bare.kubectl("apply", "--server-side", "-f", str(ROOT / "crds/finetunejobs.yaml"))
+        until(lambda: operator.unready() is None, "the operator is ready")
+        until(lambda: _is_served(team), "the API server takes FineTuneJobs")
+        team.submit()
+        team.until("Ready", "True")
+        assert "Unresolved resources" not in operator.log.read_text(), "Kopf looks for them only once"
+
+        bare.kubectl("delete", "crd", "finetunejobs.finetune.dev", "--timeout=120s", timeout_s=130)
+        assert operator.ended() == EXIT_CRD_GONE, "Kopf cannot go on, and the kubelet starts it again"
+        assert operator.log.read_text().rstrip().endswith(f"{MISSING_CRD} after a restart")
+        operator.start()
+        until(lambda: operator.unready() == MISSING_CRD, "the missing CRD is told")
+    finally:
+        if operator.process is not None and operator.process.poll() is None:
+            operator.end()
