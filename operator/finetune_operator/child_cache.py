@@ -37,6 +37,11 @@ class ChildCache:
             pods = [(owner, pod) for owner, by_uid in self._pods.items() for pod in by_uid.values()]
         return [(owner, pod) for owner, pod in pods if pod.running and pod.ip]
 
+    def job_uids(self, owner: Owner) -> set[str]:
+        """Return the UIDs of the FineTuneJob's Kubernetes Jobs, and of those that its pods name as theirs."""
+        jobs, pods = self.of(owner)
+        return {job.uid for job in jobs} | {pod.owner_uid for pod in pods}
+
     def owners(self) -> set[Owner]:
         """The FineTuneJobs of which anything is kept."""
         with self._lock:

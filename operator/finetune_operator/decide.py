@@ -159,7 +159,7 @@ def _requeue_after_s(
         retry_s = attempt_steps.seconds_to_next(state, now)
         waits_s += [retry_s] if retry_s > 0 else []
     if last is not None and is_open(last) and not pod_state.running and state.k8s_job is not None:
-        born = max([state.k8s_job.created_at, *(pod.created_at for pod in state.pods if pod.active)])
+        born = max([state.k8s_job.created_at, *(p.scheduled_at or p.created_at for p in state.pods if p.active)])
         slow_at = born + timedelta(seconds=SLOW_START_S + 1)
         waits_s += [(slow_at - now).total_seconds()] if slow_at > now else []
     return min(waits_s, default=None)

@@ -20,20 +20,23 @@ class Blocked:
 
 @dataclass(frozen=True)
 class PodAnswer:
-    """The last answer of the training pod."""
+    """The last answer of a pod. job_uid: of the Kubernetes Job that controls the pod."""
 
     progress: Progress
     at: datetime
+    job_uid: str
 
 
 @dataclass(frozen=True)
 class PodSilence:
     """A pod that gave no usable answer, from the first to the last time that it was asked in vain.
 
-    reached_since: since when it can be reached and says nothing; None where the network may be what keeps us apart."""
+    job_uid: of the Kubernetes Job that controls the pod. reached_since: since when it can be reached and says nothing;
+    None where the network may be what keeps us apart."""
 
     stage: Stage
     attempt: int
+    job_uid: str
     pod_uid: str
     since: datetime
     until: datetime
@@ -65,22 +68,31 @@ class Observation:
 
     k8s_jobs: tuple[ObservedK8sJob, ...] = ()
     pods: tuple[ObservedPod, ...] = ()
-    progress: PodAnswer | None = None
+    answers: tuple[PodAnswer, ...] = ()  # of whatever pods bear the job's labels
     blocked: Blocked | None = None
     progress_write_interval_s: float = 30
-    silence: PodSilence | None = None
+    silences: tuple[PodSilence, ...] = ()
     created: CreatedK8sJob | None = None
     runtime_changed: bool = False  # since the run was made; looked at only while nothing of the job runs
     pods_listed: bool = False  # the pods were listed after the Jobs were seen: none that there is, is missing
 
     def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:
-        """The pod's last answer, if it is about this attempt."""
-        answer = self.progress
-        mine = answer is not None and (answer.progress.stage, answer.progress.attempt) == (entry.stage, entry.number)
-        return answer if mine else None
+        """Return the last answer about this attempt of a pod of its Kubernetes Job.
+
+        Labels are anybody's to write: no pod is believed before the status has the UID of the attempt's Job."""
+        mine = (
+            answer
+            for answer in self.answers
+            if (answer.progress.stage, answer.progress.attempt, answer.job_uid)
+            == (entry.stage, entry.number, entry.job_uid)
+        )
+        return next(mine, None)
 
     def silence_of(self, entry: AttemptStatus) -> PodSilence | None:
-        """The pod's silence, if it is of this attempt."""
-        silence = self.silence
-        mine = silence is not None and (silence.stage, silence.attempt) == (entry.stage, entry.number)
-        return silence if mine else None
+        """Return the silence of the pod of this attempt's Kubernetes Job."""
+        mine = (
+            silence
+            for silence in self.silences
+            if (silence.stage, silence.attempt, silence.job_uid) == (entry.stage, entry.number, entry.job_uid)
+        )
+        return next(mine, None)

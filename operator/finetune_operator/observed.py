@@ -60,6 +60,9 @@ class ObservedPod:
     gone: bool = False
     deletion_due: datetime | None = None
     scheduled: bool = False
+    scheduled_at: datetime | None = None
+    node: str | None = None
+    taken_at: datetime | None = None  # by the kubelet of its node
     unschedulable: str | None = None  # the scheduler's words
     disrupted: bool = False
     evicted: bool = False  # by the kubelet, for a limit of its own
@@ -125,6 +128,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
         return None
     conditions = {_text(c.get("type")): c for c in _dicts(status, "conditions")}
     scheduled = conditions.get("PodScheduled", {})
+    bound = scheduled.get("status") == "True"
     container = next((c for c in _dicts(status, "containerStatuses") if c.get("name") == names.CONTAINER), {})
     state = _dict(container, "state")
     running, ended = _dict(state, "running"), _dict(state, "terminated")
@@ -142,7 +146,10 @@ def observe_pod(body: Body) -> ObservedPod | None:
         phase=_text(status.get("phase")) or "Pending",
         ip=_text(status.get("podIP")),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
-        scheduled=scheduled.get("status") == "True",
+        scheduled=bound,
+        scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if bound else None,
+        node=_cut(_dict(body, "spec").get("nodeName")) or None,
+        taken_at=parse_time(status.get("startTime")),
         unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") == "Unschedulable" else None,
         disrupted=disrupted,
         evicted=status.get("reason") == "Evicted" and refused is None,

@@ -11,6 +11,7 @@ from finetune_api.redact import shortened
 from finetune_api.retry import PATIENCE_S
 from finetune_api.status import AttemptStatus
 from finetune_operator.attempt_outcome import is_stopping
+from finetune_operator.clock import format_time
 from finetune_operator.observation import Blocked
 from finetune_operator.observed import ObservedK8sJob, ObservedPod
 
@@ -23,6 +24,7 @@ REFUSED = (
     Reason.QUOTA_EXCEEDED, Reason.FORBIDDEN, Reason.NAME_COLLISION, Reason.RUNTIME_NOT_FOUND, Reason.INVALID_MANIFEST,
 )  # fmt: skip
 SLOW_START_S = 15  # a pod that has not started by then is looked into, and told of
+SLOW_START = timedelta(seconds=SLOW_START_S)
 
 _IMAGE_WAITS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
@@ -79,7 +81,7 @@ def pod_state_of(
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
-    wait = wait or _disruption(entry, job, pods)
+    wait = wait or _disruption(entry, job, pods) or _not_taken(pod, now)
     return PodState(scheduled=pod.scheduled, wait=wait, on_its_way=wait is None and is_on_its_way(pod, now))
 
 
@@ -174,6 +176,16 @@ def _container_wait(pod: ObservedPod) -> Blocked | None:
     if pod.waiting_reason in _CONFIG_WAITS:
         return Blocked(Reason.MISSING_REF, f"the container cannot start ({pod.waiting_reason}): {pod.waiting_message}")
     return None
+
+
+def _not_taken(pod: ObservedPod, now: datetime) -> Blocked | None:
+    """Return that the pod's node has not even begun with it: no event says so before the node is given up."""
+    if pod.taken_at is not None or pod.scheduled_at is None or now < pod.scheduled_at + SLOW_START:
+        return None
+    since = f"which it was given at {format_time(pod.scheduled_at)}"
+    return Blocked(
+        Reason.NODE_UNREACHABLE, f"node {pod.node} has not begun with pod {pod.name}, {since}: is its kubelet away?"
+    )
 
 
 def _suspension(entry: AttemptStatus, job: ObservedK8sJob | None) -> Blocked | None:

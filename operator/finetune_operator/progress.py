@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -90,9 +90,21 @@ async def _exchange(host: str, port: int, reached: asyncio.Event) -> bytes:
         writer.transport.abort()  # a polite close could wait for the pod
 
 
+@dataclass
+class _Heard:
+    """What the pod of one Kubernetes Job has said."""
+
+    answer: PodAnswer | None = None  # the last
+    silence: PodSilence | None = None  # while it does not answer
+    looked_at: datetime | None = None
+
+
 class ProgressPuller:
     """Asks every running pod each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
-    answer should be looked at."""
+    answer should be looked at.
+
+    They are kept by the UID of the pod's Kubernetes Job: a pod that somebody makes with the labels of a job can take
+    no other's place. Which of them count is for who decides."""
 
     def __init__(
         self,
@@ -105,22 +117,21 @@ class ProgressPuller:
     ) -> None:
         self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
         self._lock = threading.Lock()
-        self._answers: dict[Owner, PodAnswer] = {}  # the last
-        self._silences: dict[Owner, PodSilence] = {}  # of those that do not answer now
-        self._looked_at: dict[Owner, datetime] = {}
+        self._heard: dict[Owner, dict[str, _Heard]] = {}  # by UID of the Kubernetes Job
         self._running = 0
         self._clock = clock
         self._round_at_s = clock()
         self._stop = threading.Event()
 
-    def last(self, owner: Owner) -> PodAnswer | None:
+    def answers(self, owner: Owner) -> tuple[PodAnswer, ...]:
+        """Return the last answer of each pod of the FineTuneJob."""
         with self._lock:
-            return self._answers.get(owner)
+            return tuple(each.answer for each in self._heard.get(owner, {}).values() if each.answer is not None)
 
-    def silence(self, owner: Owner) -> PodSilence | None:
-        """How long the pod has not answered; None when it has, or was not asked."""
+    def silences(self, owner: Owner) -> tuple[PodSilence, ...]:
+        """Return how long each pod that was asked and has not answered is silent."""
         with self._lock:
-            return self._silences.get(owner)
+            return tuple(each.silence for each in self._heard.get(owner, {}).values() if each.silence is not None)
 
     def age_s(self) -> float:
         """Seconds since a round began or ended, or a pod of it was asked: it grows when the thread is dead or hangs."""
@@ -130,12 +141,14 @@ class ProgressPuller:
         return write_interval_s(self._running)
 
     def retain(self, owners: set[Owner]) -> None:
-        """Forget all other FineTuneJobs."""
+        """Forget all other FineTuneJobs, and Kubernetes Jobs of which nothing is known any more."""
+        known = {owner: self._children.job_uids(owner) for owner in owners}
         with self._lock:
-            for owner in (set(self._answers) | set(self._silences)) - owners:
-                self._answers.pop(owner, None)
-                self._silences.pop(owner, None)
-                self._looked_at.pop(owner, None)
+            self._heard = {
+                owner: {uid: each for uid, each in by_uid.items() if uid in known[owner]}
+                for owner, by_uid in self._heard.items()
+                if owner in known
+            }
 
     def run(self, interval_s: float) -> None:
         """Until `stop`, in a thread of its own."""
@@ -167,9 +180,8 @@ class ProgressPuller:
                 self._metrics.progress_pulls.labels("stranger").inc()
                 self._note_silence(owner, pod, silent=True)
                 return
-            self._end_silence(owner)
             self._metrics.progress_pulls.labels("ok").inc()
-            self._keep(owner, PodAnswer(said, self._now()))
+            self._keep(owner, PodAnswer(said, self._now(), pod.owner_uid))
 
         await asyncio.gather(*(ask(owner, pod) for owner, pod in targets))
 
@@ -181,29 +193,29 @@ class ProgressPuller:
         no more."""
         now = self._now()
         with self._lock:
-            before = self._silences.pop(owner, None)
+            heard = self._heard_of(owner, pod.owner_uid)
+            before = heard.silence
             if before is None or before.pod_uid != pod.uid:
-                before = PodSilence(pod.stage, pod.attempt, pod.uid, now, now)
+                before = PodSilence(pod.stage, pod.attempt, pod.owner_uid, pod.uid, now, now)
             reached_since = before.reached_since or (now if silent else None)
-            self._silences[owner] = replace(before, until=now, reached_since=reached_since)
-
-    def _end_silence(self, owner: Owner) -> None:
-        with self._lock:
-            self._silences.pop(owner, None)
+            heard.silence = replace(before, until=now, reached_since=reached_since)
 
     def _keep(self, owner: Owner, answer: PodAnswer) -> None:
         with self._lock:
-            before, self._answers[owner] = self._answers.get(owner), answer
-            looked_at = self._looked_at.get(owner)
+            heard = self._heard_of(owner, answer.job_uid)
+            before, heard.answer, heard.silence = heard.answer, answer, None
             is_due = (
-                looked_at is None
+                heard.looked_at is None
                 or _concerns(before) != _concerns(answer)
-                or (answer.at - looked_at).total_seconds() >= self.interval_s()
+                or (answer.at - heard.looked_at).total_seconds() >= self.interval_s()
             )
             if is_due:
-                self._looked_at[owner] = answer.at
+                heard.looked_at = answer.at
         if is_due:
             self._due(owner)
+
+    def _heard_of(self, owner: Owner, job_uid: str) -> _Heard:
+        return self._heard.setdefault(owner, {}).setdefault(job_uid, _Heard())
 
 
 def _concerns(answer: PodAnswer | None) -> list[Concern]:

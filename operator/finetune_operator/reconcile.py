@@ -36,8 +36,8 @@ MAX_CONFLICTS = 5
 class Progresses(Protocol):
     """The part of ProgressPuller that is used here."""
 
-    def last(self, owner: Owner) -> PodAnswer | None: ...
-    def silence(self, owner: Owner) -> PodSilence | None: ...
+    def answers(self, owner: Owner) -> tuple[PodAnswer, ...]: ...
+    def silences(self, owner: Owner) -> tuple[PodSilence, ...]: ...
     def interval_s(self) -> float: ...
 
 
@@ -133,9 +133,9 @@ class Reconciler:
         observation = Observation(
             k8s_jobs=k8s_jobs,
             pods=pods,
-            progress=self._progress.last(job.owner),
+            answers=self._progress.answers(job.owner),
             progress_write_interval_s=self._progress.interval_s(),
-            silence=self._progress.silence(job.owner),
+            silences=self._progress.silences(job.owner),
             created=self._created.get(job.owner),
         )
         entries = job.status.attempts

@@ -1,79 +1,19 @@
 """The operator on the node: killed in every phase of a job, and watched by a real Prometheus."""
 
-import os
-import signal
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from e2e_faults import container_pid, freeze, held, send
+from e2e_faults import held
 from e2e_lab import PATIENCE_S, Lab, Submitted, fetch, until
+from e2e_operator import is_complete, kill_operator, operator_away, until_operator_ready
 from e2e_prometheus import Prometheus, lint, running
 from e2e_site import LONG_RUN, LONG_RUN_S
 from finetune_api.names import HTTP_PORT, LABEL_STAGE, Stage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
-
-
-@contextmanager
-def operator_away(lab: Lab) -> Generator[None]:
-    """Kill the operator as a lost node would, and let no other come until the block ends.
-
-    A process that is only stopped would not do: the kubelet replaces it when its probe has failed for a minute, and on
-    a busy machine a job needs longer than that.
-    """
-    pid = container_pid(lab.operator())
-    freeze(pid)  # so that it cannot end in order, and give back its lease
-    try:
-        _scale(lab, 0)
-        until(lambda: _is_ending(lab.operator_pod()), "the operator's pod is to end", PATIENCE_S)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: lab.operator_pod() is None, "no operator is left", PATIENCE_S)
-        yield
-    finally:
-        _scale(lab, 1)
-
-
-def _scale(lab: Lab, replicas: int) -> None:
-    scale = ("scale", "deployment/finetune-operator", f"--replicas={replicas}")
-    lab.cluster.kubectl("-n", lab.operator_namespace, *scale)
-
-
-def _is_ending(pod: dict[str, Any] | None) -> bool:
-    return pod is None or "deletionTimestamp" in pod["metadata"]
-
-
-def until_operator_ready(lab: Lab, restarts: int = 0) -> None:
-    """Wait for an operator whose container was started again at least `restarts` times."""
-
-    def ready() -> bool:
-        container = _container(lab.operator_pod() or {})
-        return container.get("restartCount", 0) >= restarts and container.get("ready", False)
-
-    until(ready, "the operator is ready", PATIENCE_S)
-
-
-def kill_operator(lab: Lab) -> None:
-    """SIGKILL its container's process, and wait until the kubelet has started the next."""
-    before = lab.operator()
-    send(before, signal.SIGKILL)
-    until_operator_ready(lab, _container(before)["restartCount"] + 1)
-
-
-def _container(pod: dict[str, Any]) -> dict[str, Any]:
-    return next(iter(pod.get("status", {}).get("containerStatuses", [])), {})
-
-
-def _complete(job: Submitted, stage: Stage) -> bool:
-    """Whether its Kubernetes Job of that stage is complete."""
-    jobs = [j for j in job.jobs() if j["metadata"]["labels"][LABEL_STAGE] == stage]
-    return any(
-        c["type"] == "Complete" and c["status"] == "True" for j in jobs for c in j["status"].get("conditions", [])
-    )
 
 
 def _stages(job: Submitted) -> list[str]:
@@ -94,7 +34,7 @@ def test_an_operator_killed_in_five_phases_reaches_the_same_end_with_one_job_per
             job.until_running(Stage.PREPARE)
             kill_operator(lab)  # 2: while preparing
             away.enter_context(operator_away(lab))  # 3: between the stages
-        job.until(lambda: _complete(job, Stage.PREPARE), "the prepare Job is complete")
+        job.until(lambda: is_complete(job, Stage.PREPARE), "the prepare Job is complete")
         assert _stages(job) == ["prepare"]
 
     job.until_training_beyond(1)
@@ -103,7 +43,7 @@ def test_an_operator_killed_in_five_phases_reaches_the_same_end_with_one_job_per
             until_operator_ready(lab)
             kill_operator(lab)  # 4: while training
             away.enter_context(operator_away(lab))  # 5: after training, before the verdict
-        job.until(lambda: _complete(job, Stage.TRAIN), "the train Job is complete", LONG_RUN_S)
+        job.until(lambda: is_complete(job, Stage.TRAIN), "the train Job is complete", LONG_RUN_S)
         assert job.condition("Finished")["status"] == "False"
 
     status = job.until_succeeded()

@@ -15,6 +15,7 @@ from testbed.processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE, OPERATOR_NAMESPACE = "finetune-e2e", "finetune-e2e-system"
+SECOND_NAMESPACE = "finetune-e2e-second"  # watched too, and without a job: a test deletes it
 OPERATOR_IMAGE = os.environ.get("FINETUNE_OPERATOR_IMAGE", "localhost/finetune-operator:dev")
 TRAINER_IMAGE = os.environ.get("FINETUNE_TRAINER_IMAGE", "localhost/finetune-trainer:dev")
 GRACE_S = 20
@@ -46,7 +47,14 @@ def take_away(cluster: testbed.Cluster) -> None:
     cluster.kubectl("-n", NAMESPACE, "delete", "ftj", "--all", "--wait=true", check=False, timeout_s=PATIENCE_S)
     _helm(cluster, "uninstall", "finetune-operator", check=False)
     cluster.kubectl(
-        "delete", "namespace", NAMESPACE, OPERATOR_NAMESPACE, "--wait=true", check=False, timeout_s=PATIENCE_S
+        "delete",
+        "namespace",
+        NAMESPACE,
+        SECOND_NAMESPACE,
+        OPERATOR_NAMESPACE,
+        "--wait=true",
+        check=False,
+        timeout_s=PATIENCE_S,
     )
 
 
@@ -94,11 +102,11 @@ def allow(lab: Lab, bucket: str) -> None:
 
 
 def _prepare_namespaces(lab: Lab) -> None:
-    """Both under the restricted Pod Security profile; jobs of an earlier session are removed."""
+    """All under the restricted Pod Security profile; jobs of an earlier session are removed."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     spaces = [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-        for name in (NAMESPACE, OPERATOR_NAMESPACE)
+        for name in (NAMESPACE, SECOND_NAMESPACE, OPERATOR_NAMESPACE)
     ]
     lab.cluster.apply(*spaces)
     lab.cluster.apply(
@@ -157,7 +165,7 @@ def _values() -> dict[str, object]:
     return {
         "image": {**split(OPERATOR_IMAGE), "pullPolicy": "Never"},
         "trainerImage": split(TRAINER_IMAGE),
-        "watchNamespaces": [NAMESPACE],
+        "watchNamespaces": [NAMESPACE, SECOND_NAMESPACE],
         "runtimes": {"default": runtime},
         "podLabels": SCRAPED,
         "env": {

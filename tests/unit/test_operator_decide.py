@@ -32,6 +32,11 @@ def report(stage: Stage, attempt: int, fault: Fault, **more: Any) -> RunResult:
     return RunResult.model_validate({"stage": stage, "attempt": attempt, "fault": fault, "exit_code": code, **more})
 
 
+def heard(progress: Progress, at: datetime) -> PodAnswer:
+    """The answer of a pod of the attempt's own Kubernetes Job."""
+    return PodAnswer(progress, at, f"uid-{progress.stage.value}-{progress.attempt}")
+
+
 class World:
     """A cluster of one FineTuneJob: does what `plan` asks for, and is told what becomes of the pods."""
 
@@ -43,6 +48,7 @@ class World:
         self.jobs: dict[str, ObservedK8sJob] = {}
         self.pods: dict[str, ObservedPod] = {}
         self.progress: PodAnswer | None = None
+        self.strangers: tuple[PodAnswer, ...] = ()  # of pods that somebody else made
         self.silence: PodSilence | None = None
         self.blocked: Blocked | None = None
         self.runtime_changed = False
@@ -62,9 +68,9 @@ class World:
         return Observation(
             jobs,
             pods,
-            self.progress,
+            self.strangers + ((self.progress,) if self.progress is not None else ()),
             self.blocked,
-            silence=self.silence,
+            silences=(self.silence,) if self.silence is not None else (),
             created=self.last_created,
             runtime_changed=self.runtime_changed,
             pods_listed=True,
@@ -153,7 +159,7 @@ class World:
     def say(self, attempt: int = 1, **progress: Any) -> "World":
         """The running training pod answers."""
         fields = {"stage": TRAIN, "attempt": attempt, "activity": "Training", "total_steps": 40} | progress
-        self.progress = PodAnswer(Progress.model_validate(fields), self.now)
+        self.progress = heard(Progress.model_validate(fields), self.now)
         return self
 
     def condition(self, kind: ConditionType) -> tuple[str, str]:
@@ -795,7 +801,7 @@ def said(attempt: int = 1, **fields: Any) -> Progress:
 def test_progress_shows_step_eta_and_loss():
     world = World().training()
     fields: dict[str, Any] = {"step": 40, "eta_seconds": 3900.0, "train_loss": 1.23456, "checkpoint": CHECKPOINT}
-    world.progress = PodAnswer(said(**fields), world.now)
+    world.progress = heard(said(**fields), world.now)
     world.step()
     shown = world.status["progress"]
     assert (shown["text"], shown["percentage"], shown["eta"]) == ("40/100", 40, "1h05m")
@@ -809,7 +815,7 @@ def test_the_status_names_only_a_checkpoint_that_is_not_deleted_yet():
     later = {**CHECKPOINT, "step": 90, "uri": "s3://out/bot-1a2b3/.job/checkpoints/90"}
     for step, checkpoint in ((40, CHECKPOINT), (90, later)):  # what was saved between them was never seen
         world.now += timedelta(seconds=60)
-        world.progress = PodAnswer(said(step=step, checkpoint=checkpoint), world.now)
+        world.progress = heard(said(step=step, checkpoint=checkpoint), world.now)
         world.step()
     assert world.status["checkpoints"] == [later]
     last = {**CHECKPOINT, "step": 100, "uri": "s3://out/bot-1a2b3/.job/checkpoints/100"}
@@ -819,44 +825,68 @@ def test_the_status_names_only_a_checkpoint_that_is_not_deleted_yet():
 
 def test_an_attempt_that_resumed_before_a_broken_checkpoint_names_the_one_it_relies_on():
     world = World().training()
-    world.progress = PodAnswer(said(step=40, checkpoint=CHECKPOINT), world.now)
+    world.progress = heard(said(step=40, checkpoint=CHECKPOINT), world.now)
     earlier = {**CHECKPOINT, "step": 20, "uri": "s3://out/bot-1a2b3/.job/checkpoints/20"}
     world.step().end("train-1", code=1).step().run("train-2")
     world.now += timedelta(seconds=60)
-    world.progress = PodAnswer(said(attempt=2, step=21, resumed_from_step=20, checkpoint=earlier), world.now)
+    world.progress = heard(said(attempt=2, step=21, resumed_from_step=20, checkpoint=earlier), world.now)
     assert world.step().status["checkpoints"] == [earlier]
 
 
 def test_progress_is_written_at_most_every_30_seconds():
     world = World().training()
-    world.progress = PodAnswer(said(step=1), world.now)
+    world.progress = heard(said(step=1), world.now)
     world.step()
     before = dict(world.status)
     world.now += timedelta(seconds=29)
-    world.progress = PodAnswer(said(step=2), world.now)
+    world.progress = heard(said(step=2), world.now)
     assert world.step().status == before
     world.now += timedelta(seconds=1)
-    world.progress = PodAnswer(said(step=3), world.now)
+    world.progress = heard(said(step=3), world.now)
     assert world.step().status["progress"]["step"] == 3
 
 
 def test_progress_of_another_attempt_is_ignored():
     world = World().training()
-    world.progress = PodAnswer(said(attempt=2, step=9), world.now)
+    world.progress = heard(said(attempt=2, step=9), world.now)
     assert "progress" not in world.step().status
+
+
+def test_a_pod_that_somebody_else_made_tells_nothing_of_the_attempt():
+    """It bears the labels of the attempt, and answers before ours, and as often."""
+    world = World(recovery={"progressDeadlineSeconds": 600}).training()
+    forged = said(step=99, seconds_since_step=10**6, train_loss=0.001, eta_seconds=1.0)
+    world.strangers = (PodAnswer(forged, world.now, "uid-of-another-job"),)
+    world.step()
+    assert "progress" not in world.status
+    world.progress = heard(said(step=7, train_loss=2.0), world.now)
+    world.step()
+    assert (world.status["progress"]["step"], world.status["metrics"]["loss"]) == (7, "2.000")
+    assert not world.jobs["train-1"].deleting
+    world.end("train-1", code=137).step()
+    assert world.status["attempts"][-2]["lastStep"] == 7
+
+
+def test_the_silence_of_a_pod_that_somebody_else_made_ends_no_attempt():
+    world = World(recovery={"progressDeadlineSeconds": 600}).training()
+    since = world.now - timedelta(seconds=10**6)
+    world.silence = PodSilence(TRAIN, 1, "uid-of-another-job", "uid", since, world.now, reached_since=since)
+    world.step()
+    assert not world.jobs["train-1"].deleting
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
 
 
 def test_a_pod_that_does_not_know_its_place_yet_does_not_wipe_out_the_progress():
     world = World().training()
-    world.progress = PodAnswer(said(step=40), world.now)
+    world.progress = heard(said(step=40), world.now)
     world.step().end("train-1", fault=Fault.KILLED).step(after_s=60).run("train-2")
-    world.progress = PodAnswer(said(attempt=2, activity="Loading", total_steps=0), world.now)
+    world.progress = heard(said(attempt=2, activity="Loading", total_steps=0), world.now)
     assert world.step(after_s=60).status["progress"]["text"] == "40/100"
 
 
 def test_where_a_killed_attempt_had_resumed_is_kept_from_its_last_answer():
     world = World().training()
-    world.progress = PodAnswer(said(step=40, resumed_from_step=30), world.now)
+    world.progress = heard(said(step=40, resumed_from_step=30), world.now)
     world.end("train-1", fault=Fault.KILLED).step()
     killed = world.status["attempts"][-2]
     assert (killed["resumedFromStep"], killed["lastStep"]) == (30, 40)
@@ -864,7 +894,7 @@ def test_where_a_killed_attempt_had_resumed_is_kept_from_its_last_answer():
 
 def test_a_silent_pod_makes_the_progress_stale_and_nothing_else():
     world = World().training()
-    world.progress = PodAnswer(said(step=1), world.now)
+    world.progress = heard(said(step=1), world.now)
     world.step().step(after_s=121)
     assert world.status["progress"]["stale"] is True
     assert world.condition(ConditionType.RUNNING) == ("True", "Training")
@@ -917,7 +947,7 @@ def test_a_denied_save_is_named_and_what_a_pod_makes_up_is_not_believed():
 
 def test_figures_that_are_not_finite_never_reach_the_status():
     world = World().training()
-    world.progress = PodAnswer(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
+    world.progress = heard(said(step=1, train_loss=float("nan"), tokens_per_second=float("inf")), world.now)
     assert world.step().status["metrics"] == {}
 
 
@@ -936,7 +966,7 @@ def test_the_999th_number_of_an_attempt_is_the_last():
 
 def test_a_training_without_steps_is_stopped_counted_and_tried_again():
     world = World(recovery={"progressDeadlineSeconds": 600}).training()
-    world.progress = PodAnswer(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
+    world.progress = heard(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
     world.step()
     assert world.jobs["train-1"].deleting
     assert world.last["reason"] == "NoProgress"
@@ -948,7 +978,7 @@ def test_a_training_without_steps_is_stopped_counted_and_tried_again():
 
 def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_tried_again():
     world = World(recovery={"progressDeadlineSeconds": 600}).step().run("prepare-1")
-    world.progress = PodAnswer(said(stage="prepare", activity="Reading", seconds_since_step=601), world.now)
+    world.progress = heard(said(stage="prepare", activity="Reading", seconds_since_step=601), world.now)
     world.step()
     assert world.jobs["prepare-1"].deleting
     world.gone("prepare-1").step().run("prepare-2").end("prepare-2", fault=Fault.NO_PROGRESS).step().step(after_s=60)
@@ -960,13 +990,15 @@ def test_data_that_is_no_further_prepared_is_stopped_or_ends_itself_counted_and_
 def silent(world: World, seconds: int, attempt: int = 1) -> World:
     """The pod can be reached, but has not answered for so long."""
     since = world.now - timedelta(seconds=seconds)
-    world.silence = PodSilence(TRAIN, attempt, "uid-train-1-0", since, world.now, reached_since=since)
+    world.silence = PodSilence(
+        TRAIN, attempt, f"uid-train-{attempt}", "uid-train-1-0", since, world.now, reached_since=since
+    )
     return world
 
 
 def test_a_pod_that_is_silent_for_the_deadline_of_progress_is_stopped_whatever_it_said_before():
     world = World(recovery={"progressDeadlineSeconds": 600}).training()
-    world.progress = PodAnswer(said(step=7, seconds_since_step=1), world.now)
+    world.progress = heard(said(step=7, seconds_since_step=1), world.now)
     silent(world.step(), 600).step()
     assert not world.jobs["train-1"].deleting
     silent(world, 601).step()
@@ -986,14 +1018,14 @@ def test_the_silence_of_one_attempt_is_not_that_of_the_next():
 
 def test_an_interrupted_attempt_that_saved_lost_nothing():
     world = World().training()
-    world.progress = PodAnswer(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.progress = heard(said(step=40, seconds_since_checkpoint=50), world.now)
     world.step().end("train-1", fault=Fault.INTERRUPTED, step=41, checkpoint=CHECKPOINT).step()
     assert world.status["attempts"][-2]["lostSeconds"] == 0
 
 
 def test_a_killed_attempt_lost_the_time_since_its_last_checkpoint():
     world = World().training()
-    world.progress = PodAnswer(said(step=40, seconds_since_checkpoint=50), world.now)
+    world.progress = heard(said(step=40, seconds_since_checkpoint=50), world.now)
     world.step()
     world.now += timedelta(seconds=10)
     world.end("train-1", code=137).step()
@@ -1141,17 +1173,17 @@ def diverging(steps: int) -> dict[str, Any]:
 
 def test_a_divergence_is_told_at_once_ends_nothing_and_is_taken_back_when_the_loss_is():
     world = World().training()
-    world.progress = PodAnswer(said(step=1), world.now)
+    world.progress = heard(said(step=1), world.now)
     world.step()
-    world.progress = PodAnswer(said(step=11, quality=diverging(10)), world.now + timedelta(seconds=2))
+    world.progress = heard(said(step=11, quality=diverging(10)), world.now + timedelta(seconds=2))
     world.step(2)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
     assert world.events[-1].type == "Warning"
     assert world.condition(ConditionType.RUNNING) == ("True", "Training")
     before = dict(world.status)
-    world.progress = PodAnswer(said(step=12, quality=diverging(11)), world.now + timedelta(seconds=2))
+    world.progress = heard(said(step=12, quality=diverging(11)), world.now + timedelta(seconds=2))
     assert world.step(2).status == before, "words that count steps are no reason to write"
-    world.progress = PodAnswer(said(step=13), world.now + timedelta(seconds=2))
+    world.progress = heard(said(step=13), world.now + timedelta(seconds=2))
     world.step(2)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("False", "NoConcern")
     assert world.reasons()[-2:] == ["Diverging", "NoConcern"]
@@ -1159,9 +1191,9 @@ def test_a_divergence_is_told_at_once_ends_nothing_and_is_taken_back_when_the_lo
 
 def test_a_divergence_is_not_forgotten_while_the_next_attempt_loads():
     world = World().training()
-    world.progress = PodAnswer(said(step=11, quality=diverging(10)), world.now)
+    world.progress = heard(said(step=11, quality=diverging(10)), world.now)
     world.step().end("train-1", code=1).step().run("train-2")
-    world.progress = PodAnswer(said(attempt=2, total_steps=0), world.now)
+    world.progress = heard(said(attempt=2, total_steps=0), world.now)
     world.step(60)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
 
@@ -1257,6 +1289,25 @@ def test_a_node_that_is_lost_before_the_container_started_is_told():
     world.step(after_s=61)
     assert world.condition(ConditionType.DEGRADED) == ("True", "NodeUnreachable")
     assert world.condition(ConditionType.RUNNING) == ("False", "NodeUnreachable")
+    assert world.created == ["prepare-1", "train-1"]
+
+
+def test_a_pod_that_its_node_has_not_taken_is_told_with_the_node_and_no_event_is_needed():
+    world = World().prepared()
+    world.pod("train-1", unschedulable="0/1 nodes are available").step(after_s=3600)
+    world.pod("train-1", unschedulable=None, scheduled=True, scheduled_at=world.now, node="gpu-7").step()
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert world.requeue_after_s is not None
+    assert world.requeue_after_s <= 16, "no event comes from a node that is away"
+    world.step(after_s=world.requeue_after_s)
+    assert world.condition(ConditionType.DEGRADED) == ("True", "NodeUnreachable")
+    assert world.condition(ConditionType.RUNNING) == ("False", "NodeUnreachable")
+    for words in ("node gpu-7", "train-1-0", "2026-01-01T01:00:00Z", "kubelet"):
+        assert words in world.message(ConditionType.DEGRADED)
+    world.pod("train-1", taken_at=world.now).step()
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy"), "an image may be pulled for an hour"
+    world.run("train-1")
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
     assert world.created == ["prepare-1", "train-1"]
 
 
@@ -1365,7 +1416,7 @@ def test_a_queue_that_suspends_the_kubernetes_job_stops_the_clock_of_patience():
 def unanswered(world: World, seconds: int, stage: Stage = TRAIN) -> World:
     """The pod was asked for so long, and could not even be reached."""
     since = world.now - timedelta(seconds=seconds)
-    world.silence = PodSilence(stage, 1, "uid", since, world.now)
+    world.silence = PodSilence(stage, 1, f"uid-{stage.value}-1", "uid", since, world.now)
     return world
 
 
@@ -1407,7 +1458,7 @@ def test_data_that_is_prepared_by_a_pod_that_is_reached_and_says_nothing_is_stop
     world = World(recovery={"progressDeadlineSeconds": 600}).step().run("prepare-1")
     since = world.now
     world.now += timedelta(seconds=601)
-    world.silence = PodSilence(PREPARE, 1, "uid", since, world.now, reached_since=since)
+    world.silence = PodSilence(PREPARE, 1, "uid-prepare-1", "uid", since, world.now, reached_since=since)
     assert world.step().jobs["prepare-1"].deleting
     assert world.last["reason"] == "NoProgress"
 

@@ -72,6 +72,9 @@ pods = st.builds(
     gone=st.booleans(),
     deletion_due=maybe_times,
     scheduled=st.booleans(),
+    scheduled_at=maybe_times,
+    node=st.none() | texts,
+    taken_at=maybe_times,
     unschedulable=st.none() | texts,
     disrupted=st.booleans(),
     evicted=st.booleans(),
@@ -89,22 +92,22 @@ pods = st.builds(
 )
 
 
-def answer(attempt: int, step: int, seconds: float, loss: float | None, at: datetime) -> PodAnswer:
+def answer(attempt: int, step: int, seconds: float, loss: float | None, at: datetime, job_uid: str) -> PodAnswer:
     fields = {"stage": "train", "attempt": attempt, "activity": "Training", "step": step, "total_steps": 100}
     ages = {"seconds_since_step": seconds, "seconds_since_checkpoint": seconds, "eta_seconds": seconds**40}
-    return PodAnswer(Progress.model_validate({**fields, **ages, "train_loss": loss}), at)
+    return PodAnswer(Progress.model_validate({**fields, **ages, "train_loss": loss}), at, job_uid)
 
 
 steps = st.integers(0, 200) | st.just(2**53 - 1)
-progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times)
-silences = st.builds(PodSilence, stages, attempts, st.just("u"), times, times, maybe_times)
+progresses = st.builds(answer, attempts, steps, st.floats(0, 1e7), st.none() | st.floats(), times, uids)
+silences = st.builds(PodSilence, stages, attempts, uids, st.just("u"), times, times, maybe_times)
 seens = st.builds(
     Observation,
     st.lists(jobs, max_size=3).map(tuple),
     st.lists(pods, max_size=3).map(tuple),
-    st.none() | progresses,
+    st.lists(progresses, max_size=2).map(tuple),
     st.none() | st.builds(Blocked, st.sampled_from(list(Reason)), words),
-    silence=st.none() | silences,
+    silences=st.lists(silences, max_size=2).map(tuple),
     pods_listed=st.booleans(),
 )
 entries = st.fixed_dictionaries(

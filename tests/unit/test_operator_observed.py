@@ -1,5 +1,6 @@
 """Kubernetes objects, as they are and as they should never be, become plain values."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -48,6 +49,22 @@ def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outc
     seen = observe_k8s_job(job_body(conditions=conditions))
     assert seen is not None
     assert seen.outcome == outcome
+
+
+def test_a_pod_tells_its_node_when_it_was_bound_and_when_the_kubelet_took_it():
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    body = pod_body(conditions=[scheduled], startTime="2026-01-01T00:00:02Z")
+    body["spec"]["nodeName"] = "gpu-7"
+    seen = observe_pod(body)
+    assert seen is not None
+    assert (seen.scheduled, seen.node) == (True, "gpu-7")
+    assert (seen.scheduled_at, seen.taken_at) == (
+        datetime(2026, 1, 1, tzinfo=UTC),
+        datetime(2026, 1, 1, 0, 0, 2, tzinfo=UTC),
+    )
+    waiting = observe_pod(pod_body(conditions=[{**scheduled, "status": "False", "reason": "Unschedulable"}]))
+    assert waiting is not None
+    assert (waiting.scheduled_at, waiting.taken_at, waiting.node) == (None, None, None)
 
 
 def test_a_job_that_another_object_owns_is_not_ours_whatever_its_labels_say():

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -24,9 +25,15 @@ from waiting import PATIENCE_S
 
 OWNER = ("a", "job-1")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-GOOD = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=7, total_steps=9).model_dump_json()
 OK = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def said(step: int) -> str:
+    return Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=step, total_steps=99).model_dump_json()
+
+
+GOOD = said(step=7)
 
 
 @pytest.fixture(autouse=True)
@@ -146,12 +153,11 @@ def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[Owner], M
 
 def test_answers_are_kept_and_looked_at_no_more_often_than_they_are_written():
     puller, due, _ = pull(GOOD, pod())
-    kept = puller.last(OWNER)
-    assert kept is not None
+    (kept,) = puller.answers(OWNER)
     assert kept.progress.step == 7
     assert due == [OWNER]
     puller.retain(set())
-    assert puller.last(OWNER) is None
+    assert puller.answers(OWNER) == ()
 
 
 def test_a_concern_about_the_model_is_looked_at_at_once():
@@ -177,9 +183,38 @@ def test_a_concern_about_the_model_is_looked_at_at_once():
 
 def test_the_answer_of_another_attempt_is_not_kept():
     puller, due, metrics = pull(GOOD, pod(attempt=2))
-    assert puller.last(OWNER) is None
+    assert puller.answers(OWNER) == ()
     assert due == []
     assert metrics.registry.get_sample_value("finetune_progress_pulls_total", {"result": "stranger"}) == 2
+
+
+def test_a_pod_that_somebody_else_made_takes_no_other_pods_place():
+    """Both bear the labels of one attempt; only the one that answers last used to be kept."""
+    answers = iter([said(step=7), said(step=99), said(step=8)])
+    due: list[Owner] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await saying(OK, next(answers).encode())(reader, writer)
+
+    children = ChildCache(lambda _key: None)
+    labels = names.child_labels("bot", OWNER[1], Stage.TRAIN, 1)
+    owner = {"kind": names.KIND, "uid": OWNER[1], "controller": True}
+    meta = {"name": "k", "namespace": "a", "uid": "ours", "labels": labels, "ownerReferences": [owner]}
+    children.take("jobs", "ADDED", {"metadata": meta})
+
+    async def rounds() -> ProgressPuller:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        puller = ProgressPuller(children, Metrics(CollectorRegistry()), due.append, lambda: NOW, port)
+        for job_uid in ("ours", "theirs", "ours"):
+            await puller.pull([(OWNER, replace(pod(), uid=f"pod of {job_uid}", owner_uid=job_uid))])
+        server.close()
+        return puller
+
+    puller = asyncio.run(rounds())
+    assert {each.job_uid: each.progress.step for each in puller.answers(OWNER)} == {"ours": 8, "theirs": 99}
+    puller.retain({OWNER})
+    assert [each.job_uid for each in puller.answers(OWNER)] == ["ours"], "of theirs nothing is known any more"
 
 
 def test_the_puller_stops_at_once():

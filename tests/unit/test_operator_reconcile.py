@@ -99,11 +99,11 @@ class FakeCluster:
 
 
 class NoProgress:
-    def last(self, owner: Owner) -> PodAnswer | None:
-        return None
+    def answers(self, owner: Owner) -> tuple[PodAnswer, ...]:
+        return ()
 
-    def silence(self, owner: Owner) -> PodSilence | None:
-        return None
+    def silences(self, owner: Owner) -> tuple[PodSilence, ...]:
+        return ()
 
     def interval_s(self) -> float:
         return 30
