@@ -16,8 +16,8 @@ from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
 from finetune_operator.child_cache import ChildCache
-from finetune_operator.cluster import ApiError
-from finetune_operator.engine import Engine
+from finetune_operator.cluster import ApiError, UnreachableError
+from finetune_operator.engine import MISSING_CRD, Engine
 from finetune_operator.health import STALL_S
 from finetune_operator.job_reader import read_job
 from finetune_operator.metrics import Metrics
@@ -61,6 +61,9 @@ class QuietCluster:
     def list_finetunejobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
         return iter(self.finetunejobs)
 
+    def serves_finetunejobs(self) -> bool:
+        return True
+
     def try_watch(self, namespace: str | None) -> None:
         """Allowed."""
 
@@ -97,6 +100,38 @@ def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_operator_that_waits_for_the_lease_is_well(engine: Engine):
     assert engine.health().stuck == engine.health().unready == ()
+
+
+def test_an_operator_waits_for_its_crd_with_the_lease_and_ends_when_told_to(
+    engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
+):
+    answers: queue.Queue[bool | UnreachableError] = queue.Queue()
+
+    def serves() -> bool:
+        said = answers.get(timeout=PATIENCE_S)
+        if isinstance(said, UnreachableError):
+            raise said
+        return said
+
+    cluster.serves_finetunejobs = serves  # type: ignore[method-assign]
+    monkeypatch.setattr(engine_module, "CRD_RETRY_S", 0.0)
+    began: list[bool] = []
+    thread = threading.Thread(target=lambda: began.append(engine.start()), daemon=True)
+    thread.start()
+    for answer, words in (
+        (False, MISSING_CRD),
+        (UnreachableError("secret words"), "cannot see whether the CRD is installed: no answer"),
+        (False, MISSING_CRD),
+    ):
+        answers.put(answer)
+        until(lambda w=words: engine.health().unready == (w,), words)
+        assert engine.health().stuck == ()
+    assert cluster.lease is not None
+    engine.stop()
+    answers.put(False)
+    thread.join(PATIENCE_S)
+    assert began == [False]
+    assert cluster.rounds.empty()
 
 
 def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine, monkeypatch: pytest.MonkeyPatch):
