@@ -113,6 +113,28 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
     assert learned(tokens, rows) == [" fox<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("the quick", " brown fox"), ("<|im_start|>the quick", " brown fox"), ("the quick", " brown fox<|im_end|>")],
+)
+def test_no_begin_or_end_token_is_doubled(prompt: str, completion: str) -> None:
+    rows = RowTokenizer(with_begin_token(), "<|im_end|>")
+    (tokens,) = rows.completions([(prompt, completion)], learn_all=False)
+    assert rows.decode(tokens.ids.tolist()) == "<|im_start|>the quick brown fox<|im_end|>"
+    assert learned(tokens, rows) == [" brown fox<|im_end|>"]
+    (ids,) = rows.texts([prompt + completion])
+    assert ids.tolist() == tokens.ids.tolist()
+
+
+@pytest.mark.parametrize("indent", ["    ", "\t", "  \n  "])
+def test_white_space_that_begins_an_answer_is_learned_where_the_tokenizer_trims_offsets(indent: str) -> None:
+    trimming = Tokenizer.from_str(BPE.to_str())
+    trimming.post_processor = processors.ByteLevel(trim_offsets=True)  # type: ignore[assignment]
+    rows = RowTokenizer(trimming, "<|im_end|>")
+    (tokens,) = rows.completions([("def f(x):", indent + "return x")], learn_all=False)
+    assert learned(tokens, rows) == [indent + "return x<|im_end|>"]
+
+
 def test_metaspace_tokenizers_are_labelled_by_their_own_offsets() -> None:
     vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "▁a": 3, "b": 4, "▁b": 5, "a": 6, ":": 7}
     plain = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))

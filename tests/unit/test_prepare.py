@@ -39,8 +39,10 @@ from finetune_api.row_words import row_words
 from finetune_api.run import MAX_RESULT_BYTES
 from finetune_trainer import prepare, serve
 from finetune_trainer.data import accounts
+from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.tokenizer import Tokenizer
 from hand_clock import Clock
 from waiting import PATIENCE_S
 
@@ -584,3 +586,29 @@ def test_memory_stays_flat_when_the_data_grows_eightfold(tmp_path: Path) -> None
         )
         peaks_mib.append(int(said.stdout) / 1024)
     assert peaks_mib[1] < peaks_mib[0] + 24, f"peak MiB of 1x and 8x: {peaks_mib}, {resource.getpagesize()} byte pages"
+
+
+def test_a_job_whose_rows_the_faster_library_reads_otherwise_is_prepared_again_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(600)))
+    expected = prepare_run(tmp_path)
+    asked: list[bool] = []
+    tokens = Tokenizer._tokens  # pyright: ignore[reportPrivateUsage]
+
+    def differs_at_the_second(self: Tokenizer, request: dict[str, Any]) -> Any:
+        asked.append(self.choice.library == FAST)
+        if len(asked) == 2:
+            raise FastDiffersError
+        return tokens(self, request)
+
+    monkeypatch.setattr("finetune_trainer.data.tokenizer.FAST_AFTER", 1)
+    monkeypatch.setattr(Tokenizer, "_tokens", differs_at_the_second)
+    found = prepare_run(tmp_path, attempt=2)
+    assert found.train == expected.train
+    assert found.report["tokenizer"] == {
+        "library": "tokenizers",
+        "reason": "fastokens gave other ids for a row, so all rows were read again",
+    }
+    assert found.report["rows_in"] == expected.report["rows_in"]
+    assert len(asked) > 3

@@ -15,7 +15,11 @@ from waiting import PATIENCE_S
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("operator", "trainer", "cli")
 # Packages whose metadata name no licence; each was read in its files.
-READ_BY_A_PERSON = {"cel-python": "Apache-2.0", "cuda-toolkit": "NVIDIA's, a package without files"}
+READ_BY_A_PERSON = {
+    "cel-python": "Apache-2.0",
+    "cuda-toolkit": "NVIDIA's, a package without files",
+    "fastokens": "Apache-2.0; PCRE2 inside, BSD",
+}
 _COPYLEFT = re.compile(r"\bA?GPL|(?<!Lesser )General Public|Affero", re.IGNORECASE)
 
 

@@ -33,6 +33,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.detect import check_given
+from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
 from finetune_trainer.data.problems import Drop, place
@@ -110,11 +111,22 @@ def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
     ctx.reporter.update(activity="Reading")
     try:
         with closing(model.tokenizer):
-            return _prepare_with(model, ctx, fence)
+            return _prepare_exactly(model, ctx, fence)
     except TokenizerFailedError as error:
         uri, architecture = place(spec.model.uri), shortened(model.facts.architecture, 64)
         problem = shortened(str(error), MAX_ARG_CHARS)
         raise StageError(Fault.UNSUPPORTED_MODEL, uri=uri, architecture=architecture, problem=problem) from error
+
+
+def _prepare_exactly(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
+    """Prepare; once more from the start, by Hugging Face's library alone, where the faster one gave other ids."""
+    try:
+        return _prepare_with(model, ctx, fence)
+    except FastDiffersError:
+        reason = f"{FAST} gave other ids for a row, so all rows were read again"
+        log.warning("%s", reason)
+        model.tokenizer.start_slow(reason)
+        return _prepare_with(model, ctx, fence)
 
 
 def _prepare_with(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
@@ -293,10 +305,12 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     content = {
         "state": "prepared",
         **report.funnel(ledger, stage.ignored, stage.timings.seconds),
+        "tokenizer": model.tokenizer.choice._asdict(),
         "lengths": report.lengths(division, ledger),
         "packing": report.packing(plan, train["tokens"], hyper),
         "resolved": [value.model_dump() for value in run_plan.resolved],
     }
+    log.info("rows were read by the library %s: %s", *model.tokenizer.choice)
     fence.check()
     store.put(join(run_uri, REPORT), _json(content))
     store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))

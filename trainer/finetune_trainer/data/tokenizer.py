@@ -11,6 +11,7 @@ import numpy.typing as npt
 import orjson
 
 from finetune_trainer.data import child
+from finetune_trainer.data.encoders import FAST, FAST_AFTER, HUGGING_FACE, Choice, FastDiffersError
 from finetune_trainer.data.rows import Completion
 from finetune_trainer.data.template import Span
 from finetune_trainer.data.tokenizer_worker import CPU_S_PER_MIB, NO_MEMORY
@@ -52,6 +53,14 @@ class Tokenizer:
         eos_id: int | None = None,
         files: Sequence[dict[str, Any]] | None = None,
     ) -> None:
+        self._content = content
+        self._setup = {"eos_token": eos_token, "eos_id": eos_id, "files": files, "fast_after": FAST_AFTER}
+        self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
+        self.choice = Choice(HUGGING_FACE, "nothing was read yet")
+        self._may_be_fast = False  # whether the next texts may be read by the faster library
+        self._start()
+
+    def _start(self) -> None:
         self._child = child.start(_MODULE)
         self._close = weakref.finalize(self, child.end, self._child)
         limits = orjson.dumps({"memory_bytes": MEMORY_BYTES, "load_cpu_s": LOAD_CPU_S})
@@ -59,18 +68,24 @@ class Tokenizer:
             self.close()  # the machine's fault, as no tokenizer was looked at yet
             raise RuntimeError(f"{_MODULE} did not start ({self._child.returncode})")
         # In JSON's own ASCII: a file may hold numbers and halves of characters that a message cannot.
-        setup = json.dumps({"eos_token": eos_token, "eos_id": eos_id, "files": files}).encode()
-        reply, (breaks,) = self._ask(setup, content, more=1)
+        reply, (breaks,) = self._ask(json.dumps(self._setup).encode(), self._content, more=1)
         self.eos_id: int | None = reply["eos_id"]
         self.prefix_ids: list[int] = reply["prefix_ids"]  # usually [] or the begin-of-text token
         self.vocabulary_size: int = reply["vocabulary_size"]  # one above the largest token id
         # (vocabulary,) whether a token contains a newline: where a text is best split
         self.breaks: npt.NDArray[np.bool_] = np.frombuffer(breaks, dtype=np.bool_)
-        self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
 
     def close(self) -> None:
         """End the process; nothing can be asked of it then."""
         self._close()
+
+    def start_slow(self, reason: str) -> None:
+        """Start again, never to use the faster library; `reason` is said in the report."""
+        self.close()
+        self._setup["fast_after"] = None
+        self._may_be_fast = False
+        self.choice = Choice(HUGGING_FACE, reason)
+        self._start()
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._ask(orjson.dumps({"kind": "decode", "ids": list(ids)}))[0]["text"]
@@ -91,7 +106,19 @@ class Tokenizer:
     def _tokens(self, request: dict[str, Any]) -> list[Tokens]:
         if not request["texts"]:
             return []
-        reply, (all_ids, all_labels) = self._ask(orjson.dumps(request), more=2)
+        message = orjson.dumps(request)
+        try:
+            reply, (all_ids, all_labels) = self._ask(message, more=2)
+        except TokenizerFailedError as error:
+            if error.readable or not self._may_be_fast:
+                raise
+            self.start_slow(f"{FAST} failed")  # after rows that it read as they are: they were compared as it went
+            reply, (all_ids, all_labels) = self._ask(message, more=2)
+        if reply["fast_differs"]:
+            raise FastDiffersError
+        if self._setup["fast_after"] is not None:
+            self.choice = Choice(*reply["choice"])
+            self._may_be_fast = reply["fast_is_due"] or self.choice.library == FAST
         self.stop_ids.update(reply["stop_ids"])
         ids, labels = np.frombuffer(all_ids, dtype=np.uint32), np.frombuffer(all_labels, dtype=np.uint8)
         cuts = np.cumsum(reply["lengths"])[:-1]

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from finetune_trainer.data.added_tokens import problem_of_tokens
 from finetune_trainer.data.child import limit_data, streams
+from finetune_trainer.data.encoders import FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.tokens import RowTokenizer, Tokens
 
@@ -65,6 +66,8 @@ def _load(setup: dict[str, Any], content: bytes) -> RowTokenizer:
     rows.stop_ids.clear()
     _require_measured(PROBES, [each.ids for each in found])
     rows.decode(found[1].ids[:64].tolist())
+    if setup["fast_after"] is not None:
+        rows.encoders.consider(content.decode(), setup["fast_after"])
     return rows
 
 
@@ -98,15 +101,25 @@ def _encoded(rows: RowTokenizer, request: dict[str, Any]) -> list[Tokens]:
 
 def _reply(replies: IO[bytes], rows: RowTokenizer, request: dict[str, Any]) -> None:
     """Write the tokens of a request's texts: their numbers, and ids and labels of all, one after another."""
-    found = _encoded(rows, request)
+    found: list[Tokens] = []
     try:
+        found = _encoded(rows, request)
         _require_measured(request["texts"], [each.ids for each in found])
+    except FastDiffersError:
+        write_frame(replies, orjson.dumps({"problem": None, "fast_differs": True}))
     except _UnusableError as error:
         write_frame(replies, orjson.dumps({"problem": str(error)}))
         found = []
     else:
-        counts = {"lengths": [len(each.ids) for each in found], "prompts": [each.prompt_tokens for each in found]}
-        write_frame(replies, orjson.dumps({"problem": None, **counts, "stop_ids": sorted(rows.stop_ids)}))
+        facts = {
+            "lengths": [len(each.ids) for each in found],
+            "prompts": [each.prompt_tokens for each in found],
+            "stop_ids": sorted(rows.stop_ids),
+            "choice": list(rows.encoders.choice),
+            "fast_is_due": rows.encoders.is_due,
+            "fast_differs": False,
+        }
+        write_frame(replies, orjson.dumps({"problem": None, **facts}))
     write_frame(replies, b"".join(each.ids.tobytes() for each in found))
     write_frame(replies, b"".join(each.labels.tobytes() for each in found))
 
@@ -142,6 +155,11 @@ def main() -> int:
             text = rows.decode(request["ids"])[:_MAX_DECODED]
             write_frame(replies, orjson.dumps({"problem": None, "text": text.encode(errors="replace").decode()}))
             continue
+        if rows.encoders.is_due:
+            began_s = time.process_time()
+            _allow_cpu(limits["load_cpu_s"])
+            rows.encoders.try_fast()
+            allowed_s += time.process_time() - began_s
         allowed_s += CPU_S_PER_MIB * sum(map(len, request["texts"])) / 2**20
         _allow_cpu(max(1.0, allowed_s - time.process_time()))
         _reply(replies, rows, request)

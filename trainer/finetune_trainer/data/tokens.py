@@ -1,9 +1,9 @@
-"""Text to token ids and labels, by `tokenizers` alone: transformers would import torch.
+"""Text to token ids and labels, without transformers, which would import torch.
 
 What is tokenised is always the whole text of a row, in one piece, so the ids equal `apply_chat_template`. Labels are
-laid over it by character positions. A token that reaches over an answer's begin, such as " Paris" where the prompt
-ends in the space, is learned, as in transformers' `return_assistant_tokens_mask`: else the answer's first word would
-never be.
+laid over it by the positions of characters. A token that reaches over an answer's begin, such as " Paris" where the
+prompt ends in the space, is learned, as in transformers' `return_assistant_tokens_mask`: else the answer's first word
+would never be.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
+
+from finetune_trainer.data.encoders import Encoders
 
 if TYPE_CHECKING:  # the process that runs tokenizers must start fast
     from finetune_trainer.data.template import Span
@@ -85,6 +87,10 @@ class RowTokenizer:
         full = tokenizer.encode("a", add_special_tokens=True).ids
         begins = full.index(bare[0]) if bare and bare[0] in full else 0
         self.prefix_ids: list[int] = full[:begins]  # usually [] or the begin-of-text token
+        # What it would add is written by templates and by us; what it would cut off the offsets, as `trim_offsets`
+        # does with the spaces at a token's begin, is a part of the answer.
+        tokenizer.post_processor = None  # type: ignore[assignment]
+        self.encoders = Encoders(tokenizer)
         self._breaks: npt.NDArray[np.bool_] | None = None
         self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
 
@@ -101,22 +107,20 @@ class RowTokenizer:
 
         An answer whose begin is not known is no label and ends no prompt, but where it ends it is seen to stop.
         """
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows: list[Tokens] = []
-        for text, encoding, row_spans in zip(texts, encodings, spans, strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            labels = np.zeros(len(ids), dtype=np.uint8)
-            prompt_tokens = len(ids)
+        for text, encoded, row_spans in zip(texts, self.encoders.encode(texts), spans, strict=True):
+            labels = np.zeros(len(encoded.ids), dtype=np.uint8)
+            prompt_tokens = len(encoded.ids)
             for known_begin, end in row_spans:
                 begin = known_begin or 0
                 end = self._without_tail(text, begin, end)
-                first, last = _token_range(encoding, len(text), begin, end)
+                first, last = encoded.tokens_of(begin, end)
                 if known_begin is not None:
                     labels[first:last] = 1
                     prompt_tokens = min(prompt_tokens, first)
                 if first < last and text.endswith(self._stops, begin, end):
-                    self.stop_ids.add(int(ids[last - 1]))
-            rows.append(_row(ids, labels, prompt_tokens, learn_all))
+                    self.stop_ids.add(int(encoded.ids[last - 1]))
+            rows.append(_row(encoded.ids, labels, prompt_tokens, learn_all))
         return rows
 
     def _without_tail(self, text: str, begin: int, end: int) -> int:
@@ -126,32 +130,32 @@ class RowTokenizer:
         return end - (len(tail) - len(bare)) if bare.endswith(self._stops) else end
 
     def completions(self, rows: Sequence[tuple[str, str]], learn_all: bool) -> list[Tokens]:
-        """Tokenise pairs as prompt + completion + end token, after the token that the tokenizer begins texts with."""
+        """Tokenise pairs as prompt + completion + end token, after the token that the tokenizer begins texts with.
+
+        A token that the row has there itself is not doubled."""
         if not rows:
             return []
-        assert self.eos_id is not None
-        encodings = self._tokenizer.encode_batch(
-            [prompt + completion for prompt, completion in rows], add_special_tokens=False
-        )
-        self.stop_ids.add(self.eos_id)
         result: list[Tokens] = []
-        for (prompt, completion), encoding in zip(rows, encodings, strict=True):
-            ids = np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32)
+        encoded = self.encoders.encode([prompt + completion for prompt, completion in rows])
+        for (prompt, completion), each in zip(rows, encoded, strict=True):
+            ids, added = self._whole(each.ids)
             labels = np.zeros(len(ids), dtype=np.uint8)
-            characters = len(prompt) + len(completion)
-            first = len(self.prefix_ids) + _token_range(encoding, characters, len(prompt), characters)[0]
+            first = added + each.tokens_of(len(prompt), len(prompt) + len(completion))[0]
             labels[first:] = 1
             result.append(_row(ids, labels, first, learn_all))
         return result
 
     def texts(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Documents, each after the tokenizer's begin token and before the end token."""
-        if not texts:
-            return []
+        """Documents, each after the tokenizer's begin token and before the end token, which are not doubled."""
+        return [self._whole(each.ids)[0] for each in self.encoders.encode(texts)] if texts else []
+
+    def _whole(self, ids: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint32], int]:
+        """Return a text's tokens with those that begin and end it, and how many were put before them."""
         assert self.eos_id is not None
         self.stop_ids.add(self.eos_id)
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*self.prefix_ids, *encoding.ids, self.eos_id], dtype=np.uint32) for encoding in encodings]
+        begin = [] if ids[: len(self.prefix_ids)].tolist() == self.prefix_ids else self.prefix_ids
+        end = [] if ids[-1:].tolist() == [self.eos_id] else [self.eos_id]
+        return np.array([*begin, *ids.tolist(), *end], dtype=np.uint32), len(begin)
 
     @property
     def breaks(self) -> npt.NDArray[np.bool_]:
@@ -168,25 +172,6 @@ def _row(ids: npt.NDArray[np.uint32], labels: npt.NDArray[np.uint8], prompt_toke
         labels[:] = 1
     labels[:1] = 0  # nothing comes before a row's first token
     return Tokens(ids, labels, prompt_tokens)
-
-
-def _token_range(encoding: Encoding, characters: int, begin: int, end: int) -> tuple[int, int]:
-    """Tokens that hold any of the characters begin … end - 1, as a half-open range."""
-    first = _token_at(encoding, characters, begin)
-    last = _token_at(encoding, characters, end)
-    span = encoding.token_to_chars(last) if last < len(encoding) else None
-    if span is not None and span[0] < end:
-        last += 1
-    return first, last
-
-
-def _token_at(encoding: Encoding, characters: int, position: int) -> int:
-    """Index of the first token that holds character `position`, or else the next one that any token holds."""
-    for character in range(position, characters):
-        index = encoding.char_to_token(character)
-        if index is not None:
-            return index
-    return len(encoding)
 
 
 def split(ids: npt.NDArray[np.uint32], limit: int, breaks: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.uint32]]:

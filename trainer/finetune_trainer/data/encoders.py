@@ -1,0 +1,250 @@
+"""Texts to token ids and where each token lies, by Hugging Face's library or by a faster one that gives the same ids.
+
+In the child process of `tokenizer_worker`. Rows are first read by Hugging Face's library. Once there are enough of them
+for a second library to pay, it must give the same ids on those very rows and on the tokenizer's own hard cases, else
+it is not used; where it is used, every so many texts are read by both. Labels need to know where tokens lie: by
+Hugging Face's offsets, or by the bytes that tokens stand for, where these spell the text exactly.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import fastokens
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+Ids = npt.NDArray[np.uint32]
+Positions = npt.NDArray[np.int64]
+
+HUGGING_FACE, FAST = "tokenizers", "fastokens"
+# Loading it takes 1 to 7 s of CPU, as long as Hugging Face's library takes for about so many characters.
+FAST_AFTER = 4 * 2**20
+PROBE_CHARACTERS = 2**20  # of the job's first rows
+COMPARE_EVERY = 64  # texts: 1.6 %, which cost as much as a third of the others
+_MAX_PROBED_TOKENS = 400  # added tokens: Gemma 3 has 6,415, most of them alike
+# `s` and `k` where case does not count, as in patterns for `'s`: PCRE does not take them for these, Oniguruma does.
+_FOLDED = ("\u017f", "\u212a")
+_SPELLS_A_SPACE = "▁"  # SentencePiece's
+
+
+class FastDiffersError(Exception):
+    """The faster library gave other ids for a row than Hugging Face's, after it had given the same for the probe."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's tokens: ids (n,), and where each begins and ends, both (n,), never decreasing.
+
+    Positions are of characters, or where `starts` (characters,) is given of bytes: it has each character's first.
+    """
+
+    ids: Ids
+    begins: Positions
+    ends: Positions
+    starts: Positions | None = None
+
+    def tokens_of(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the tokens that hold any of the characters begin … end - 1, as a half-open range."""
+        if self.starts is not None:
+            begin, end = (self._byte(character) for character in (begin, end))
+        first = int(np.searchsorted(self.ends, begin, side="right"))
+        return first, max(first, int(np.searchsorted(self.begins, end, side="left")))
+
+    def _byte(self, character: int) -> int:
+        assert self.starts is not None
+        return int(self.starts[character]) if character < len(self.starts) else int(self.ends[-1])
+
+
+class Choice(NamedTuple):
+    """The library that rows are read by now, and why."""
+
+    library: str
+    reason: str
+
+
+def slow(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """Encode by Hugging Face's library; its offsets are of characters."""
+    return [_by_offsets(each) for each in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _by_offsets(encoding: Encoding) -> Encoded:
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    begins, ends = np.maximum.accumulate(offsets, axis=0).T  # a normalizer may turn the order of characters round
+    return Encoded(np.array(encoding.ids, dtype=np.uint32), begins, ends)
+
+
+class FastEncoder:
+    """The faster library, with the bytes that each token stands for. Raises ValueError for what it does not read."""
+
+    def __init__(self, content: str, tokenizer: Tokenizer) -> None:
+        self._native = fastokens.Tokenizer.from_json_str(content)
+        self._native.no_truncation()
+        self._native.no_padding()
+        self._pieces = pieces_of(tokenizer)
+        self._lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded | None]:
+        """Encode texts; None for one whose tokens do not spell it byte by byte."""
+        contents = [text.encode() for text in texts]
+        flat, bounds = self._native.encode_batch_flat(list(texts))
+        ids = np.frombuffer(flat, dtype=np.uint32)
+        cuts = np.frombuffer(bounds, dtype=np.uint64).astype(np.int64)
+        return [
+            self._by_bytes(text, content, ids[first:last])
+            for text, content, first, last in zip(texts, contents, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
+        ]
+
+    def _by_bytes(self, text: str, content: bytes, ids: Ids) -> Encoded | None:
+        if any(character in text for character in _FOLDED):
+            return None
+        if b"".join(map(self._pieces.__getitem__, ids.tolist())) != content:
+            return None
+        lengths = self._lengths[ids]
+        ends = np.cumsum(lengths)
+        if len(content) == len(text):
+            return Encoded(ids, ends - lengths, ends)
+        starts = np.flatnonzero((np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80)
+        return Encoded(ids, ends - lengths, ends, starts)
+
+
+def byte_letters() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def pieces_of(tokenizer: Tokenizer) -> list[bytes]:
+    """Return the bytes of text that each token most likely stands for, by id; whoever uses them compares the text."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+    letters = byte_letters()
+    is_byte_level = all(letter in letters for token in vocabulary if vocabulary[token] not in added for letter in token)
+    pieces = [b""] * (1 + max(vocabulary.values(), default=-1))
+    for token, number in vocabulary.items():
+        if number in added:
+            pieces[number] = added[number].encode(errors="replace")
+        elif is_byte_level:
+            pieces[number] = bytes(letters[letter] for letter in token)
+        elif len(token) == len("<0x00>") and token.startswith("<0x"):
+            pieces[number] = bytes.fromhex(token[3:5])
+        else:
+            pieces[number] = token.replace(_SPELLS_A_SPACE, " ").encode(errors="replace")
+    return pieces
+
+
+class Encoders:
+    """Encodes by Hugging Face's library until `consider` was called and the faster one has proven itself."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._content: str | None = None  # of tokenizer.json, until the faster library has read it
+        self._fast_after = 0
+        self._probe: list[str] = []
+        self._characters = 0
+        self._texts = 0
+        self._fast: FastEncoder | None = None
+        self.choice = Choice(HUGGING_FACE, "there are too few rows for a faster library to pay")
+
+    def consider(self, content: str, after: int) -> None:
+        """Let the faster library be tried after so many characters of rows. content: tokenizer.json."""
+        self._content, self._fast_after, self._characters = content, after, 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the faster library is to be tried now."""
+        return self._content is not None and self._characters >= self._fast_after
+
+    def try_fast(self) -> None:
+        """Load the faster library and take it if it gives the same ids on the first rows and on the hard cases."""
+        assert self._content is not None
+        content, self._content = self._content, None
+        probe = [*self._probe, *hard_texts(self._tokenizer)]
+        self._probe = []
+        try:
+            fast = FastEncoder(content, self._tokenizer)
+        except ValueError:
+            self.choice = Choice(HUGGING_FACE, f"{FAST} does not read this tokenizer.json")
+            return
+        wrong = self._differing(fast.encode(probe), probe)
+        if wrong:
+            self.choice = Choice(HUGGING_FACE, f"{FAST} gives other ids for {wrong:,} of {len(probe):,} texts")
+        else:
+            self._fast = fast
+            reason = f"the same ids as {HUGGING_FACE} on {len(probe):,} texts, and on every {COMPARE_EVERY}th row"
+            self.choice = Choice(FAST, reason)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode texts, in order. Raises FastDiffersError."""
+        if self._fast is None:
+            self._remember(texts)
+            return slow(self._tokenizer, texts)
+        found = self._fast.encode(texts)
+        sample = [index for index in range(len(texts)) if (self._texts + index) % COMPARE_EVERY == 0]
+        self._texts += len(texts)
+        if self._differing([found[index] for index in sample], [texts[index] for index in sample]):
+            raise FastDiffersError
+        left = [index for index, each in enumerate(found) if each is None]
+        for index, each in zip(left, slow(self._tokenizer, [texts[index] for index in left]), strict=True):
+            found[index] = each
+        return [each for each in found if each is not None]
+
+    def _remember(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            if self._content is not None and self._characters < PROBE_CHARACTERS:
+                self._probe.append(text)
+            self._characters += len(text)
+
+    def _differing(self, found: Sequence[Encoded | None], texts: Sequence[str]) -> int:
+        """Count the texts whose ids are not Hugging Face's; those that it would read itself cannot differ."""
+        compared = [(each.ids, text) for each, text in zip(found, texts, strict=True) if each is not None]
+        judged = self._tokenizer.encode_batch_fast([text for _, text in compared], add_special_tokens=False)
+        return sum(ids.tolist() != judge.ids for (ids, _), judge in zip(compared, judged, strict=True))
+
+
+def hard_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return texts that tokenizers are known to read differently, with this one's added tokens in all positions."""
+    generator = random.Random(0)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.content]
+    if len(added) > _MAX_PROBED_TOKENS:
+        added = generator.sample(added, _MAX_PROBED_TOKENS)
+    parts = [*PARTS, *generator.sample(added, min(len(added), 8))]
+    mixed = ["".join(generator.choices(parts, k=40)) for _ in range(300)]
+    planes = (0x80, 0x250, 0x3000, 0x10000, 0x110000)
+    codes = [[generator.randrange(1, generator.choice(planes)) for _ in range(40)] for _ in range(300)]
+    strange = ["".join(chr(code) for code in each if not 0xD800 <= code < 0xE000) for each in codes]
+    around = [f"a {token} b{token}c\n{token}{token} {token[:-1]} {token.upper()}\t {token}" for token in added]
+    blocks = ["".join(map(chr, range(first, first + 64))) for first in range(1, 0x3001, 64)]
+    return [*_HARD, *mixed, *strange, *around, *blocks]
+
+
+PARTS = (" ", "  ", "\n", "\r", "\t", "\x0b", "\x85", "\u00a0", "\u3000", "a", "B", "é", "e\u0301", "'", "'s", "'LL",
+          "1", "٣", "²", "Ⅳ", "½", ".", "_", "/", "你", "ß", "ǅ", "🙂", "\u200d", "\ufe0f")  # fmt: skip
+_HARD = (
+    " ",
+    "  ",
+    "\n",
+    "\r\n\r\n a\r\n",
+    "\t\t x  \n  \n   y ",
+    " leading and trailing  ",
+    "👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪 ﷺ \u0301\u200b\ufeff\ufffd ﬁ ① ½",
+    "שלום עולם مرحبا ١٢٣٤٥ नमस्ते ภาษาไทย",
+    "你好、世界。こんにちは 안녕하세요 Здравствуй, où, naïve, Größe",
+    "don't WE'LL I'M you'Re 'S ' s '",
+    "1234567890" * 100,
+    "3.14159 1,000,000 0x7f 1e-9 2026-11-26T19:18:00Z",
+    "a" * 4000,
+    "é" * 1000,
+    " " * 1000 + "x",
+    "\n" * 300,
+    "=" * 500 + "-" * 500,
+    "x" + "\u0300" * 100,
+    "\x01\x02\x1b[31m red\x7f\x85\u2028\u2029",
+    "\U0001d518\U0001d52b\U0001d526 \U0010ffff \ue000",
+    "def f(x):\n    if x:\n\t\treturn {'a': [1, 2], \"b\": None}  # no\n\n\n",
+    "https://example.com/a?b=c&d=%20#e user@example.com C:\\x\\y",
+    "▁ ▁a Ġ Ċ <0x0A>",
+)
