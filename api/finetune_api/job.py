@@ -130,9 +130,50 @@ class PeftSpec(ApiModel):
 
 
 class DatasetFormat(StrEnum):
+    """What rows look like; docs/data.md shows each."""
+
     MESSAGES = "Messages"
+    SHARE_GPT = "ShareGPT"
+    ALPACA = "Alpaca"
+    DOLLY = "Dolly"
+    QUESTION_ANSWER = "QuestionAnswer"
     PROMPT_COMPLETION = "PromptCompletion"
     TEXT = "Text"
+
+
+FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class ColumnsSpec(ApiModel):
+    """What the files call a field that is known here under another name."""
+
+    messages: FieldName | None = Field(
+        default=None, description="The conversation, a list of messages. Absent: messages."
+    )
+    role: FieldName | None = Field(default=None, description="Of a message: who says it. Absent: role.")
+    content: FieldName | None = Field(default=None, description="Of a message: what is said. Absent: content.")
+    system: FieldName | None = Field(default=None, description="The system prompt of a conversation. Absent: system.")
+    tools: FieldName | None = Field(default=None, description="The functions that the model may call. Absent: tools.")
+    instruction: FieldName | None = Field(
+        default=None, description="What is asked for (Alpaca, Dolly). Absent: instruction."
+    )
+    input: FieldName | None = Field(default=None, description="What an instruction is about (Alpaca). Absent: input.")
+    output: FieldName | None = Field(default=None, description="The answer to an instruction (Alpaca). Absent: output.")
+    context: FieldName | None = Field(
+        default=None, description="What an instruction is about (Dolly). Absent: context."
+    )
+    response: FieldName | None = Field(
+        default=None, description="The answer to an instruction (Dolly). Absent: response."
+    )
+    question: FieldName | None = Field(default=None, description="A question (QuestionAnswer). Absent: question.")
+    answer: FieldName | None = Field(default=None, description="Its answer (QuestionAnswer). Absent: answer.")
+    prompt: FieldName | None = Field(
+        default=None, description="A text to go on with (PromptCompletion). Absent: prompt."
+    )
+    completion: FieldName | None = Field(
+        default=None, description="How it goes on (PromptCompletion). Absent: completion."
+    )
+    text: FieldName | None = Field(default=None, description="A document (Text). Absent: text.")
 
 
 class DatasetSpec(ApiModel):
@@ -147,14 +188,38 @@ class DatasetSpec(ApiModel):
     )
     format: DatasetFormat | None = Field(
         default=None,
-        description="Messages (rows with `messages`), PromptCompletion (`prompt`, `completion`) or Text (`text`). "
-        "Absent: told from the first rows; every row is checked.",
+        description="Messages (`messages`), ShareGPT (`conversations`), Alpaca (`instruction`, `input`, `output`), "
+        "Dolly (`instruction`, `context`, `response`), QuestionAnswer (`question`, `answer`), PromptCompletion "
+        "(`prompt`, `completion`: plain text) or Text (`text`). Absent: told from the first thousand rows, and every "
+        "row is checked.",
+    )
+    columns: ColumnsSpec | None = Field(
+        default=None,
+        description="What the files call a field that is known here under another name. Example: {messages: dialog} "
+        "reads the conversation from `dialog`. Absent: the names of the format.",
+    )
+    ignore_fields: list[FieldName] | None = Field(
+        default=None,
+        max_length=20,
+        description="Fields of rows, and of their messages, that may be passed over; the report counts them. Absent: "
+        "none, so that a field that is not known ends the job, but for names such as id and source, which say nothing "
+        "to learn.",
     )
 
 
 class OnBadRow(StrEnum):
     FAIL = "Fail"
     QUARANTINE = "Quarantine"
+
+
+class SystemMessages(StrEnum):
+    KEEP = "Keep"
+    IN_USER = "InUser"
+
+
+class SameRoleMessages(StrEnum):
+    KEEP = "Keep"
+    JOIN = "Join"
 
 
 class PreprocessingSpec(ApiModel):
@@ -185,6 +250,17 @@ class PreprocessingSpec(ApiModel):
         default=None,
         description="Whether several rows share one forward pass, each seeing only itself. Absent: true where the "
         "model passes the packed = unpacked test.",
+    )
+    system_messages: SystemMessages | None = Field(
+        default=None,
+        description="Keep hands system messages to the chat template. InUser begins the first user message with them, "
+        f"for templates that have no place for them, such as Gemma's. Absent: {defaults.SYSTEM_MESSAGES}.",
+    )
+    same_role_messages: SameRoleMessages | None = Field(
+        default=None,
+        description="What to do with two messages of one role after another: Keep hands both to the chat template, "
+        "Join makes one of them with an empty line between, for templates that want roles to alternate. "
+        f"Absent: {defaults.SAME_ROLE_MESSAGES}.",
     )
     on_bad_row: OnBadRow | None = Field(
         default=None,

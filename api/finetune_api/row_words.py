@@ -23,10 +23,16 @@ ROW_WORDS: dict[str, str] = {
     "wrong_type": "has the wrong type",
     "empty": "is empty",
     "unsupported_field": "is not supported yet and would be ignored",
-    "unknown_role": "is not one of system, user, assistant",
-    "roles_not_alternating": "breaks the order: user and assistant alternate after an optional system message",
+    "unknown_field": "is not known here, so that what it says would be lost; name what it is in datasets[].columns, or "
+    "list it in datasets[].ignoreFields",
+    "two_fields": "says what another field says too, in other words; leave one of them out, or list it in "
+    "datasets[].ignoreFields",
+    "not_text": "has a part that is no text; only text can be learned, so leave such rows out",
+    "mask_not_clear": "does not say clearly whether the message is learned; write true or false, or 1 or 0",
+    "mask_of_others": "asks to learn a message that is not an assistant's; leave it out, or see method.sft.lossOn",
+    "unknown_role": "is no role that is known; write system, user, assistant or tool",
+    "order": "breaks the order of a conversation",
     "no_assistant_message": "has no assistant message to learn from",
-    "last_not_assistant": "does not end with an assistant message",
     "too_many_messages": f"has more than {MAX_MESSAGES} messages",
     "template_failed": "is refused by the chat template",
     "template_not_prefix_stable": "is rendered differently once more messages follow",
@@ -39,7 +45,31 @@ ROW_WORDS: dict[str, str] = {
 }
 
 
-_OF_A_FIELD = ("nul_character", "missing_field", "wrong_type", "empty", "unsupported_field", "unknown_role")
+_OF_A_FIELD = (
+    "nul_character",
+    "missing_field",
+    "wrong_type",
+    "empty",
+    "unsupported_field",
+    "unknown_field",
+    "two_fields",
+    "mask_not_clear",
+    "mask_of_others",
+    "unknown_role",
+)
+
+# What is done to a valid row so that it can be learned: the end of a sentence about the row.
+CHANGE_WORDS: dict[str, str] = {
+    "developer_as_system": "has a developer message, which becomes a system message",
+    "systems_joined": "begins with several system messages, which are joined by an empty line",
+    "system_in_user_message": "has a system message, which begins the first user message (SystemMessages: InUser)",
+    "neighbours_kept": "has two messages of one role after another, which stay apart",
+    "neighbours_joined": "has messages of one role after another, which are joined by an empty line",
+    "end_left_out": "ends with messages that no answer follows, which are left out",
+    "greeting_not_learned": "begins with an answer to nothing, which is shown to the model and not learned",
+    "parts_joined": "has a content of several parts of text, which are joined as they stand",
+    "result_as_json": "has the result of a tool as an object or a list, which is written as JSON",
+}
 
 
 def row_words(code: str) -> str:

@@ -19,11 +19,12 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.files import decode, gunzip, jsonl_rows
 from finetune_trainer.data.parquet import ParquetDecoder
 from finetune_trainer.data.parquet_worker import rows_at_once
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.rows import FIELDS, Text, check
+from finetune_trainer.data.shapes import RowChoices, read_row
 
 
 def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
@@ -152,7 +153,7 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
 
 @pytest.fixture(scope="module")
 def decoder() -> Generator[ParquetDecoder]:
-    with ParquetDecoder(FIELDS) as opened:
+    with ParquetDecoder(METADATA) as opened:
         yield opened
 
 
@@ -161,22 +162,24 @@ def parquet(path: Path, table: Any) -> Path:
     return path
 
 
-def test_parquet_rows_have_only_the_fields_a_row_can_have(decoder: ParquetDecoder, tmp_path: Path) -> None:
+def test_parquet_rows_have_all_fields_but_those_that_may_be_passed_over(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
     messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 300
-    table = pa.table({"messages": messages, "embedding": [[0.5] * 8] * 300})
+    table = pa.table({"messages": messages, "note": ["n"] * 300, "source": ["s"] * 300})
     found = list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
     assert [item.number for item in found] == list(range(1, 301))
-    assert found[-1].value == {"messages": messages[0]}
+    assert found[-1].value == {"messages": messages[0], "note": "n"}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_a_parquet_file_without_a_known_field_has_all_its_rows_with_the_fields_it_has(
     decoder: ParquetDecoder, tmp_path: Path, rows: int
 ) -> None:
-    path = parquet(tmp_path / "a.parquet", pa.table({"question": pa.array(["q"] * rows, pa.string())}))
+    path = parquet(tmp_path / "a.parquet", pa.table({"source": pa.array(["q"] * rows, pa.string())}))
     found = list(decoder.rows(path, "a.parquet"))
     assert [item.number for item in found] == list(range(1, rows + 1))
-    assert all(item.value == {"question": None} for item in found)
+    assert all(item.value == {"source": None} for item in found)
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(decoder: ParquetDecoder, tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
     text = "x" * (7 * 2**20)
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([text]))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
-    with ParquetDecoder(FIELDS) as decoder:
+    with ParquetDecoder(METADATA) as decoder:
         found = decoder.rows(tmp_path / "a.parquet", "a.parquet")
         assert [next(found).value for _ in range(3)] == [{"text": text}] * 3
         found.close()
@@ -252,7 +255,7 @@ def test_of_very_many_columns_with_long_names_a_bounded_part_is_told(decoder: Pa
 def test_a_decoder_that_is_killed_from_outside_is_not_the_fault_of_the_file(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"text": [f"{i}" + "x" * 2**20 for i in range(50)]}))
     others = children()
-    with ParquetDecoder(FIELDS) as decoder:
+    with ParquetDecoder(METADATA) as decoder:
         found = decoder.rows(path, "a.parquet")
         next(found)
         (child,) = children() - others
@@ -277,7 +280,7 @@ def test_the_memory_of_the_process_that_decodes_parquet_is_not_taken_by_threads_
         for processors in ({min(all_processors)}, all_processors):
             os.sched_setaffinity(0, processors)
             others = children()
-            with ParquetDecoder(FIELDS) as decoder:
+            with ParquetDecoder(METADATA) as decoder:
                 assert len(list(decoder.rows(path, "a"))) == 1
                 (child,) = children() - others
                 status = Path(f"/proc/{child}/status").read_text().splitlines()
@@ -303,9 +306,11 @@ def test_a_parquet_value_that_no_json_has_breaks_rows_that_need_its_field_alone(
     table = pa.table({"text": ["words"], "messages": [messages], "prompt": [b"q"], "completion": ["a"]})
     (found,) = decoder.rows(parquet(tmp_path / "a.parquet", table), "a")
     odd = Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
-    assert check(found.value, DatasetFormat.TEXT) == Text("words")
-    assert check(found.value, DatasetFormat.MESSAGES) == odd
-    assert check(found.value, DatasetFormat.PROMPT_COMPLETION) == Broken(odd.problem, "prompt", odd.detail)
+    assert isinstance(found.value, dict)
+    assert found.value["text"] == "words"
+    assert read_row(found.value, DatasetFormat.MESSAGES, RowChoices()) == odd
+    no_text = read_row(found.value, DatasetFormat.PROMPT_COMPLETION, RowChoices())
+    assert no_text == Broken(odd.problem, "prompt", odd.detail)
 
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:

@@ -239,7 +239,8 @@ def test_a_broken_row_fails_the_job_naming_it_and_how_many_there_are(tmp_path: P
     put(tmp_path, a_jsonl=jsonl(chats(20)) + b"\n" + rows + jsonl(chats(10)))
     error = fails(tmp_path)
     assert error.fault is Fault.BROKEN_ROW
-    assert "a.jsonl row 22, field messages: has the wrong type: must be a list of messages. 3 of 33 rows" in str(error)
+    words = "a.jsonl row 22, field messages: has the wrong type: must be a list of messages, or the JSON text of one. "
+    assert words + "3 of 33 rows" in str(error)
     folder = tmp_path / "out" / "bot-1a2b3" / ".job"
     assert json.loads((folder / "report.json").read_bytes())["state"] == "failed"
     assert len((folder / "decisions.jsonl").read_bytes().splitlines()) == 3
@@ -272,10 +273,14 @@ def test_too_many_broken_rows_fail_the_job_even_when_put_aside(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("rows", "spec", "words"),
     [
-        ([{"text": "a"}], {}, "method SFT needs rows with `messages`, or with .*; found the fields text"),
-        (chats(3), CPT, "method CPT needs rows with `text`; found the fields messages"),
-        ([{"instruction": "a", "output": "b"}], {}, "found the fields instruction, output"),
-        ([{**chat("q", "a"), "prompt": "q", "completion": "a"}], {}, "needs one format; set datasets"),
+        ([{"text": "a"}], {}, "method SFT needs rows with `messages`, or .*; found the fields text"),
+        (chats(3), CPT, "method CPT needs rows with `text`, or .*; found the fields messages"),
+        ([{"chosen": "a", "rejected": "b"}], {}, "found the fields chosen, rejected"),
+        (
+            [{**chat("q", "a"), "prompt": "q", "completion": "a"}],
+            {},
+            "1 fit Messages, 1 PromptCompletion; set datasets",
+        ),
         ([{"not an identifier, but secret": 1, "id": 2}], {}, "found the fields id and 1 more"),
     ],
 )
@@ -291,8 +296,8 @@ def test_data_of_another_format_is_told_before_anything_else(
 
 def test_a_parquet_file_without_a_fitting_column_is_of_another_format(tmp_path: Path) -> None:
     put(tmp_path)
-    pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), tmp_path / "data" / "a.parquet")
-    assert "found the fields answer, question" in str(fails(tmp_path))
+    pq.write_table(pa.table({"questions": ["q"], "answers": ["a"]}), tmp_path / "data" / "a.parquet")
+    assert "found the fields answers, questions" in str(fails(tmp_path))
 
 
 def test_every_row_of_a_parquet_file_without_a_fitting_column_is_counted_as_dropped(tmp_path: Path) -> None:
@@ -315,9 +320,9 @@ def test_a_format_that_does_not_fit_the_method_is_refused_by_the_field(tmp_path:
 
 
 def test_a_row_of_another_format_in_the_middle_is_a_broken_row(tmp_path: Path) -> None:
-    put(tmp_path, a_jsonl=jsonl([*chats(3), {"prompt": "a", "completion": "b"}]))
+    put(tmp_path, a_jsonl=jsonl([*chats(30), {"prompt": "a", "completion": "b"}]))
     error = fails(tmp_path)
-    assert (error.fault, error.args_by_name["row"]) == (Fault.BROKEN_ROW, 4)
+    assert (error.fault, error.args_by_name["row"]) == (Fault.BROKEN_ROW, 31)
 
 
 def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
@@ -326,6 +331,38 @@ def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
     prepared = prepare_run(tmp_path, {"datasets": [{"uri": uri} for uri in uris]})
     assert prepared.plan.formats == ["Messages", "PromptCompletion"]
     assert prepared.plan.train.rows == 4
+
+
+def test_rows_of_all_usual_shapes_are_learned_and_the_report_says_what_was_taken_and_changed(tmp_path: Path) -> None:
+    files: dict[str, list[dict[str, Any]]] = {
+        "alpaca": [{"instruction": "q", "input": "i", "output": "a"}],
+        "dolly": [{"instruction": "r", "context": "", "response": "b", "category": "qa"}],
+        "asked": [{"Q": "s", "A": "c"}],
+        "sharegpt": [{"conversations": [{"from": "human", "value": "t"}, {"from": "gpt", "value": "d"}], "id": "x"}],
+        "masked": [
+            {
+                "messages": [
+                    *chat("u", "bad")["messages"][:1],
+                    {"role": "assistant", "content": "bad", "weight": 0},
+                    *chat("v", "e", "w")["messages"],
+                ]
+            }
+        ],
+        "nothing": [
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "x", "train": False}]}
+        ],
+    }
+    put(tmp_path, **{f"{name}_jsonl": jsonl(rows) for name, rows in files.items()})
+    datasets: list[dict[str, Any]] = [{"uri": (tmp_path / "data" / f"{name}.jsonl").as_uri()} for name in files]
+    datasets[2]["columns"] = {"question": "Q", "answer": "A"}
+    prepared = prepare_run(tmp_path, {"datasets": datasets})
+    accounted(prepared)
+    assert prepared.plan.formats == ["Alpaca", "Dolly", "QuestionAnswer", "ShareGPT", "Messages", "Messages"]
+    assert sorted(learned(row) for row in prepared.train) == [f"{answer}<|im_end|>" for answer in "abcde"]
+    assert any("q\n\ni" in text_of(ids) for ids, _ in prepared.train)
+    assert prepared.report["changed"] == {"end_left_out": 1}
+    assert prepared.report["ignored_fields"] == {"category": 1, "id": 1}
+    assert [(each["row"], each["reason"]) for each in prepared.decisions] == [(1, "no_label")]
 
 
 @pytest.mark.parametrize(
@@ -365,12 +402,13 @@ def test_files_passed_over_are_counted_however_many_and_files_of_long_names_are_
 
 
 def test_fields_that_are_not_read_are_told_with_the_rows_that_have_them(tmp_path: Path) -> None:
-    rows = [row | {"system": "be kind", "tools": [], "a secret": 1} for row in chats(3)]
+    rows = [row | {"source": "web", "tools": [], "a secret": 1} for row in chats(3)]
     put(tmp_path, a_jsonl=jsonl([*rows, *chats(2, start=3)]))
-    columns = {"messages": [row["messages"] for row in chats(4, start=5)], "context": ["c"] * 4, "text": ["t"] * 4}
+    columns = {"messages": [row["messages"] for row in chats(4, start=5)], "id": ["c"] * 4, "text": ["t"] * 4}
     pq.write_table(pa.table(columns), tmp_path / "data" / "b.parquet")
-    found = prepare_run(tmp_path).report["ignored_fields"]
-    assert found == {"system": 3, "(other)": 3, "context": 4, "text": 4}
+    datasets = [{"uri": (tmp_path / "data").as_uri() + "/", "ignoreFields": ["a secret", "text"]}]
+    found = prepare_run(tmp_path, {"datasets": datasets}).report["ignored_fields"]
+    assert found == {"source": 3, "(other)": 3, "id": 4, "text": 4}
 
 
 def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:

@@ -20,7 +20,17 @@ import numpy as np
 from finetune_api import defaults
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
-from finetune_api.job import DatasetFormat, EvaluationSpec, LossOn, MethodType, OnBadRow, PreprocessingSpec
+from finetune_api.job import (
+    DatasetFormat,
+    DatasetSpec,
+    EvaluationSpec,
+    LossOn,
+    MethodType,
+    OnBadRow,
+    PreprocessingSpec,
+    SameRoleMessages,
+    SystemMessages,
+)
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
 from finetune_api.redact import shortened
@@ -39,6 +49,7 @@ from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings
 from finetune_trainer.data.problems import Drop, place
 from finetune_trainer.data.reading import BadRows, checked_rows, find_files
 from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.spool import (
     Division,
     Spool,
@@ -164,6 +175,37 @@ def _bad_rows(stage: _Stage) -> BadRows:
     return BadRows(stage.ledger, quarantine=True, max_broken_fraction=fraction)
 
 
+def _message_choices(stage: _Stage) -> tuple[SystemMessages, SameRoleMessages]:
+    """Choose what becomes of system messages and of neighbours of one role."""
+    given = stage.preprocessing
+    if stage.ctx.config.spec.method.type is MethodType.CPT:
+        return SystemMessages(defaults.SYSTEM_MESSAGES), SameRoleMessages(defaults.SAME_ROLE_MESSAGES)
+    return (
+        stage.choices.pick(
+            "preprocessing.systemMessages",
+            given.system_messages,
+            SystemMessages(defaults.SYSTEM_MESSAGES),
+            "the chat template gets them as they are written",
+        ),
+        stage.choices.pick(
+            "preprocessing.sameRoleMessages",
+            given.same_role_messages,
+            SameRoleMessages(defaults.SAME_ROLE_MESSAGES),
+            "two messages are not one",
+        ),
+    )
+
+
+def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_role: SameRoleMessages) -> RowChoices:
+    columns = dataset.columns.model_dump(exclude_none=True) if dataset.columns else {}
+    return RowChoices(
+        columns={theirs: ours for ours, theirs in columns.items()},
+        ignored=frozenset(dataset.ignore_fields or ()),
+        system_messages=system_messages,
+        same_role=same_role,
+    )
+
+
 def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
     """The chat template and the process that runs it; None when there is no template."""
     model = stage.model
@@ -185,6 +227,7 @@ def _read_datasets(stage: _Stage) -> None:
     method = spec.method.type
     stage.loss_on = _loss_on(stage)
     bad = _bad_rows(stage)
+    system_messages, same_role = _message_choices(stage)
     if method is MethodType.CPT:
         require_end_token(stage.model)
     inputs = [find_files(ctx.store, dataset, index, ledger) for index, dataset in enumerate(spec.datasets)]
@@ -197,7 +240,10 @@ def _read_datasets(stage: _Stage) -> None:
             stack.callback(renderer.close)
         pipeline = Pipeline(stage.model, stage.loss_on, stage.limit, renderer, ledger, bad, spool, stage.timings)
         for dataset, files in zip(spec.datasets, inputs, strict=True):
-            rows = checked_rows(ctx.store, ledger, bad, files, dataset.format, method, ctx.work_dir, stage.formats)
+            choices = _row_choices(dataset, system_messages, same_role)
+            rows = checked_rows(
+                ctx.store, ledger, bad, files, dataset.format, method, choices, ctx.work_dir, stage.formats
+            )
             for _ in pipeline.run(rows):
                 ctx.reporter.update(rows_read=ledger.rows_read)
                 ctx.reporter.touch()

@@ -59,6 +59,7 @@ class Ledger:
         self.files: list[FileAccount] = []
         self.rows_read = 0
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
+        self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
         self._decisions = path.open("wb")
         self._written_bytes = 0
         self._unlisted: Counter[str] = Counter()
@@ -107,6 +108,10 @@ class Ledger:
             named = name.isidentifier() and len(name) <= _MAX_FIELD_NAME
             known = name in self.ignored_fields or len(self.ignored_fields) < _MAX_IGNORED_FIELDS
             self.ignored_fields[name if named and known else "(other)"] += rows
+
+    def change(self, reasons: Iterable[str]) -> None:
+        """A row was changed for these reasons so that it can be learned."""
+        self.changes.update(reasons)
 
     @property
     def dropped(self) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""Which format a dataset has: told from its first rows, or from the spec."""
+"""Which shape a dataset's rows have: told from its first rows, or from the spec."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,21 +7,15 @@ from typing import Any, cast
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
-from finetune_trainer.data.problems import place
+from finetune_trainer.data.field_names import shown
+from finetune_trainer.data.problems import RefusedError, place
+from finetune_trainer.data.shapes import SHAPES, RowChoices, renamed
 
 FORMATS = {
     MethodType.CPT: (DatasetFormat.TEXT,),
-    MethodType.SFT: (DatasetFormat.MESSAGES, DatasetFormat.PROMPT_COMPLETION),
+    MethodType.SFT: tuple(each for each in DatasetFormat if each is not DatasetFormat.TEXT),
 }
-_FIELDS = {
-    DatasetFormat.MESSAGES: ("messages",),
-    DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-    DatasetFormat.TEXT: ("text",),
-}
-_EXPECTED = {
-    MethodType.CPT: "rows with `text`",
-    MethodType.SFT: "rows with `messages`, or with `prompt` and `completion`",
-}
+_ASKED_AT = 0.1  # of the rows with the commonest shape: so many of another are no accident
 _MAX_FOUND = 128
 
 
@@ -36,26 +30,50 @@ def check_given(given: DatasetFormat | None, method: MethodType, index: int) -> 
         )
 
 
-def detect(rows: Sequence[tuple[str, int, object]], method: MethodType) -> DatasetFormat:
-    """The format that most of the rows have, of those the method can use.
+def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices: RowChoices) -> DatasetFormat:
+    """Return the shape that the rows have, of those the method can use.
 
     rows: (file, row number, decoded value) of a dataset's first rows, at least one of them an object. Raises
-    WRONG_FORMAT when none fits, or when two fit equally well: guessing would train on something else.
+    WRONG_FORMAT when none fits, or when two do: guessing would train on something else.
     """
     counts: Counter[DatasetFormat] = Counter()
-    for _, _, value in rows:
-        if isinstance(value, dict):
-            counts.update(each for each in FORMATS[method] if all(name in value for name in _FIELDS[each]))
+    first: dict[DatasetFormat, int] = {}
+    for at, (_, _, value) in enumerate(rows):
+        for each in fitting(value, method, choices):
+            counts[each] += 1
+            first.setdefault(each, at)
     best = counts.most_common(2)
     if not best:
-        raise _wrong(rows, method, _EXPECTED[method])
-    if len(best) == 2 and best[0][1] == best[1][1]:
-        raise _wrong(rows, method, "one format; set datasets[].format to Messages or PromptCompletion")
+        at = next(at for at, (_, _, value) in enumerate(rows) if isinstance(value, dict))
+        raise _wrong(rows[at], method, f"rows with {_needed(method)}, or datasets[].columns that says what is what")
+    if len(best) == 2 and best[1][1] >= _ASKED_AT * best[0][1]:
+        (one, rows_of_one), (other, rows_of_other) = best
+        expected = (
+            f"one format, and of {len(rows):,} rows {rows_of_one:,} fit {one}, {rows_of_other:,} {other}; set "
+            "datasets[].format to one of them, or make two datasets of them"
+        )
+        raise _wrong(rows[max(first[one], first[other])], method, expected)
     return best[0][0]
 
 
-def _wrong(rows: Sequence[tuple[str, int, object]], method: MethodType, expected: str) -> StageError:
-    file, number, value = next(row for row in rows if isinstance(row[2], dict))
+def fitting(value: object, method: MethodType, choices: RowChoices) -> list[DatasetFormat]:
+    """Return the shapes that one decoded row fits."""
+    if not isinstance(value, dict):
+        return []
+    try:
+        row = renamed(cast(dict[str, Any], value), choices)
+    except RefusedError:
+        return []
+    return [each for each in FORMATS[method] if SHAPES[each].fits(row)]
+
+
+def _needed(method: MethodType) -> str:
+    """Return which fields the shapes need, each under the first of its names."""
+    return ", or ".join(" and ".join(f"`{group[0]}`" for group in SHAPES[each].needs) for each in FORMATS[method])
+
+
+def _wrong(row: tuple[str, int, object], method: MethodType, expected: str) -> StageError:
+    file, number, value = row
     return StageError(
         Fault.WRONG_FORMAT,
         file=place(file),
@@ -67,8 +85,8 @@ def _wrong(rows: Sequence[tuple[str, int, object]], method: MethodType, expected
 
 
 def _names(value: dict[str, Any]) -> str:
-    """Field names for an error: names that look like identifiers, since a key could be data too."""
-    names = [name for name in value if name.isidentifier() and len(name) <= 32]
+    """Return field names for an error: those that look like names, since a key could be data too."""
+    names = [name for name in value if shown(name) == name]
     text = ", ".join(sorted(names))
     others = len(value) - len(names)
     text = f"{text} and {others} more" if others and text else text or "none"

@@ -1,6 +1,6 @@
 """Rows of Parquet files, from the child process of `parquet_worker`, which is replaced when a file ends it."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,10 +41,10 @@ class Facts(NamedTuple):
 class ParquetDecoder:
     """The child process, started with the first file. Not thread-safe.
 
-    fields: names of the columns that are read."""
+    unread: names of columns that are passed over."""
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self._fields = fields
+    def __init__(self, unread: Collection[str]) -> None:
+        self.unread = unread
         self._process: child.Process | None = None
         self.facts = Facts(0, [])  # of the file that is read
 
@@ -85,7 +85,7 @@ class ParquetDecoder:
         process = self._process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        request = {"path": str(path), "fields": self._fields, "from_row": from_row, "batch_rows": batch_rows}
+        request = {"path": str(path), "unread": sorted(self.unread), "from_row": from_row, "batch_rows": batch_rows}
         with suppress(BrokenPipeError):  # it has ended, and says nothing
             write_frame(process.stdin, orjson.dumps(request))
         number = from_row

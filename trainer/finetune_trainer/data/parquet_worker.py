@@ -34,13 +34,13 @@ class DamagedError(Exception):
     """What is wrong with a file, in words without its content."""
 
 
-def messages(path: str, fields: Sequence[str], from_row: int, batch_rows: int) -> Iterator[bytes]:
+def messages(path: str, unread: Sequence[str], from_row: int, batch_rows: int) -> Iterator[bytes]:
     """Yield the messages about a file's rows, beginning after `from_row` of them.
 
-    Only columns of the names in `fields` are read. Raises DamagedError, what Arrow raises, MemoryError."""
+    Columns of the names in `unread` are passed over. Raises DamagedError, what Arrow raises, MemoryError."""
     with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet:
         names = parquet.schema_arrow.names
-        columns = [name for name in names if name in fields]
+        columns = [name for name in names if name not in unread]
         if len(set(columns)) < len(columns):
             raise DamagedError("two columns have the same name")
         ends = _ends_of_groups(parquet.metadata)

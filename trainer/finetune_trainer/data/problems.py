@@ -25,14 +25,32 @@ class Problem(StrEnum):
     WRONG_TYPE = "wrong_type"
     EMPTY = "empty"
     UNSUPPORTED_FIELD = "unsupported_field"
+    UNKNOWN_FIELD = "unknown_field"
+    TWO_FIELDS = "two_fields"
+    NOT_TEXT = "not_text"
+    MASK_NOT_CLEAR = "mask_not_clear"
+    MASK_OF_OTHERS = "mask_of_others"
     UNKNOWN_ROLE = "unknown_role"
-    ROLES_NOT_ALTERNATING = "roles_not_alternating"
+    ORDER = "order"
     NO_ASSISTANT = "no_assistant_message"
-    LAST_NOT_ASSISTANT = "last_not_assistant"
     TOO_MANY_MESSAGES = "too_many_messages"
     TEMPLATE_FAILED = "template_failed"
     TEMPLATE_NOT_PREFIX_STABLE = "template_not_prefix_stable"
     GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
+
+
+class Change(StrEnum):
+    """What is done to a valid row so that it can be learned; counted in the report."""
+
+    DEVELOPER_AS_SYSTEM = "developer_as_system"
+    SYSTEMS_JOINED = "systems_joined"
+    SYSTEM_IN_USER = "system_in_user_message"
+    NEIGHBOURS_KEPT = "neighbours_kept"
+    NEIGHBOURS_JOINED = "neighbours_joined"
+    END_LEFT_OUT = "end_left_out"
+    GREETING_NOT_LEARNED = "greeting_not_learned"
+    PARTS_JOINED = "parts_joined"
+    RESULT_AS_JSON = "result_as_json"
 
 
 class Drop(StrEnum):
@@ -54,6 +72,14 @@ class Broken:
     @property
     def words(self) -> str:
         return f"{ROW_WORDS[self.problem]}{': ' if self.detail else ''}{self.detail}"
+
+
+class RefusedError(Exception):
+    """A row is broken; raised while it is read, and never seen outside."""
+
+    def __init__(self, problem: Problem, field: str = "", detail: str = "") -> None:
+        super().__init__(problem)
+        self.broken = Broken(problem, field, detail)
 
 
 def place(uri: str) -> str:

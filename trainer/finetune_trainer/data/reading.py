@@ -1,11 +1,11 @@
 """Datasets to checked rows: which files, in which order, which of their rows are broken."""
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
@@ -13,8 +13,10 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
-from finetune_trainer.data.problems import Broken, place
-from finetune_trainer.data.rows import FIELDS, Row, check, content_hash, ignored
+from finetune_trainer.data.field_names import METADATA
+from finetune_trainer.data.problems import Broken, Drop, Problem, place
+from finetune_trainer.data.rows import Conversation, Row, content_hash
+from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.runplan import FileRecord
 from finetune_trainer.store import ObjectInfo, Store, spec_field
 
@@ -159,6 +161,7 @@ def checked_rows(
     inputs: Inputs,
     given: DatasetFormat | None,
     method: MethodType,
+    choices: RowChoices,
     work_dir: Path,
     formats: list[DatasetFormat],
 ) -> Iterator[Checked]:
@@ -166,8 +169,9 @@ def checked_rows(
 
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
-    with closing(_decoded_rows(store, ledger, inputs.files, work_dir)) as decoded:
-        yield from _checked(ledger, bad, decoded, given, method, formats)
+    unread = METADATA.union(choices.ignored).difference(choices.columns)
+    with closing(_decoded_rows(store, ledger, inputs.files, unread, work_dir)) as decoded:
+        yield from _checked(ledger, bad, decoded, given, method, choices, formats)
 
 
 def _checked(
@@ -176,6 +180,7 @@ def _checked(
     decoded: Iterator[tuple[int, files.Decoded]],
     given: DatasetFormat | None,
     method: MethodType,
+    choices: RowChoices,
     formats: list[DatasetFormat],
 ) -> Iterator[Checked]:
     peeked: list[tuple[int, files.Decoded]] = []
@@ -185,49 +190,77 @@ def _checked(
         peeked_bytes += item[1].held_bytes
         if len(peeked) >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
             break
-    data_format = given or _detect(ledger, bad, peeked, method)
+    data_format = given or _detect(ledger, bad, peeked, method, choices)
     formats.append(data_format)
     for file, (number, value, size_bytes, held_bytes) in chain(_given_away(peeked), decoded):
         ledger.count(file, size_bytes)
-        checked = _check(value, data_format)
+        checked = _check(value, data_format, choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
         elif not bad.failing:
-            ledger.ignore_fields(ignored(cast(dict[str, Any], value), data_format))
-            yield Checked(file, number, *checked, held_bytes)
+            found, hashed = checked
+            ledger.ignore_fields(found.passed_over)
+            ledger.change(found.changes)
+            if isinstance(found.row, Conversation) and not any(found.row.learned):
+                ledger.drop(file, number, "read", Drop.NO_LABEL)
+                continue
+            yield Checked(file, number, found.row, hashed, held_bytes)
         if bad.failing and bad.counted_enough:
             break
     if bad.failing:
         raise bad.error()
 
 
-def _check(value: object, data_format: DatasetFormat) -> tuple[Row, bytes] | Broken:
+def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tuple[Found, bytes] | Broken:
     if isinstance(value, Broken):
         return value
-    row = check(value, data_format)
-    if isinstance(row, Broken):
-        return row
-    hashed = content_hash(row)
-    return hashed if isinstance(hashed, Broken) else (row, hashed)
+    found = read_row(value, data_format, choices)
+    if isinstance(found, Broken):
+        return found
+    if (field := _not_yet(found.row)) is not None:
+        return Broken(Problem.UNSUPPORTED_FIELD, field)
+    hashed = content_hash(found.row)
+    return hashed if isinstance(hashed, Broken) else (found, hashed)
 
 
-def _detect(ledger: Ledger, bad: BadRows, peeked: list[tuple[int, files.Decoded]], method: MethodType) -> DatasetFormat:
+def _not_yet(row: Row) -> str | None:
+    """Return what a row says that may be lost on its way yet: calls that a template leaves out, and weights."""
+    if row.weight != 1:
+        return "weight"
+    if not isinstance(row, Conversation):
+        return None
+    if row.tools:
+        return "tools"
+    calls = any(each["role"] == "tool" or "tool_calls" in each for each in row.messages)
+    return "messages[].tool_calls" if calls else None
+
+
+def _detect(
+    ledger: Ledger,
+    bad: BadRows,
+    peeked: list[tuple[int, files.Decoded]],
+    method: MethodType,
+    choices: RowChoices,
+) -> DatasetFormat:
     """The dataset's format; when no row is an object, what is wrong with the first."""
     if not peeked:
         return detect.FORMATS[method][0]  # no rows, so it does not matter
     if not any(isinstance(item.value, dict) for _, item in peeked):
         for file, item in peeked:
             ledger.count(file, item.size_bytes)
-            broken = _check(item.value, detect.FORMATS[method][0])
+            broken = _check(item.value, detect.FORMATS[method][0], choices)
             assert isinstance(broken, Broken)
             bad.add(file, item.number, "read", broken)
         raise bad.error()
-    return detect.detect([(ledger.files[file].uri, item.number, item.value) for file, item in peeked], method)
+    rows = [(ledger.files[file].uri, item.number, item.value) for file, item in peeked]
+    return detect.detect(rows, method, choices)
 
 
-def _decoded_rows(store: Store, ledger: Ledger, indices: range, work_dir: Path) -> Generator[tuple[int, files.Decoded]]:
+def _decoded_rows(
+    store: Store, ledger: Ledger, indices: range, unread: Collection[str], work_dir: Path
+) -> Generator[tuple[int, files.Decoded]]:
     """Rows of the files in order, each file at one version. Only Parquet, which needs seeking, goes to disk."""
-    with parquet.ParquetDecoder(FIELDS) as decoder:
+    with parquet.ParquetDecoder(unread) as decoder:
         for index in indices:
             account = ledger.files[index]
             size_bytes = 0
@@ -252,7 +285,7 @@ def _parquet_rows(
         rows += 1
         yield item
     if rows:
-        ledger.ignore_fields([name for name in decoder.facts.names if name not in FIELDS], rows)
+        ledger.ignore_fields([name for name in decoder.facts.names if name in decoder.unread], rows)
     path.unlink()
 
 

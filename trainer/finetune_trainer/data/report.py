@@ -38,6 +38,7 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
         ],
         "ignored_files": list(ignored[:_MAX_IGNORED]),
         "ignored_files_total": len(ignored),
+        "changed": dict(sorted(ledger.changes.items())),
         "ignored_fields": dict(ledger.ignored_fields.most_common()),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}

@@ -1,0 +1,275 @@
+"""One message of a row in any of its spellings, to OpenAI's form, and whether it says that it is learned."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from finetune_api.row_words import MAX_MESSAGES
+from finetune_trainer.data import toolcalls
+from finetune_trainer.data.field_names import (
+    CONTENT,
+    LEARNED,
+    METADATA_OF_MESSAGES,
+    NOT_LEARNED,
+    REASONING,
+    ROLE,
+    ROLES,
+    says_nothing,
+    shown,
+)
+from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
+
+Message = dict[str, Any]
+
+_PLAIN_ROLES = frozenset(("user", "assistant", "system"))
+_TEXT_PARTS = frozenset(("text", "input_text", "output_text"))
+_REASONING_PARTS = frozenset(("thinking", "reasoning"))
+_KINDS = """
+    image image_url input_image image_file audio input_audio audio_url video video_url file input_file document
+    tool_use tool_result refusal
+"""
+_NAMED_PARTS = frozenset(_KINDS.split())
+_OF_A_PART = frozenset(("type", "text", "content", "thinking", "reasoning", "cache_control", "id"))
+_PAIRS = ("human", "user", "input"), ("assistant", "gpt", "bot", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A message, and whether it says of itself that it is learned; None where it does not say."""
+
+    message: Message
+    learned: bool | None = None
+
+
+class MessageReader:
+    """Reads the messages of one row; keeps what it changed in them, and the fields that it passed over."""
+
+    def __init__(self, ignored: Collection[str], columns: Mapping[str, str]) -> None:
+        self._ignored = ignored
+        self._names = {theirs: ours for theirs, ours in columns.items() if ours in ("role", "content")}
+        self.changes: set[Change] = set()
+        self.passed_over: set[str] = set()
+
+    def read(self, value: object, field: str) -> list[Said]:
+        """Return the messages of a list, or of the JSON text of one. Raises RefusedError."""
+        if value is None:
+            raise RefusedError(Problem.MISSING_FIELD, field)
+        found = toolcalls.from_json(value, field, "a list of messages")
+        if not isinstance(found, list):
+            raise RefusedError(Problem.WRONG_TYPE, field, "must be a list of messages, or the JSON text of one")
+        items = cast(list[object], found)
+        if not items:
+            raise RefusedError(Problem.EMPTY, field)
+        if len(items) > MAX_MESSAGES:
+            raise RefusedError(Problem.TOO_MANY_MESSAGES, field)
+        said: list[Said] = []
+        for index, item in enumerate(items):
+            if isinstance(item, dict) and len(cast(Message, item)) == 2 and _is_plain(cast(Message, item)):
+                said.append(Said(cast(Message, item)))
+            else:
+                said += self._messages(item, f"{field}[{index}]")
+        return said
+
+    def _messages(self, value: object, field: str) -> list[Said]:
+        if not isinstance(value, dict):
+            raise RefusedError(Problem.WRONG_TYPE, field, "must be an object with role and content")
+        item = cast(Message, value)
+        if self._ignored:
+            self.passed_over |= {f"messages[].{shown(name)}" for name in item if name in self._ignored}
+            item = {name: each for name, each in item.items() if name not in self._ignored}
+        named = {self._names.get(name, name): each for name, each in item.items() if each is not None}
+        if not any(name in named for name in (*ROLE, *CONTENT)):
+            pair = [next((name for name in names if name in named), None) for names in _PAIRS]
+            if None not in pair:
+                return self._pair(named, cast(list[str], pair), field)
+        return [self._message(named, field)]
+
+    def _pair(self, item: Message, names: list[str], field: str) -> list[Said]:
+        """Read an item that holds a question and its answer, each under the name of who says it."""
+        system = ["system"] if not says_nothing(item.get("system")) else []
+        self._refuse_unknown(item, {*names, "system"}, field)
+        roles = zip([*system, *names], [*system, "user", "assistant"], strict=True)
+        return [Said({"role": role, "content": text(item[name], f"{field}.{name}")}) for name, role in roles]
+
+    def _message(self, item: Message, field: str) -> Said:
+        role = self._role(item, field)
+        content_name = self._one_of(item, CONTENT, field)
+        read = {*ROLE, *CONTENT, *REASONING, *LEARNED, *NOT_LEARNED}
+        read |= {"tool_calls", "function_call", "tool_call_id", "name", "call_id"}
+        self._refuse_unknown(item, read, field)
+        place = f"{field}.{content_name or 'content'}"
+        content = item.get(content_name) if content_name else None
+        called: list[dict[str, Any]] = []
+        if role == "call":
+            role, called, content = "assistant", toolcalls.calls(content, place), None
+        called += self._calls(item, role, field)
+        message: Message = {"role": role}
+        reasoning: str | None = None
+        if isinstance(content, list) and role != "tool":
+            content, reasoning = self._parts(cast(list[object], content), place)
+        elif role == "tool":
+            content = self._result(content, place)
+        reasoning = self._reasoning(item, role, reasoning, field)
+        if not (called or reasoning) or not says_nothing(content):
+            message["content"] = text(content, place, may_be_empty=role in ("system", "developer", "tool"))
+        if reasoning is not None:
+            message.setdefault("content", "")
+            message["reasoning_content"] = reasoning
+        if called:
+            message["tool_calls"] = called
+        self._add_names(message, item, field)
+        return Said(message, self._learned(item, role, field))
+
+    def _role(self, item: Message, field: str) -> str:
+        name = self._one_of(item, ROLE, field)
+        if name is None:
+            raise RefusedError(Problem.MISSING_FIELD, f"{field}.role")
+        said = item[name]
+        role = ROLES.get(said.strip().lower().replace("-", "_")) if isinstance(said, str) else None
+        if role is None:
+            raise RefusedError(Problem.UNKNOWN_ROLE, f"{field}.{name}")
+        return role
+
+    def _one_of(self, item: Message, names: Collection[str], field: str) -> str | None:
+        """Return the name under which something is said. Raises RefusedError where two say different things."""
+        given = [name for name in names if name in item]
+        said = [name for name in given if not says_nothing(item[name])] or given[:1]
+        if any(item[name] != item[said[0]] for name in said[1:]):
+            raise RefusedError(Problem.TWO_FIELDS, f"{field}.{said[1]}")
+        return said[0] if said else None
+
+    def _refuse_unknown(self, item: Message, known: Collection[str], field: str) -> None:
+        for name, value in item.items():
+            if name not in known and not says_nothing(value):
+                if name not in METADATA_OF_MESSAGES:
+                    raise RefusedError(Problem.UNKNOWN_FIELD, f"{field}.{shown(name)}")
+                self.passed_over.add(f"messages[].{name}")
+
+    def _calls(self, item: Message, role: str, field: str) -> list[dict[str, Any]]:
+        called: list[dict[str, Any]] = []
+        for name in ("tool_calls", "function_call"):
+            if name in item:
+                called += toolcalls.calls(item[name], f"{field}.{name}")
+        if called and role != "assistant":
+            raise RefusedError(Problem.WRONG_TYPE, f"{field}.tool_calls", "only an assistant's message may call tools")
+        return called
+
+    def _parts(self, parts: list[object], field: str) -> tuple[str, str | None]:
+        """Return the text of a content of several parts, and its reasoning."""
+        texts: list[str] = []
+        reasoning: list[str] = []
+        for index, part in enumerate(parts):
+            place = f"{field}[{index}]"
+            kind, said = _part(part, place)
+            (reasoning if kind in _REASONING_PARTS else texts).append(said)
+        if len(texts) > 1 or len(reasoning) > 1:
+            self.changes.add(Change.PARTS_JOINED)
+        return "".join(texts), "".join(reasoning) if reasoning else None
+
+    def _result(self, content: object, field: str) -> object:
+        """Return the result of a tool as text: of an object or a list that is no list of parts, its JSON."""
+        if content is None:
+            return ""
+        if isinstance(content, list) and all(_looks_like_a_part(each) for each in cast(list[object], content)):
+            return self._parts(cast(list[object], content), field)[0]
+        if isinstance(content, dict | list | int | float):
+            self.changes.add(Change.RESULT_AS_JSON)
+            return json.dumps(content, ensure_ascii=False)
+        return content
+
+    def _reasoning(self, item: Message, role: str, of_parts: str | None, field: str) -> str | None:
+        name = self._one_of(item, REASONING, field)
+        said = item[name] if name is not None and not says_nothing(item[name]) else None
+        if said is None:
+            return of_parts
+        if role != "assistant":
+            raise RefusedError(Problem.WRONG_TYPE, f"{field}.{name}", "only an assistant's message may have reasoning")
+        if of_parts not in (None, said):
+            raise RefusedError(Problem.TWO_FIELDS, f"{field}.{name}")
+        return text(said, f"{field}.{name}")
+
+    def _add_names(self, message: Message, item: Message, field: str) -> None:
+        """Add which call a result answers, and the name of who speaks."""
+        call_id = item.get("tool_call_id", item.get("call_id"))
+        for name, value in (("tool_call_id", call_id), ("name", item.get("name"))):
+            if not says_nothing(value):
+                if name == "tool_call_id" and message["role"] != "tool":
+                    raise RefusedError(Problem.WRONG_TYPE, f"{field}.{name}", "only the result of a tool may have it")
+                message[name] = text(value, f"{field}.{name}")
+
+    def _learned(self, item: Message, role: str, field: str) -> bool | None:
+        """Return whether the message says that it is learned. Raises RefusedError where that is not clear."""
+        found: bool | None = None
+        is_said = False
+        for name in (*LEARNED, *NOT_LEARNED):
+            value = item.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise RefusedError(Problem.MASK_NOT_CLEAR, f"{field}.{name}")
+            learned = bool(value) is (name in LEARNED)
+            if found not in (None, learned):
+                raise RefusedError(Problem.TWO_FIELDS, f"{field}.{name}")
+            found = learned
+            # A weight of 1, or `masked: false`, is what some write for all messages; `train: true` is meant.
+            is_said = is_said or value is True or not learned
+            if value is True and learned and role != "assistant":
+                raise RefusedError(Problem.MASK_OF_OTHERS, f"{field}.{name}")
+        return found if is_said and role == "assistant" else None
+
+
+def _is_plain(item: Message) -> bool:
+    """Whether a message of two fields is in OpenAI's form already: nearly all are."""
+    content = item.get("content")
+    return (
+        item.get("role") in _PLAIN_ROLES
+        and type(content) is str
+        and "\0" not in content
+        and bool(content)
+        and not content.isspace()
+    )
+
+
+def text(value: object, field: str, may_be_empty: bool = False) -> str:
+    """Return a value that must be a text with something in it. Raises RefusedError."""
+    if value is None:
+        raise RefusedError(Problem.MISSING_FIELD, field)
+    if isinstance(value, Broken):
+        raise RefusedError(value.problem, field, value.detail)
+    if not isinstance(value, str):
+        raise RefusedError(Problem.WRONG_TYPE, field, "must be a string")
+    if "\0" in value:
+        raise RefusedError(Problem.NUL, field)
+    if not may_be_empty and (not value or value.isspace()):
+        raise RefusedError(Problem.EMPTY, field)
+    return value
+
+
+def _looks_like_a_part(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    kind = cast(dict[str, Any], value).get("type")
+    return kind in _TEXT_PARTS or kind in _NAMED_PARTS
+
+
+def _part(value: object, field: str) -> tuple[str, str]:
+    """Return the kind of a part, and its text. Raises RefusedError."""
+    if isinstance(value, str):
+        return "text", text(value, field, may_be_empty=True)
+    if not isinstance(value, dict):
+        raise RefusedError(Problem.WRONG_TYPE, field, "must be a part: a text, or an object with type and text")
+    part = {name: each for name, each in cast(dict[str, Any], value).items() if each is not None}
+    kind = part.get("type", "text")
+    if kind not in _TEXT_PARTS and kind not in _REASONING_PARTS:
+        detail = f"its type is {kind}" if kind in _NAMED_PARTS else ""
+        raise RefusedError(Problem.NOT_TEXT, field, detail)
+    unknown = next((name for name in part if name not in _OF_A_PART and not says_nothing(part[name])), None)
+    if unknown is not None:
+        named = unknown in _NAMED_PARTS
+        raise RefusedError(Problem.NOT_TEXT if named else Problem.UNKNOWN_FIELD, f"{field}.{shown(unknown)}")
+    given = [name for name in (str(kind), "text", "content") if name in part]
+    said = part[given[0]] if given else None
+    if isinstance(said, list):  # Mistral writes the parts of its reasoning again as parts
+        return str(kind), "".join(_part(each, f"{field}[{i}]")[1] for i, each in enumerate(cast(list[object], said)))
+    return str(kind), text(said, f"{field}.text", may_be_empty=True)
