@@ -26,7 +26,7 @@ def finished(cluster: testbed.Cluster, releases: list[Release], folder: Path, ar
         operator_finished.measure(cluster, release, namespace, folder / f"finished-{number}")
         for number, release in enumerate(releases)
     ]
-    title = f"## {arguments.finished} finished jobs\n\nKept, with a filled status of 4 to 5 KiB each."
+    title = f"{arguments.finished} finished jobs that are kept, with a filled status of 4 to 5 KiB each."
     return f"{title}\n\n{tables.table(*operator_finished.table_rows(runs))}"
 
 
@@ -38,8 +38,10 @@ def thousand(cluster: testbed.Cluster, releases: list[Release], folder: Path, ar
         like = f"operator-{number}"
         runs.append(operator_thousand.run_operator(cluster, release, like, count, seconds, folder / like))
         bare.append(operator_thousand.run_bare(cluster, like, f"bare-{number}", count, seconds))
-    title = f"## {count} jobs in {seconds:.0f} s\n\nEach to its end; one pod in ten takes 40 s to start. In turns with"
-    title += " a client that creates as many Kubernetes Jobs, and nothing else."
+    title = (
+        f"{count} jobs in {seconds:.0f} s, each to its end; one pod in ten takes 40 s to start. In turns with a client"
+    )
+    title += " that creates as many Kubernetes Jobs, and nothing else."
     return f"{title}\n\n{tables.table(*operator_thousand.table_rows(runs, bare))}"
 
 
@@ -58,26 +60,23 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="real jobs")
     parser.add_argument("--steps", type=int, default=6, help="of each real job")
     arguments = parser.parse_args()
-    at_scale = [name for name in AT_SCALE if name in arguments.tables]
-    parts: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         before = [of_commit(arguments.baseline, folder / "baseline")] if arguments.baseline else []
-        for name in at_scale:
+        for name in [name for name in AT_SCALE if name in arguments.tables]:
             cluster = start_control_plane(INSTANCE)
             try:
-                parts.append(AT_SCALE[name](cluster, [*before, of_checkout()], folder, arguments))
-                print(f"{parts[-1]}\n\nload {os.getloadavg()[0]:.1f}\n", flush=True)
+                body = AT_SCALE[name](cluster, [*before, of_checkout()], folder, arguments)
             finally:
                 testbed.down(INSTANCE)
-    over_the_limit = False
+            title = f"The operator at scale: {name}"
+            tables.write(f"operator-{name}", title, f"python -m bench.operator {name}", ["kopf", "kubernetes"], body)
     if "real" in arguments.tables:
-        part, over_the_limit = operator_real_jobs.table(arguments.runs, arguments.steps)
-        parts.append(part)
-    command = "python -m bench.operator" + "".join(f" {name}" for name in arguments.tables)
-    tables.write("operator", "The operator", command, ["kopf", "kubernetes"], "\n\n".join(parts))
-    if over_the_limit:
-        raise SystemExit("over the limit")
+        body, over_the_limit = operator_real_jobs.table(arguments.runs, arguments.steps)
+        title = "Memory and writes of the operator"
+        tables.write("operator", title, "python -m bench.operator real", ["kopf", "kubernetes"], body)
+        if over_the_limit:
+            raise SystemExit("over the limit")
 
 
 if __name__ == "__main__":

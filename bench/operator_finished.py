@@ -16,7 +16,7 @@ from finetune_api import names
 
 WORKERS = 8
 READY_S = 120.0
-SETTLED_S = 120.0  # for what the start leaves in the queue
+SETTLED_S = 90.0  # for what the start leaves in the queue
 SETTLED_CORES = 0.1
 IDLE_S = 60.0
 TIME = "2026-01-01T00:00:00Z"

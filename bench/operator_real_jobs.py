@@ -102,6 +102,6 @@ def table(runs: int, steps: int) -> tuple[str, bool]:
     ]
     for name in (f"bench-operator-{run}" for run in range(runs)):
         site.remove(cluster, "ftj", name)
-    title = f"## Real jobs\n\n{runs} jobs of {steps} steps, one after another; per job, medians (quartiles)."
+    title = f"{runs} jobs of {steps} steps, one after another; per job, medians (quartiles)."
     body = f"{title}\n\n{tables.table(['', 'measured', 'at most'], rows)}"
     return body, memory > MAX_MEMORY_MIB or max(besides) > MAX_WRITES

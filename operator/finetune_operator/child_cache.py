@@ -42,6 +42,11 @@ class ChildCache:
         jobs, pods = self.of(owner)
         return {job.uid for job in jobs} | {pod.owner_uid for pod in pods}
 
+    def knows(self, uid: str) -> bool:
+        """Whether this is the UID of a Kubernetes Job or pod of a FineTuneJob."""
+        with self._lock:
+            return uid in self._keys
+
     def owners(self) -> set[Owner]:
         """The FineTuneJobs of which anything is kept."""
         with self._lock:

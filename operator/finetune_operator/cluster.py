@@ -110,7 +110,12 @@ class Cluster:
         query = {"labelSelector": f"{_OURS},{names.LABEL_JOB_UID}={job_uid}"}
         return list(self._list(_path("pods", namespace), query).items())
 
-    def list_events(self, namespace: str, uid: str) -> list[Body]:
+    def list_events(self, namespace: str) -> Iterator[Body]:
+        """Events of a namespace, page by page, but those that we tell of FineTuneJobs."""
+        query = {"fieldSelector": f"involvedObject.kind!={names.KIND}"}
+        yield from self._list(_path("events", namespace), query).items()
+
+    def list_events_of(self, namespace: str, uid: str) -> list[Body]:
         """Events on one object: all there are, for one that has just been made."""
         query = {"fieldSelector": f"involvedObject.uid={uid}", "limit": "50"}
         items = self._request("GET", _path("events", namespace), query).get("items") or []

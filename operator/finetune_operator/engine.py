@@ -31,6 +31,7 @@ EXIT_LEASE_LOST = 3
 RESYNC_RETRY_S = 10.0
 CRD_RETRY_S = 5.0
 MISSING_CRD = f"the CRD {names.PLURAL}.{names.GROUP} is not installed: it is waited for"
+CHILD_DELAY_S = 0.5  # a pod is told of several times in its first second: one round for all
 STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
 UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
 
@@ -46,7 +47,7 @@ class Engine:
         pool_size = settings.workers + 2 * len(namespaces) + 4
         cluster = Cluster(metrics, pool_size=pool_size, answered=self._round_moved)
         self._cluster = cluster
-        self._children = ChildCache(self._queue.put)
+        self._children = ChildCache(lambda key: self._queue.put(key, CHILD_DELAY_S))
         self._progress = ProgressPuller(self._children, metrics, self._look_at, utcnow)
         self._stop, self._wake = threading.Event(), threading.Event()
         self._scopes = {name: Scope(cluster, self._children, metrics, name, self._wake.set) for name in namespaces}
@@ -82,13 +83,14 @@ class Engine:
         self._leading = True
         return True
 
-    def put(self, namespace: str, name: str, uid: str, generation: int) -> None:
+    def put(self, namespace: str, name: str, uid: str, generation: int, version: str) -> None:
         """The watch of FineTuneJobs says that the job was created, changed or deleted."""
         scope = self._scope_of(namespace)
         if scope is not None:
             scope.watch_lag.heard(uid, generation)
             scope.names[namespace, uid] = (namespace, name)
-            self._queue.put((namespace, name))
+            if not self._reconciler.has_written((namespace, uid), version):
+                self._queue.put((namespace, name))
 
     def stop(self) -> None:
         """Start no more rounds, wait for those in work, then give the lease back.

@@ -37,9 +37,22 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers)
     async def changed(namespace: str | None, name: str | None, uid: str | None, meta: kopf.Meta, **_: Any) -> None:
         if namespace and name and uid:
-            engine.put(namespace, name, uid, int(meta.get("generation") or 0))
+            engine.put(namespace, name, uid, int(meta.get("generation") or 0), str(meta.get("resourceVersion")))
 
     return handlers
+
+
+class NoDifferences(kopf.DiffBaseStorage):
+    """Finds none: Kopf would copy each object for that, with every event, and no handler here asks for them."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return {}
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Kopf keeps nothing on users' objects."""
 
 
 class Backoffs:
@@ -54,6 +67,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.posting.enabled = False
     settings.scanning.disabled = True  # else it lists CRDs and namespaces
     settings.peering.standalone = True
+    settings.persistence.diffbase_storage = NoDifferences()
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.inactivity_timeout = 90

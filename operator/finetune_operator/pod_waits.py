@@ -32,6 +32,10 @@ _IMAGE_WAITS = (
 )  # fmt: skip
 _CONFIG_WAITS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _FURTHER = ("SuccessfulCreate", "Pulling", "Pulled", "Created", "Started")  # the pod exists; its volumes are mounted
+TELLING_EVENTS = frozenset({
+    *_FURTHER, "FailedCreate", "FailedMount", "FailedCreatePodSandBox", "FailedAttachVolume", "NodeNotReady",
+    "TaintManagerEviction",
+})  # fmt: skip
 _NOT_FOUND = re.compile(r'(secret|configmap|serviceaccount|service account) "?([a-z0-9.-]+/)?([a-z0-9.-]+)"? not found')
 _FIELDS = {
     "secret": ("Secret", "storage.secretRef"),

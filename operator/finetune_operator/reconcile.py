@@ -21,6 +21,7 @@ from finetune_operator.close_attempts import digest_of_proof, wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
+from finetune_operator.event_reader import EventReader
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
@@ -56,6 +57,8 @@ class Reconciler:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
+        self._written: dict[Owner, str] = {}  # version of each unfinished job that our last write of its status made
+        self._events = EventReader(cluster, children.knows)
         self._exported: dict[tuple[str, str], str] = {}  # key → UID
         self._lock = threading.Lock()
 
@@ -76,12 +79,19 @@ class Reconciler:
                     raise
         raise LaterError(f"{MAX_CONFLICTS} conflicts in a row")
 
+    def has_written(self, owner: Owner, version: str) -> bool:
+        """Return True for the version of a job that our own write of its status made.
+
+        Its round knows all that is in it, as the write was conditional, and what it did not end it does once more."""
+        return self._written.get(owner) == version
+
     def forget(self, key: tuple[str, str]) -> None:
         """The job is deleted."""
         with self._lock:
             uid = self._exported.pop(key, None)
         if uid is not None:
             self._created.pop((key[0], uid), None)
+            self._written.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
             self._metrics.forget(*key)
 
@@ -102,8 +112,11 @@ class Reconciler:
                 self._act(stored, action, creation)
         except RefusedError as refused:
             return self._refused(stored, observation, refused)
+        if stored.finished and not job.finished:
+            return self._round(stored)  # its verdict is stored: now it is tidied up
         if stored.finished:
             self._created.pop(stored.owner, None)
+            self._written.pop(stored.owner, None)
             self._children.forget(stored.owner)
         return decision.requeue_after_s
 
@@ -150,14 +163,14 @@ class Reconciler:
         uid = needs_explanation(child, [p for p in observation.pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return observation
-        events = self._cluster.list_events(job.namespace, uid)
-        return replace(observation, blocked=explain_events(events, job.namespace))
+        return replace(observation, blocked=explain_events(self._events.of(job.namespace, uid), job.namespace))
 
     def _store(self, job: FineTuneJob, decision: Decision) -> FineTuneJob:
         """Write the status if it differs, then tell what changed. Return the job as it is stored then."""
         patch = status_patch(_dump(job.status), _dump(decision.status))
         if patch:
             job = read_job(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
+            self._written[job.owner] = job.resource_version
             for event in decision.events:
                 self._tell(job, event)
         self._export(job)

@@ -187,11 +187,34 @@ def test_no_round_is_begun_before_the_jobs_and_pods_of_its_namespace_are_known(e
     cluster.watch = late  # type: ignore[method-assign]
     cluster.finetunejobs = [finetunejob("busy")]
     assert engine.start()
-    engine.put("a", "busy", "uid-busy", 1)
+    engine.put("a", "busy", "uid-busy", 1, "5")
     until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
     assert cluster.rounds.empty()
     know.set()
     assert cluster.rounds_until("busy") == ["busy"]
+
+
+def test_what_our_own_write_of_the_status_is_told_as_brings_no_round(
+    engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
+):
+    def written(owner: tuple[str, str], version: str) -> bool:
+        return (owner, version) == (("a", "uid-ours"), "7")
+
+    monkeypatch.setattr(engine._reconciler, "has_written", written)  # pyright: ignore[reportPrivateUsage]
+    assert engine.start()
+    engine.put("a", "ours", "uid-ours", 1, "7")
+    engine.put("a", "another", "uid-another", 1, "7")
+    assert cluster.rounds_until("another") == ["another"]
+    engine.put("a", "ours", "uid-ours", 1, "8")
+    assert cluster.rounds_until("ours") == ["ours"]
+
+
+def test_kopf_copies_no_object_to_look_for_differences():
+    settings = kopf.OperatorSettings()
+    handlers.configure(settings)
+    unreadable = cast(kopf.Body, None)
+    assert settings.persistence.diffbase_storage.fetch(body=unreadable) is None
+    assert settings.persistence.diffbase_storage.build(body=unreadable) == {}
 
 
 def test_stopping_waits_for_the_round_in_work_with_the_lease_held_and_then_gives_it_back(
@@ -249,7 +272,7 @@ def test_rounds_in_a_namespace_that_was_refused_are_not_begun_until_it_can_be_li
     cluster.list_finetunejobs = refused  # type: ignore[method-assign]
     assert engine.start()
     engine.resync()
-    engine.put("a", "gone", "uid-gone", 1)
+    engine.put("a", "gone", "uid-gone", 1, "5")
     until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
     assert cluster.rounds.empty()
     assert "cluster: finetunejobs: 403 Forbidden, for 0 s" in engine.health().notes
@@ -372,20 +395,20 @@ def test_the_figures_of_a_job_whose_deletion_nobody_heard_end_with_the_next_resy
     assert found == [0, None]
 
 
-def test_what_kopf_tells_is_heard_with_its_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+def test_what_kopf_tells_is_heard_with_its_generation_and_version(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     told: list[object] = []
 
     def put(*what: object) -> None:
         told.append(what)
 
     monkeypatch.setattr(engine, "put", put)
-    raw: Any = {"metadata": {"namespace": "a", "name": "bot", "uid": "u", "generation": 3}}
+    raw: Any = {"metadata": {"namespace": "a", "name": "bot", "uid": "u", "generation": 3, "resourceVersion": "7"}}
     body = kopf.Body(raw)
     watching = handlers.registry(engine)._watching  # pyright: ignore[reportPrivateUsage]
     (handler,) = watching.get_all_handlers()
     arguments = {"namespace": "a", "name": "bot", "uid": "u", "meta": body.metadata, "type": "MODIFIED"}
     asyncio.run(cast(Any, handler.fn)(**arguments))
-    assert told == [("a", "bot", "u", 3)]
+    assert told == [("a", "bot", "u", 3, "7")]
 
 
 @pytest.fixture

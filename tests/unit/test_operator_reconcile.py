@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ class FakeCluster:
         self.dropped: tuple[str, ...] = ()  # what the CRD's schema of a status record does not know
         self.pods: list[dict[str, Any]] = []
         self.lists_of_pods = 0
+        self.ttls: list[str] = []
 
     def submit(self, uid: str = UID, **spec: Any) -> None:
         meta = {"name": "bot", "namespace": "a", "uid": uid, "generation": 1, "resourceVersion": "1"}
@@ -66,10 +68,11 @@ class FakeCluster:
         self.lists_of_pods += 1
         return self.pods
 
-    def set_ttl(self, namespace: str, name: str, seconds: int) -> None: ...
+    def set_ttl(self, namespace: str, name: str, seconds: int) -> None:
+        self.ttls.append(name)
 
-    def list_events(self, namespace: str, uid: str) -> list[dict[str, Any]]:
-        return []
+    def list_events(self, namespace: str) -> Iterator[dict[str, Any]]:
+        return iter(())
 
     def create(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         self._may_fail(f"create {kind}")
@@ -231,6 +234,31 @@ def test_nothing_is_created_beside_a_living_job_that_the_watch_has_not_shown_yet
     with pytest.raises(LaterError, match="alive"):
         reconciler.reconcile(KEY)
     assert cluster.jobs() == [other]
+
+
+def test_a_round_knows_the_version_that_its_own_write_made_and_no_other(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    version = cluster.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"]
+    assert reconciler.has_written(("a", UID), version)
+    assert not reconciler.has_written(("a", UID), str(int(version) + 1))
+    assert not reconciler.has_written(("a", "of-another"), version)
+    del cluster.objects["finetunejobs", "bot"]
+    reconciler.reconcile(KEY)
+    assert not reconciler.has_written(("a", UID), version)
+
+
+def test_the_round_that_stores_the_verdict_gives_the_ended_jobs_their_time_to_live(
+    reconciler: Reconciler, cluster: FakeCluster, children: ChildCache
+):
+    """The message about that write brings no round."""
+    reconciler.reconcile(KEY)
+    failed = {"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    children.take("jobs", "MODIFIED", {**cluster.objects["jobs", FIRST], "status": {"conditions": [failed]}})
+    cluster.status["record"]["acceptedAt"] = "2025-01-01T00:00:00Z"
+    cluster.objects["finetunejobs", "bot"]["spec"]["activeDeadlineSeconds"] = 60
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Finished") == ("True", "DeadlineExceeded")
+    assert cluster.ttls == [FIRST]
 
 
 def config_maps(cluster: FakeCluster) -> list[str]:
