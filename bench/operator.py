@@ -6,6 +6,7 @@ control plane alone (`make testbed`); pods are acted. real: real jobs to their e
 
 import argparse
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bench.operator_process import Release, of_checkout, of_commit, start_contro
 INSTANCE = f"bench-operator-{os.getpid()}"
 BASELINE = "723dcf3"
 SECONDS = 60.0
+TABLE_S = 900  # for one table at scale
 
 
 def finished(cluster: testbed.Cluster, releases: list[Release], folder: Path, arguments: argparse.Namespace) -> str:
@@ -60,14 +62,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="real jobs")
     parser.add_argument("--steps", type=int, default=6, help="of each real job")
     arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _end)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         before = [of_commit(arguments.baseline, folder / "baseline")] if arguments.baseline else []
         for name in [name for name in AT_SCALE if name in arguments.tables]:
-            cluster = start_control_plane(INSTANCE)
+            signal.alarm(TABLE_S)
             try:
+                cluster = start_control_plane(INSTANCE)
                 body = AT_SCALE[name](cluster, [*before, of_checkout()], folder, arguments)
             finally:
+                signal.alarm(0)
                 testbed.down(INSTANCE)
             title = f"The operator at scale: {name}"
             tables.write(f"operator-{name}", title, f"python -m bench.operator {name}", ["kopf", "kubernetes"], body)
@@ -77,6 +83,11 @@ def main() -> None:
         tables.write("operator", title, "python -m bench.operator real", ["kopf", "kubernetes"], body)
         if over_the_limit:
             raise SystemExit("over the limit")
+
+
+def _end(number: int, _frame: object) -> None:
+    """End with all that was started, which the default of a signal would leave behind."""
+    raise SystemExit(f"ended by {signal.Signals(number).name}: no table is written")
 
 
 if __name__ == "__main__":
