@@ -54,7 +54,7 @@ class Operator:
             "FINETUNE_IDENTITY": identity,
             "FINETUNE_RUNTIMES_FILE": str(self._runtimes),
             "FINETUNE_HTTP_PORT": str(self.port),
-            "FINETUNE_RESYNC_INTERVAL_S": "2",
+            "FINETUNE_RESYNC_INTERVAL_S": "1",
             "FINETUNE_LEASE_DURATION_S": "20",  # a busy machine renews it in time
             "PYTHONUNBUFFERED": "1",
             **env,

@@ -289,6 +289,7 @@ def test_an_operator_that_can_read_no_namespace_is_not_ready_after_a_while_and_l
         raise ApiError(403, "Forbidden", "")
 
     cluster.watch = cluster.list_finetunejobs = refused  # type: ignore[method-assign]
+    monkeypatch.setattr(engine_module, "RESYNC_RETRY_S", 0.01)
     assert engine.start()
     until(lambda: len(engine.health().notes) == 4, "troubles with all three kinds are told")
     assert engine.health().unready == engine.health().stuck == ()
