@@ -17,6 +17,7 @@ LORA_ALPHA = 32
 
 SEQUENCE_LENGTH = 2048  # at most, in tokens
 ON_BAD_ROW = "Fail"
+MAX_UNROLLED_FRACTION = 0.9  # of all tokens; conversations of some twenty answers of equal length repeat as much
 MAX_BROKEN_FRACTION = 0.05
 SYSTEM_MESSAGES = "Keep"
 SAME_ROLE_MESSAGES = "Keep"

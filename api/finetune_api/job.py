@@ -222,6 +222,16 @@ class SameRoleMessages(StrEnum):
     JOIN = "Join"
 
 
+class Vanishing(StrEnum):
+    """What a chat template may leave out of a row where that is accepted."""
+
+    SYSTEM = "System"
+    REASONING = "Reasoning"
+    TOOLS = "Tools"
+    TOOL_CALLS = "ToolCalls"
+    TOOL_RESULTS = "ToolResults"
+
+
 class PreprocessingSpec(ApiModel):
     """How rows become tokens."""
 
@@ -237,6 +247,27 @@ class PreprocessingSpec(ApiModel):
         default=None,
         description="plain renders conversations with the built-in plain template, for base models that have none. "
         "Absent: the model's own chat template.",
+    )
+    accept_vanishing: list[Vanishing] | None = Field(
+        default=None,
+        max_length=5,
+        description="What the chat template may leave out of rows: System (prompts), Reasoning, Tools (definitions), "
+        "ToolCalls, ToolResults. It is counted in the report. Absent: nothing; a row that would lose something is "
+        "broken. Example: [Reasoning], to learn the answers of a reasoning dataset with a model that does not reason.",
+    )
+    add_end_token: bool | None = Field(
+        default=None,
+        description="Whether the model's own end token is added to answers that the chat template ends in no token at "
+        "which the model stops. Absent: false; such answers are refused, since a server would never end them.",
+    )
+    max_unrolled_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Where a chat template writes an answer differently once others follow (reasoning is kept in the "
+        "last one alone), each answer is learned in a sequence of its own, after the conversation before it. The job "
+        "fails when more than this share of all tokens is what is so repeated. "
+        f"Absent: {defaults.MAX_UNROLLED_FRACTION}.",
     )
     max_sequence_length: int | None = Field(
         default=None,

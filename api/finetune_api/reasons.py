@@ -149,7 +149,11 @@ class Fault(StrEnum):
     NO_CHAT_TEMPLATE = "NoChatTemplate"
     TEMPLATE_FAILED = "TemplateFailed"
     TEMPLATE_INVALID = "TemplateInvalid"
-    TEMPLATE_NOT_PREFIX_STABLE = "TemplateNotPrefixStable"
+    ANSWER_NOT_AS_SERVED = "AnswerNotAsServed"
+    NO_REASONING = "NoReasoning"
+    NO_STOP_TOKEN = "NoStopToken"
+    PART_VANISHES = "PartVanishes"
+    UNROLLED_TOO_MUCH = "UnrolledTooMuch"
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
     UNSUPPORTED_MODEL = "UnsupportedModel"
     BROKEN_MODEL = "BrokenModel"
@@ -234,15 +238,38 @@ FAULTS: dict[Fault, FaultText] = {
         "the chat template of {uri} cannot be used, whatever the rows are: {problem}; fix the template beside the "
         "model, or set preprocessing.chatTemplate: plain for a base model",
     ),
-    Fault.TEMPLATE_NOT_PREFIX_STABLE: FaultText(
+    Fault.ANSWER_NOT_AS_SERVED: FaultText(
         Reason.DATA_INVALID,
-        "{file} row {row}: the chat template renders the conversation up to message {message} {difference}; {remedy}",
-        {
-            "difference": "differently once more messages follow, so the model would learn answers that it is never "
-            "to give",
-            "remedy": "give each answer a row of its own (prompt: the messages before it, completion: the answer), or "
-            "leave such rows out by preprocessing.onBadRow: Quarantine",
-        },
+        "{file} row {row}: the chat template writes message {message} without text that its own prompt for it has, so "
+        "the model would not learn to answer the prompts that it gets; set preprocessing.chatTemplate: plain, write "
+        "the rows with prompt and completion as plain strings, which no template renders, or change the chat "
+        "template beside the model",
+    ),
+    Fault.NO_REASONING: FaultText(
+        Reason.DATA_INVALID,
+        "{file} row {row}: the chat template's prompt for message {message} opens a block of reasoning, of which the "
+        "message has none, and the template has no prompt without it; write the reasoning into reasoning_content, or "
+        "before the answer as <think>…</think>, or set preprocessing.chatTemplate: plain",
+    ),
+    Fault.NO_STOP_TOKEN: FaultText(
+        Reason.CONFIG_INVALID,
+        "{file} row {row}: the chat template ends message {message} in no token at which the model stops, which are "
+        "{stops}, so that a server would never end its answers; if the template has an end token, name it as "
+        "eos_token_id in the model's generation_config.json, which servers read; else set preprocessing.addEndToken: "
+        "true, which ends each answer with {added}",
+    ),
+    Fault.PART_VANISHES: FaultText(
+        Reason.DATA_INVALID,
+        "{file} row {row}: {field} is not in what the chat template makes of the row, so that it would be lost; "
+        "{remedy}, or leave such rows out by preprocessing.onBadRow: Quarantine",
+        {"remedy": "accept that by preprocessing.acceptVanishing"},
+    ),
+    Fault.UNROLLED_TOO_MUCH: FaultText(
+        Reason.DATA_INVALID,
+        "{repeated} of {tokens} tokens are the beginnings of conversations, repeated for each answer since the chat "
+        "template writes an answer differently once others follow; preprocessing.maxUnrolledFraction allows "
+        "{allowed} of all tokens: raise it, cut conversations into shorter ones, or set "
+        "preprocessing.chatTemplate: plain, by which one sequence carries a conversation",
     ),
     Fault.SEQUENCE_LENGTH_TOO_LONG: FaultText(
         Reason.CONFIG_INVALID,

@@ -35,8 +35,10 @@ ROW_WORDS: dict[str, str] = {
     "no_assistant_message": "has no assistant message to learn from",
     "too_many_messages": f"has more than {MAX_MESSAGES} messages",
     "template_failed": "is refused by the chat template",
-    "template_not_prefix_stable": "is rendered differently once more messages follow",
     "generation_prompt_not_kept": "is rendered without text that the chat template's prompt for it has",
+    "no_reasoning": "has no reasoning for the block of it that the chat template's prompt opens",
+    "no_stop_token": "ends in no token at which the base model stops",
+    "vanishes": "is not in what the chat template makes of the row",
     # Valid, but of no use.
     "too_long": "is longer than preprocessing.maxSequenceLength, or than the limit chosen for it",
     "no_label": "has nothing to learn: no token of an answer is in what the chat template makes of it",

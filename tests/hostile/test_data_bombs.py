@@ -169,7 +169,7 @@ ATTACKS = {
     ),
     "a template of megabytes for each row": Attack(
         write=_chats,
-        template="{{ 'x' * 30000000 }}",
+        template="{{ 'x' * 30000000 }}" + data_run.CHATML,
         fault=Fault.TEMPLATE_FAILED,
         words=("a.jsonl row 1", "it makes more than 10 Mi characters of the row"),
     ),

@@ -21,7 +21,9 @@ from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, 
 from finetune_trainer import prepare
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import structure
+from finetune_trainer.data.answers import Chat, Ends, RenderedSequence, everything, learnable
 from finetune_trainer.data.structure import LoadReport
+from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.runplan import RunPlan, SplitFiles
 from finetune_trainer.serve import Reporter
 from finetune_trainer.store import open_store
@@ -36,6 +38,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN, INNER, LAYERS = 32, 48, 2
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"
 GIB = 2**30
+ENDS = Ends(("<|im_end|>", "</s>"))
 
 
 def byte_bpe(vocabulary_size: int = 600) -> Tokenizer:
@@ -134,6 +137,17 @@ def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
 def every_answer(messages: Sequence[dict[str, Any]], learn_from: int = 0) -> tuple[bool, ...]:
     """Return what is learned where every answer from message `learn_from` on is."""
     return tuple(index >= learn_from and each["role"] == "assistant" for index, each in enumerate(messages))
+
+
+def one_sequence(
+    template: ChatTemplate, messages: list[dict[str, Any]], learned: Sequence[bool], learn_all: bool = False
+) -> RenderedSequence:
+    """Return the text that carries all answers of a conversation, and where they are in it."""
+    chat = Chat(messages, learned)
+    if learn_all:
+        return everything(template, chat)
+    (sequence,) = learnable(template, chat, ENDS).sequences
+    return sequence
 
 
 def jsonl(rows: Iterable[object]) -> bytes:

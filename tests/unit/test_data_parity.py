@@ -9,12 +9,12 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from data_run import CHATML, byte_bpe, every_answer, write_model
+from data_run import CHATML, byte_bpe, every_answer, one_sequence, write_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.data.model_facts import read_model
-from finetune_trainer.data.template import ChatTemplate, answers, plain_template
+from finetune_trainer.data.template import ChatTemplate, plain_template
 from finetune_trainer.store import open_store
 
 LLAMA3 = (
@@ -65,7 +65,7 @@ def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path, source: str
     template = ChatTemplate(source, model.special_tokens, datetime.now(UTC))
     for conversation in CONVERSATIONS:
         messages = [{key: value for key, value in message.items() if value is not None} for message in conversation]
-        whole, spans = answers(template, messages, every_answer(messages), learn_all=False)
+        whole, spans = one_sequence(template, messages, every_answer(messages), learn_all=False)
         assert whole == judge.apply_chat_template(conversation, tokenize=False)
         (tokens,) = model.tokenizer.conversations([whole], [spans], learn_all=False)
         expected = judge.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
@@ -78,7 +78,7 @@ def test_generation_tags_and_structure_find_the_same_answers(tmp_path: Path) -> 
     model = read_model(open_store(StorageConfig()), uri)
     template = ChatTemplate(BLOCKS, model.special_tokens, datetime.now(UTC))
     conversation = [*CONVERSATIONS[0], {"role": "user", "content": "r"}, {"role": "assistant", "content": "the fox"}]
-    whole, spans = answers(template, conversation, every_answer(conversation), learn_all=False)
+    whole, spans = one_sequence(template, conversation, every_answer(conversation), learn_all=False)
     (tokens,) = model.tokenizer.conversations([whole], [spans], learn_all=False)
     expected = judge.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

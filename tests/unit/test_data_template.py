@@ -7,115 +7,83 @@ from typing import Any
 import jinja2
 import pytest
 
-from data_run import CHATML, every_answer
+from data_run import CHATML, ENDS, every_answer, one_sequence
 from finetune_trainer.data import renderer
+from finetune_trainer.data.answers import Ends, RenderedSequence
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.template import (
     ChatTemplate,
-    NotPrefixStableError,
-    PromptNotKeptError,
-    answers,
     find_template,
     plain_template,
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-# Shows reasoning only in the last answer, as Qwen3's template does.
-FORGETFUL = (
-    "{% for m in messages %}<{{ m.role }}>"
-    "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }};{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def messages(*texts: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def spans_of(source: str, texts: tuple[str, ...], learn_from: int = 0, learn_all: bool = False) -> list[str]:
+def spans_of(sequence: RenderedSequence) -> list[str]:
+    return [sequence.text[begin:end] for begin, end in sequence.spans]
+
+
+def taught(source: str, texts: tuple[str, ...], learn_from: int = 0) -> list[str]:
+    """Return the answers of a conversation that one sequence carries."""
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, NOW)
-    whole, spans = answers(template, messages(*texts), every_answer(messages(*texts), learn_from), learn_all)
-    assert whole == template.render(messages(*texts))
-    return [whole[begin:end] for begin, end in spans]
+    found = one_sequence(template, messages(*texts), every_answer(messages(*texts), learn_from))
+    assert found.text == template.render(messages(*texts))
+    return spans_of(found)
 
 
-def test_an_answer_is_what_the_template_adds_to_the_generation_prompt() -> None:
-    assert spans_of(CHATML, ("q", "a", "r", "b")) == ["a<|im_end|>\n", "b<|im_end|>\n"]
+def test_an_answer_is_what_the_template_adds_to_the_generation_prompt_through_the_stop_token() -> None:
+    assert taught(CHATML, ("q", "a", "r", "b")) == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_only_answers_of_the_completion_are_learned() -> None:
-    assert spans_of(CHATML, ("q", "a", "r", "b"), learn_from=2) == ["b<|im_end|>\n"]
+    assert taught(CHATML, ("q", "a", "r", "b"), learn_from=2) == ["b<|im_end|>"]
 
 
 def test_an_answer_between_others_may_be_context_only() -> None:
     template, turns = ChatTemplate(CHATML, {}, NOW), messages("q", "a", "r", "b", "s", "c")
-    whole, spans = answers(template, turns, (False, True, False, False, False, True), False)
-    assert [whole[begin:end] for begin, end in spans] == ["a<|im_end|>\n", "c<|im_end|>\n"]
+    found = one_sequence(template, turns, (False, True, False, False, False, True))
+    assert spans_of(found) == ["a<|im_end|>", "c<|im_end|>"]
 
 
 def test_tools_and_what_the_row_hands_to_the_template_reach_it() -> None:
     source = "{{ tools[0].function.name }} {{ mood }} {{ eos_token }}" + CHATML
-    child = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False)
+    child = Renderer(source, {"eos_token": "</s>"}, NOW, ends=ENDS, learn_all=False, accepted=["Tools"])
     tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "weather"}}]
     try:
         (found,) = child.render([Conversation(messages("q", "a"), (False, True), tools, {"mood": "calm"})])
     finally:
         child.close()
     assert isinstance(found, Rendered)
-    assert found.text.startswith("weather calm </s><|im_start|>user")
+    assert found.sequences[0].text.startswith("weather calm </s><|im_start|>user")
 
 
 def test_with_all_tokens_to_learn_there_is_one_span_from_the_first_answer() -> None:
-    assert spans_of(CHATML, ("q", "a", "r", "b"), learn_all=True) == [
-        "a<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-    ]
+    turns = messages("q", "a", "r", "b")
+    found = one_sequence(ChatTemplate(CHATML, {}, NOW), turns, every_answer(turns), learn_all=True)
+    assert spans_of(found) == ["a<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"]
 
 
 def test_an_answer_that_repeats_the_question_is_still_found_by_its_place() -> None:
-    assert spans_of(CHATML, ("same", "same")) == ["same<|im_end|>\n"]
+    assert taught(CHATML, ("same", "same")) == ["same<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_by_the_message() -> None:
-    assert spans_of(FORGETFUL, ("q", "a")) == ["<think></think>a;"]
-    with pytest.raises(NotPrefixStableError) as caught:
-        spans_of(FORGETFUL, ("q", "a", "r", "b"))
-    assert caught.value.message == 1
-
-
-# Opens reasoning in the generation prompt, and writes none before a finished answer, as DeepSeek-R1-Distill's does.
-OPENS_REASONING = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
-    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
-)
-# Writes the system message before the last message of the user, where that is the last of all, as Mistral's do.
-SYSTEM_LAST = (
-    "{% for m in messages %}{% if m.role != 'system' %}"
-    "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def test_a_prompt_that_no_finished_answer_follows_is_told_apart_from_messages_that_follow() -> None:
-    for texts in (("q", "a"), ("q", "a", "r", "b")):
-        with pytest.raises(PromptNotKeptError) as caught:
-            spans_of(OPENS_REASONING, texts)
-        assert caught.value.message == 1
-    system = [{"role": "system", "content": "Be brief."}, *messages("q", "a")]
-    with pytest.raises(PromptNotKeptError) as caught:
-        answers(ChatTemplate(SYSTEM_LAST, {}, NOW), system, every_answer(system), False)
-    assert caught.value.message == 2
-    assert spans_of(SYSTEM_LAST, ("q", "a")) == ["a"]
-
-
-def test_where_an_answer_begins_is_unknown_after_such_a_prompt_and_where_it_ends_is_not() -> None:
-    template = ChatTemplate(OPENS_REASONING, {}, NOW)
-    whole, spans = answers(template, messages("q", "a", "r", "b"), (False, True, False, True), True)
-    assert spans == [(None, len(whole))]
+def test_where_an_answer_begins_is_unknown_after_an_opened_block_and_where_it_ends_is_not() -> None:
+    source = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    turns = messages("q", "a", "r", "b")
+    found = one_sequence(ChatTemplate(source, {}, NOW), turns, every_answer(turns), learn_all=True)
+    assert found.spans == [(None, len(found.text))]
 
 
 @pytest.mark.parametrize("with_bos", [True, False])
@@ -124,7 +92,7 @@ def test_the_plain_template_is_readable_and_ends_answers_with_the_end_token(with
     text = template.render(messages("hello", "hi", "bye", "bye"))
     begin = "<s>" if with_bos else ""
     assert text == begin + "### User:\nhello\n\n### Assistant:\nhi</s>\n\n### User:\nbye\n\n### Assistant:\nbye</s>\n\n"
-    assert spans_of(plain_template(with_bos), ("hello", "hi", "bye", "bye")) == ["hi</s>\n\n", "bye</s>\n\n"]
+    assert taught(plain_template(with_bos), ("hello", "hi", "bye", "bye")) == ["hi</s>", "bye</s>"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +143,7 @@ def test_a_template_that_takes_longer_than_all_templates_do_is_refused_after_a_b
 
 def test_long_conversations_may_take_the_time_that_all_their_beginnings_take() -> None:
     spent, turns = renderer.Spent(), [{"role": "user", "content": ""}] * 512
-    spent.add(Conversation(turns, every_answer(turns)), 20_000, Rendered("", []))
+    spent.add(Conversation(turns, every_answer(turns)), 20_000, Rendered([]))
     spent.cpu_s = renderer.BASE_CPU_S + 250
     assert spent.too_much is None
     spent.cpu_s += 50
@@ -190,11 +158,12 @@ def test_the_slowest_published_templates_take_less_than_what_long_conversations_
     (source,) = (each.read_text() for each in files("trl") or [] if each.name == f"{name}.jinja")
     (found,) = rendered(source, ("Tell me a little more, please.",) * 40, row_cpu_s=60)
     assert isinstance(found, Rendered)
-    assert len(found.spans) == 20
+    assert len(found.sequences[0].spans) == 20
 
 
 def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5) -> list[Rendered | Broken]:
-    child = Renderer(source, {"eos_token": "</s>"}, NOW, learn_all=False, row_cpu_s=row_cpu_s)
+    ends = Ends((*ENDS.stops, "<turn|>", "<|eot_id|>"))
+    child = Renderer(source, {"eos_token": "</s>"}, NOW, ends=ends, learn_all=False, row_cpu_s=row_cpu_s)
     rows = [Conversation(messages(*texts), every_answer(messages(*texts))) for texts in conversations]
     results: list[Rendered | Broken] = []
     try:
@@ -206,7 +175,7 @@ def rendered(source: str, *conversations: tuple[str, ...], row_cpu_s: float = 5)
 
 
 def test_texts_that_are_much_come_a_few_at_a_time() -> None:
-    child = Renderer("{{ 'x' * 1500000 }}" + CHATML, {}, NOW, learn_all=True)
+    child = Renderer("{{ 'x' * 1500000 }}" + CHATML, {}, NOW, ends=ENDS, learn_all=True)
     rows = [Conversation(messages("a", "b"), (False, True))] * 9
     try:
         counts = [len(child.render(rows)) for _ in range(3)]
@@ -218,7 +187,7 @@ def test_texts_that_are_much_come_a_few_at_a_time() -> None:
 def test_the_child_process_renders_as_the_template_does() -> None:
     (found,) = rendered(CHATML, ("ü", "日本"))
     whole = "<|im_start|>user\nü<|im_end|>\n<|im_start|>assistant\n日本<|im_end|>\n"
-    assert found == Rendered(whole, [(len(whole) - 13, len(whole))])
+    assert found == Rendered([RenderedSequence(whole, [(len(whole) - 13, len(whole) - 1)])])
 
 
 @pytest.mark.parametrize(
@@ -230,9 +199,9 @@ def test_the_child_process_renders_as_the_template_does() -> None:
         ("{{ messages.__class__.x }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages[9].role.x }}", "UndefinedError"),
-        ("{{ 'x' * 40000000 }}", "it makes more than 10 Mi characters of the row"),
+        ("{{ 'x' * 40000000 }}" + CHATML, "it makes more than 10 Mi characters of the row"),
         ("{{ 'x' * 4000000000 }}", "MemoryError"),
-        ("{{ '\\ud800' }}", "UnicodeEncodeError"),
+        ("{{ '\\ud800' }}" + CHATML, "UnicodeEncodeError"),
     ],
 )
 def test_a_template_that_fails_on_a_row_says_why_without_the_row(source: str, detail: str) -> None:
@@ -242,7 +211,7 @@ def test_a_template_that_fails_on_a_row_says_why_without_the_row(source: str, de
 def test_a_template_that_loops_is_stopped_and_the_row_is_found() -> None:
     source = (
         "{% if messages[0].content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
-        "{% endfor %}{% endif %}{{ messages[0].content }}"
+        "{% endfor %}{% endif %}" + CHATML
     )
     good, bad, last = rendered(source, ("a", "b"), ("loop", "b"), ("c", "d"), row_cpu_s=0.3)
     assert isinstance(good, Rendered)

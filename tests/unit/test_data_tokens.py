@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from data_run import CHATML, byte_bpe, every_answer
-from finetune_trainer.data.template import ChatTemplate, answers
+from data_run import CHATML, byte_bpe, every_answer, one_sequence
+from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.data.tokens import RowTokenizer, Tokens, special_tokens, split
 
 BPE = byte_bpe()
@@ -32,7 +32,7 @@ def conversation(template: str, texts: list[str], learn_all: bool = False) -> tu
     rows = tokenizer()
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     compiled = ChatTemplate(template, {"eos_token": "<|im_end|>"}, NOW)
-    whole, spans = answers(compiled, messages, every_answer(messages), learn_all)
+    whole, spans = one_sequence(compiled, messages, every_answer(messages), learn_all)
     return whole, rows.conversations([whole], [spans], learn_all)[0], rows
 
 
@@ -56,7 +56,7 @@ def test_an_end_token_that_is_not_marked_as_special_ends_answers_too() -> None:
     source = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}"
     template = ChatTemplate(source, {"eos_token": "</s>"}, NOW)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    whole, spans = answers(template, messages, every_answer(messages), False)
+    whole, spans = one_sequence(template, messages, every_answer(messages), False)
     (tokens,) = rows.conversations([whole], [spans], False)
     assert (learned(tokens, rows), rows.stop_ids) == (["Hello</s>"], {rows.eos_id})
 
@@ -68,8 +68,8 @@ def test_a_token_that_reaches_over_the_begin_of_an_answer_is_learned() -> None:
 
 
 def test_an_answer_without_a_stop_token_keeps_its_newline() -> None:
-    _, tokens, rows = conversation("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                                   "{% if add_generation_prompt %}assistant: {% endif %}", ["q", "a"])  # fmt: skip
+    rows = tokenizer()
+    (tokens,) = rows.conversations(["user: q\nassistant: a\n"], [[(19, 22)]], learn_all=False)
     assert learned(tokens, rows) == [" a\n"]
     assert rows.stop_ids == set()
 

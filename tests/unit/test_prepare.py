@@ -423,37 +423,116 @@ def test_a_git_lfs_pointer_among_many_rows_is_never_put_aside_as_a_few_broken_on
     assert "run git lfs pull" in str(error)
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_or_the_row_put_aside(tmp_path: Path) -> None:
-    template = CHATML.replace(
-        "message['content']", "('!' if loop.last and message.role == 'assistant' else '') + message['content']"
-    )
-    write_model(tmp_path / "model", template=template)
-    put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "secret", "r", "b")]))
-    error = fails(tmp_path)
-    assert error.fault is Fault.TEMPLATE_NOT_PREFIX_STABLE
-    assert (error.args_by_name["row"], error.args_by_name["message"]) == (2, 2)
-    prepared = prepare_run(tmp_path, QUARANTINE)
+# Marks the last answer alone, as templates do that keep reasoning in it alone.
+LAST_DIFFERS = CHATML.replace(
+    "message['content']", "('!' if loop.last and message.role == 'assistant' else '') + message['content']"
+)
+
+
+def test_a_template_that_rewrites_earlier_answers_is_learned_in_one_sequence_for_each(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=LAST_DIFFERS)
+    put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "the", "r", "b")]))
+    prepared = prepare_run(tmp_path)
     accounted(prepared)
-    assert [each["reason"] for each in prepared.decisions] == ["template_not_prefix_stable"]
+    assert sorted(learned(row) for row in prepared.train) == ["!a<|im_end|>", "!b<|im_end|>", "!the<|im_end|>"]
+    (last,) = (text_of(ids) for ids, _ in prepared.train if text_of(ids).endswith("!b<|im_end|>"))
+    question = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nthe<|im_end|>\n<|im_start|>user\nr<|im_end|>\n"
+    assert last == question + "<|im_start|>assistant\n!b<|im_end|>", "answers before it are as a server sends them"
+    answers = prepared.report["answers"]
+    assert answers["notes"] == {"unrolled": 1}
+    assert (answers["conversations"], answers["sequences"]) == (2, 3)
+    plan = {each.field: each for each in prepared.plan.resolved}
+    assert plan["answers"].value == "both"
+    assert "repeated beginnings" in plan["answers"].reason
+    assert plan["answers.unrolled"].value == "1 of 2 conversations"
+
+
+def test_more_repetition_than_allowed_ends_the_job_before_it_costs_anything(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=LAST_DIFFERS)
+    put(tmp_path, a_jsonl=jsonl([chat("q", "secret", "r", "b")]))
+    error = fails(tmp_path, {"preprocessing": {"maxUnrolledFraction": 0.1}})
+    assert error.fault is Fault.UNROLLED_TOO_MUCH
+    assert "allows 0.1 of all tokens" in str(error)
 
 
 # Opens reasoning in the generation prompt, and writes none before a finished answer, as DeepSeek-R1-Distill's does.
 OPENS_REASONING = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+# Ends answers with nothing.
+ENDLESS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 
 
-def test_a_prompt_that_finished_answers_do_not_follow_is_told_as_that_with_what_helps(tmp_path: Path) -> None:
-    assert OPENS_REASONING != CHATML
+@pytest.mark.parametrize(
+    ("template", "row", "fault", "words"),
+    [
+        (OPENS_REASONING, chat("q", "secret"), Fault.NO_REASONING, "prompt for message 2 opens a block of reasoning"),
+        (
+            ENDLESS,
+            chat("q", "secret"),
+            Fault.NO_STOP_TOKEN,
+            "which are <|im_end|>, so that a server would never end its answers; if the template has an end token",
+        ),
+        (
+            CHATML,
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {**chat("q", "a")["messages"][1], "reasoning_content": "secret"},
+                ]
+            },
+            Fault.PART_VANISHES,
+            "messages[1].reasoning_content is not in what the chat template makes of the row, so that it would be "
+            "lost; accept that by preprocessing.acceptVanishing: [Reasoning]",
+        ),
+    ],
+    ids=["no reasoning", "no stop", "lost reasoning"],
+)
+def test_what_cannot_be_learned_as_served_is_refused_or_put_aside(
+    tmp_path: Path, template: str, row: dict[str, Any], fault: Fault, words: str
+) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([row]), b_jsonl=jsonl([{"prompt": "a", "completion": "b"}] * 3))
+    datasets = [{"uri": (tmp_path / "data" / name).as_uri()} for name in ("a.jsonl", "b.jsonl")]
+    error = fails(tmp_path, {"datasets": datasets})
+    assert error.fault is fault
+    assert words in str(error)
+    prepared = prepare_run(tmp_path, QUARANTINE | {"datasets": datasets})
+    accounted(prepared)
+    assert len(prepared.decisions) == 1
+
+
+def test_reasoning_goes_into_the_block_that_the_prompt_opens(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=OPENS_REASONING)
-    put(tmp_path, a_jsonl=jsonl(chats(40)))
-    error = fails(tmp_path)
-    assert error.fault is Fault.TEMPLATE_NOT_PREFIX_STABLE
-    assert "row 1: the chat template renders the conversation up to message 2 without text that" in str(error)
-    assert "more messages" not in str(error)
-    assert "row of its own" not in str(error)
-    prepared = prepare_run(tmp_path, {"preprocessing": {"chatTemplate": "plain"}})
-    assert {learned(row) for row in prepared.train} <= {f"the answer is {i + 1}.<|im_end|>" for i in range(40)}
-    put(tmp_path, a_jsonl=jsonl([{"prompt": f"what is {i}", "completion": f" {i}."} for i in range(40)]))
-    assert prepare_run(tmp_path, attempt=2).plan.train.rows, "plain strings are rendered by no template"
+    put(tmp_path, a_jsonl=jsonl([chat("q", "<think>\nthe fox\n</think>\nhello")]))
+    (row,) = prepare_run(tmp_path).train
+    assert text_of(row[0]).startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert learned(row) == "the fox\n</think>\nhello<|im_end|>"
+
+
+def test_what_is_accepted_to_be_lost_is_counted(tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": "a", "reasoning_content": "the fox"}
+    put(tmp_path, a_jsonl=jsonl([{"messages": [{"role": "user", "content": "q"}, message]}]))
+    prepared = prepare_run(tmp_path, {"preprocessing": {"acceptVanishing": ["Reasoning"]}})
+    assert [learned(row) for row in prepared.train] == ["a<|im_end|>"]
+    assert prepared.report["answers"]["vanished"] == {"Reasoning": 1}
+    (noted,) = (each for each in prepared.plan.resolved if each.field == "answers.vanished.Reasoning")
+    assert noted.value == "1 of 1 conversations"
+
+
+def test_the_models_end_token_is_added_where_that_was_asked_for(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=ENDLESS)
+    put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "the", "r", "b")]))
+    prepared = prepare_run(tmp_path, {"preprocessing": {"addEndToken": True}})
+    texts = sorted(text_of(ids) for ids, _ in prepared.train)
+    assert texts == [
+        "[user] q\n[assistant] a<|im_end|>",
+        "[user] q\n[assistant] the\n[user] r\n[assistant] b<|im_end|>",
+        "[user] q\n[assistant] the<|im_end|>",
+    ]
+    assert all(learned(row).endswith("<|im_end|>") for row in prepared.train)
+    assert prepared.plan.stop_token_ids == [BPE.token_to_id("<|im_end|>")]
+    assert prepared.report["answers"]["notes"] == {"unrolled": 1, "end_added": 2}
 
 
 def test_rows_put_aside_for_such_a_prompt_are_reported_as_that(tmp_path: Path) -> None:
@@ -463,7 +542,7 @@ def test_rows_put_aside_for_such_a_prompt_are_reported_as_that(tmp_path: Path) -
     put(tmp_path, a_jsonl=jsonl([*strings, {"prompt": message[0], "completion": message[1]}]))
     prepared = prepare_run(tmp_path, QUARANTINE)
     accounted(prepared)
-    assert [each["reason"] for each in prepared.decisions] == ["generation_prompt_not_kept"]
+    assert [each["reason"] for each in prepared.decisions] == ["no_reasoning"]
 
 
 def test_answers_are_seen_to_end_where_all_is_learned_and_the_prompt_is_no_part_of_the_whole(tmp_path: Path) -> None:

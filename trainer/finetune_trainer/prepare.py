@@ -42,6 +42,7 @@ from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.answers import Ends
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.model_facts import Model, read_model
@@ -57,6 +58,7 @@ from finetune_trainer.data.spool import (
     divide,
     write_split,
 )
+from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.patience import best_effort
@@ -82,6 +84,7 @@ class _Stage:
     ledger: Ledger
     loss_on: LossOn = LossOn.ALL
     template: str | None = None  # the chat template, if any conversation was rendered
+    taught: Taught = field(default_factory=Taught)
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
     ignored: list[str] = field(default_factory=list[str])
     timings: Timings = field(default_factory=Timings)
@@ -218,7 +221,24 @@ def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
     if source is None:
         return None
     now = stage.ctx.config.job.created_at or datetime.now(UTC)
-    return source, Renderer(source, tokens, now, stage.loss_on is LossOn.ALL)
+    ends = Ends(model.stops, model.stops[0] if stage.preprocessing.add_end_token and model.stops else None)
+    accepted = stage.preprocessing.accept_vanishing or ()
+    return source, Renderer(source, tokens, now, ends=ends, learn_all=stage.loss_on is LossOn.ALL, accepted=accepted)
+
+
+def _require_taught(stage: _Stage, taught: Taught) -> None:
+    """Say how conversations became sequences. Raises UNROLLED_TOO_MUCH."""
+    stage.taught = taught
+    if not taught.conversations:
+        return
+    stage.choices.note("answers", taught.method, taught.cost)
+    for name, conversations, words in taught.noted():
+        stage.choices.note(name, conversations, words)
+    if not taught.repeated_tokens:
+        return
+    given, default = stage.preprocessing.max_unrolled_fraction, defaults.MAX_UNROLLED_FRACTION
+    reason = "what one sequence for each answer may repeat, of all tokens"
+    taught.require_at_most(stage.choices.pick("preprocessing.maxUnrolledFraction", given, default, reason))
 
 
 def _read_datasets(stage: _Stage) -> None:
@@ -250,6 +270,7 @@ def _read_datasets(stage: _Stage) -> None:
         if renderer is not None and renderer.used:
             stage.template = source
     bad.check()
+    _require_taught(stage, pipeline.taught)
     if any(dataset.format is None for dataset in spec.datasets):
         formats = ", ".join(dict.fromkeys(stage.formats))
         stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
@@ -354,6 +375,7 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
         "tokenizer": model.tokenizer.choice._asdict(),
         "lengths": report.lengths(division, ledger),
         "packing": report.packing(plan, train["tokens"], hyper),
+        "answers": stage.taught.report(),
         "resolved": [value.model_dump() for value in run_plan.resolved],
     }
     log.info("rows were read by the library %s: %s", *model.tokenizer.choice)

@@ -51,6 +51,7 @@ class Model:
     tokenizer: Tokenizer  # a process: to be closed
     special_tokens: dict[str, str]
     chat_template: str | None
+    stops: tuple[str, ...]  # the tokens at which the model stops, as text; by the tokenizer where the model names none
 
 
 def read_model(store: Store, uri: str) -> Model:
@@ -88,7 +89,14 @@ def read_model(store: Store, uri: str) -> Model:
     exported["tokenizer.json"] = content.decode()
     report = check_structure(folder, architecture, config, weights, exported)
     facts = _facts(folder, config, report, architecture, family, weights)
-    return Model(facts, family, tokenizer, tokens, template)
+    return Model(facts, family, tokenizer, tokens, template, _stops(tokenizer, ends))
+
+
+def _stops(tokenizer: Tokenizer, ends: list[int]) -> tuple[str, ...]:
+    if not ends and tokenizer.eos_id is not None:
+        ends = [tokenizer.eos_id]
+    texts = [tokenizer.decode([each]) for each in ends if each < tokenizer.vocabulary_size]
+    return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def _require_numbers(folder: ModelFolder, value: Any, place: str = "") -> None:

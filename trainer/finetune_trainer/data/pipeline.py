@@ -22,21 +22,16 @@ from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
-from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
+from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
 from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.taught import Taught, refused
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, split
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
 TEXT_PROMPT_TOKENS = 32
-_PROMPT_NOT_KEPT = {
-    "difference": "without text that its own prompt for that message has, such as an opened <think> at the prompt's "
-    "end, so the model would not learn to answer the prompts that it gets",
-    "remedy": "set preprocessing.chatTemplate: plain, write the rows with prompt and completion as plain strings, "
-    "which no template renders, or change the chat template beside the model",
-}
 
 Batch = list[Checked]
 
@@ -78,11 +73,12 @@ class Pipeline:
     bad: BadRows
     spool: Spool
     timings: Timings
+    taught: Taught = field(default_factory=Taught)
 
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
         """Take all rows of one dataset; yields whenever some were stored.
 
-        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, TEMPLATE_NOT_PREFIX_STABLE, BROKEN_MODEL, and
+        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, what `refused` names, BROKEN_MODEL, and
         TokenizerFailedError.
         """
         pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
@@ -156,16 +152,20 @@ class Pipeline:
         learn_all = self.loss_on is LossOn.ALL
         by_row: dict[int, list[Tokens]] = {}
         conversations = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
-        texts: list[Rendered] = []
+        texts: list[RenderedSequence] = []
         places: list[int] = []
         for index, result in zip(conversations, rendered, strict=True):
             if isinstance(result, Broken):
                 self._broken(batch[index], result)
             else:
-                places.append(index)
-                texts.append(result)
+                places += [index] * len(result.sequences)
+                texts += result.sequences
         tokens = tokenizer.conversations([each.text for each in texts], [each.spans for each in texts], learn_all)
-        by_row.update((index, [row]) for index, row in zip(places, tokens, strict=True))
+        for index, sequence in zip(places, tokens, strict=True):
+            by_row.setdefault(index, []).append(sequence)
+        for index, result in zip(conversations, rendered, strict=True):
+            if isinstance(result, Rendered):
+                self.taught.add(result.notes, [len(each.ids) for each in by_row[index]])
         completions = [(index, item.row) for index, item in enumerate(batch) if isinstance(item.row, Completion)]
         if completions:
             require_end_token(self.model)
@@ -199,13 +199,10 @@ class Pipeline:
             raise self._template_invalid(fails_always)
         if self.bad.quarantine:
             self.bad.add(item.file, item.number, "render", broken)
-        elif broken.problem in (Problem.TEMPLATE_NOT_PREFIX_STABLE, Problem.GENERATION_PROMPT_NOT_KEPT):
-            words = _PROMPT_NOT_KEPT if broken.problem is Problem.GENERATION_PROMPT_NOT_KEPT else {}
-            message = int(broken.field[9:-1]) + 1
-            file = place(self.ledger.files[item.file].uri)
-            raise StageError(Fault.TEMPLATE_NOT_PREFIX_STABLE, file=file, row=item.number, message=message, **words)
-        else:
+        elif broken.problem is Problem.TEMPLATE_FAILED:
             raise self._template_failed(item, broken.detail)
+        else:
+            raise refused(broken, place(self.ledger.files[item.file].uri), item.number, self.model.stops)
 
     def _template_invalid(self, problem: str) -> StageError:
         return StageError(Fault.TEMPLATE_INVALID, uri=place(self.model.facts.uri), problem=shortened(problem, 200))

@@ -35,8 +35,10 @@ class Problem(StrEnum):
     NO_ASSISTANT = "no_assistant_message"
     TOO_MANY_MESSAGES = "too_many_messages"
     TEMPLATE_FAILED = "template_failed"
-    TEMPLATE_NOT_PREFIX_STABLE = "template_not_prefix_stable"
     GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
+    NO_REASONING = "no_reasoning"
+    NO_STOP_TOKEN = "no_stop_token"
+    VANISHES = "vanishes"
 
 
 class Change(StrEnum):

@@ -11,16 +11,31 @@ import sys
 import time
 from collections.abc import Collection
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import orjson
 
 from finetune_api.redact import shortened
 from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.answers import (
+    AnswerError,
+    AnswerNotFoundError,
+    Chat,
+    Ends,
+    NoReasoningError,
+    NoStopError,
+    Note,
+    RenderedSequence,
+    everything,
+    learnable,
+    marks_differ,
+)
 from finetune_trainer.data.child import streams
+from finetune_trainer.data.containment import Dress, Lost, Part, dresses, lost, of_unique_words, shape_of
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.template import ChatTemplate, PromptNotKeptError, UnstableError, answers
+from finetune_trainer.data.problems import Problem
+from finetune_trainer.data.template import ChatTemplate
 
 MEMORY_BYTES = 512 * 2**20
 _MAX_WORDS = 120
@@ -28,7 +43,22 @@ _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 MAX_TEXT = MAX_LINE_BYTES + 2 * 2**20  # characters of a row: what the longest line holds, and what is written around it
 PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of one are held, and tokenised, at once
 _PIECE_CPU_S = 2.0
+_MAX_SHAPES = 4096  # of conversations that are remembered; others are tried again
+_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+_PROBLEMS: dict[type[AnswerError], Problem] = {
+    AnswerNotFoundError: Problem.GENERATION_PROMPT_NOT_KEPT,
+    NoReasoningError: Problem.NO_REASONING,
+    NoStopError: Problem.NO_STOP_TOKEN,
+}
 MAX_MESSAGE_BYTES = 128 * 2**20  # JSON may write a character of a text in six bytes
+
+
+class Shape(NamedTuple):
+    """How a template takes conversations of one shape: in which form, and what it drops."""
+
+    dress: Dress
+    lost: tuple[Lost, ...]
+    notes: frozenset[Note]
 
 
 def safe_words(error: Exception, constants: Collection[str]) -> str:
@@ -39,36 +69,98 @@ def safe_words(error: Exception, constants: Collection[str]) -> str:
     return shortened(said, _MAX_WORDS) if said in constants and "\n" not in said else type(error).__name__
 
 
-def render(template: ChatTemplate, setup: dict[str, Any], row: dict[str, Any]) -> list[Any]:
-    """Return [text, spans], or [None, [index of the unstable message, whether its prompt is not kept]], or
-    [None, words of the failure]."""
-    # SIGPROF ends the process: a loop in C heeds no Python handler.
-    signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
-    try:
-        text, spans = answers(template, learn_all=setup["learn_all"], **row)
-        if len(text) > MAX_TEXT:
-            return [None, f"it makes more than {MAX_TEXT // 2**20} Mi characters of the row"]
-        text.encode()  # refuse surrogates that a template can make
-        return [text, spans]
-    except UnstableError as unstable:
-        return [None, [unstable.message, isinstance(unstable, PromptNotKeptError)]]
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        return [None, safe_words(error, template.constants)]
-    except (MemoryError, RecursionError) as error:
-        return [None, type(error).__name__]
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+class Writer:
+    """Renders conversations by one template, and knows of each shape how the template takes it and what it drops."""
+
+    def __init__(self, template: ChatTemplate, setup: dict[str, Any]) -> None:
+        self._template = template
+        self._ends = Ends(tuple(sorted(setup["stops"], key=len, reverse=True)), setup["added_end"])
+        self._accepted = frozenset(setup["accepted"])
+        self._learn_all: bool = setup["learn_all"]
+        self._row_cpu_s: float = setup["row_cpu_s"]
+        self._shapes: dict[Any, Shape] = {}
+
+    def write(self, row: dict[str, Any]) -> list[Any]:
+        """Return [sequences, notes], or [None, [problem, field, words]].
+
+        A sequence is [text, spans]; words are of the code or the template's own literals."""
+        chat = Chat(row["messages"], row["learned"], row.get("tools"), row.get("template_kwargs") or {})
+        try:
+            return self._written(chat)
+        except AnswerError as error:
+            return [None, [_PROBLEMS[type(error)], f"messages[{error.message}]", ""]]
+        except _FAILURES as error:
+            return [None, [Problem.TEMPLATE_FAILED, "", safe_words(error, self._template.constants)]]
+        except (MemoryError, RecursionError) as error:
+            return [None, [Problem.TEMPLATE_FAILED, "", type(error).__name__]]
+        finally:
+            _allow(0)
+
+    def _written(self, chat: Chat) -> list[Any]:
+        key = shape_of(chat)
+        shape = self._shapes.get(key)
+        if shape is None:
+            _allow(self._row_cpu_s)
+            shape = self._tried(chat)
+            if len(self._shapes) < _MAX_SHAPES:
+                self._shapes[key] = shape
+        _allow(self._row_cpu_s)
+        sequences, notes, gone = self._rendered(shape.dress.on(chat))
+        if sum(len(each.text) for each in sequences) > MAX_TEXT:
+            words = f"it makes more than {MAX_TEXT // 2**20} Mi characters of the row"
+            return [None, [Problem.TEMPLATE_FAILED, "", words]]
+        for each in sequences:
+            each.text.encode()  # refuse surrogates that a template can make
+        gone = [*shape.lost, *gone]
+        for part, field in gone:
+            if part not in self._accepted:
+                return [None, [Problem.VANISHES, field, "" if part is Part.CONTENT else part]]
+        written = [[each.text, each.spans] for each in sequences]
+        return [written, sorted({*notes, *shape.notes, *(part for part, _ in gone)})]
+
+    def _rendered(self, chat: Chat) -> tuple[list[RenderedSequence], frozenset[Note], list[Lost]]:
+        if self._learn_all:
+            whole = everything(self._template, chat)
+            answers = {index: whole.text for index, learned in enumerate(chat.learned) if learned}
+            return [whole], frozenset(), lost(chat, whole.text, answers)
+        found = learnable(self._template, chat, self._ends)
+        last = found.places[-1]
+        answers = {each.message: found.texts[each.sequence][each.begin : each.end] for each in found.places}
+        return found.sequences, found.notes, lost(chat, found.texts[last.sequence][: last.begin], answers)
+
+    def _tried(self, chat: Chat) -> Shape:
+        """Return how the template takes conversations of this shape: in the first form in which it drops nothing, or
+        else the least."""
+        unique = of_unique_words(chat)
+        best: Shape | None = None
+        for dress in dresses(chat):
+            try:
+                dressed = dress.on(unique)
+                gone = self._rendered(dressed)[2]
+                if best is None or len(gone) < len(best.lost):
+                    best = Shape(dress, tuple(gone), self._marks(dressed))
+                if not gone:
+                    break
+            except (AnswerError, *_FAILURES):
+                continue  # the row itself tells how it fails
+        return best or Shape(Dress(), (), frozenset())
+
+    def _marks(self, chat: Chat) -> frozenset[Note]:
+        """Return whether `{% generation %}` marks what the rule says."""
+        if not self._template.marks_answers or self._learn_all:
+            return frozenset()
+        return frozenset([Note.MARKS_DIFFER] if marks_differ(self._template, chat, self._ends) else [])
 
 
-def render_some(template: ChatTemplate, setup: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
+def write_some(writer: Writer, rows: list[Any]) -> dict[str, Any]:
     """Return the results of the first rows, one at least, and the CPU time that they took."""
     began_s = time.process_time()
     results: list[list[Any]] = []
     characters, cpu_s = 0, 0.0
     for row in rows:
-        result = render(template, setup, row)
+        result = writer.write(row)
         results.append(result)
-        characters += len(result[0] or "")
+        characters += sum(len(text) for text, _ in result[0] or ())
         cpu_s = time.process_time() - began_s
         if characters >= PIECE_TEXT or cpu_s >= _PIECE_CPU_S:
             break
@@ -79,9 +171,15 @@ def failure_of_all(template: ChatTemplate) -> str | None:
     """Return how the template fails on the plainest conversation.
 
     None when it does not, or refuses it in its own words, as it may then take others."""
+    failures = [_failure(template, dress) for dress in (Dress(), Dress(parts=True))]
+    return failures[0] if all(failures) else None
+
+
+def _failure(template: ChatTemplate, dress: Dress) -> str | None:
+    messages = dress.on(Chat(_PROBE, (False, True))).messages
     try:
-        template.render(_PROBE)
-        template.render(_PROBE[:1], add_generation_prompt=True)
+        template.render(messages)
+        template.render(messages[:1], add_generation_prompt=True)
     except jinja2.TemplateError as error:
         return None if type(error) is jinja2.TemplateError else _told(error)  # raise_exception raises just this
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -89,6 +187,11 @@ def failure_of_all(template: ChatTemplate) -> str | None:
     except (MemoryError, RecursionError) as error:
         return type(error).__name__
     return None
+
+
+def _allow(cpu_s: float) -> None:
+    """SIGPROF ends the process after so much CPU: a loop in C heeds no Python handler. 0 allows any."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
 
 
 def _told(error: Exception) -> str:
@@ -105,17 +208,18 @@ def main() -> int:
     if begin is None:
         return 0
     setup = orjson.loads(begin)
-    signal.setitimer(signal.ITIMER_PROF, setup["row_cpu_s"])
+    _allow(setup["row_cpu_s"])
     try:
         template = ChatTemplate(setup["source"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
     except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
         write_frame(replies, orjson.dumps({"problem": _told(error)}))
         return 0
     fails_always = failure_of_all(template)
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    _allow(0)
     write_frame(replies, orjson.dumps({"problem": None, "fails_always": fails_always}))
+    writer = Writer(template, setup)
     while (request := read_frame(requests, MAX_MESSAGE_BYTES)) is not None:
-        write_frame(replies, orjson.dumps(render_some(template, setup, orjson.loads(request))))
+        write_frame(replies, orjson.dumps(write_some(writer, orjson.loads(request))))
     return 0
 
 

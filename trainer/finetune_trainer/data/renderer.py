@@ -1,16 +1,17 @@
 """Conversations to text through the child process of `render_worker`, which is replaced when a row kills it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
 from finetune_trainer.data import child
+from finetune_trainer.data.answers import Ends, RenderedSequence
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import MAX_MESSAGE_BYTES, MEMORY_BYTES, PIECE_TEXT
 from finetune_trainer.data.rows import Conversation
-from finetune_trainer.data.template import Span
 
 _MAX_KILLED = 5
 
@@ -24,11 +25,18 @@ ROW_TEXT = 16 * 2**10
 TEXT_RATIO = 4  # of the rows' own size, as JSON
 
 
-class Rendered(NamedTuple):
-    """A conversation as text, and where its answers are, in characters."""
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as texts to learn from: one where one carries all answers, else one for each (unrolled).
 
-    text: str
-    spans: list[Span]
+    notes: what was done, as `Note` says, and the parts that the template left out, as `Part` says."""
+
+    sequences: list[RenderedSequence]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def characters(self) -> int:
+        return sum(len(each.text) for each in self.sequences)
 
 
 class TemplateInvalidError(Exception):
@@ -54,7 +62,8 @@ class Spent:
         self.rows += 1
         self.rows_bytes += row_bytes
         self.squared_messages += len(row.messages) ** 2
-        self.characters += len(result.text) if isinstance(result, Rendered) else 0
+        longest = max((len(each.text) for each in result.sequences), default=0) if isinstance(result, Rendered) else 0
+        self.characters += longest  # unrolled, a conversation is repeated, which is bounded by itself
 
     @property
     def too_much(self) -> str | None:
@@ -68,15 +77,28 @@ class Spent:
 
 
 class Renderer:
-    """One template and its child process, started with the first batch. Not thread-safe."""
+    """One template and its child process, started with the first batch. Not thread-safe.
+
+    ends: how answers are to end; accepted: the parts of rows, as `Part` names them, that the template may leave out."""
 
     def __init__(
-        self, source: str, special_tokens: dict[str, str], now: datetime, learn_all: bool, row_cpu_s: float = 5
+        self,
+        source: str,
+        special_tokens: dict[str, str],
+        now: datetime,
+        *,
+        ends: Ends,
+        learn_all: bool,
+        accepted: Collection[str] = (),
+        row_cpu_s: float = 5,
     ) -> None:
         self._setup = {
             "source": source,
             "special_tokens": special_tokens,
             "now": now.isoformat(),
+            "stops": ends.stops,
+            "added_end": ends.added,
+            "accepted": sorted(accepted),
             "learn_all": learn_all,
             "row_cpu_s": row_cpu_s,
         }
@@ -116,7 +138,7 @@ class Renderer:
         for index, row in enumerate(rows):
             result = self._render_one(row, index)
             results.append(result)
-            characters += len(result.text) if isinstance(result, Rendered) else 0
+            characters += result.characters if isinstance(result, Rendered) else 0
             if characters >= PIECE_TEXT:
                 break
         return results
@@ -170,11 +192,10 @@ def _ask(process: child.Process, message: bytes) -> Any | None:
 
 
 def _result(result: list[Any]) -> Rendered | Broken:
-    text, detail = result
-    if text is not None:
-        return Rendered(text, [(begin, end) for begin, end in detail])
-    if isinstance(detail, list):
-        message, prompt_not_kept = detail
-        problem = Problem.GENERATION_PROMPT_NOT_KEPT if prompt_not_kept else Problem.TEMPLATE_NOT_PREFIX_STABLE
-        return Broken(problem, f"messages[{message}]")
-    return Broken(Problem.TEMPLATE_FAILED, detail=detail)
+    sequences, rest = result
+    if sequences is not None:
+        spans = [[(begin, end) for begin, end in each] for _, each in sequences]
+        found = [RenderedSequence(text, each) for (text, _), each in zip(sequences, spans, strict=True)]
+        return Rendered(found, tuple(rest))
+    problem, field, detail = rest
+    return Broken(Problem(problem), field, detail)

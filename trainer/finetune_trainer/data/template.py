@@ -1,4 +1,4 @@
-"""Chat templates: where they are found, the sandbox they run in, and which part of a conversation is an answer.
+"""Chat templates: where they are found, and the sandbox they run in.
 
 The sandbox follows transformers' `apply_chat_template` (utils/chat_template_utils.py), so that a rendered
 conversation is the same here, in transformers and in vLLM. Only jinja2 is imported: the child process that runs
@@ -19,8 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_TEMPLATE_BYTES = 65536
+_MARK, _MARKS = 3, frozenset("<[{|")  # characters that such a text has at least, and one of which it has
 Message = dict[str, Any]
-Span = tuple[int | None, int]  # begin (None where it is not known) and end, in characters
 
 # Readable tags that no base model's tokenizer treats specially; an answer ends with the tokenizer's own end token.
 _PLAIN = (
@@ -39,9 +39,13 @@ def plain_template(begins_with_bos: bool) -> str:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks answers in some templates; here it only passes its body on."""
+    """`{% generation %}` marks answers in some templates; what it marked is kept in `marked`, and passed on."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.marked: list[str] = []
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -49,7 +53,9 @@ class _GenerationTag(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
+        body = caller()
+        self.marked.append(body)
+        return body
 
 
 class _Dict:
@@ -101,10 +107,13 @@ def _tojson(
 
 
 class ChatTemplate:
-    """A compiled template. constants: the texts in its code, which no row has written.
+    """A compiled template.
 
     special_tokens: bos_token, eos_token and so on, as the template sees them; now: what `strftime_now` tells, one
     moment for the whole stage. Raises jinja2.TemplateError when the template is not valid.
+
+    constants: the texts in its code, which no row has written; marks: those of them that messages rarely have, such as
+    `</think>`; variables: the names it reads; marks_answers: whether it has `{% generation %}`.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], now: datetime) -> None:
@@ -121,10 +130,14 @@ class ChatTemplate:
             "namespace": _Namespace,
         }
         environment.globals.update(functions)
+        self.source = source
         self._template = environment.from_string(source)
-        self.constants = frozenset(
-            node.value for node in environment.parse(source).find_all(nodes.Const) if isinstance(node.value, str)
-        )
+        (self._generation,) = (each for each in environment.iter_extensions() if isinstance(each, _GenerationTag))
+        code = environment.parse(source)
+        self.constants = frozenset(node.value for node in code.find_all(nodes.Const) if isinstance(node.value, str))
+        self.variables = frozenset(node.name for node in code.find_all(nodes.Name) if node.ctx == "load")
+        self.marks = sorted(each for each in self.constants if len(each) >= _MARK and not _MARKS.isdisjoint(each))
+        self.marks_answers = next(code.find_all(nodes.ExtensionAttribute), None) is not None
         self._special_tokens = special_tokens
 
     def render(
@@ -134,65 +147,17 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text. template_kwargs: what the row hands to the template by name."""
-        return self._template.render(
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**self._special_tokens, **(template_kwargs or {})},
-        )
+        """Return the conversation as text. template_kwargs: what the row hands to the template by name."""
+        self._generation.marked.clear()
+        given: dict[str, Any] = {**self._special_tokens, **(template_kwargs or {})}
+        given |= {"messages": [_with_reasoning(message) for message in messages], "tools": tools}
+        given |= {"add_generation_prompt": add_generation_prompt}
+        return self._template.render({"documents": None, **given})
 
-
-class UnstableError(Exception):
-    """A conversation is not the beginning of what it should be that of. message: the answer's index."""
-
-    def __init__(self, message: int) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-class NotPrefixStableError(UnstableError):
-    """What is rendered up to a message changes once more messages follow."""
-
-
-class PromptNotKeptError(UnstableError):
-    """What is rendered up to an answer does not begin with the prompt for that answer, which a served model gets."""
-
-
-def answers(
-    template: ChatTemplate,
-    messages: list[Message],
-    learned: Sequence[bool],
-    learn_all: bool,
-    tools: list[dict[str, Any]] | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[str, list[Span]]:
-    """The whole conversation as text, and where in it the answers are whose message is `learned`.
-
-    An answer is what the template adds to the generation prompt for one assistant message. Raises PromptNotKeptError
-    where the finished answer does not follow that prompt, such as one that opens reasoning, and NotPrefixStableError
-    when the text up to an answer's end is not the beginning of the whole. With `learn_all` neither matters: there is
-    one span, from the first answer to the end of the last.
-    """
-    messages = [_with_reasoning(message) for message in messages]
-    whole = template.render(messages, False, tools, template_kwargs)
-    spans: list[Span] = []
-    for index in (index for index, is_learned in enumerate(learned) if is_learned):
-        before = template.render(messages[:index], True, tools, template_kwargs)
-        if learn_all:
-            return whole, [(len(before) if whole.startswith(before) else None, len(whole))]
-        through = (
-            whole
-            if index == len(messages) - 1
-            else template.render(messages[: index + 1], False, tools, template_kwargs)
-        )
-        if not through.startswith(before):
-            raise PromptNotKeptError(index)
-        if not whole.startswith(through):
-            raise NotPrefixStableError(index)
-        spans.append((len(before), len(through)))
-    return whole, spans
+    @property
+    def marked(self) -> list[str]:
+        """The texts that `{% generation %}` marked in the last render, in order."""
+        return self._generation.marked
 
 
 def _with_reasoning(message: Message) -> Message:
