@@ -35,7 +35,6 @@ from data_run import (
 )
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.row_words import row_words
 from finetune_api.run import MAX_RESULT_BYTES
 from finetune_trainer import prepare, serve
 from finetune_trainer.data import accounts
@@ -211,12 +210,13 @@ def test_long_conversations_are_dropped_and_reported_never_cut(tmp_path: Path) -
     assert decision["file"].endswith("data/a.jsonl")
 
 
-def test_an_answer_that_the_template_leaves_out_has_nothing_to_learn(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+def test_an_answer_that_the_template_leaves_out_is_refused_by_its_field(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.content if m.role == 'user' else '<|im_end|>' }}{% endfor %}"
+    write_model(tmp_path / "model", template=source)
     put(tmp_path, a_jsonl=jsonl(chats(3)))
     error = fails(tmp_path)
-    assert error.fault is Fault.NO_TRAINING_DATA
-    assert error.args_by_name == {"rows_in": 3, "rows_dropped": 3, "reason": row_words("no_label")}
+    assert error.fault is Fault.PART_VANISHES
+    assert "row 1: messages[1].content is not in what the chat template makes of the row" in str(error)
 
 
 def test_equal_rows_stay_on_one_side_and_are_counted(tmp_path: Path) -> None:

@@ -229,8 +229,8 @@ def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
 def _require_taught(stage: _Stage, taught: Taught) -> None:
     """Say how conversations became sequences. Raises UNROLLED_TOO_MUCH."""
     stage.taught = taught
-    if not taught.conversations:
-        return
+    if not taught.notes:
+        return  # every conversation's text begins with all that a server sends, and is to get back
     stage.choices.note("answers", taught.method, taught.cost)
     for name, conversations, words in taught.noted():
         stage.choices.note(name, conversations, words)
