@@ -6,7 +6,7 @@ The chart's copy is a template and not in Helm's `crds/`, as Helm never upgrades
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -18,8 +18,11 @@ from finetune_api import reference
 from finetune_api.chart_schema import runtimes_schema
 from finetune_api.crd import custom_resource_definition
 from finetune_api.names import HTTP_PORT, Stage
+from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
+from finetune_trainer.data import field_names
+from finetune_trainer.data.shapes import SHAPES
 from finetune_trainer.metrics import TrainMetrics
 from finetune_trainer.serve import Reporter
 
@@ -37,6 +40,7 @@ METRICS_HEAD = """\
 Generated from the code by `make crds`; do not edit. Names are as Prometheus stores them; a histogram has `_bucket`,
 `_sum` and `_count`. A figure that is not known, such as GPU memory on a CPU, has no sample.
 """
+DATA = ROOT / "docs/data.md"
 VALUES_SCHEMA = ROOT / "charts/finetune-operator/values.schema.json"
 FILES = ROOT / "docs/files.md"
 FILES_HEAD = """\
@@ -121,6 +125,56 @@ def metrics_page() -> str:
     )
 
 
+def _shapes() -> Iterator[str]:
+    for name, shape in SHAPES.items():
+        yield f"**{name}**: {shape.meaning}\n\n```json\n" + "\n".join(shape.examples) + "\n```\n"
+
+
+def _named(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _message_fields() -> Iterator[str]:
+    yield "| of a message | names |"
+    yield "|---|---|"
+    for what, names in (
+        ("who says it", field_names.ROLE),
+        ("what is said", field_names.CONTENT),
+        ("the reasoning before it", field_names.REASONING),
+        ("whether it is learned", field_names.LEARNED),
+        ("the contrary", field_names.NOT_LEARNED),
+    ):
+        yield f"| {what} | {_named(names)} |"
+    for role in dict.fromkeys(field_names.ROLES.values()):
+        what = "an answer that calls a function" if role == "call" else f"role `{role}`"
+        yield f"| {what} | {_named([name for name, meant in field_names.ROLES.items() if meant == role])} |"
+    yield f"| passed over | {_named(sorted(field_names.METADATA_OF_MESSAGES))} |"
+
+
+def _words(words: Mapping[str, str]) -> Iterator[str]:
+    yield "| code | a row, or the field that is named, … |"
+    yield "|---|---|"
+    yield from (f"| `{code}` | {each} |" for code, each in words.items())
+
+
+def data_page() -> str:
+    """The page about data as it is, with its lists made anew. Raises ValueError where a list has no place in it."""
+    page = DATA.read_text()
+    for name, lines in {
+        "shapes": _shapes(),
+        "metadata": iter([_named(sorted(field_names.METADATA))]),
+        "messages": _message_fields(),
+        "changes": _words(CHANGE_WORDS),
+        "reasons": _words(ROW_WORDS),
+    }.items():
+        before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end {name} -->\n")
+        if not begin or not end:
+            raise ValueError(f"{DATA} has no place for {name}")
+        page = before + begin + "\n".join(lines) + "\n" + end + after
+    return page
+
+
 def values_schema() -> str:
     """The chart's schema of values, of which the runtimes are made from the models; the rest is kept as it is."""
     schema = json.loads(VALUES_SCHEMA.read_text())
@@ -142,6 +196,7 @@ def generated() -> dict[Path, str]:
         VALUES_SCHEMA: values_schema(),
         ROOT / "docs/reasons.md": reference.page(),
         ROOT / "docs/metrics.md": metrics_page(),
+        DATA: data_page(),
     }
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
-from finetune_api.job import HyperparametersSpec
+from finetune_api.job import DatasetSpec, HyperparametersSpec
 from finetune_api.names import HTTP_PORT
 from finetune_api.platform import RESERVED_ENV
 from finetune_cli.main import app
@@ -91,6 +92,15 @@ def test_a_command_that_no_test_runs_names_things_that_exist(page: Path, command
             assert "python3 -m testbed" in inner
         case _:
             assert words[:3] == ["kubectl", "get", "nodes"], f"{page}: what runs `{command}`?"
+
+
+def test_datasets_in_the_page_about_data_are_valid() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    datasets = [each for block in blocks for each in yaml.safe_load(block)["datasets"]]
+    assert datasets
+    for dataset in datasets:
+        read = DatasetSpec.model_validate(dataset)
+        assert read.model_dump(exclude_none=True, by_alias=True) == dataset
 
 
 @pytest.mark.parametrize("page", sorted(RUN_ON_THE_NODE), ids=lambda path: path.name)
