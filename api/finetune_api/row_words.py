@@ -23,8 +23,8 @@ ROW_WORDS: dict[str, str] = {
     "wrong_type": "has the wrong type",
     "empty": "is empty",
     "unsupported_field": "is not supported yet and would be ignored",
-    "unknown_field": "is not known here, so that what it says would be lost; name what it is in datasets[].columns, or "
-    "list it in datasets[].ignoreFields",
+    "unknown_field": "is not known here, so that what it says would be lost; name it in datasets[].columns or "
+    "datasets[].ignoreFields",
     "two_fields": "says what another field says too, in other words; leave one of them out, or list it in "
     "datasets[].ignoreFields",
     "not_text": "has a part that is no text; only text can be learned, so leave such rows out",

@@ -101,6 +101,11 @@ def refused(item: object) -> tuple[Problem, str]:
             {"from": "function_call", "value": '{"name": "weather", "arguments": {"town": "Oslo"}}'},
             {"role": "assistant", "tool_calls": [CALL]},
         ),
+        (
+            {"from": "function_call", "value": '<think>r</think>\n{"name": "weather", "arguments": {"town": "Oslo"}}'},
+            {"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": [CALL]},
+        ),
+        ({"role": "user", "content": [{"type": "text", "value": "q"}]}, USER),
         # Results.
         (
             {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"},
@@ -227,8 +232,8 @@ def test_a_question_is_never_learned_and_may_say_so(fields: Message) -> None:
         (answer(loss_scale=0.3), Problem.MASK_NOT_CLEAR, "loss_scale"),
         (answer(train="no"), Problem.MASK_NOT_CLEAR, "train"),
         (answer(loss=[1]), Problem.MASK_NOT_CLEAR, "loss"),
-        (answer(train=True, weight=0), Problem.TWO_FIELDS, "train"),
-        (answer(train=True, masked=True), Problem.TWO_FIELDS, "masked"),
+        (answer(train=True, weight=0), Problem.TWO_FIELDS, "weight"),
+        (answer(train=True, masked=True), Problem.TWO_FIELDS, "train"),
         ({**USER, "train": True}, Problem.MASK_OF_OTHERS, "train"),
     ],
 )
@@ -257,6 +262,8 @@ def test_messages_may_be_the_json_text_of_a_list() -> None:
         ('{"role": "user"}', Problem.WRONG_TYPE),
         ("[{'role': 'user'}]", Problem.WRONG_TYPE),
         ([USER] * 513, Problem.TOO_MANY_MESSAGES),
+        ('[{"role": "user", "content": "kept", "content": "secret"}]', Problem.REPEATED_FIELD),
+        ("[" * 100 + "]" * 100, Problem.TOO_DEEP),
     ],
 )
 def test_what_is_no_list_of_messages_is_refused(value: object, problem: Problem) -> None:

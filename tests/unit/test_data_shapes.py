@@ -124,7 +124,7 @@ def test_tools_mean_the_same_in_every_spelling(tools: object, name: str) -> None
     assert conversation(with_messages(**{name: tools})).tools == [TOOL]
 
 
-@pytest.mark.parametrize("nothing", [None, [], "", "[]", "null", {}])
+@pytest.mark.parametrize("nothing", [None, [], "", " ", "[]", "null", {}])
 def test_tools_that_are_none_mean_nothing(nothing: object) -> None:
     assert conversation(with_messages(tools=nothing)).tools is None
 
@@ -146,7 +146,7 @@ def test_a_rows_weight_is_kept() -> None:
     [
         ({}, Problem.MISSING_FIELD, "messages"),
         (with_messages(label=True), Problem.UNKNOWN_FIELD, "label"),
-        (with_messages(prompt="q"), Problem.UNKNOWN_FIELD, "prompt"),
+        (with_messages(prompt="p"), Problem.UNKNOWN_FIELD, "prompt"),
         (with_messages(images=["a.png"]), Problem.UNKNOWN_FIELD, "images"),
         (with_messages(rejected_response="b"), Problem.UNKNOWN_FIELD, "rejected_response"),
         (with_messages(loss_mask=[0, 1]), Problem.UNKNOWN_FIELD, "loss_mask"),
@@ -250,6 +250,17 @@ def test_what_a_row_says_is_in_no_error() -> None:
 def test_a_field_that_says_nothing_is_no_loss() -> None:
     row = with_messages(label=None, note="", tags=[], images=[], extra={}, system=None, chosen=None)
     assert read(row).passed_over == set()
+
+
+def test_a_text_that_is_a_message_too_says_nothing_more() -> None:
+    assert read(with_messages(prompt="q ", solution="a")).passed_over == {"prompt", "solution"}
+    assert refused(with_messages(prompt="q", solution="b")) == (Problem.UNKNOWN_FIELD, "solution")
+
+
+def test_all_fields_that_nobody_knows_are_told_at_once() -> None:
+    found = read_row(with_messages(views=1, title="t", **{"a secret": 1}), DatasetFormat.MESSAGES, RowChoices())
+    assert isinstance(found, Broken)
+    assert (found.field, found.detail) == ("views", "and so are title, (other)")
 
 
 def test_facts_about_a_row_are_passed_over_and_told() -> None:

@@ -50,7 +50,8 @@ _OF_ROWS = """
     session_id message_id turn_id doc_id document_id user_id __index_level_0__
     source sources source_dataset data_source dataset dataset_name dataset_id subset split origin file file_name
     filename file_path filepath path url uri link domain repo repo_name repository commit license licence
-    category categories topic topics subject subjects genre tag tags task tasks task_name task_type type kind
+    category categories subcategory topic topics subject subjects genre tag tags task tasks task_name task_type
+    problem_type question_type type kind
     difficulty level language languages lang locale language_score language_probability
     author created created_at updated_at date datetime timestamp time year crawl dump snapshot version revision
     model model_name generator generated_by annotator annotator_id
@@ -76,5 +77,5 @@ def shown(name: str) -> str:
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a value is as good as no value: null, an empty text, list or object."""
-    return value is None or value in ("", [], {})
+    """Whether a value is as good as no value: null, a text without words, an empty list or object."""
+    return value is None or value in ("", [], {}) or (isinstance(value, str) and value.isspace())

@@ -1,7 +1,7 @@
 """One message of a row in any of its spellings, to OpenAI's form, and whether it says that it is learned."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,8 +30,17 @@ _KINDS = """
     tool_use tool_result refusal
 """
 _NAMED_PARTS = frozenset(_KINDS.split())
-_OF_A_PART = frozenset(("type", "text", "content", "thinking", "reasoning", "cache_control", "id"))
+_OF_A_PART = frozenset(("type", "text", "content", "value", "thinking", "reasoning", "cache_control", "id"))
+_MAX_TOLD = 4  # fields that nobody knows in one error
+_OPENING, _CLOSING = "<think>", "</think>"
 _PAIRS = ("human", "user", "input"), ("assistant", "gpt", "bot", "output")
+
+
+_MASKS = frozenset((*LEARNED, *NOT_LEARNED))
+_REASONING = frozenset(REASONING)
+_CALLS = frozenset(("tool_calls", "function_call"))
+_NAMES = frozenset(("tool_call_id", "call_id", "name"))
+_READ = frozenset((*ROLE, *CONTENT)) | _REASONING | _MASKS | _CALLS | _NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,8 @@ class MessageReader:
         if self._ignored:
             self.passed_over |= {f"messages[].{shown(name)}" for name in item if name in self._ignored}
             item = {name: each for name, each in item.items() if name not in self._ignored}
-        named = {self._names.get(name, name): each for name, each in item.items() if each is not None}
+        names = self._names
+        named = {names.get(name, name) if names else name: each for name, each in item.items() if each is not None}
         if not any(name in named for name in (*ROLE, *CONTENT)):
             pair = [next((name for name in names if name in named), None) for names in _PAIRS]
             if None not in pair:
@@ -95,22 +105,23 @@ class MessageReader:
     def _message(self, item: Message, field: str) -> Said:
         role = self._role(item, field)
         content_name = self._one_of(item, CONTENT, field)
-        read = {*ROLE, *CONTENT, *REASONING, *LEARNED, *NOT_LEARNED}
-        read |= {"tool_calls", "function_call", "tool_call_id", "name", "call_id"}
-        self._refuse_unknown(item, read, field)
+        self._refuse_unknown(item, _READ, field)
         place = f"{field}.{content_name or 'content'}"
         content = item.get(content_name) if content_name else None
         called: list[dict[str, Any]] = []
+        before_call: str | None = None
         if role == "call":
+            before_call, content = _reasoning_before(content)
             role, called, content = "assistant", toolcalls.calls(content, place), None
-        called += self._calls(item, role, field)
+        if not _CALLS.isdisjoint(item):
+            called += self._calls(item, role, field)
         message: Message = {"role": role}
         reasoning: str | None = None
         if isinstance(content, list) and role != "tool":
             content, reasoning = self._parts(cast(list[object], content), place)
         elif role == "tool":
             content = self._result(content, place)
-        reasoning = self._reasoning(item, role, reasoning, field)
+        reasoning = self._reasoning(item, role, reasoning or before_call, field)
         if not (called or reasoning) or not says_nothing(content):
             message["content"] = text(content, place, may_be_empty=role in ("system", "developer", "tool"))
         if reasoning is not None:
@@ -118,7 +129,8 @@ class MessageReader:
             message["reasoning_content"] = reasoning
         if called:
             message["tool_calls"] = called
-        self._add_names(message, item, field)
+        if not _NAMES.isdisjoint(item):
+            self._add_names(message, item, field)
         return Said(message, self._learned(item, role, field))
 
     def _role(self, item: Message, field: str) -> str:
@@ -126,7 +138,9 @@ class MessageReader:
         if name is None:
             raise RefusedError(Problem.MISSING_FIELD, f"{field}.role")
         said = item[name]
-        role = ROLES.get(said.strip().lower().replace("-", "_")) if isinstance(said, str) else None
+        role = ROLES.get(said) if isinstance(said, str) else None
+        if role is None and isinstance(said, str):
+            role = ROLES.get(said.strip().lower().replace("-", "_"))
         if role is None:
             raise RefusedError(Problem.UNKNOWN_ROLE, f"{field}.{name}")
         return role
@@ -134,22 +148,24 @@ class MessageReader:
     def _one_of(self, item: Message, names: Collection[str], field: str) -> str | None:
         """Return the name under which something is said. Raises RefusedError where two say different things."""
         given = [name for name in names if name in item]
+        if len(given) < 2:
+            return given[0] if given else None
         said = [name for name in given if not says_nothing(item[name])] or given[:1]
         if any(item[name] != item[said[0]] for name in said[1:]):
             raise RefusedError(Problem.TWO_FIELDS, f"{field}.{said[1]}")
-        return said[0] if said else None
+        return said[0]
 
     def _refuse_unknown(self, item: Message, known: Collection[str], field: str) -> None:
-        for name, value in item.items():
-            if name not in known and not says_nothing(value):
-                if name not in METADATA_OF_MESSAGES:
-                    raise RefusedError(Problem.UNKNOWN_FIELD, f"{field}.{shown(name)}")
-                self.passed_over.add(f"messages[].{name}")
+        others = [name for name in item if name not in known and not says_nothing(item[name])]
+        if not others:
+            return
+        refuse_unknown([name for name in others if name not in METADATA_OF_MESSAGES], f"{field}.")
+        self.passed_over.update(f"messages[].{name}" for name in others)
 
     def _calls(self, item: Message, role: str, field: str) -> list[dict[str, Any]]:
         called: list[dict[str, Any]] = []
-        for name in ("tool_calls", "function_call"):
-            if name in item:
+        for name in sorted(_CALLS.intersection(item), reverse=True):
+            if not says_nothing(item[name]):
                 called += toolcalls.calls(item[name], f"{field}.{name}")
         if called and role != "assistant":
             raise RefusedError(Problem.WRONG_TYPE, f"{field}.tool_calls", "only an assistant's message may call tools")
@@ -179,7 +195,7 @@ class MessageReader:
         return content
 
     def _reasoning(self, item: Message, role: str, of_parts: str | None, field: str) -> str | None:
-        name = self._one_of(item, REASONING, field)
+        name = None if _REASONING.isdisjoint(item) else self._one_of(item, REASONING, field)
         said = item[name] if name is not None and not says_nothing(item[name]) else None
         if said is None:
             return of_parts
@@ -202,10 +218,8 @@ class MessageReader:
         """Return whether the message says that it is learned. Raises RefusedError where that is not clear."""
         found: bool | None = None
         is_said = False
-        for name in (*LEARNED, *NOT_LEARNED):
-            value = item.get(name)
-            if value is None:
-                continue
+        for name in sorted(_MASKS.intersection(item)):
+            value: object = item[name]
             if not isinstance(value, bool | int | float) or value not in (0, 1):
                 raise RefusedError(Problem.MASK_NOT_CLEAR, f"{field}.{name}")
             learned = bool(value) is (name in LEARNED)
@@ -219,6 +233,14 @@ class MessageReader:
         return found if is_said and role == "assistant" else None
 
 
+def _reasoning_before(content: object) -> tuple[str | None, object]:
+    """Return the reasoning that is written before a call, and the call."""
+    if isinstance(content, str) and content.lstrip().startswith(_OPENING) and _CLOSING in content:
+        reasoning, _, call = content.lstrip().removeprefix(_OPENING).partition(_CLOSING)
+        return reasoning.strip() or None, call.strip()
+    return None, content
+
+
 def _is_plain(item: Message) -> bool:
     """Whether a message of two fields is in OpenAI's form already: nearly all are."""
     content = item.get("content")
@@ -229,6 +251,14 @@ def _is_plain(item: Message) -> bool:
         and bool(content)
         and not content.isspace()
     )
+
+
+def refuse_unknown(names: Sequence[str], before: str = "") -> None:
+    """Raise RefusedError for fields that nobody knows; the first is its field, and the others are told with it."""
+    if names:
+        more = [shown(name) for name in names[1:_MAX_TOLD]]
+        detail = f"and so {'are' if len(more) > 1 else 'is'} {', '.join(more)}" if more else ""
+        raise RefusedError(Problem.UNKNOWN_FIELD, before + shown(names[0]), detail)
 
 
 def text(value: object, field: str, may_be_empty: bool = False) -> str:
@@ -268,7 +298,7 @@ def _part(value: object, field: str) -> tuple[str, str]:
     if unknown is not None:
         named = unknown in _NAMED_PARTS
         raise RefusedError(Problem.NOT_TEXT if named else Problem.UNKNOWN_FIELD, f"{field}.{shown(unknown)}")
-    given = [name for name in (str(kind), "text", "content") if name in part]
+    given = [name for name in (str(kind), "text", "content", "value") if name in part]
     said = part[given[0]] if given else None
     if isinstance(said, list):  # Mistral writes the parts of its reasoning again as parts
         return str(kind), "".join(_part(each, f"{field}[{i}]")[1] for i, each in enumerate(cast(list[object], said)))

@@ -11,6 +11,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
+from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.field_names import METADATA
@@ -89,7 +90,7 @@ class BadRows:
             file=place(file),
             row=number,
             field=f", field {shortened(broken.field, 200)}" if broken.field else "",
-            problem=broken.words,
+            problem=shortened(broken.words, MAX_ARG_CHARS),
             broken=self._count,
             rows=self._ledger.rows_read,
             remedy=self._remedy(),

@@ -22,7 +22,7 @@ from finetune_trainer.data.field_names import (
     says_nothing,
     shown,
 )
-from finetune_trainer.data.messages import MessageReader, Said, text
+from finetune_trainer.data.messages import MessageReader, Said, refuse_unknown, text
 from finetune_trainer.data.order import Ordered
 from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
@@ -308,7 +308,7 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
     try:
         reading = _Reading(row, choices)
         found = shape.to_row(reading)
-        passed_over = _passed_over(row, _ONLY_TEXT if isinstance(found, Completion) else shape.reads)
+        passed_over = _passed_over(row, _ONLY_TEXT if isinstance(found, Completion) else shape.reads, found)
     except RefusedError as refused:
         return _in_their_names(refused.broken, choices)
     passed_over |= {shown(name) for name in cast(dict[str, Any], value) if name in choices.ignored}
@@ -339,15 +339,17 @@ def renamed(row: dict[str, Any], choices: RowChoices) -> dict[str, Any]:
     return found
 
 
-def _passed_over(row: Mapping[str, Any], reads: frozenset[str]) -> set[str]:
-    """Return the names of fields that are not read. Raises RefusedError where one of them says something."""
-    passed_over: set[str] = set()
-    for name, each in row.items():
-        if name not in reads and not says_nothing(each):
-            if name not in METADATA:
-                raise RefusedError(Problem.UNKNOWN_FIELD, shown(name))
-            passed_over.add(name)
-    return passed_over
+def _passed_over(row: Mapping[str, Any], reads: frozenset[str], found: Row) -> set[str]:
+    """Return the names of fields that are not read. Raises RefusedError where one of them says something of its own.
+
+    A text that is a message too, as the `prompt` that some datasets have beside their messages, says nothing more."""
+    others = [name for name, each in row.items() if name not in reads and not says_nothing(each)]
+    unknown = [name for name in others if name not in METADATA]
+    if unknown and isinstance(found, Conversation):
+        said = {each.get("content", "").strip() for each in found.messages}
+        unknown = [name for name in unknown if not isinstance(row[name], str) or row[name].strip() not in said]
+    refuse_unknown(unknown)
+    return {shown(name) for name in others}
 
 
 def _in_their_names(broken: Broken, choices: RowChoices) -> Broken:

@@ -2,9 +2,8 @@
 
 from typing import Any, cast
 
-import orjson
-
 from finetune_trainer.data.field_names import says_nothing, shown
+from finetune_trainer.data.files import decode
 from finetune_trainer.data.problems import Broken, Problem, RefusedError
 
 _OF_A_CALL = frozenset(("id", "type", "function", "index"))
@@ -17,10 +16,12 @@ def from_json(value: object, field: str, what: str) -> object:
         raise RefusedError(value.problem, field, value.detail)
     if not isinstance(value, str):
         return value
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as error:
-        raise RefusedError(Problem.WRONG_TYPE, field, f"must be {what}, or the JSON text of one") from error
+    found = decode(value.encode())
+    if isinstance(found, Broken):
+        if found.problem is Problem.NOT_JSON:
+            raise RefusedError(Problem.WRONG_TYPE, field, f"must be {what}, or the JSON text of one")
+        raise RefusedError(found.problem, field)
+    return found
 
 
 def tools(value: object, field: str) -> list[dict[str, Any]] | None:
