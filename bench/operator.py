@@ -28,7 +28,7 @@ def finished(cluster: testbed.Cluster, releases: list[Release], folder: Path, ar
         operator_finished.measure(cluster, release, namespace, folder / f"finished-{number}")
         for number, release in enumerate(releases)
     ]
-    title = f"{arguments.finished} finished jobs that are kept, with a filled status of 4 to 5 KiB each."
+    title = f"{arguments.finished} finished jobs that are kept, with a filled status of 7 KiB each."
     return f"{title}\n\n{tables.table(*operator_finished.table_rows(runs))}"
 
 

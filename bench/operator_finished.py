@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 import testbed
-from bench.acted_kubelet import ARTIFACT, DATA, PLAN
+from bench.acted_kubelet import ARTIFACT, DATA, PLAN, RESOLVED
 from bench.api_server import ApiServer, Body
 from bench.operator_process import OperatorProcess, Release, install_crd
 from bench.operator_thousand import FINETUNEJOBS, finetunejob
@@ -126,7 +126,7 @@ def finished_status() -> Body:
              "observedGeneration": 1}
             for kind, status, reason, words in conditions
         ],
-        "plan": PLAN,
+        "plan": {**PLAN, "resolved": [{**each, "reason": 2 * each["reason"][:80]} for each in (RESOLVED * 2)[:20]]},
         "data": DATA,
         "progress": {"step": 100, "totalSteps": 100, "percentage": 100, "text": "100/100", "lastUpdatedTime": TIME},
         "metrics": {"trainLoss": 1.2, "evalLoss": 1.4, "baseEvalLoss": 2.5, "learningRate": 1e-4, "loss": "1.200",
