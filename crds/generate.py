@@ -19,6 +19,7 @@ from finetune_api.chart_schema import runtimes_schema
 from finetune_api.crd import custom_resource_definition
 from finetune_api.names import HTTP_PORT, Stage
 from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
+from finetune_operator.job_series import MAX_FINISHED
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 from finetune_trainer.data import field_names
@@ -118,6 +119,7 @@ def metrics_page() -> str:
     trainer = dict.fromkeys(row for stage in Stage for row in _rows(_reported(stage)))
     return (
         f"{METRICS_HEAD}\n## The operator, port {Settings.http_port}\n\n"
+        f"`finetune_job_…` are of each job that is not finished, and of the {MAX_FINISHED} that finished last.\n\n"
         + "\n".join(operator)
         + f"\n\n## A pod of a job, port {HTTP_PORT}\n\n"
         + "\n".join(trainer)

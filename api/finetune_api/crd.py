@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from finetune_api.job import FineTuneJobSpec, rules
 from finetune_api.names import CATEGORIES, GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAMES, SINGULAR, VERSION
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import PHASE_FIELD, FineTuneJobStatus
 
 Schema = dict[str, Any]
 
@@ -61,6 +61,7 @@ def custom_resource_definition() -> Schema:
                     "storage": True,
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": printer_columns(),
+                    "selectableFields": [{"jsonPath": f".{PHASE_FIELD}"}],
                     "schema": {"openAPIV3Schema": object_schema()},
                 }
             ],
@@ -107,7 +108,7 @@ def printer_columns() -> list[Schema]:
     return [
         column("Method", ".spec.method.type"),
         column("Model", ".spec.model.uri"),
-        column("Phase", ".status.phase"),
+        column("Phase", f".{PHASE_FIELD}"),
         column("Progress", ".status.progress.text"),
         column("ETA", ".status.progress.eta"),
         column("Loss", ".status.metrics.loss"),

@@ -24,6 +24,10 @@ class Phase(StrEnum):
     FAILED = "Failed"
 
 
+FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
+PHASE_FIELD = "status.phase"  # the server can select by it: `kubectl get ftj --field-selector=status.phase=Failed`
+
+
 class ConditionType(StrEnum):
     PLANNED = "Planned"
     ADMITTED = "Admitted"

@@ -3,6 +3,7 @@
 What an attempt does next is written into its entry first; the action follows from the entry, also after a restart.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 
@@ -14,7 +15,7 @@ from finetune_operator.attempt_outcome import STOPPING, belongs, is_open, is_sto
 from finetune_operator.clock import parse_time
 from finetune_operator.close_attempts import MAX_ENTRIES, JobState, given_up, running_entry
 from finetune_operator.conditions import find
-from finetune_operator.decision import CreateK8sJob, DeleteK8sJob
+from finetune_operator.decision import CreateK8sJob, DeleteK8sJob, SetK8sJobTtl
 from finetune_operator.gates import GateAnswer, Open, Wait
 from finetune_operator.job_reader import reason_of
 from finetune_operator.observation import Blocked, Observation
@@ -70,9 +71,16 @@ def _has_our_name(state: JobState, k8s_job: ObservedK8sJob) -> bool:
     return state.last is not None and is_open(state.last) and belongs(state.last, k8s_job)
 
 
-def delete_all(observation: Observation) -> tuple[DeleteK8sJob, ...]:
+def delete_all(k8s_jobs: Iterable[ObservedK8sJob]) -> tuple[DeleteK8sJob, ...]:
     """Delete every Job that has not ended."""
-    return tuple(DeleteK8sJob(j.name, j.uid) for j in observation.k8s_jobs if j.live and not j.deleting)
+    return tuple(DeleteK8sJob(each.name, each.uid) for each in k8s_jobs if each.live and not each.deleting)
+
+
+def tidy_up(k8s_jobs: Iterable[ObservedK8sJob], ttl_s: int) -> tuple[DeleteK8sJob | SetK8sJobTtl, ...]:
+    """Return what is to be done with the Jobs of a job that is finished."""
+    k8s_jobs = tuple(k8s_jobs)
+    ended = [each for each in k8s_jobs if not each.live and not each.deleting]
+    return delete_all(k8s_jobs) + tuple(SetK8sJobTtl(j.name, ttl_s) for j in ended if j.ttl_seconds != ttl_s)
 
 
 def stop(

@@ -18,9 +18,9 @@ Body = dict[str, Any]
 
 
 class ChildCache:
-    """Thread-safe cache by FineTuneJob. `changed` is called with the key of each job touched."""
+    """Thread-safe cache by FineTuneJob. `changed` is called with key and owner of each job touched."""
 
-    def __init__(self, changed: Callable[[Key], None]) -> None:
+    def __init__(self, changed: Callable[[Key, Owner], None]) -> None:
         self._changed = changed
         self._lock = threading.Lock()
         self._jobs: dict[Owner, dict[str, ObservedK8sJob]] = {}  # by UID of the Job
@@ -69,21 +69,21 @@ class ChildCache:
             changed = self._put(kind, owner, key, body, deleted=event == "DELETED")
             self._drop_empty(owner)
         if changed:
-            self._changed(key)
+            self._changed(key, owner)
 
     def keep_only(self, kind: str, namespace: str | None, listed: set[str]) -> None:
         """These UIDs are all there are: what is missing was deleted while nobody watched."""
-        vanished: set[Key] = set()
+        vanished: set[tuple[Key, Owner]] = set()
         with self._lock:
             store: dict[Owner, dict[str, Any]] = self._jobs if kind == "jobs" else self._pods
             for owner, by_uid in list(store.items()):
                 for uid in [u for u in by_uid if u not in listed and namespace in (None, owner[0])]:
                     key = self._keys[uid]
                     if self._remove(kind, owner, uid):
-                        vanished.add(key)
+                        vanished.add((key, owner))
                 self._drop_empty(owner)
-        for key in vanished:
-            self._changed(key)
+        for key, owner in vanished:
+            self._changed(key, owner)
 
     def _put(self, kind: str, owner: Owner, key: Key, body: Body, *, deleted: bool) -> bool:
         """Store the object; whether anything that is looked at changed."""

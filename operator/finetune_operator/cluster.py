@@ -15,7 +15,7 @@ It reads no Secret, node or namespace, and of Jobs and pods only those with its 
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 import urllib3
@@ -24,11 +24,14 @@ from kubernetes import client, config
 from finetune_api import names
 from finetune_api.names import FIELD_MANAGER
 from finetune_api.redact import shortened
+from finetune_operator import phase_selectors
 from finetune_operator.metrics import Metrics
+from finetune_operator.phase_selectors import PhaseSelection
 
 Body = dict[str, Any]
+T = TypeVar("T")
 Kind = Literal["jobs", "pods", "configmaps", "events", "leases", "finetunejobs"]
-ChildKind = Literal["jobs", "pods"]
+WatchedKind = Literal["jobs", "pods", "finished_finetunejobs"]
 
 REQUEST_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 10
@@ -45,6 +48,11 @@ _PREFIX: dict[Kind, str] = {
     "finetunejobs": f"/apis/{names.API_VERSION}",
 }
 _OURS = f"{names.LABEL_MANAGED_BY}={FIELD_MANAGER}"
+_WATCHED: dict[WatchedKind, tuple[Kind, dict[str, str]]] = {
+    "jobs": ("jobs", {"labelSelector": _OURS}),
+    "pods": ("pods", {"labelSelector": _OURS}),
+    "finished_finetunejobs": ("finetunejobs", {phase_selectors.PARAMETER: phase_selectors.FINISHED}),
+}
 
 
 class ApiError(Exception):
@@ -73,7 +81,13 @@ def brief(error: ApiError | UnreachableError) -> str:
 class Cluster:
     """Thread-safe. What asks the API server raises ApiError or UnreachableError, within REQUEST_TIMEOUT_S."""
 
-    def __init__(self, metrics: Metrics, pool_size: int, answered: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        pool_size: int,
+        selection: PhaseSelection,
+        answered: Callable[[], None] = lambda: None,
+    ) -> None:
         """In-cluster credentials, else those of KUBECONFIG. `answered` is called in the thread that asked, for each
         answer, whatever it says."""
         settings = client.Configuration()
@@ -85,7 +99,7 @@ class Cluster:
         settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
         self._client = client.ApiClient(settings)
         self._pool = self._client.rest_client.pool_manager
-        self._metrics, self._answered = metrics, answered
+        self._metrics, self._selection, self._answered = metrics, selection, answered
 
     def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
         """None if it does not exist."""
@@ -96,9 +110,10 @@ class Cluster:
                 return None
             raise
 
-    def list_finetunejobs(self, namespace: str | None) -> Iterator[Body]:
-        """All FineTuneJobs, page by page."""
-        yield from self._list(_path("finetunejobs", namespace), {}).items()
+    def list_unfinished(self, namespace: str | None) -> Iterator[Body]:
+        """The FineTuneJobs whose phase is not final, page by page; all of them where the server cannot select."""
+        query = {phase_selectors.PARAMETER: phase_selectors.UNFINISHED}
+        yield from self._list(_path("finetunejobs", namespace), query).items()
 
     def list_children(self, namespace: str, job_uid: str) -> list[Body]:
         """The Kubernetes Jobs of one FineTuneJob as they are now, not as a watch has seen them."""
@@ -162,14 +177,17 @@ class Cluster:
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         self._gone_is_fine("delete", "DELETE", _path("jobs", namespace, name), body, {})
 
-    def watch(self, kind: ChildKind, namespace: str | None, version: str | None) -> Iterator[tuple[str, Body]]:
-        """Follow our Jobs or pods from `version` on, or list them first where it is None, until the server ends it.
+    def watch(self, kind: WatchedKind, namespace: str | None, version: str | None) -> Iterator[tuple[str, Body]]:
+        """Follow objects from `version` on, or list them first where it is None, until the server ends it.
+
+        Of Jobs and pods only ours; of FineTuneJobs those whose phase is final, or all where the server cannot select.
 
         The list yields (ITEM, object) for what exists, then (LISTED, the list without items); the watch (OPENED, {})
         once the server takes it, then (ADDED | MODIFIED | DELETED | BOOKMARK, object). Raises ApiError (410: the
         version is forgotten) or UnreachableError.
         """
-        path, query = _path(kind, namespace), {"labelSelector": _OURS}
+        of_kind, query = _WATCHED[kind]
+        path = _path(of_kind, namespace)
         if version is None:
             pages = self._list(path, query)
             for body in pages.items():
@@ -207,18 +225,34 @@ class Cluster:
 
     def try_watch(self, namespace: str | None) -> None:
         """Raises ApiError where the server refuses a watch of FineTuneJobs."""
-        self._follow(_path("finetunejobs", namespace), {"resourceVersion": "0"}, 1).close()
+        query = {phase_selectors.PARAMETER: phase_selectors.UNFINISHED, "resourceVersion": "0"}
+        self._follow(_path("finetunejobs", namespace), query, 1).close()
 
     def _follow(self, path: str, query: dict[str, str], timeout_s: int) -> urllib3.BaseHTTPResponse:
         follow = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s)}
-        return self._send("GET", path, follow, None, SILENCE_TIMEOUT_S)
+        return self._selecting(follow, lambda asked: self._send("GET", path, asked, None, SILENCE_TIMEOUT_S))
 
     def _list(self, path: str, query: dict[str, str]) -> "_Pages":
         return _Pages(self, path, query)
 
     def read(self, path: str, query: dict[str, str]) -> Body:
         """One GET of a path of this API."""
-        return self._request("GET", path, query)
+        return self._selecting(query, lambda asked: self._request("GET", path, asked))
+
+    def _selecting(self, query: dict[str, str], ask: Callable[[dict[str, str]], T]) -> T:
+        """Ask, and once more without the field selector where the server knows no such field."""
+        if phase_selectors.PARAMETER not in query:
+            return ask(query)
+        try:
+            answer = ask(query)
+        except ApiError as error:
+            if error.status != phase_selectors.BAD_REQUEST:
+                raise
+            answer = ask({name: value for name, value in query.items() if name != phase_selectors.PARAMETER})
+            self._selection.answered(selected=False)
+        else:
+            self._selection.answered(selected=True)
+        return answer
 
     def _gone_is_fine(self, verb: str, method: str, path: str, body: Body, query: dict[str, str]) -> None:
         try:

@@ -6,7 +6,6 @@ Kubernetes Jobs or the pods.
 
 from datetime import datetime, timedelta
 
-from finetune_api import defaults
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
@@ -17,11 +16,11 @@ from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import JobState, close_attempts
 from finetune_operator.conditions import ConditionUpdate, with_updates
 from finetune_operator.counted_time import with_suspended_clock, with_wait_clock
-from finetune_operator.decision import Action, Decision, SetK8sJobTtl
+from finetune_operator.decision import Action, Decision
 from finetune_operator.final_status import Limits
 from finetune_operator.gates import GateAnswer, Open, Over, ask_gates, deadline
 from finetune_operator.job_events import events_between
-from finetune_operator.job_reader import FineTuneJob
+from finetune_operator.job_reader import FineTuneJob, ttl_s_of
 from finetune_operator.observation import Blocked, Observation
 from finetune_operator.pod_waits import PATIENCE, SLOW_START_S, PodState
 from finetune_operator.progress_status import is_write_due, with_age, with_progress, without_eta
@@ -67,7 +66,7 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
     end = end or final_status.failure(state, pod_state, limits, now)
     if end is not None:
         status = final_status.failed(state, end, job.generation, now)
-        return _decision(job, status, state, attempt_steps.delete_all(observation))
+        return _decision(job, status, state, attempt_steps.delete_all(observation.k8s_jobs))
 
     # The attempt that runs is stopped, where the job may not go on or nothing moves.
     state = attempt_steps.stop(state, observation, gate, pod_state, limits.progress_deadline_s)
@@ -117,10 +116,7 @@ def _rejected(job: FineTuneJob, now: datetime) -> FineTuneJobStatus:
 
 def _tidy_up(job: FineTuneJob, observation: Observation) -> Decision:
     """The verdict is stored. A Kubernetes Job that is missing is never created again."""
-    ttl_s = defaults.given(job.spec.ttl_seconds_after_finished if job.spec is not None else None, defaults.TTL_S)
-    ended = [k8s_job for k8s_job in observation.k8s_jobs if not k8s_job.live and not k8s_job.deleting]
-    actions: tuple[Action, ...] = attempt_steps.delete_all(observation)
-    actions += tuple(SetK8sJobTtl(each.name, ttl_s) for each in ended if each.ttl_seconds != ttl_s)
+    actions = attempt_steps.tidy_up(observation.k8s_jobs, ttl_s_of(job.spec))
     return Decision(job.status.model_copy(update={"observed_generation": job.generation}), actions)
 
 

@@ -5,19 +5,22 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from finetune_api import names
+from finetune_api.status import FINAL_PHASES, Phase
 from finetune_operator.child_cache import ChildCache, Key, Owner
 from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.clock import utcnow
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
-from finetune_operator.decide import decide
+from finetune_operator.finished_jobs import FinishedJobs
 from finetune_operator.health import Health, problems
-from finetune_operator.job_reader import is_finished, read_job
+from finetune_operator.job_reader import read_job, verdict_at
+from finetune_operator.job_series import JobSeries
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
-from finetune_operator.observation import Observation
+from finetune_operator.phase_selectors import PhaseSelection
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.reconcile import Reconciler
@@ -44,15 +47,27 @@ class Engine:
         self._settings, self._metrics = settings, metrics
         self._queue: WorkQueue[Key] = WorkQueue()
         namespaces: tuple[str | None, ...] = settings.watch_namespaces or (None,)
-        pool_size = settings.workers + 2 * len(namespaces) + 4
-        cluster = Cluster(metrics, pool_size=pool_size, answered=self._round_moved)
+        pool_size = settings.workers + 3 * len(namespaces) + 4
+        self.selection = PhaseSelection()
+        cluster = Cluster(metrics, pool_size, self.selection, self._round_moved)
         self._cluster = cluster
-        self._children = ChildCache(lambda key: self._queue.put(key, CHILD_DELAY_S))
+        self._series = JobSeries(metrics)
+        self._children = ChildCache(self._child_changed)
         self._progress = ProgressPuller(self._children, metrics, self._look_at, utcnow)
         self._stop, self._wake = threading.Event(), threading.Event()
-        self._scopes = {name: Scope(cluster, self._children, metrics, name, self._wake.set) for name in namespaces}
+        self._scopes = {
+            name: Scope(
+                name,
+                cluster=cluster,
+                children=self._children,
+                finished=FinishedJobs(self._children, self._series, self._queue.put),
+                metrics=metrics,
+                on_listed=self._wake.set,
+            )
+            for name in namespaces
+        }
         runtimes = Runtimes(settings.runtimes_file)
-        self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, utcnow)
+        self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, self._series, utcnow)
         self._lease = Lease(
             cluster, settings.namespace, settings.lease_name, settings.identity, settings.lease_duration_s
         )
@@ -83,14 +98,20 @@ class Engine:
         self._leading = True
         return True
 
-    def put(self, namespace: str, name: str, uid: str, generation: int, version: str) -> None:
-        """The watch of FineTuneJobs says that the job was created, changed or deleted."""
+    def hear(self, event: str | None, body: Mapping[str, Any]) -> None:
+        """Take what the watch of FineTuneJobs tells. DELETED says of a job no more than that it is finished or gone."""
+        meta = body["metadata"]
+        namespace, name, uid = str(meta["namespace"]), str(meta["name"]), str(meta["uid"])
         scope = self._scope_of(namespace)
-        if scope is not None:
-            scope.watch_lag.heard(uid, generation)
-            scope.names[namespace, uid] = (namespace, name)
-            if not self._reconciler.has_written((namespace, uid), version):
-                self._queue.put((namespace, name))
+        if scope is None:
+            return
+        scope.watch_lag.heard(uid, int(meta.get("generation") or 0))
+        if event != "DELETED" and verdict_at(body) is not None:  # from a server that cannot select
+            scope.finished.take("finetunejobs", "MODIFIED", body)
+            return
+        scope.names[namespace, uid] = (namespace, name)
+        if not self._reconciler.has_written((namespace, uid), str(meta.get("resourceVersion"))):
+            self._queue.put((namespace, name))
 
     def stop(self) -> None:
         """Start no more rounds, wait for those in work, then give the lease back.
@@ -115,7 +136,7 @@ class Engine:
     def health(self) -> Health:
         """What stands still, what keeps it from its work, and what is good to know."""
         lease = self._lease.problem()
-        notes = [self._lease.note()]
+        notes = [self._lease.note(), *self.selection.notes()]
         if not self._leading or self._stop.is_set():
             return Health(unready=(*((lease,) if lease else ()), *self._missing), notes=tuple(notes))
         scopes = self._scopes.values()
@@ -160,46 +181,55 @@ class Engine:
 
     def _resync_scope(self, scope: Scope) -> None:
         owners = {owner for owner in self._children.owners() if scope.namespace in (None, owner[0])}
-        exported = {key for key in self._reconciler.exported() if scope.namespace in (None, key[0])}
+        shown = {key: uid for key, uid in self._series.uids().items() if scope.namespace in (None, key[0])}
         try:
-            found = self._list(scope.namespace, owners)
+            found = self._list(scope)
             scope.take_list(found, time.time())
             scope.resync_due_s = time.monotonic() + self._settings.resync_interval_s
         except (ApiError, UnreachableError) as error:
             if scope.take_failure(error):
                 log.warning("resync of %s failed: %s", scope.namespace or "the cluster", error)
-            self._forget_figures(exported if scope.is_gone() else set())
+            for key in shown if scope.is_gone() else ():
+                self._reconciler.forget(key)
             scope.resync_due_s = time.monotonic() + min(RESYNC_RETRY_S, self._settings.resync_interval_s)
         else:
             for owner in owners - set(found.unfinished):
                 self._children.forget(owner)
-            self._forget_figures(exported - found.keys)  # deleted, and nobody was told
             self._progress.retain({owner for each in self._scopes.values() for owner in each.names})
-            for key in found.unfinished.values():
+            # Shown, and in neither list: finished just now, or deleted and nobody was told.
+            lost = [
+                k
+                for k, uid in shown.items()
+                if (k[0], uid) not in found.unfinished and (k[0], uid) not in scope.finished
+            ]
+            for key in (*found.unfinished.values(), *lost, *scope.finished.wanting_rounds()):
                 self._queue.put(key)
         self._resync_moved_s = time.monotonic()
-        self._metrics.count_phases(sum((each.phases for each in self._scopes.values()), Counter[str]()))
+        self._count_phases()
         times_s = [each.resynced_at_s for each in self._scopes.values() if each.well()]
         if times_s and all(times_s):
             self._metrics.last_resync.set(min(moment for moment in times_s if moment is not None))
 
-    def _forget_figures(self, keys: set[Key]) -> None:
-        for key in keys:
-            self._reconciler.forget(key)
-
-    def _list(self, namespace: str | None, owners: set[Owner]) -> Listed:
+    def _list(self, scope: Scope) -> Listed:
+        """List the unfinished jobs; where the server cannot select, the others pass by unread."""
         found = Listed()
-        for body in self._cluster.list_finetunejobs(namespace):
+        for body in self._cluster.list_unfinished(scope.namespace):
             self._resync_moved_s = time.monotonic()
+            if verdict_at(body) is not None:
+                continue
             job = read_job(body)
-            found.keys.add(job.key)
-            found.phases[job.status.phase.value if job.status.phase else "Pending"] += 1
-            found.generations[job.uid] = job.generation
-            if not is_finished(job.status):
+            if job.owner not in scope.finished:  # since this page was read
+                found.phases[job.status.phase or Phase.PENDING] += 1
+                found.generations[job.uid] = job.generation
                 found.unfinished[job.owner] = job.key
-            elif job.owner in owners and decide(job, Observation(*self._children.of(job.owner)), utcnow()).actions:
-                self._queue.put(job.key)  # a Job of it still wants its TTL
         return found
+
+    def _count_phases(self) -> None:
+        """Show how many jobs there are by phase; of the final ones once all of them are known."""
+        open_scopes = [scope for scope in self._scopes.values() if not scope.closed]
+        counts = sum((scope.phases + scope.finished.phases() for scope in open_scopes), Counter[str]())
+        complete = all(scope.finished_listed for scope in open_scopes)
+        self._metrics.count_phases(counts, [phase for phase in Phase if complete or phase not in FINAL_PHASES])
 
     def _resync_for_ever(self) -> None:
         while not self._stop.is_set():
@@ -246,6 +276,11 @@ class Engine:
         key: Key | None = getattr(self._in_work, "key", None)
         if key is not None:
             self._queue.moved(key)
+
+    def _child_changed(self, key: Key, owner: Owner) -> None:
+        scope = self._scope_of(owner[0])
+        if scope is None or not scope.finished.is_at_rest(owner):
+            self._queue.put(key, CHILD_DELAY_S)
 
     def _look_at(self, owner: Owner) -> None:
         scope = self._scope_of(owner[0])

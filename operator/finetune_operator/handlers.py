@@ -5,10 +5,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import kopf
 
 from finetune_api import names
+from finetune_operator.cluster import PAGE
 from finetune_operator.engine import Engine
+from finetune_operator.phase_selectors import BAD_REQUEST, PARAMETER, UNFINISHED, PhaseSelection
 
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
@@ -18,8 +21,9 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
-    def login(**arguments: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+    async def login(**arguments: Any) -> kopf.AiohttpSession | None:
+        found = kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+        return session(found, AskedAgain(engine.selection)) if found is not None else None
 
     @kopf.on.startup(registry=handlers)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -35,9 +39,8 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
         await asyncio.get_running_loop().run_in_executor(None, engine.stop)
 
     @kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=handlers)
-    async def changed(namespace: str | None, name: str | None, uid: str | None, meta: kopf.Meta, **_: Any) -> None:
-        if namespace and name and uid:
-            engine.put(namespace, name, uid, int(meta.get("generation") or 0), str(meta.get("resourceVersion")))
+    async def told(type: str | None, body: kopf.Body, **_: Any) -> None:
+        engine.hear(type, body)
 
     return handlers
 
@@ -55,6 +58,46 @@ class NoDifferences(kopf.DiffBaseStorage):
         """Kopf keeps nothing on users' objects."""
 
 
+class AskedAgain:
+    """Asks again without the field selector what a server refuses that knows no such field.
+
+    Kopf ends as a whole when a list or a watch is refused so, and a CRD may change while it runs."""
+
+    def __init__(self, selection: PhaseSelection) -> None:
+        self._selection = selection
+
+    async def __call__(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        answer = await send(request)
+        if PARAMETER not in request.url.query:
+            return answer
+        refused = answer.status == BAD_REQUEST
+        if refused:
+            answer.close()
+            request.url = request.url.without_query_params(PARAMETER)
+            answer = await send(request)
+        if answer.ok:
+            self._selection.answered(selected=not refused)
+        return answer
+
+
+def session(info: kopf.ConnectionInfo, *middlewares: aiohttp.ClientMiddlewareType) -> kopf.AiohttpSession:
+    """The session that Kopf would make of its credentials, with middlewares."""
+    made = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+        headers=info.as_http_headers(),
+        proxy=info.proxy_url,
+        trust_env=info.trust_env,
+        middlewares=middlewares,
+    )
+    return kopf.AiohttpSession(
+        server=info.server,
+        priority=info.priority,
+        default_namespace=info.default_namespace,
+        expiration=info.expiration,
+        aiohttp_session=made,
+    )
+
+
 class Backoffs:
     """Seconds between two tries of one request, without end: Kopf ends as a whole once a single watch has no more."""
 
@@ -68,6 +111,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.scanning.disabled = True  # else it lists CRDs and namespaces
     settings.peering.standalone = True
     settings.persistence.diffbase_storage = NoDifferences()
+    settings.watching.field_selectors[names.GROUP, names.PLURAL] = UNFINISHED
+    settings.watching.chunk_size = PAGE
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.inactivity_timeout = 90

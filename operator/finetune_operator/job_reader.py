@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from finetune_api import names
+from finetune_api import defaults, names
 from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Reason
 from finetune_api.redact import shortened
@@ -53,11 +53,23 @@ def is_finished(status: FineTuneJobStatus) -> bool:
     return any(c.type == ConditionType.FINISHED and c.status == "True" for c in status.conditions)
 
 
+def verdict_at(body: Mapping[str, Any]) -> str | None:
+    """Return when an object got its verdict, without reading all of it; None for a job that is not finished."""
+    status = cast(Mapping[str, Any], body.get("status") or {})
+    found = (each for each in status.get("conditions") or () if each.get("type") == ConditionType.FINISHED)
+    return next((str(each.get("lastTransitionTime", "")) for each in found if each.get("status") == "True"), None)
+
+
+def ttl_s_of(spec: FineTuneJobSpec | None) -> int:
+    """Return for how many seconds the Kubernetes Jobs of a finished job are kept."""
+    return defaults.given(spec.ttl_seconds_after_finished if spec is not None else None, defaults.TTL_S)
+
+
 def read_job(body: Mapping[str, Any]) -> FineTuneJob:
     """Read any object that has metadata.name and metadata.uid. Never raises: see `problem`."""
     meta = cast(Mapping[str, Any], body.get("metadata") or {})
     name = str(meta.get("name", ""))
-    spec, problem = _read_spec(body.get("spec"))
+    spec, problem = read_spec(body.get("spec"))
     if len(name) > names.MAX_NAME_LENGTH or not _NAME.fullmatch(name):
         spec = None
         problem = (
@@ -77,7 +89,8 @@ def read_job(body: Mapping[str, Any]) -> FineTuneJob:
     )
 
 
-def _read_spec(raw: object) -> tuple[FineTuneJobSpec | None, str]:
+def read_spec(raw: object) -> tuple[FineTuneJobSpec | None, str]:
+    """Return the spec, or None and why it cannot be read."""
     try:
         return FineTuneJobSpec.model_validate(raw), ""
     except ValidationError as error:

@@ -1,8 +1,10 @@
-"""What the operator measures of itself, and the last known figures of the jobs it runs.
+"""What the operator measures of itself, and the last known figures of jobs: `job_series` says of which.
 
 Labels are bounded: the namespace and name of jobs that exist, and words of fixed lists. Never a user's text. None is
 called `namespace`, `job` or `pod`, which Prometheus gives to what it scrapes: ours would become `exported_namespace`.
 """
+
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -105,6 +107,6 @@ class Metrics:
             else:
                 metric.remove(namespace, name)
 
-    def count_phases(self, phases: dict[str, int]) -> None:
-        for phase in Phase:
+    def count_phases(self, phases: Mapping[str, int], known: Iterable[Phase]) -> None:
+        for phase in known:
             self.jobs.labels(phase.value).set(phases.get(phase.value, 0))

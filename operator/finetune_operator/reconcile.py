@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -16,13 +15,14 @@ from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.child_creator import ChildCreator, Creation, LaterError, RefusedError
-from finetune_operator.clock import format_time, parse_time
+from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import digest_of_proof, wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.event_reader import EventReader
 from finetune_operator.job_reader import FineTuneJob, read_job
+from finetune_operator.job_series import JobSeries
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import with_live_pods
@@ -52,15 +52,14 @@ class Reconciler:
         progress: Progresses,
         runtimes: Runtimes,
         metrics: Metrics,
+        series: JobSeries,
         now: Callable[[], datetime],
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
         self._written: dict[Owner, str] = {}  # version of each unfinished job that our last write of its status made
-        self._events = EventReader(cluster, children.knows)
-        self._exported: dict[tuple[str, str], str] = {}  # key → UID
-        self._lock = threading.Lock()
+        self._events, self._series = EventReader(cluster, children.knows), series
 
     def reconcile(self, key: tuple[str, str]) -> float | None:
         """Bring one job on its way; seconds until it wants another round, if any.
@@ -87,18 +86,11 @@ class Reconciler:
 
     def forget(self, key: tuple[str, str]) -> None:
         """The job is deleted."""
-        with self._lock:
-            uid = self._exported.pop(key, None)
+        uid = self._series.forget(key)
         if uid is not None:
             self._created.pop((key[0], uid), None)
             self._written.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
-            self._metrics.forget(*key)
-
-    def exported(self) -> set[tuple[str, str]]:
-        """Return the keys of the jobs that have series in the metrics."""
-        with self._lock:
-            return set(self._exported)
 
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
@@ -173,7 +165,7 @@ class Reconciler:
             self._written[job.owner] = job.resource_version
             for event in decision.events:
                 self._tell(job, event)
-        self._export(job)
+        self._series.show(job)
         return job
 
     def _act(self, job: FineTuneJob, action: Action, creation: Creation | None) -> None:
@@ -194,16 +186,6 @@ class Reconciler:
             self._cluster.create("events", event_manifest(job, event, self._now()))
         except (ApiError, UnreachableError) as error:
             log.warning("%s/%s: the event was not taken: %s", job.namespace, job.name, error)
-
-    def _export(self, job: FineTuneJob) -> None:
-        progress = job.status.progress
-        answered = parse_time(progress.last_updated_time) if progress else None
-        with self._lock:
-            before = self._exported.get(job.key, job.uid)
-            self._exported[job.key] = job.uid
-        if before != job.uid:
-            self._metrics.forget(*job.key)  # of another job that had the name
-        self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
 
 
 def with_creation(decision: Decision, creation: Creation) -> Decision:

@@ -1,4 +1,4 @@
-"""One watched namespace, or the whole cluster: its watches, its unfinished jobs and what is wrong there.
+"""One watched namespace, or the whole cluster: its watches, its jobs and what is wrong there.
 
 Each stands alone. A namespace that was deleted, or that the operator may not read, costs the others nothing.
 """
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finetune_operator.child_cache import ChildCache, Key, Owner
-from finetune_operator.child_watch import ChildWatch, ReadTrouble
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.finished_jobs import FinishedJobs
 from finetune_operator.metrics import Metrics
+from finetune_operator.object_watch import ObjectWatch, ReadTrouble
 from finetune_operator.watch_lag import WatchLag
 
 WHOLE_CLUSTER = "*"  # of a label: no namespace is called so
@@ -23,36 +24,43 @@ PROBE_AFTER_S = 50.0  # of lag; with the longest interval of the resync still be
 
 @dataclass(frozen=True)
 class Listed:
-    """What one list of its FineTuneJobs showed."""
+    """What one list of its unfinished FineTuneJobs showed."""
 
-    keys: set[Key] = field(default_factory=set[Key])
     unfinished: dict[Owner, Key] = field(default_factory=dict[Owner, Key])
     generations: dict[str, int] = field(default_factory=dict[str, int])
     phases: Counter[str] = field(default_factory=Counter[str])
 
 
 class Scope:
-    """`start` follows its Kubernetes Jobs and pods; the engine lists its FineTuneJobs and tells what came of it."""
+    """`start` follows its Kubernetes Jobs, pods and finished FineTuneJobs; the engine lists its other FineTuneJobs and
+    tells what came of it."""
 
     def __init__(
         self,
+        namespace: str | None,
+        *,
         cluster: Cluster,
         children: ChildCache,
+        finished: FinishedJobs,
         metrics: Metrics,
-        namespace: str | None,
         on_listed: Callable[[], None],
     ) -> None:
-        self.namespace = namespace
+        self.namespace, self.finished = namespace, finished
         self.watch_lag = WatchLag()
         self.names: dict[Owner, Key] = {}  # of unfinished jobs, from the last list and from events
-        self.phases: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()  # of unfinished jobs, from the last list
         self.resync_due_s = 0.0  # monotonic
         self.resync_wanted = False  # out of turn: rounds were put off until its Jobs and pods are known
         self.resynced_at_s: float | None = None  # Unix
         self.closed = False  # the server refuses to list its FineTuneJobs: no round is begun
         self._cluster, self._on_listed = cluster, on_listed
         self._trouble: ReadTrouble | None = None
-        self.watches = tuple(ChildWatch(cluster, children, kind, namespace, self._listed) for kind in ("jobs", "pods"))
+        self._jobs, self._pods = (
+            ObjectWatch(cluster, children, "jobs", namespace, self._listed),
+            ObjectWatch(cluster, children, "pods", namespace, self._listed),
+        )
+        self._finished = ObjectWatch(cluster, finished, "finished_finetunejobs", namespace, self._listed)
+        self.watches = (self._jobs, self._pods, self._finished)
         label = namespace or WHOLE_CLUSTER
         for watch in self.watches:
             metrics.watch_trouble.labels(watch.kind, label).set_function(lambda w=watch: float(w.trouble is not None))
@@ -71,7 +79,12 @@ class Scope:
     @property
     def listed(self) -> bool:
         """Whether its Kubernetes Jobs and pods are known: without them every job would look as if it had none."""
-        return all(watch.listed.is_set() for watch in self.watches)
+        return self._jobs.listed.is_set() and self._pods.listed.is_set()
+
+    @property
+    def finished_listed(self) -> bool:
+        """Whether its finished FineTuneJobs are known."""
+        return self._finished.listed.is_set()
 
     def take_list(self, found: Listed, now_s: float) -> None:
         self.names, self.phases, self.closed, self.resynced_at_s = found.unfinished, found.phases, False, now_s

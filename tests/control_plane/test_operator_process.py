@@ -21,11 +21,13 @@ from kubernetes import client, config
 
 import testbed
 from built import require_program
-from finetune_api import names
+from finetune_api import defaults, names
 from finetune_api.names import GROUP, PLURAL, VERSION
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault
 from finetune_operator.__main__ import EXIT_CRD_GONE
 from finetune_operator.engine import MISSING_CRD
+from finetune_operator.phase_selectors import CANNOT_SELECT
+from finished_samples import finished_job
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 from testbed.instance import free_ports
 from waiting import PATIENCE_S, until
@@ -34,6 +36,14 @@ pytestmark = pytest.mark.control_plane
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN_PODS = 5_000
+# The operator with lists in small pages.
+SMALL_PAGES = """
+import sys
+from finetune_operator import cluster
+cluster.PAGE = 7
+from finetune_operator.__main__ import main
+sys.exit(main())
+"""
 
 
 class Operator:
@@ -60,6 +70,7 @@ class Operator:
             **env,
         }
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = ["-m", "finetune_operator"]
 
     def offer(self, *runtimes: str) -> None:
         """What Helm does when the platform team changes its values."""
@@ -69,7 +80,7 @@ class Operator:
 
     def start(self) -> "Operator":
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "finetune_operator"]
+            command = [sys.executable, *self.program]
             self.process = subprocess.Popen(command, env=self._env, stdout=log, stderr=log, cwd="/")
         return self
 
@@ -181,6 +192,16 @@ class Team:
         }
         made: Any = self.custom.create_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, body)
         return made["metadata"]["uid"]
+
+    def keep_finished(self, number: int) -> None:
+        """Finished FineTuneJobs of long ago, without any child."""
+        for index in range(number):
+            name = f"kept-{index}"
+            self.submit(name)
+            status = finished_job(name, phase="Failed" if index % 3 else "Succeeded")["status"]
+            self.custom.patch_namespaced_custom_object_status(
+                GROUP, VERSION, self.namespace, PLURAL, name, {"status": status}
+            )
 
     def get(self, name: str = "bot") -> dict[str, Any]:
         found: Any = self.custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
@@ -555,6 +576,9 @@ def test_a_job_comes_to_its_end_on_the_crd_of_the_first_release(
         team.runs("prepare", 1)
         team.until("Running", "True", "Preparing")
         assert "runDigest" not in team.get()["status"]["record"]
+        until(lambda: CANNOT_SELECT in operator.get("/healthz?verbose"), "it says that all jobs are listed")
+        assert operator.process is not None
+        assert operator.process.poll() is None
         team.prepared()
         team.runs("train", 1)
         team.until("Running", "True", "Training")
@@ -563,8 +587,57 @@ def test_a_job_comes_to_its_end_on_the_crd_of_the_first_release(
         team.committed()
         team.until("Succeeded", "True", "Succeeded")
         assert len(team.jobs()) == 2
+        until(lambda: {j.spec.ttl_seconds_after_finished for j in team.jobs()} == {defaults.TTL_S}, "the Jobs' TTL")
+        assert operator.get("/healthz") == "ok"
     finally:
         control_plane.kubectl(*apply, str(ROOT / "crds/finetunejobs.yaml"))
+
+
+def requests(cluster: testbed.Cluster, verb: str) -> float:
+    """How often the API server was asked for FineTuneJobs."""
+    lines = cluster.kubectl("get", "--raw", "/metrics").splitlines()
+    counts = [line for line in lines if line.startswith("apiserver_request_total{")]
+    found = [line for line in counts if f'resource="{PLURAL}"' in line and f'verb="{verb}"' in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
+def test_finished_jobs_cost_a_start_one_list_in_pages_and_their_ttl_may_still_change(
+    team: Team, operator: Operator, control_plane: testbed.Cluster
+):
+    operator.kill()
+    operator.program = ["-c", SMALL_PAGES]
+    team.keep_finished(30)
+    operator.start()
+
+    def counted(number: int) -> Callable[[], bool]:
+        return lambda: operator.metric('finetune_jobs{phase="Succeeded"}') == number
+
+    team.submit()
+    team.prepared()
+    team.committed()
+    team.until("Succeeded", "True")  # and so leaves the watch of unfinished jobs
+    until(counted(11), "all are counted")
+    until(lambda: {j.spec.ttl_seconds_after_finished for j in team.jobs()} == {defaults.TTL_S}, "the Jobs' TTL")
+    bot = f'job_name="bot",job_namespace="{team.namespace}"'
+    assert operator.metric(f'finetune_job_phase{{{bot},phase="Succeeded"') == 1
+
+    assert operator.end() == 0
+    gets, lists = requests(control_plane, "GET"), requests(control_plane, "LIST")
+    operator.start()
+    until(counted(11), "all are counted")
+    operator.looks_at_everything()
+    assert requests(control_plane, "GET") == gets
+    assert requests(control_plane, "LIST") - lists >= 5  # 31 finished ones, 7 a page
+    assert operator.metric('finetune_watched_objects_total{kind="finished_finetunejobs"}') == 31
+    assert operator.metric("finetune_job_failures{") == 0
+    assert operator.get("/metrics").count("finetune_job_failures{") == 31
+
+    team.change({"spec": {"ttlSecondsAfterFinished": 1}})
+    until(lambda: team.jobs() == [], "Kubernetes removes both Jobs")
+    until(lambda: team.get()["status"]["observedGeneration"] == 2, "the change is acknowledged")
+    team.custom.delete_namespaced_custom_object(GROUP, VERSION, team.namespace, PLURAL, "bot")
+    until(lambda: 'job_name="bot"' not in operator.get("/metrics"), "figures gone")
+    until(counted(10), "it is counted no more")
 
 
 def test_a_pod_that_its_node_refuses_uses_up_no_retry(team: Team, operator: Operator):

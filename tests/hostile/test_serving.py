@@ -211,7 +211,7 @@ def silence_after(minutes: int, behave: str, monkeypatch: pytest.MonkeyPatch) ->
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         puller = ProgressPuller(
-            ChildCache(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: now, port
+            ChildCache(lambda _key, _owner: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: now, port
         )
         for minute in range(minutes + 1):
             if (behave == "closed" and minute == 0) or (behave == "closed later" and minute == 1):

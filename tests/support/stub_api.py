@@ -39,6 +39,24 @@ class Trouble:
         return all(word in request for word in self.words) and not any(word in request for word in self.but)
 
 
+@dataclass(frozen=True)
+class _Change:
+    version: int
+    resource: str
+    event: str
+    body: Body
+    before: Body | None  # the object as it was
+
+    def told_to(self, query: dict[str, str]) -> tuple[str, Body] | None:
+        """The event of a watch with these selectors: for it an object that they leave out does not exist."""
+        was, now = self.before is not None and _selects(query, self.before), _selects(query, self.body)
+        if self.event == "DELETED" or not now:
+            version = {"resourceVersion": str(self.version)}
+            last = self.before or self.body
+            return ("DELETED", {**last, "metadata": {**last["metadata"], **version}}) if was else None
+        return ("MODIFIED" if was else "ADDED"), self.body
+
+
 @dataclass
 class StubApi:
     """Objects by (resource, namespace, name), the troubles now, and the requests seen ("METHOD path?query")."""
@@ -49,7 +67,8 @@ class StubApi:
     requests: list[str] = field(default_factory=list[str])
     forgotten: int = 0  # watches that want to go on from a version up to this one get 410
     lock: threading.RLock = field(default_factory=threading.RLock)
-    _changes: list[tuple[int, str, str, Body]] = field(default_factory=list[tuple[int, str, str, Body]])
+    selects_by_phase: bool = True  # False: as with a CRD of an earlier release
+    _changes: list["_Change"] = field(default_factory=list["_Change"])
     _versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _cuts: int = 0
     ended: bool = False
@@ -62,11 +81,12 @@ class StubApi:
             made = {"uid": f"uid-{version}", "creationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             body = {**body, "metadata": {**made, **meta, "resourceVersion": str(version)}}
             key = (resource, meta["namespace"], meta["name"])
+            before = self.objects.get(key)
             if event == "DELETED":
                 del self.objects[key]
             else:
                 self.objects[key] = body
-            self._changes.append((version, resource, event, body))
+            self._changes.append(_Change(version, resource, event, body, before))
             return body
 
     def submit(self, namespace: str, name: str, spec: Body) -> Body:
@@ -84,7 +104,7 @@ class StubApi:
 
     def version(self) -> int:
         with self.lock:
-            return self._changes[-1][0] if self._changes else 0
+            return self._changes[-1].version if self._changes else 0
 
     def asked(self, *words: str) -> list[str]:
         return [request for request in list(self.requests) if all(word in request for word in words)]
@@ -135,6 +155,8 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
             if place is None:
                 return self.refuse(404)
             resource, namespace, name, sub = place
+            if "status.phase" in query.get("fieldSelector", "") and not stub.selects_by_phase:
+                return self.refuse(400)
             if query.get("watch") == "true":
                 return self.stream(resource, namespace, query)
             with stub.lock:
@@ -144,7 +166,9 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = serve  # noqa: N815 - the names that http.server calls
 
         def refuse(self, status: int) -> None:
-            reason = {403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired"}.get(status, "InternalError")
+            reason = {400: "BadRequest", 403: "Forbidden", 404: "NotFound", 409: "Conflict", 410: "Expired"}.get(
+                status, "InternalError"
+            )
             self.say(status, {"kind": "Status", "code": status, "reason": reason, "message": "the stub says no"})
 
         def say(self, status: int, content: Body) -> None:
@@ -228,21 +252,25 @@ def _place(path: str) -> tuple[str, str | None, str | None, str | None] | None:
 def _selects(query: dict[str, str], body: Body) -> bool:
     labels = body["metadata"].get("labels") or {}
     pairs = [pair.split("=", 1) for pair in query.get("labelSelector", "").split(",") if pair]
-    return "fieldSelector" not in query and all(labels.get(name) == value for name, value in pairs)
+    fields = [term.partition("!=") for term in query.get("fieldSelector", "").split(",") if term]
+    phase = (body.get("status") or {}).get("phase", "")
+    return all(labels.get(name) == value for name, value in pairs) and all(
+        name == "status.phase" and phase != value for name, _, value in fields
+    )
 
 
 def _since(
     stub: StubApi, version: int, resource: str, namespace: str | None, query: dict[str, str]
 ) -> list[tuple[str, Body]]:
     with stub.lock:
-        return [
-            (event, body)
-            for number, of, event, body in stub._changes  # pyright: ignore[reportPrivateUsage]
-            if number > version
-            and of == resource
-            and namespace in (None, body["metadata"]["namespace"])
-            and _selects(query, body)
+        told = [
+            change.told_to(query)
+            for change in stub._changes  # pyright: ignore[reportPrivateUsage]
+            if change.version > version
+            and change.resource == resource
+            and namespace in (None, change.body["metadata"]["namespace"])
         ]
+    return [event for event in told if event is not None]
 
 
 def _answer(

@@ -9,8 +9,8 @@ import pytest
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_operator.child_cache import MAX_GONE, ChildCache
-from finetune_operator.child_watch import ChildWatch
 from finetune_operator.cluster import ApiError, UnreachableError
+from finetune_operator.object_watch import ObjectWatch
 
 OWNER = ("a", "job-1")
 
@@ -29,7 +29,7 @@ def ended(code: int) -> dict[str, Any]:
 
 def cache() -> tuple[ChildCache, list[tuple[str, str]]]:
     touched: list[tuple[str, str]] = []
-    return ChildCache(touched.append), touched
+    return ChildCache(lambda key, _owner: touched.append(key)), touched
 
 
 def test_a_change_asks_for_a_round_of_its_job_and_a_repetition_does_not():
@@ -75,7 +75,7 @@ def test_only_the_last_deleted_pods_are_kept():
 
 
 def test_jobs_that_come_and_go_leave_nothing_behind():
-    children = ChildCache(lambda _key: None)
+    children = ChildCache(lambda _key, _owner: None)
     tracemalloc.start()
     try:
         for number in range(3000):
@@ -127,15 +127,15 @@ LISTED = [("LISTED", at("5")), OPENED]
 CUT = UnreachableError("cut")
 
 
-def watch_of(cluster: ScriptedCluster) -> ChildWatch:
-    return ChildWatch(cluster, cache()[0], "jobs", None)
+def watch_of(cluster: ScriptedCluster) -> ObjectWatch:
+    return ObjectWatch(cluster, cache()[0], "jobs", None)
 
 
 def test_a_watch_that_is_gone_lists_again_and_sees_what_was_deleted_meanwhile():
     children, touched = cache()
     expired = ApiError(410, "Expired", "")
     cluster = ScriptedCluster([("ITEM", body("jobs", "j")), *LISTED, ("BOOKMARK", at("6")), expired], LISTED)
-    watch = ChildWatch(cluster, children, "jobs", None)
+    watch = ObjectWatch(cluster, children, "jobs", None)
     watch.attempt()
     assert watch.listed.is_set()
     assert len(children.of(OWNER)[0]) == 1

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
 from finetune_operator.metrics import Metrics
+from finetune_operator.phase_selectors import PhaseSelection
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -79,7 +80,7 @@ def cluster(server: Server, metrics: Metrics, tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "kubeconfig"
     path.write_text(json.dumps(config))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-    return Cluster(metrics, 4)
+    return Cluster(metrics, 4, PhaseSelection())
 
 
 def line(kind: str, **body: Any) -> bytes:
@@ -199,7 +200,7 @@ def test_each_answer_is_noticed_in_the_thread_that_asked_whatever_it_says(
     server: Server, metrics: Metrics, cluster: Cluster
 ):
     noticed: list[str] = []
-    cluster = Cluster(metrics, 4, lambda: noticed.append(threading.current_thread().name))
+    cluster = Cluster(metrics, 4, PhaseSelection(), lambda: noticed.append(threading.current_thread().name))
     server.says(200, {})
     server.refuses(404, "NotFound")
     cluster.get("finetunejobs", "a", "bot")

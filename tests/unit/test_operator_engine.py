@@ -12,20 +12,22 @@ import kopf
 import pytest
 from prometheus_client import CollectorRegistry
 
-from finetune_api import names
 from finetune_operator import engine as engine_module
 from finetune_operator import handlers
 from finetune_operator.child_cache import ChildCache
 from finetune_operator.cluster import ApiError, UnreachableError
 from finetune_operator.engine import MISSING_CRD, Engine
+from finetune_operator.finished_jobs import FinishedJobs
 from finetune_operator.health import STALL_S
 from finetune_operator.job_reader import read_job
+from finetune_operator.job_series import JobSeries
 from finetune_operator.metrics import Metrics
+from finetune_operator.phase_selectors import PhaseSelection
 from finetune_operator.scope import Listed, Scope
 from finetune_operator.settings import Settings
 from finetune_operator.watch_lag import WatchLag
+from finished_samples import ended_k8s_job, finetunejob, finished_job
 from hand_clock import Clock
-from status_samples import SPEC
 from waiting import PATIENCE_S, until
 
 
@@ -58,7 +60,7 @@ class QuietCluster:
         self.lease = body
         return body
 
-    def list_finetunejobs(self, namespace: str | None) -> Iterator[dict[str, Any]]:
+    def list_unfinished(self, namespace: str | None) -> Iterator[dict[str, Any]]:
         return iter(self.finetunejobs)
 
     def serves_finetunejobs(self) -> bool:
@@ -68,8 +70,8 @@ class QuietCluster:
         """Allowed."""
 
     def watch(self, kind: str, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        for job in self.jobs if kind == "jobs" else []:
-            yield "ITEM", job
+        for body in {"jobs": self.jobs, "pods": []}.get(kind, self.finetunejobs):
+            yield "ITEM", body
         yield "LISTED", {"metadata": {"resourceVersion": "1"}}
         yield "OPENED", {}
         self.end.wait()
@@ -87,7 +89,7 @@ def engine(cluster: QuietCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     runtimes = tmp_path / "runtimes.yaml"
     runtimes.write_text("runtimes: {default: {image: x}}")
 
-    def connect(_metrics: Metrics, pool_size: int, answered: Callable[[], None]) -> QuietCluster:
+    def connect(_metrics: Metrics, pool_size: int, _: PhaseSelection, answered: Callable[[], None]) -> QuietCluster:
         assert pool_size > 0
         cluster.answered = answered
         return cluster
@@ -142,7 +144,8 @@ def test_every_thread_that_must_never_stand_still_is_watched_over(engine: Engine
     assert engine.health().stuck == ()
     monkeypatch.setattr(engine_module, "problems", watched)
     assert engine.health().stuck == (
-        "lease", "progress", "resync", "watch of finetunejobs", "watch of jobs", "watch of pods",
+        "lease", "progress", "resync", "watch of finetunejobs", "watch of finished_finetunejobs", "watch of jobs",
+        "watch of pods",
     )  # fmt: skip
 
 
@@ -153,7 +156,8 @@ def test_a_thread_that_has_ended_is_told_at_once(engine: Engine, cluster: QuietC
 
     cluster.watch = broken  # type: ignore[method-assign]
     assert engine.start()
-    until(lambda: set(engine.health().stuck) == {"watch of jobs: has ended", "watch of pods: has ended"}, "told")
+    kinds = ("jobs", "pods", "finished_finetunejobs")
+    until(lambda: set(engine.health().stuck) == {f"watch of {kind}: has ended" for kind in kinds}, "told")
 
 
 def test_a_round_whose_requests_are_answered_moves(
@@ -187,7 +191,7 @@ def test_no_round_is_begun_before_the_jobs_and_pods_of_its_namespace_are_known(e
     cluster.watch = late  # type: ignore[method-assign]
     cluster.finetunejobs = [finetunejob("busy")]
     assert engine.start()
-    engine.put("a", "busy", "uid-busy", 1, "5")
+    engine.hear("ADDED", finetunejob("busy"))
     until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
     assert cluster.rounds.empty()
     know.set()
@@ -202,10 +206,10 @@ def test_what_our_own_write_of_the_status_is_told_as_brings_no_round(
 
     monkeypatch.setattr(engine._reconciler, "has_written", written)  # pyright: ignore[reportPrivateUsage]
     assert engine.start()
-    engine.put("a", "ours", "uid-ours", 1, "7")
-    engine.put("a", "another", "uid-another", 1, "7")
+    engine.hear("MODIFIED", finetunejob("ours", version="7"))
+    engine.hear("MODIFIED", finetunejob("another", version="7"))
     assert cluster.rounds_until("another") == ["another"]
-    engine.put("a", "ours", "uid-ours", 1, "8")
+    engine.hear("MODIFIED", finetunejob("ours", version="8"))
     assert cluster.rounds_until("ours") == ["ours"]
 
 
@@ -264,19 +268,19 @@ def test_rounds_in_a_namespace_that_was_refused_are_not_begun_until_it_can_be_li
     engine: Engine, cluster: QuietCluster
 ):
     cluster.finetunejobs = [finetunejob("busy")]
-    listing = cluster.list_finetunejobs
+    listing = cluster.list_unfinished
 
     def refused(namespace: str | None) -> Iterator[dict[str, Any]]:
         raise ApiError(403, "Forbidden", "")
 
-    cluster.list_finetunejobs = refused  # type: ignore[method-assign]
+    cluster.list_unfinished = refused  # type: ignore[method-assign]
     assert engine.start()
     engine.resync()
-    engine.put("a", "gone", "uid-gone", 1, "5")
+    engine.hear("ADDED", finetunejob("gone"))
     until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
     assert cluster.rounds.empty()
     assert "cluster: finetunejobs: 403 Forbidden, for 0 s" in engine.health().notes
-    cluster.list_finetunejobs = listing  # type: ignore[method-assign]
+    cluster.list_unfinished = listing  # type: ignore[method-assign]
     engine.resync()
     assert cluster.rounds_until("busy") == ["busy"]
     assert len(engine.health().notes) == 1
@@ -288,14 +292,22 @@ def test_an_operator_that_can_read_no_namespace_is_not_ready_after_a_while_and_l
     def refused(*_: object) -> Iterator[Any]:
         raise ApiError(403, "Forbidden", "")
 
-    cluster.watch = cluster.list_finetunejobs = refused  # type: ignore[method-assign]
+    cluster.watch = cluster.list_unfinished = refused  # type: ignore[method-assign]
     monkeypatch.setattr(engine_module, "RESYNC_RETRY_S", 0.01)
     assert engine.start()
-    until(lambda: len(engine.health().notes) == 4, "troubles with all three kinds are told")
+    until(lambda: len(engine.health().notes) == 5, "troubles with all four kinds are told")
     assert engine.health().unready == engine.health().stuck == ()
     monkeypatch.setattr(engine_module, "UNREADABLE_S", -1)
     assert engine.health().unready == ("no watched namespace can be read",)
     assert engine.health().stuck == ()
+
+
+def scope_of(cluster: QuietCluster, metrics: Metrics) -> Scope:
+    children = ChildCache(lambda _key, _owner: None)
+    finished = FinishedJobs(children, JobSeries(metrics), lambda _key: None)
+    return Scope(
+        "b", cluster=cast(Any, cluster), children=children, finished=finished, metrics=metrics, on_listed=lambda: None
+    )
 
 
 def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_nothing_is(clock: Clock):
@@ -308,7 +320,7 @@ def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_
                 raise answer
 
     metrics = Metrics(CollectorRegistry())
-    scope = Scope(cast(Any, Cluster()), ChildCache(lambda _: None), metrics, "b", lambda: None)
+    scope = scope_of(Cluster(), metrics)
     scope.watch_lag = WatchLag(clock)
     found = Listed(generations={"u": 1})
     labels = {"kind": "finetunejobs", "watched_namespace": "b"}
@@ -329,7 +341,7 @@ def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_
 
 def test_a_namespace_that_is_refused_altogether_is_no_stall_of_its_watch(clock: Clock):
     metrics = Metrics(CollectorRegistry())
-    scope = Scope(cast(Any, QuietCluster()), ChildCache(lambda _: None), metrics, "b", lambda: None)
+    scope = scope_of(QuietCluster(), metrics)
     scope.watch_lag = WatchLag(clock)
     scope.take_list(Listed(generations={"u": 1}), 0)
     clock.now_s += 60
@@ -350,66 +362,80 @@ def test_kopf_tries_what_is_refused_again_for_ever_as_it_ends_altogether_otherwi
         assert max(waits_s) == waits_s[-1] == 30
 
 
-def finetunejob(name: str, *conditions: dict[str, Any]) -> dict[str, Any]:
-    meta = {"name": name, "namespace": "a", "uid": f"uid-{name}", "generation": 1}
-    return {"metadata": meta, "spec": SPEC, "status": {"conditions": conditions}}
-
-
-@pytest.mark.parametrize(("ttl_seconds", "looked_at"), [(86400, ["busy"]), (None, ["done", "busy"])])
-def test_a_finished_job_is_looked_at_again_only_while_its_jobs_want_a_ttl(
-    engine: Engine, cluster: QuietCluster, ttl_seconds: int | None, looked_at: list[str]
+@pytest.mark.parametrize(("ttl_seconds", "looked_at"), [(86400, ["busy"]), (None, ["busy", "done"])])
+def test_a_finished_job_is_looked_at_only_while_its_jobs_want_a_ttl(
+    engine: Engine,
+    cluster: QuietCluster,
+    ttl_seconds: int | None,
+    looked_at: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    over = {
-        "type": "Finished", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "x",
-        "observedGeneration": 1,
-    }  # fmt: skip
-    cluster.finetunejobs = [finetunejob("done", over), finetunejob("busy")]
-    owner = {"kind": "FineTuneJob", "uid": "uid-done", "controller": True}
-    labels = names.child_labels("done", "uid-done", names.Stage.TRAIN, 1)
-    meta = {"name": "x", "namespace": "a", "uid": "x", "labels": labels, "ownerReferences": [owner]}
-    status = {"conditions": [{"type": "Complete", "status": "True"}]}
-    cluster.jobs = [{"metadata": meta, "spec": {"ttlSecondsAfterFinished": ttl_seconds}, "status": status}]
+    monkeypatch.setattr(engine_module, "CHILD_DELAY_S", 0.0)
+    cluster.finetunejobs = [finished_job("done"), finetunejob("busy")]
+    cluster.jobs = [ended_k8s_job("done", ttl_seconds)]
     assert engine.start()
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+    until(lambda: scope.listed and scope.finished_listed, "everything is known")
     cluster.rounds_until("busy")
-    engine.resync()
-    assert cluster.rounds_until("busy") == looked_at
+    until(lambda: engine._queue.depth() == 0, "nothing is left to do")  # pyright: ignore[reportPrivateUsage]
+    cluster.rounds = queue.Queue()
+    for _ in range(2):
+        engine.resync()
+        assert cluster.rounds_until(looked_at[-1]) == looked_at
 
 
-def test_the_figures_of_a_job_whose_deletion_nobody_heard_end_with_the_next_resync(
+def test_the_figures_of_a_job_whose_deletion_nobody_heard_end_after_the_next_resync(
     engine: Engine, cluster: QuietCluster
 ):
-    over = {
-        "type": "Finished", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "x",
-        "observedGeneration": 1,
-    }  # fmt: skip
-    cluster.finetunejobs = [finetunejob("kept", over), finetunejob("gone", over)]
-    reconciler = engine._reconciler  # pyright: ignore[reportPrivateUsage]
-    for body in cluster.finetunejobs:
-        reconciler._export(read_job(body))  # pyright: ignore[reportPrivateUsage]
-    cluster.finetunejobs = [finetunejob("kept", over)]
+    series = engine._series  # pyright: ignore[reportPrivateUsage]
+    cluster.finetunejobs = [finished_job("kept")]
+    for body in (finished_job("kept"), finished_job("gone"), finetunejob("gone-too")):
+        series.show(read_job(body))
+    assert engine.start()
+    until(lambda: set(series.uids()) == {("a", "kept")}, "the figures of both end")
+
+
+def test_jobs_are_counted_by_phase_and_finished_ones_only_once_all_are_known(engine: Engine, cluster: QuietCluster):
+    cluster.finetunejobs = [finetunejob("new"), finished_job("one"), finished_job("two")]
     engine.resync()
-    registry = engine._metrics.registry  # pyright: ignore[reportPrivateUsage]
-    found = [
-        registry.get_sample_value("finetune_job_failures", {"job_namespace": "a", "job_name": name})
-        for name in ("kept", "gone")
-    ]
-    assert found == [0, None]
+    count = engine._metrics.registry.get_sample_value  # pyright: ignore[reportPrivateUsage]
+    assert count("finetune_jobs", {"phase": "Pending"}) == 1
+    assert count("finetune_jobs", {"phase": "Succeeded"}) is None
+    assert engine.start()
+    until(lambda: count("finetune_jobs", {"phase": "Succeeded"}) == 2, "they are counted")
+    assert count("finetune_jobs", {"phase": "Failed"}) == 0
 
 
-def test_what_kopf_tells_is_heard_with_its_generation_and_version(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("event", "body", "looked_at"),
+    [
+        ("ADDED", finetunejob("x"), True),
+        ("DELETED", finetunejob("x"), True),  # finished, or deleted
+        ("DELETED", finished_job("x"), True),
+        (None, finished_job("x"), False),  # from a server that cannot select
+        ("MODIFIED", finished_job("x", generation=2), True),
+    ],
+)
+def test_what_kopf_tells_leads_to_a_round_but_for_a_finished_job_that_wants_none(
+    engine: Engine, event: str | None, body: dict[str, Any], looked_at: bool
+):
+    engine.hear(event, body)
+    assert engine._queue.depth() == looked_at  # pyright: ignore[reportPrivateUsage]
+
+
+def test_what_kopf_tells_is_heard(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     told: list[object] = []
 
-    def put(*what: object) -> None:
+    def hear(*what: object) -> None:
         told.append(what)
 
-    monkeypatch.setattr(engine, "put", put)
-    raw: Any = {"metadata": {"namespace": "a", "name": "bot", "uid": "u", "generation": 3, "resourceVersion": "7"}}
-    body = kopf.Body(raw)
+    monkeypatch.setattr(engine, "hear", hear)
+    body = kopf.Body(cast(Any, finetunejob("bot")))
     watching = handlers.registry(engine)._watching  # pyright: ignore[reportPrivateUsage]
     (handler,) = watching.get_all_handlers()
-    arguments = {"namespace": "a", "name": "bot", "uid": "u", "meta": body.metadata, "type": "MODIFIED"}
+    arguments = {"namespace": "a", "name": "bot", "uid": "u", "body": body, "type": "MODIFIED"}
     asyncio.run(cast(Any, handler.fn)(**arguments))
-    assert told == [("a", "bot", "u", 3, "7")]
+    assert told == [("MODIFIED", body)]
 
 
 @pytest.fixture

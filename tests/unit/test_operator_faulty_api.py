@@ -10,9 +10,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from finetune_operator.phase_selectors import CANNOT_SELECT
+from finished_samples import finished_job
 from status_samples import SPEC
 from stub_api import StubApi, Trouble, stub_api
 from testbed.instance import free_ports
@@ -145,6 +148,29 @@ def test_watches_that_are_cut_go_on_where_they_were_and_list_anew_only_what_is_f
     api.submit("a", "more", SPEC)
     api.cut_watches()
     until(lambda: lists_of_jobs(api) == 2, "a new list")
+
+
+def test_a_server_that_cannot_select_by_phase_is_asked_for_all_until_it_can(api: StubApi, start: Start):
+    api.selects_by_phase = False
+    for number in range(20):
+        body = finished_job(f"kept-{number}")
+        api.store("finetunejobs", {**body, "metadata": {**body["metadata"], "uid": f"uid-{number}"}})
+    operator = start("a")
+    until(lambda: operator.metric('finetune_jobs{phase="Succeeded"}') == 20, "the finished jobs are counted")
+    api.submit("a", "bot", SPEC)
+    until(has_k8s_job(api, "a"), "the job is begun")
+    until(lambda: CANNOT_SELECT in operator.get("/healthz?verbose")[1], "it is told")
+    assert operator.log.read_text().count(CANNOT_SELECT) == 1
+    assert api.asked("GET ", "/finetunejobs/kept-") == []
+    assert operator.get("/healthz")[0] == operator.get("/readyz")[0] == 200
+    api.selects_by_phase = True
+    until(lambda: CANNOT_SELECT not in operator.get("/healthz?verbose")[1], "the CRD is of this release")
+    api.cut_watches()
+    api.submit("a", "next", SPEC)
+    until(lambda: len(api.all("jobs", "a")) == 2, "the next job is begun")
+    for phase in ("Succeeded", "Pending"):  # of Kopf's watch, and of that of finished jobs: the first time in vain
+        selector = quote(f"status.phase!={phase}")
+        until(lambda s=selector: len(api.asked("watch=true", s)) >= 2, f"a watch without {phase}")
 
 
 def test_an_operator_that_may_not_read_its_lease_lives_but_is_not_ready_and_says_why(api: StubApi, start: Start):

@@ -141,7 +141,7 @@ def pull(body: str, target: ObservedPod) -> tuple[ProgressPuller, list[Owner], M
     async def both() -> ProgressPuller:
         server = await asyncio.start_server(saying(OK, body.encode()), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        children = ChildCache(lambda _key: None)
+        children = ChildCache(lambda _key, _owner: None)
         puller = ProgressPuller(children, metrics, due.append, lambda: NOW, port)
         await puller.pull([(OWNER, target)])
         await puller.pull([(OWNER, target)])
@@ -172,7 +172,7 @@ def test_a_concern_about_the_model_is_looked_at_at_once():
         server = await asyncio.start_server(talk, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         metrics = Metrics(CollectorRegistry())
-        puller = ProgressPuller(ChildCache(lambda _key: None), metrics, due.append, lambda: NOW, port)
+        puller = ProgressPuller(ChildCache(lambda _key, _owner: None), metrics, due.append, lambda: NOW, port)
         for _ in range(3):
             await puller.pull([(OWNER, pod())])
         server.close()
@@ -196,7 +196,7 @@ def test_a_pod_that_somebody_else_made_takes_no_other_pods_place():
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await saying(OK, next(answers).encode())(reader, writer)
 
-    children = ChildCache(lambda _key: None)
+    children = ChildCache(lambda _key, _owner: None)
     labels = names.child_labels("bot", OWNER[1], Stage.TRAIN, 1)
     owner = {"kind": names.KIND, "uid": OWNER[1], "controller": True}
     meta = {"name": "k", "namespace": "a", "uid": "ours", "labels": labels, "ownerReferences": [owner]}
@@ -219,7 +219,7 @@ def test_a_pod_that_somebody_else_made_takes_no_other_pods_place():
 
 def test_the_puller_stops_at_once():
     puller = ProgressPuller(
-        ChildCache(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW
+        ChildCache(lambda _key, _owner: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW
     )
     thread = threading.Thread(target=puller.run, args=(10**6,))
     thread.start()
@@ -236,7 +236,11 @@ class BrokenChildren(ChildCache):
 def test_a_puller_that_has_died_grows_old():
     clock = Clock()
     puller = ProgressPuller(
-        BrokenChildren(lambda _key: None), Metrics(CollectorRegistry()), lambda _owner: None, lambda: NOW, clock=clock
+        BrokenChildren(lambda _key, _owner: None),
+        Metrics(CollectorRegistry()),
+        lambda _owner: None,
+        lambda: NOW,
+        clock=clock,
     )
     clock.now_s = 1000
     with pytest.raises(ZeroDivisionError):
@@ -248,7 +252,7 @@ def test_a_puller_that_has_died_grows_old():
 
 @pytest.mark.parametrize("stage", list(Stage))
 def test_pods_of_both_stages_are_asked_while_they_run(stage: Stage):
-    children = ChildCache(lambda _key: None)
+    children = ChildCache(lambda _key, _owner: None)
     labels = names.child_labels("bot", "uid-1", stage, 1)
     meta = {
         "name": "p", "namespace": "a", "uid": "u", "labels": labels,
@@ -263,7 +267,7 @@ def test_pods_of_both_stages_are_asked_while_they_run(stage: Stage):
 def test_a_round_over_thousands_of_silent_pods_does_not_look_like_a_standstill(monkeypatch: pytest.MonkeyPatch):
     clock, ages_s = Clock(), list[float]()
     puller = ProgressPuller(
-        ChildCache(lambda _: None), Metrics(CollectorRegistry()), lambda _: None, lambda: NOW, 1, clock
+        ChildCache(lambda _key, _owner: None), Metrics(CollectorRegistry()), lambda _: None, lambda: NOW, 1, clock
     )
 
     async def silent(host: str, port: int) -> Progress:

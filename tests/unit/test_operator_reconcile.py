@@ -17,6 +17,7 @@ from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.job_series import JobSeries
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CONFLICTS, Reconciler
@@ -133,13 +134,14 @@ def runtimes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def children() -> ChildCache:
-    return ChildCache(lambda _key: None)
+    return ChildCache(lambda _key, _owner: None)
 
 
 @pytest.fixture
 def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path, children: ChildCache) -> Reconciler:
     now = datetime(2026, 1, 1, tzinfo=UTC)
-    return Reconciler(cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes), metrics, lambda: now)
+    shell = (cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes))
+    return Reconciler(*shell, metrics, JobSeries(metrics), lambda: now)
 
 
 FIRST = names.child_name("bot", UID, Stage.PREPARE, 1)

@@ -1,14 +1,13 @@
-"""Follow Kubernetes Jobs and pods of FineTuneJobs by label-selected watches, a thread for each kind and namespace."""
+"""Follow objects of one kind by a watch with a selector, a thread for each kind and namespace."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from finetune_operator.child_cache import Body, ChildCache
-from finetune_operator.cluster import ApiError, UnreachableError, brief
+from finetune_operator.cluster import ApiError, Body, UnreachableError, WatchedKind, brief
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,19 @@ PASSING = (429, 500, 502, 503)  # of the server as it is now, not of the version
 class Watcher(Protocol):
     """The part of Cluster that is used here."""
 
-    def watch(self, kind: Any, namespace: str | None, version: str | None) -> Iterator[tuple[str, Body]]: ...
+    def watch(self, kind: WatchedKind, namespace: str | None, version: str | None) -> Iterator[tuple[str, Body]]: ...
+
+
+class Store(Protocol):
+    """What takes the objects."""
+
+    def take(self, kind: WatchedKind, event: str, body: Body, /) -> None:
+        """One object of the list (event ITEM), or one event of the watch."""
+        ...
+
+    def keep_only(self, kind: WatchedKind, namespace: str | None, listed: set[str], /) -> None:
+        """The list is over, and these UIDs are all there are: what is missing was deleted while nobody watched."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class ReadTrouble:
         return ReadTrouble(brief(error), before.since_s if before else time.monotonic())
 
 
-class ChildWatch:
+class ObjectWatch:
     """One thread that lists and watches one kind in one namespace (None: all), for ever.
 
     A watch that is cut goes on where it was; what the server has forgotten is listed anew."""
@@ -45,17 +56,17 @@ class ChildWatch:
     def __init__(
         self,
         cluster: Watcher,
-        children: ChildCache,
-        kind: str,
+        store: Store,
+        kind: WatchedKind,
         namespace: str | None,
         on_listed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.kind = kind
+        self.kind: WatchedKind = kind
         self.name = f"watch of {kind}" + (f" in {namespace}" if namespace else "")
         self.listed = threading.Event()
         self.last_activity_s = time.monotonic()  # an attempt that fails is one: the thread lives
         self.trouble: ReadTrouble | None = None
-        self._cluster, self._children, self._namespace, self._on_listed = cluster, children, namespace, on_listed
+        self._cluster, self._store, self._namespace, self._on_listed = cluster, store, namespace, on_listed
         self._stop = threading.Event()
         self._version: str | None = None  # up to which all is known; None: list
         self._delay_s = MIN_DELAY_S
@@ -102,9 +113,9 @@ class ChildWatch:
                 return
             if event == "ITEM":  # taken one by one: thousands of whole pods would not fit into the memory
                 listed.add(str((body.get("metadata") or {}).get("uid")))
-                self._children.take(self.kind, "MODIFIED", body)
+                self._store.take(self.kind, event, body)
             elif event == "LISTED":
-                self._children.keep_only(self.kind, self._namespace, listed)
+                self._store.keep_only(self.kind, self._namespace, listed)
                 self._version = _version(body)
                 self.listed.set()
                 self._on_listed()
@@ -114,7 +125,7 @@ class ChildWatch:
             else:
                 self._brought, self._version = True, _version(body) or self._version
                 if event != "BOOKMARK":
-                    self._children.take(self.kind, event, body)
+                    self._store.take(self.kind, event, body)
 
     def _note(self, error: ApiError | UnreachableError) -> None:
         if isinstance(error, ApiError) and error.status not in PASSING:

@@ -1,0 +1,138 @@
+"""The finished FineTuneJobs of one watched namespace, as a watch of their own tells: little of each, as many are kept.
+
+A round is made only where it would change something: a Kubernetes Job wants another TTL, or a change of the spec is not
+acknowledged yet.
+"""
+
+import heapq
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from sys import intern
+from typing import Any, cast
+
+from finetune_api.status import FINAL_PHASES
+from finetune_operator.attempt_steps import tidy_up
+from finetune_operator.child_cache import ChildCache, Key, Owner
+from finetune_operator.cluster import Body
+from finetune_operator.job_reader import read_job, read_spec, ttl_s_of, verdict_at
+from finetune_operator.job_series import MAX_FINISHED, JobSeries
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedJob:
+    """What is kept of one: a few hundred bytes."""
+
+    key: Key
+    phase: str
+    ttl_s: int
+    acknowledged: bool  # the status was written for the spec as it is; of one that is being deleted it never will be
+
+
+class FinishedJobs:
+    """Thread-safe. `changed` is called with the key of a job that wants a round."""
+
+    def __init__(self, children: ChildCache, series: JobSeries, changed: Callable[[Key], None]) -> None:
+        self._children, self._series, self._changed = children, series, changed
+        self._lock = threading.Lock()
+        self._jobs: dict[Owner, FinishedJob] = {}
+        self._newest: list[tuple[str, str]] = []  # a heap: when they finished, and their UIDs, of the list going on
+        self._bodies: dict[str, Body] = {}  # of the newest, by UID
+
+    def __contains__(self, owner: Owner) -> bool:
+        with self._lock:
+            return owner in self._jobs
+
+    def phases(self) -> Counter[str]:
+        """Count them by phase."""
+        with self._lock:
+            return Counter(job.phase for job in self._jobs.values())
+
+    def is_at_rest(self, owner: Owner) -> bool:
+        """Return True if it is known that this job is finished and wants no round."""
+        with self._lock:
+            job = self._jobs.get(owner)
+        return job is not None and not self._wants_round(owner, job)
+
+    def wanting_rounds(self) -> list[Key]:
+        with self._lock:
+            jobs = list(self._jobs.items())
+        with_children = self._children.owners()
+        asked = [(owner, job) for owner, job in jobs if owner in with_children or not job.acknowledged]
+        return [job.key for owner, job in asked if self._wants_round(owner, job)]
+
+    def take(self, _kind: str, event: str, body: Mapping[str, Any]) -> None:
+        """One object of the list (event ITEM), or one event of a watch; also of jobs that are not finished."""
+        owner, key = _owner_and_key(body)
+        finished_at = verdict_at(body)
+        if event == "DELETED":
+            self._drop(owner)
+            return
+        if finished_at is None:
+            with self._lock:
+                self._jobs.pop(owner, None)
+            if _phase(body) in FINAL_PHASES:  # written by another hand: no other watch tells of it
+                self._changed(key)
+            return
+        job = _read(key, body)
+        with self._lock:
+            self._jobs[owner] = job
+            if event == "ITEM":
+                self._note_newest(finished_at, owner[1], body)
+        if event != "ITEM" and self._wants_round(owner, job):
+            self._changed(key)
+
+    def keep_only(self, _kind: str, _namespace: str | None, listed: set[str]) -> None:
+        """The list is over: what it does not show was deleted. The newest get their series, without a round."""
+        with self._lock:
+            gone = [owner for owner in self._jobs if owner[1] not in listed]
+            bodies = list(self._bodies.values())
+            self._newest, self._bodies = [], {}
+        for owner in gone:
+            self._drop(owner)
+        for body in bodies:
+            self._series.show(read_job(body))
+        for key in self.wanting_rounds():
+            self._changed(key)
+
+    def _wants_round(self, owner: Owner, job: FinishedJob) -> bool:
+        k8s_jobs, _ = self._children.of(owner)
+        return not job.acknowledged or bool(tidy_up(k8s_jobs, job.ttl_s))
+
+    def _note_newest(self, finished_at: str, uid: str, body: Mapping[str, Any]) -> None:
+        if uid not in self._bodies:  # a list that was cut begins anew
+            heapq.heappush(self._newest, (finished_at, uid))
+            self._bodies[uid] = dict(body)
+        if len(self._newest) > MAX_FINISHED:
+            _, oldest = heapq.heappop(self._newest)
+            del self._bodies[oldest]
+
+    def _drop(self, owner: Owner) -> None:
+        with self._lock:
+            job = self._jobs.pop(owner, None)
+        if job is not None:
+            self._series.forget(job.key, owner[1])
+            self._children.forget(owner)
+
+
+def _owner_and_key(body: Mapping[str, Any]) -> tuple[Owner, Key]:
+    meta = cast(Mapping[str, Any], body.get("metadata") or {})
+    namespace = intern(str(meta.get("namespace", "")))
+    return (namespace, str(meta.get("uid", ""))), (namespace, str(meta.get("name", "")))
+
+
+def _status(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], body.get("status") or {})
+
+
+def _phase(body: Mapping[str, Any]) -> str:
+    return intern(str(_status(body).get("phase", "")))
+
+
+def _read(key: Key, body: Mapping[str, Any]) -> FinishedJob:
+    """Read the few fields that are kept: the whole status of thousands would take seconds."""
+    spec, _ = read_spec(body.get("spec"))
+    meta = cast(Mapping[str, Any], body.get("metadata") or {})
+    acknowledged = _status(body).get("observedGeneration") == meta.get("generation") or "deletionTimestamp" in meta
+    return FinishedJob(key, _phase(body), ttl_s_of(spec), acknowledged)
