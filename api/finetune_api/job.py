@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
+from finetune_api.data_files import listed_endings
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -42,10 +43,6 @@ FilesUri = Annotated[
     Field(
         json_schema_extra=rules(
             (S3_URI_RULE, "write s3://BUCKET/PATH, for example s3://data/chat/*.jsonl"),
-            (
-                "self.matches('(/|[.]jsonl|[.]jsonl[.]gz|[.]parquet|[*?][^/]*)$')",
-                "write a file ending in .jsonl, .jsonl.gz or .parquet, a folder ending in /, or a pattern as *.jsonl",
-            ),
         )
     ),
 ]
@@ -183,8 +180,9 @@ class DatasetSpec(ApiModel):
         default=None, description="A name for people, different for each dataset. Absent: none."
     )
     uri: FilesUri = Field(
-        description="A file, a prefix ending in /, or a pattern with * and ?. Files that end in .jsonl, .jsonl.gz or "
-        ".parquet are read. Example: s3://data/chat/*.jsonl"
+        description="A file, a folder ending in /, or a pattern with *, ? and ** (any folders). Read are "
+        f"{listed_endings()}, in any case; JSON as rows line by line, one list, or one behind another; CSV with a "
+        "header. Hidden and temporary files and others are passed over and reported. Example: s3://data/chat/*.jsonl"
     )
     format: DatasetFormat | None = Field(
         default=None,

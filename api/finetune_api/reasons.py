@@ -9,6 +9,7 @@ the fault's code and its arguments, never free text and never data; the words ar
 from enum import StrEnum
 from typing import NamedTuple
 
+from finetune_api.data_files import listed_endings
 from finetune_api.names import Stage
 from finetune_api.printable import printable
 
@@ -161,12 +162,14 @@ class Fault(StrEnum):
     DISK_TOO_SMALL = "DiskTooSmall"
     BROKEN_ROW = "BrokenRow"
     BROKEN_FILE = "BrokenFile"
+    WRONG_FILE = "WrongFile"
     WRONG_FORMAT = "WrongFormat"
     NO_TRAINING_DATA = "NoTrainingData"
     INPUT_CHANGED = "InputChanged"
     BUCKET_NOT_FOUND = "BucketNotFound"
     OBJECT_NOT_FOUND = "ObjectNotFound"
     NO_FILES_MATCH = "NoFilesMatch"
+    FILE_NAMED_TWICE = "FileNamedTwice"
     TOO_MANY_FILES = "TooManyFiles"
     ACCESS_DENIED = "AccessDenied"
     TOKEN_EXPIRED = "TokenExpired"
@@ -299,6 +302,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.DATA_INVALID,
         "{file} cannot be read from row {row} on: {problem}; write the file again, or leave it out",
     ),
+    Fault.WRONG_FILE: FaultText(
+        Reason.DATA_INVALID,
+        "{file} cannot be read: it is {found}; {remedy}",
+        unknown={"remedy": "write its rows as JSON Lines, CSV or Parquet"},
+    ),
     Fault.WRONG_FORMAT: FaultText(
         Reason.DATA_INVALID, "{file} row {row}: method {method} needs {expected}; found the fields {found}"
     ),
@@ -316,7 +324,14 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.OBJECT_NOT_FOUND: FaultText(Reason.DATA_NOT_FOUND, "{uri} does not exist; put it there, or fix {field}"),
     Fault.NO_FILES_MATCH: FaultText(
-        Reason.DATA_NOT_FOUND, "nothing matches {uri}; expected at least one .jsonl, .jsonl.gz or .parquet file"
+        Reason.DATA_NOT_FOUND,
+        f"no data file matches {{uri}}{{found}}; expected at least one {listed_endings()}; "
+        "a folder is written with / at its end",
+        unknown={"found": ""},
+    ),
+    Fault.FILE_NAMED_TWICE: FaultText(
+        Reason.CONFIG_INVALID,
+        "{file} is named by {first} and again by {second}, so that each of its rows would count twice; name it once",
     ),
     Fault.TOO_MANY_FILES: FaultText(
         Reason.DATA_INVALID, "{uri} matches more than {limit} files; name a narrower prefix or merge the files"

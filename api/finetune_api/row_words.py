@@ -18,6 +18,7 @@ ROW_WORDS: dict[str, str] = {
     "line_too_long": f"is longer than {MAX_LINE_BYTES // 2**20} MiB",
     "too_many_values": f"has more than {MAX_VALUES:,} values of JSON",
     "repeated_field": "names a field twice, so that one of the two values would be lost",
+    "ragged": "has not as many cells as the header has columns",
     "not_an_object": "is not a JSON object",
     "missing_field": "is missing",
     "wrong_type": "has the wrong type",

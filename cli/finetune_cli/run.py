@@ -190,7 +190,7 @@ def _changed_data(config: RunConfig, plan_digest: str | None) -> list[str]:
     """Files that are not what prepare read; none when it cannot be told, as the adapter counts.
 
     Asked at the end, when storage is known to answer: it could keep us waiting for minutes, deaf to Ctrl-C."""
-    from finetune_trainer.data.reading import changed_files
+    from finetune_trainer.data.listing import changed_files
     from finetune_trainer.runplan import read_plan
     from finetune_trainer.store import open_store
 

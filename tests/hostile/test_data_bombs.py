@@ -89,6 +89,20 @@ def _dense_lines(folder: Path) -> None:
     (folder / "a.jsonl").write_bytes(line)
 
 
+def _endless_line(folder: Path) -> None:
+    """A GiB of one line in a few kilobytes."""
+    (folder / "a.jsonl.zst").write_bytes(pa.compress(b"x" * 2**26, "zstd", asbytes=True) * 16)
+
+
+def _deep_list(folder: Path) -> None:
+    (folder / "a.json").write_bytes(b"[" * 2**21)
+
+
+def _open_quote(folder: Path) -> None:
+    """A quote in the first row makes one text of all that follow."""
+    (folder / "a.csv").write_bytes(b'text,id\n"words,1\n' + b"words,2\n" * 2**22)
+
+
 def _broken_lines(folder: Path) -> None:
     (folder / "a.jsonl").write_bytes(b"1234567890\n" * 200_000)
 
@@ -160,6 +174,28 @@ ATTACKS = {
         spec=TEXTS,
         fault=Fault.BROKEN_ROW,
         words=("a.jsonl row 1", "more than 500,000 values of JSON"),
+    ),
+    "a line of a GiB": Attack(
+        write=_endless_line,
+        spec=TEXTS,
+        fault=Fault.BROKEN_ROW,
+        words=("a.jsonl.zst row 1", "longer than 8 MiB", "of 1 row"),
+    ),
+    "a file that unpacks to more than is allowed": Attack(
+        write=_endless_line,
+        spec=TEXTS | PUT_ASIDE,
+        limits={DATA + "reading.MAX_UNPACKED_BYTES": 2**29},
+        fault=Fault.BROKEN_FILE,
+        words=("a.jsonl.zst", "from row 1 on", "unpacks to more than 0.5 GiB"),
+    ),
+    "a list in a list in a list": Attack(
+        write=_deep_list, spec=TEXTS | PUT_ASIDE, fault=Fault.BROKEN_FILE, words=("a.json", "from row 1 on", "cut off")
+    ),
+    "a quote that has no end": Attack(
+        write=_open_quote,
+        spec=TEXTS | PUT_ASIDE,
+        fault=Fault.BROKEN_FILE,
+        words=("a.csv", "from row 2 on", "longer than 8 MiB, or a quote in it has no end"),
     ),
     "broken rows beyond hope": Attack(
         write=_broken_lines,

@@ -20,11 +20,14 @@ from finetune_api.job import DatasetFormat
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.field_names import METADATA
-from finetune_trainer.data.files import decode, gunzip, jsonl_rows
+from finetune_trainer.data.file_kinds import Notation, Packing
+from finetune_trainer.data.files import decode
 from finetune_trainer.data.parquet import ParquetDecoder
 from finetune_trainer.data.parquet_worker import rows_at_once
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.shapes import RowChoices, read_row
+from finetune_trainer.data.text_rows import text_rows
+from finetune_trainer.data.unpacking import unpacked
 
 
 def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
@@ -32,7 +35,7 @@ def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
 
 
 def rows(content: bytes, size: int = 2**20) -> list[tuple[int, object]]:
-    return [(item.number, item.value) for item in jsonl_rows(chunks(content, size), "f.jsonl")]
+    return [(item.number, item.value) for item in text_rows(chunks(content, size), Notation.LINES, "f.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -91,38 +94,6 @@ def test_a_line_above_the_limit_is_one_broken_row_and_the_next_line_is_read() ->
     assert second == (2, Broken(Problem.LINE_TOO_LONG))
 
 
-def unpacked(content: bytes, size: int = 5) -> bytes:
-    return b"".join(gunzip(chunks(content, size), "f.jsonl.gz"))
-
-
-def test_gzip_members_one_after_another_are_one_file() -> None:
-    assert unpacked(gzip.compress(b"one\n") + gzip.compress(b"two\n")) == b"one\ntwo\n"
-
-
-def test_very_many_small_gzip_members_are_a_few_pieces() -> None:
-    content = gzip.compress(b"x" * 20, mtime=0) * 10_000
-    pieces = list(gunzip(chunks(content, 2**20), "f.jsonl.gz"))
-    assert b"".join(pieces) == b"x" * 200_000
-    assert len(pieces) < 5
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (gzip.compress(b'{"a":1}\n' * 1000)[:-9], "cut off"),
-        (b"no gzip at all", "damaged"),
-        (gzip.compress(b"\0" * 2**23), "unpacks to more than 100 times"),
-        (b"\xff\xfe{\0", "UTF-16"),
-    ],
-)
-def test_a_damaged_file_ends_the_job_with_the_row_it_can_be_read_to(content: bytes, words: str) -> None:
-    data = chunks(content, 2**20) if b"\xff\xfe" in content[:2] else gunzip(chunks(content, 2**20), "f.jsonl.gz")
-    with pytest.raises(StageError, match=words) as caught:
-        list(jsonl_rows(data, "f.jsonl.gz"))
-    assert caught.value.fault is Fault.BROKEN_FILE
-    assert int(caught.value.args_by_name["row"]) >= 1
-
-
 @contextmanager
 def named_end() -> Generator[None]:
     """Nothing but BROKEN_FILE may be raised."""
@@ -148,7 +119,7 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with named_end():
-        list(jsonl_rows(gunzip(chunks(bytes(content)), "f"), "f"))
+        list(text_rows(unpacked(chunks(bytes(content)), Packing.GZIP, "f", 2**20), Notation.LINES, "f"))
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from finetune_api.run import StorageConfig
 from finetune_api.status import ResolvedValue
 from finetune_trainer import identity, inputs, prepare, sizing, train
 from finetune_trainer.commit import raise_epoch
+from finetune_trainer.data.listing import changed_files
 from finetune_trainer.data.model_facts import Model, read_model
-from finetune_trainer.data.reading import changed_files
 from finetune_trainer.identity import Evidence, evidence, is_other, sample_of, sample_places
 from finetune_trainer.inputs import fetch_rows
 from finetune_trainer.runplan import (

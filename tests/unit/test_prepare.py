@@ -1,5 +1,8 @@
 """The prepare stage from files in a folder to plan.json: every row is accounted for, every end has a name."""
 
+import csv
+import hashlib
+import io
 import json
 import os
 import resource
@@ -376,8 +379,10 @@ def test_rows_of_all_usual_shapes_are_learned_and_the_report_says_what_was_taken
         ({"a_jsonl_gz": b""}, Fault.BROKEN_FILE, "gzip stream is cut off"),
         ({"a_jsonl_gz": gz(b"")}, Fault.NO_TRAINING_DATA, "0 rows read"),
         ({"a_parquet": b"PAR1 no"}, Fault.BROKEN_FILE, "Parquet cannot be decoded"),
-        ({"a_parquet": LFS_POINTER}, Fault.BROKEN_FILE, "is a Git LFS pointer"),
-        ({"a_jsonl_gz": LFS_POINTER}, Fault.BROKEN_FILE, "is a Git LFS pointer"),
+        ({"a_parquet": LFS_POINTER}, Fault.WRONG_FILE, "is a Git LFS pointer"),
+        ({"a_jsonl_gz": LFS_POINTER}, Fault.WRONG_FILE, "is a Git LFS pointer"),
+        ({"a_csv": b"messages\n"}, Fault.NO_TRAINING_DATA, "0 rows read"),
+        ({"a_csv": b"question,answer,id\nq,a,1\n"}, Fault.WRONG_FORMAT, "found the fields"),
     ],
 )
 def test_files_that_hold_no_rows_are_told_by_name(
@@ -394,7 +399,7 @@ def test_files_passed_over_are_counted_however_many_and_files_of_long_names_are_
     deep.mkdir(parents=True)
     (deep / "a.jsonl").write_bytes(jsonl(chats(5)))
     for number in range(120):
-        (tmp_path / "data" / f"{number}.csv").touch()
+        (tmp_path / "data" / f"{number}.txt").touch()
     prepared = prepare_run(tmp_path)
     assert prepared.plan.inputs[0].uri == f"file://{deep}/a.jsonl"
     assert len(prepared.report["ignored_files"]) == 100
@@ -419,8 +424,42 @@ def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path
 def test_a_git_lfs_pointer_among_many_rows_is_never_put_aside_as_a_few_broken_ones(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(50)), b_jsonl=LFS_POINTER)
     error = fails(tmp_path, QUARANTINE)
-    assert error.fault is Fault.BROKEN_FILE
+    assert error.fault is Fault.WRONG_FILE
     assert "run git lfs pull" in str(error)
+
+
+def test_files_of_every_notation_and_packing_give_the_same_tokens_and_are_known_by_their_digests(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"what is {i}", "completion": f' {i},\n"two"'} for i in range(40)]
+    columns = {name: [row[name] for row in rows] for name in ("prompt", "completion")}
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    table = io.BytesIO()
+    pq.write_table(pa.table(columns), table)
+    contents = {
+        "a.JSONL": jsonl(rows),
+        "a.json": json.dumps(rows, indent=2).encode(),
+        "b.json.zst": pa.compress("\n".join(json.dumps(row, indent=2) for row in rows).encode(), "zstd", asbytes=True),
+        "a.csv": written.getvalue().encode(),
+        "a.csv.GZ": gz(written.getvalue().encode()),
+        "a.parquet": table.getvalue(),
+    }
+    (tmp_path / "data").mkdir()
+    found: dict[str, list[Any]] = {}
+    for attempt, (name, content) in enumerate(contents.items(), start=1):
+        path = tmp_path / "data" / name
+        path.write_bytes(content)
+        prepared = prepare_run(tmp_path, attempt=attempt)
+        accounted(prepared)
+        found[name] = prepared.train
+        (record,) = prepared.plan.inputs
+        assert record.sha256 == "sha256:" + hashlib.sha256(content).hexdigest()
+        assert record.size_bytes == len(content)
+        path.unlink()
+    assert all(each == found["a.JSONL"] for each in found.values())
 
 
 # Marks the last answer alone, as templates do that keep reasoning in it alone.

@@ -45,10 +45,11 @@ from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.answers import Ends
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
+from finetune_trainer.data.listing import find_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
 from finetune_trainer.data.problems import Drop, place
-from finetune_trainer.data.reading import BadRows, checked_rows, find_files
+from finetune_trainer.data.reading import BadRows, checked_rows
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.spool import (
@@ -250,7 +251,7 @@ def _read_datasets(stage: _Stage) -> None:
     system_messages, same_role = _message_choices(stage)
     if method is MethodType.CPT:
         require_end_token(stage.model)
-    inputs = [find_files(ctx.store, dataset, index, ledger) for index, dataset in enumerate(spec.datasets)]
+    inputs = find_files(ctx.store, spec.datasets, ledger)
     stage.ignored = [uri for each in inputs for uri in each.ignored]
     with ExitStack() as stack:
         spool = stack.enter_context(Spool(stage.spool_dir))

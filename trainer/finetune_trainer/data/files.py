@@ -1,4 +1,4 @@
-"""Files to decoded rows, a bounded piece at a time: JSONL and gzipped JSONL; Parquet is read by `parquet`.
+"""Lines of JSON to decoded rows, and what is common to files of every kind.
 
 A row that cannot be decoded comes out as Broken with its number. A file that cannot be read on (cut gzip stream, bad
 Parquet footer, decompression bomb) raises BROKEN_FILE: how many rows are lost is unknown, so nothing may go on.
@@ -7,7 +7,6 @@ Parquet footer, decompression bomb) raises BROKEN_FILE: how many rows are lost i
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -16,16 +15,12 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_DEPTH, MAX_LINE_BYTES, MAX_VALUES
-from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem, place
+from finetune_trainer.data.file_kinds import BOM
+from finetune_trainer.data.problems import Broken, Problem, place
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _CHUNK_BYTES = 2**20
-_SLICE_BYTES = 2**16  # what is copied at the end of every gzip member
-_MAX_GZIP_RATIO = 100
 _DENSE_BYTES = 12  # a line with fewer for each value takes many times its size in memory
-_VALUE_BYTES = 100  # that Python takes for a value of JSON, on the mean over objects, lists and numbers
-_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+VALUE_BYTES = 100  # that Python takes for a value of JSON, on the mean over objects, lists and numbers
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(rb'"\s*:')
 
@@ -43,15 +38,13 @@ class Decoded(NamedTuple):
 class HashingReader:
     """Reads a stream in chunks and keeps the SHA-256 and the size of what was read."""
 
-    def __init__(self, stream: BinaryIO, file: str) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
         self._sha256 = hashlib.sha256()
         self.size_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._stream.read(_CHUNK_BYTES):
-            if not self.size_bytes:
-                refuse_pointer(chunk, self._file)
             self._sha256.update(chunk)
             self.size_bytes += len(chunk)
             yield chunk
@@ -66,73 +59,16 @@ def damaged(file: str, row: int, problem: str) -> StageError:
     return StageError(Fault.BROKEN_FILE, file=place(file), row=row, problem=problem)
 
 
-def refuse_pointer(begin: bytes, file: str) -> None:
-    """Raise BROKEN_FILE for a file that Git LFS has left a pointer of: its few lines are no rows to put aside."""
-    if begin.startswith(LFS_POINTER):
-        raise damaged(file, 1, "it is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned")
-
-
-def most_unpacked_bytes(gzip_bytes: int) -> int:
-    """Return what a gzip stream of that size may unpack to."""
-    return _MAX_GZIP_RATIO * gzip_bytes + _CHUNK_BYTES
-
-
-def gunzip(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
-    """Decompress a gzip stream of one or more members, which may be very many and small, into pieces below 2 MiB."""
-    slices = (chunk[at : at + _SLICE_BYTES] for chunk in chunks for at in range(0, len(chunk), _SLICE_BYTES))
-    held: list[bytes] = []
-    size_bytes = 0
-    try:
-        for piece in _unpacked(slices, file):
-            held.append(piece)
-            size_bytes += len(piece)
-            if size_bytes >= _CHUNK_BYTES:
-                yield b"".join(held)
-                held, size_bytes = [], 0
-    except StageError:
-        yield b"".join(held)  # the rows before the damage count
-        raise
-    yield b"".join(held)
-
-
-def _unpacked(chunks: Iterator[bytes], file: str) -> Iterator[bytes]:
-    member = zlib.decompressobj(wbits=31)
-    taken = given = 0
-    for chunk in chunks:
-        taken += len(chunk)
-        data = chunk
-        while data:
-            if member.eof:
-                data = data.lstrip(b"\0")  # tar-style padding after the last member
-                if not data:
-                    break
-                member = zlib.decompressobj(wbits=31)
-            try:
-                piece = member.decompress(data, _CHUNK_BYTES)
-            except zlib.error as error:
-                raise damaged(file, 0, "the gzip stream is damaged") from error
-            data = member.unused_data if member.eof else member.unconsumed_tail
-            given += len(piece)
-            if given > most_unpacked_bytes(taken):
-                raise damaged(file, 0, f"it unpacks to more than {_MAX_GZIP_RATIO} times its size")
-            if piece:
-                yield piece
-    if not member.eof:  # nothing at all is cut off too: even an empty file has a header
-        raise damaged(file, 0, "the gzip stream is cut off")
-
-
-def lines(chunks: Iterator[bytes], file: str) -> Iterator[tuple[int, bytes | Broken]]:
+def lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Broken]]:
     """Non-blank lines with their numbers. A line above the limit is passed over without being held."""
     number = 0
     rest = b""
     passing_over = False
     first = True
     for chunk in chunks:
-        if first and chunk.startswith(_UTF16_BOMS):
-            raise damaged(file, 1, "it is UTF-16; write it as UTF-8")
         pieces = (rest + chunk).split(b"\n")
         if first:
-            pieces[0] = pieces[0].removeprefix(_BOM)
+            pieces[0] = pieces[0].removeprefix(BOM)
             first = False
         rest = pieces.pop()
         for piece in pieces:
@@ -230,20 +166,5 @@ def decoded(number: int, line: bytes) -> Decoded:
     value = decode(line)
     most_values = _most_values(line)
     is_dense = _DENSE_BYTES * most_values > len(line)
-    held_bytes = len(line) + (_VALUE_BYTES * most_values if is_dense else 0)
+    held_bytes = len(line) + (VALUE_BYTES * most_values if is_dense else 0)
     return Decoded(number, value, len(line), 0 if isinstance(value, Broken) else held_bytes)
-
-
-def jsonl_rows(chunks: Iterator[bytes], file: str) -> Iterator[Decoded]:
-    """Rows of a JSONL stream."""
-    number = 0
-    try:
-        for number, line in lines(chunks, file):
-            if isinstance(line, Broken):
-                yield Decoded(number, line, MAX_LINE_BYTES, 0)
-            else:
-                yield decoded(number, line)
-    except StageError as error:
-        if error.fault is Fault.BROKEN_FILE and error.args_by_name["row"] == 0:
-            raise StageError(Fault.BROKEN_FILE, **{**error.args_by_name, "row": number + 1}) from error
-        raise

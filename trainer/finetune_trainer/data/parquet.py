@@ -10,9 +10,9 @@ import orjson
 
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data import child
-from finetune_trainer.data.files import Decoded, damaged, decoded, refuse_pointer
+from finetune_trainer.data.files import Decoded, damaged, decoded
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.problems import LFS_POINTER, Broken, Problem
+from finetune_trainer.data.problems import Broken, Problem
 
 _MODULE = "finetune_trainer.data.parquet_worker"
 MEMORY_BYTES = 2**30  # the child's address space, of which Python and the libraries take a quarter
@@ -61,8 +61,6 @@ class ParquetDecoder:
 
         Of a file without such a column every row comes with the names of its columns. Raises BROKEN_FILE, and
         MemoryError when the kernel, or somebody else, kills the child."""
-        with path.open("rb") as opened:
-            refuse_pointer(opened.read(len(LFS_POINTER)), file)
         self.facts = Facts(0, [])
         allowed_bytes = most_bytes(path.stat().st_size)
         number = size_bytes = 0

@@ -20,6 +20,7 @@ class Problem(StrEnum):
     LINE_TOO_LONG = "line_too_long"
     TOO_MANY_VALUES = "too_many_values"
     REPEATED_FIELD = "repeated_field"
+    RAGGED = "ragged"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"

@@ -1,25 +1,29 @@
-"""Datasets to checked rows: which files, in which order, which of their rows are broken."""
+"""Files to checked rows, in order: which of them are broken, and when that ends the job."""
 
 import logging
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune_api.data_files import MAX_UNPACKED_BYTES
 from finetune_api.errors import StageError
-from finetune_api.job import DatasetFormat, DatasetSpec, MethodType
+from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.field_names import METADATA
+from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
+from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.rows import Conversation, Row, content_hash
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
-from finetune_trainer.runplan import FileRecord
-from finetune_trainer.store import ObjectInfo, Store, spec_field
+from finetune_trainer.data.text_rows import text_rows
+from finetune_trainer.data.unpacking import unpacked
+from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +31,6 @@ _PEEK_ROWS = 1000
 _PEEK_BYTES = 32 * 2**20
 _MAX_BROKEN = 1000
 _MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
-_MAX_FILES = 10_000
-_MAX_REREAD_BYTES = 2**30
 
 
 class Checked(NamedTuple):
@@ -103,58 +105,6 @@ class BadRows:
         return f"raise preprocessing.maxBrokenFraction, which allows {self._max_fraction:g} of all rows"
 
 
-class Inputs(NamedTuple):
-    """The files of one dataset, as indices into the ledger, and those that were passed over."""
-
-    files: range
-    ignored: list[str]
-
-
-def find_files(store: Store, dataset: DatasetSpec, index: int, ledger: Ledger) -> Inputs:
-    """Register the dataset's files, pinned to what they are now. Raises NO_FILES_MATCH, TOO_MANY_FILES."""
-    with spec_field(f"datasets[{index}].uri"):
-        found = store.match(dataset.uri, _MAX_FILES)
-    kept = [info for info in found if info.uri.endswith(files.SUFFIXES)]
-    others = [info.uri for info in found if not info.uri.endswith(files.SUFFIXES)]
-    if not kept:
-        raise StageError(Fault.NO_FILES_MATCH, uri=place(dataset.uri))
-    first = len(ledger.files)
-    if first + len(kept) > _MAX_FILES:
-        raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
-    ledger.files += [FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=_most_bytes(info)) for info in kept]
-    if others:
-        suffixes = ", ".join(files.SUFFIXES)
-        log.warning("%d files are passed over, as their names end in none of %s", len(others), suffixes)
-    return Inputs(range(first, first + len(kept)), others)
-
-
-def _most_bytes(info: ObjectInfo) -> int:
-    """Return what the rows of a file cannot come to more than."""
-    if info.uri.endswith(".parquet"):
-        return parquet.most_bytes(info.size_bytes)
-    return files.most_unpacked_bytes(info.size_bytes) if info.uri.endswith(".gz") else info.size_bytes
-
-
-def changed_files(store: Store, datasets: Sequence[DatasetSpec], planned: Sequence[FileRecord]) -> list[str]:
-    """Return the URIs of files that were added, removed or given another content since they were read as `planned`.
-
-    A file with another ETag is read again, up to 1 GiB in all; of those beyond it cannot be told, and they are left
-    out."""
-    found = [info for dataset in datasets for info in store.match(dataset.uri, _MAX_FILES)]
-    now = {info.uri: info for info in found if info.uri.endswith(files.SUFFIXES)}
-    then = {file.uri: file for file in planned}
-    changed = list(now.keys() ^ then.keys())
-    unread_bytes = _MAX_REREAD_BYTES
-    for uri in sorted(now.keys() & then.keys()):
-        if now[uri].size_bytes != then[uri].size_bytes:
-            changed.append(uri)
-        elif now[uri].etag != then[uri].etag and now[uri].size_bytes <= unread_bytes:
-            unread_bytes -= now[uri].size_bytes
-            if store.digest(uri)[0] != then[uri].sha256:
-                changed.append(uri)
-    return sorted(changed)
-
-
 def checked_rows(
     store: Store,
     ledger: Ledger,
@@ -171,7 +121,7 @@ def checked_rows(
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
     unread = METADATA.union(choices.ignored).difference(choices.columns)
-    with closing(_decoded_rows(store, ledger, inputs.files, unread, work_dir)) as decoded:
+    with closing(_decoded_rows(store, ledger, inputs, unread, work_dir)) as decoded:
         yield from _checked(ledger, bad, decoded, given, method, choices, formats)
 
 
@@ -258,17 +208,17 @@ def _detect(
 
 
 def _decoded_rows(
-    store: Store, ledger: Ledger, indices: range, unread: Collection[str], work_dir: Path
+    store: Store, ledger: Ledger, inputs: Inputs, unread: Collection[str], work_dir: Path
 ) -> Generator[tuple[int, files.Decoded]]:
     """Rows of the files in order, each file at one version. Only Parquet, which needs seeking, goes to disk."""
     with parquet.ParquetDecoder(unread) as decoder:
-        for index in indices:
+        for index, kind in zip(inputs.files, inputs.kinds, strict=True):
             account = ledger.files[index]
             size_bytes = 0
-            if account.uri.endswith(".parquet"):
+            if kind.notation is Notation.PARQUET:
                 rows = _parquet_rows(store, ledger, account, decoder, work_dir / "input.parquet")
             else:
-                rows = _jsonl_rows(store, account)
+                rows = _text_rows(store, account, kind)
             for item in rows:
                 size_bytes += item.size_bytes
                 yield index, item
@@ -290,13 +240,13 @@ def _parquet_rows(
     path.unlink()
 
 
-def _jsonl_rows(store: Store, account: FileAccount) -> Iterator[files.Decoded]:
+def _text_rows(store: Store, account: FileAccount, kind: FileKind) -> Iterator[files.Decoded]:
     with store.open(account.uri) as stream:
-        reader = files.HashingReader(stream, account.uri)
+        reader = files.HashingReader(stream)
         chunks = iter(reader)
-        if account.uri.endswith(".gz"):
-            chunks = files.gunzip(chunks, account.uri)
-        yield from files.jsonl_rows(chunks, account.uri)
+        if kind.packing is not Packing.NONE:
+            chunks = unpacked(chunks, kind.packing, account.uri, MAX_UNPACKED_BYTES)
+        yield from text_rows(chunks, kind.notation, account.uri)
         account.sha256, account.size_bytes = reader.digest, reader.size_bytes
 
 

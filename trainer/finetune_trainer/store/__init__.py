@@ -72,15 +72,23 @@ class Store:
     def match(self, uri: str, limit: int = 10_000) -> Objects:
         """The object `uri`, all below it when it ends in "/", or all it matches as a pattern; sorted, [] if none.
 
-        `*` and `?` stay within a path segment, `**` crosses segments. `limit` is that of the matches."""
+        `*` and `?` stay within a path segment, `**` crosses segments. `limit` is that of the matches. On this machine
+        linked folders are followed, and a link to nothing is an object without an ETag."""
+        if not is_pattern(uri) and not uri.endswith("/"):
+            info = self.head(uri)
+            return [info] if info else []
+        deep = reaches_below(uri) if is_pattern(uri) else True
+        files = self._files(uri)
+        prefix = fixed_prefix(uri)
+        found = (
+            files.list(prefix, deep=deep, links=True)
+            if isinstance(files, LocalFiles)
+            else files.list(prefix, deep=deep)
+        )
         if is_pattern(uri):
             pattern = compiled(plain(uri))
-            found = self._files(uri).list(fixed_prefix(uri), deep=reaches_below(uri))
-            return _bounded((info for info in found if pattern.fullmatch(plain(info.uri))), uri, limit)
-        if uri.endswith("/"):
-            return self.list(uri, limit)
-        info = self.head(uri)
-        return [info] if info else []
+            found = (info for info in found if pattern.fullmatch(plain(info.uri)))
+        return _bounded(found, uri, limit)
 
     def head(self, uri: str) -> ObjectInfo | None:
         """What the object is, or None when it does not exist."""

@@ -55,10 +55,12 @@ def sync_folder(folder: Path) -> None:
 class LocalFiles:
     """Objects are files; a prefix is a folder or the beginning of a name."""
 
-    def list(self, prefix_uri: str, *, deep: bool = True) -> Iterator[ObjectInfo]:
+    def list(self, prefix_uri: str, *, deep: bool = True, links: bool = False) -> Iterator[ObjectInfo]:
         """All files whose path begins with the prefix, in no particular order; not deep: in its folder alone.
 
-        Raises StageError(ACCESS_DENIED) for a folder that may not be read: its files would be missing unseen."""
+        links: also the files of linked folders, but for those that hold the link itself, and links that lead to no
+        file, without an ETag. Raises StageError(ACCESS_DENIED) for a folder that may not be read: its files would be
+        missing unseen."""
         folder_uri = prefix_uri[: prefix_uri.rindex("/") + 1]
         folder, stem = local_path(folder_uri), local_path(prefix_uri).name if prefix_uri != folder_uri else ""
 
@@ -66,14 +68,24 @@ class LocalFiles:
             if error.errno not in _NO_FILE:
                 fail_local(error, "read", f"file://{local_name(os.fspath(error.filename))}")
 
-        for parent, folders, names in os.walk(folder, onerror=refuse):
-            folders[:] = folders if deep else []
+        inside: dict[str, frozenset[tuple[int, int]]] = {}  # the folders that one lies in, as they are
+        for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=links):
+            if not deep:
+                folders.clear()
+            elif links:
+                around = inside.pop(parent, frozenset[tuple[int, int]]()) | _identities(parent)
+                inside |= {os.path.join(parent, name): around for name in folders}
+                folders[:] = [name for name in folders if not around & _identities(os.path.join(parent, name))]
             for name in names:
-                below = os.path.relpath(os.path.join(parent, name), folder)
+                path = os.path.join(parent, name)
+                below = os.path.relpath(path, folder)
                 if name.startswith(_HIDDEN) or not below.startswith(stem):
                     continue
-                if info := self.head(folder_uri + local_name(below)):
+                uri = folder_uri + local_name(below)
+                if info := self.head(uri):
                     yield info
+                elif links and os.path.islink(path):
+                    yield ObjectInfo(uri, 0, "")
 
     def leads_outside(self, uri: str, folder_uri: str) -> bool:
         """Return whether a file in a folder is a link to one that is not.
@@ -157,6 +169,15 @@ class LocalFiles:
                         os.unlink(staged.name)
         except OSError as error:
             fail_local(error, "write", uri)
+
+
+def _identities(folder: str) -> frozenset[tuple[int, int]]:
+    """Return what tells a folder from all others, by whatever name; nothing where it is gone."""
+    try:
+        found = os.stat(folder)
+    except OSError:  # os.walk tells of it
+        return frozenset()
+    return frozenset([(found.st_dev, found.st_ino)])
 
 
 def _make_folder(folder: Path) -> None:
