@@ -90,17 +90,17 @@ def _dense_lines(folder: Path) -> None:
 
 
 def _endless_line(folder: Path) -> None:
-    """A GiB of one line in a few kilobytes."""
-    (folder / "a.jsonl.zst").write_bytes(pa.compress(b"x" * 2**26, "zstd", asbytes=True) * 16)
+    """Half a GiB of one line in a few kilobytes."""
+    (folder / "a.jsonl.zst").write_bytes(pa.compress(b"x" * 2**26, "zstd", asbytes=True) * 8)
 
 
 def _deep_list(folder: Path) -> None:
-    (folder / "a.json").write_bytes(b"[" * 2**21)
+    (folder / "a.json").write_bytes(b"[" * 2**19)
 
 
 def _open_quote(folder: Path) -> None:
     """A quote in the first row makes one text of all that follow."""
-    (folder / "a.csv").write_bytes(b'text,id\n"words,1\n' + b"words,2\n" * 2**22)
+    (folder / "a.csv").write_bytes(b'text,id\n"words,1\n' + b"words,2\n" * 2**21)
 
 
 def _broken_lines(folder: Path) -> None:
@@ -175,7 +175,7 @@ ATTACKS = {
         fault=Fault.BROKEN_ROW,
         words=("a.jsonl row 1", "more than 500,000 values of JSON"),
     ),
-    "a line of a GiB": Attack(
+    "a line of half a GiB": Attack(
         write=_endless_line,
         spec=TEXTS,
         fault=Fault.BROKEN_ROW,
@@ -184,9 +184,9 @@ ATTACKS = {
     "a file that unpacks to more than is allowed": Attack(
         write=_endless_line,
         spec=TEXTS | PUT_ASIDE,
-        limits={DATA + "reading.MAX_UNPACKED_BYTES": 2**29},
+        limits={DATA + "reading.MAX_UNPACKED_BYTES": 2**28},
         fault=Fault.BROKEN_FILE,
-        words=("a.jsonl.zst", "from row 1 on", "unpacks to more than 0.5 GiB"),
+        words=("a.jsonl.zst", "from row 1 on", "unpacks to more than 0.25 GiB"),
     ),
     "a list in a list in a list": Attack(
         write=_deep_list, spec=TEXTS | PUT_ASIDE, fault=Fault.BROKEN_FILE, words=("a.json", "from row 1 on", "cut off")
