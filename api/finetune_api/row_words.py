@@ -72,6 +72,7 @@ CHANGE_WORDS: dict[str, str] = {
     "greeting_not_learned": "begins with an answer to nothing, which is shown to the model and not learned",
     "parts_joined": "has a content of several parts of text, which are joined as they stand",
     "result_as_json": "has the result of a tool as an object or a list, which is written as JSON",
+    "nulls_left_out": "has nulls in tools or calls, which the columns of a table fill in for what is absent",
 }
 
 

@@ -124,6 +124,26 @@ def test_tools_mean_the_same_in_every_spelling(tools: object, name: str) -> None
     assert conversation(with_messages(**{name: tools})).tools == [TOOL]
 
 
+def test_nulls_that_a_table_fills_in_are_no_part_of_tools_and_calls() -> None:
+    call = {"function": {"name": "f", "arguments": {"town": "Oslo", "date": None}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"a": {"type": "s"}, "b": None}}},
+    }
+    row = with_messages(USER, {**ANSWER, "tool_calls": [call]}, tools=[tool])
+    found = read(row, RowChoices(nulls_are_absent=True))
+    assert isinstance(found.row, Conversation)
+    assert found.row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"town": "Oslo"}
+    assert found.row.tools == [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "s"}}}}}
+    ]
+    assert found.changes == {Change.NULLS_LEFT_OUT}
+    assert conversation(row).messages[1]["tool_calls"][0]["function"]["arguments"] == {"town": "Oslo", "date": None}
+    text = with_messages(USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": '{"date": null}'}}]})
+    exact = conversation(text, RowChoices(nulls_are_absent=True))
+    assert exact.messages[1]["tool_calls"][0]["function"]["arguments"] == {"date": None}, "JSON text is exact"
+
+
 @pytest.mark.parametrize("nothing", [None, [], "", " ", "[]", "null", {}])
 def test_tools_that_are_none_mean_nothing(nothing: object) -> None:
     assert conversation(with_messages(tools=nothing)).tools is None

@@ -54,8 +54,9 @@ class Said:
 class MessageReader:
     """Reads the messages of one row; keeps what it changed in them, and the fields that it passed over."""
 
-    def __init__(self, ignored: Collection[str], columns: Mapping[str, str]) -> None:
+    def __init__(self, ignored: Collection[str], columns: Mapping[str, str], nulls_are_absent: bool = False) -> None:
         self._ignored = ignored
+        self._nulls_are_absent = nulls_are_absent
         self._names = {theirs: ours for theirs, ours in columns.items() if ours in ("role", "content")}
         self.changes: set[Change] = set()
         self.passed_over: set[str] = set()
@@ -166,10 +167,19 @@ class MessageReader:
         called: list[dict[str, Any]] = []
         for name in sorted(_CALLS.intersection(item), reverse=True):
             if not says_nothing(item[name]):
-                called += toolcalls.calls(item[name], f"{field}.{name}")
+                called += toolcalls.calls(self.filled(item[name]), f"{field}.{name}")
         if called and role != "assistant":
             raise RefusedError(Problem.WRONG_TYPE, f"{field}.tool_calls", "only an assistant's message may call tools")
         return called
+
+    def filled(self, value: object) -> object:
+        """Return tools or calls without the nulls that a table has filled in."""
+        if not self._nulls_are_absent:
+            return value
+        bare = toolcalls.without_nulls(value)
+        if bare != value:
+            self.changes.add(Change.NULLS_LEFT_OUT)
+        return bare
 
     def _parts(self, parts: list[object], field: str) -> tuple[str, str | None]:
         """Return the text of a content of several parts, and its reasoning."""

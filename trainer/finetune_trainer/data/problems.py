@@ -54,6 +54,7 @@ class Change(StrEnum):
     GREETING_NOT_LEARNED = "greeting_not_learned"
     PARTS_JOINED = "parts_joined"
     RESULT_AS_JSON = "result_as_json"
+    NULLS_LEFT_OUT = "nulls_left_out"
 
 
 class Drop(StrEnum):

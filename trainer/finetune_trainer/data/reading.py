@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -141,11 +142,13 @@ def _checked(
         peeked_bytes += item[1].held_bytes
         if len(peeked) >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
             break
+    of_tables = replace(choices, nulls_are_absent=True)
     data_format = given or _detect(ledger, bad, peeked, method, choices)
     formats.append(data_format)
     for file, (number, value, size_bytes, held_bytes) in chain(_given_away(peeked), decoded):
         ledger.count(file, size_bytes)
-        checked = _check(value, data_format, choices)
+        is_table = ledger.files[file].uri.lower().endswith(".parquet")
+        checked = _check(value, data_format, of_tables if is_table else choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
         elif not bad.failing:

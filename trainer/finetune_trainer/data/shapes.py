@@ -38,12 +38,14 @@ _OURS = frozenset(_OF_THE_RENDERER.split())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowChoices:
-    """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here."""
+    """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
+    nulls_are_absent: whether a null inside tools and calls is what a table fills in."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: frozenset[str] = frozenset()
     system_messages: SystemMessages = SystemMessages.KEEP
     same_role: SameRoleMessages = SameRoleMessages.KEEP
+    nulls_are_absent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class _Reading:
     def __init__(self, row: Mapping[str, Any], choices: RowChoices) -> None:
         self.row = row
         self._choices = choices
-        self.messages = MessageReader(choices.ignored, choices.columns)
+        self.messages = MessageReader(choices.ignored, choices.columns, choices.nulls_are_absent)
         self.changes: set[Change] = set()
 
     def one_of(self, names: tuple[str, ...]) -> str | None:
@@ -90,7 +92,7 @@ class _Reading:
         ordered = Ordered(said, self._choices.system_messages, self._choices.same_role, where)
         self.changes |= ordered.changes
         offered = self.one_of(TOOLS)
-        tools = None if offered is None else toolcalls.tools(self.row[offered], offered)
+        tools = None if offered is None else toolcalls.tools(self.messages.filled(self.row[offered]), offered)
         return Conversation(ordered.messages, ordered.learned, tools, self._template_kwargs(), self.weight())
 
     def _template_kwargs(self) -> dict[str, Any]:

@@ -34,6 +34,13 @@ def tools(value: object, field: str) -> list[dict[str, Any]] | None:
     return [_tool(from_json(each, f"{field}[{index}]", what), f"{field}[{index}]") for index, each in enumerate(listed)]
 
 
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects. A table's columns have one for each field of any row."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in cast(dict[str, Any], value).items() if each is not None}
+    return [without_nulls(each) for each in cast(list[Any], value)] if isinstance(value, list) else value
+
+
 def _tool(value: object, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RefusedError(Problem.WRONG_TYPE, field, "must be a function: an object with a name")
