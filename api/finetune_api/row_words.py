@@ -65,6 +65,7 @@ _OF_A_FIELD = (
 CHANGE_WORDS: dict[str, str] = {
     "developer_as_system": "has a developer message, which becomes a system message",
     "systems_joined": "begins with several system messages, which are joined by an empty line",
+    "late_system_kept": "has a system message after the beginning, which stays where it is",
     "system_in_user_message": "has a system message, which begins the first user message (SystemMessages: InUser)",
     "neighbours_kept": "has two messages of one role after another, which stay apart",
     "neighbours_joined": "has messages of one role after another, which are joined by an empty line",

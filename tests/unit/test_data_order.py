@@ -48,6 +48,12 @@ def shown(found: Ordered) -> str:
         ("ssua", "s0\n\ns1 u2 [a3]", {Change.SYSTEMS_JOINED}),
         ("sdua", "s0\n\nd1 u2 [a3]", {Change.SYSTEMS_JOINED, Change.DEVELOPER_AS_SYSTEM}),
         ("uatta", "u0 [a1] t2 t3 [a4]", set()),
+        ("usa", "u0 s1 [a2]", {Change.LATE_SYSTEM_KEPT}),
+        (
+            "suasda",
+            "s0 u1 [a2] s3 d4 [a5]",
+            {Change.LATE_SYSTEM_KEPT, Change.DEVELOPER_AS_SYSTEM, Change.NEIGHBOURS_KEPT},
+        ),
         ("auau", "a0 u1 [a2]", {Change.GREETING_NOT_LEARNED, Change.END_LEFT_OUT}),
     ],
 )
@@ -108,7 +114,6 @@ def test_answers_that_are_not_to_be_learned_are_shown_alone() -> None:
         ("aua", {0: True}, Problem.ORDER),
         ("uta", {}, Problem.ORDER),
         ("ta", {}, Problem.ORDER),
-        ("usa", {}, Problem.ORDER),
     ],
 )
 def test_what_is_no_conversation_is_refused(roles: str, masks: dict[int, bool], problem: Problem) -> None:

@@ -368,6 +368,45 @@ def test_rows_of_all_usual_shapes_are_learned_and_the_report_says_what_was_taken
     assert [(each["row"], each["reason"]) for each in prepared.decisions] == [(1, "no_label")]
 
 
+CALLING = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLED: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "weather in Oslo?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}],
+}
+
+
+def test_calls_are_learned_and_what_tools_give_back_is_not(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=CALLING)
+    put(tmp_path, a_jsonl=jsonl([CALLED]))
+    (row,) = prepare_run(tmp_path).train
+    assert (
+        learned(row) == '<call>{"name": "weather", "arguments": {"town": "Oslo"}}</call><|im_end|>It rains.<|im_end|>'
+    )
+    assert '"parameters": {"type": "object"}' in text_of(row[0])
+    assert "rain<|im_end|>" in text_of(row[0])
+
+
+def test_calls_that_the_template_leaves_out_are_refused_by_name(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([CALLED]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.PART_VANISHES
+    assert error.args_by_name["row"] == 1
+
+
 @pytest.mark.parametrize(
     ("files", "fault", "words"),
     [

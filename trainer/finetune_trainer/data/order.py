@@ -20,7 +20,7 @@ class Ordered:
         messages = self._without_end(list(said), field)
         if any(each.message["role"] not in ("user", "assistant") for each in messages):
             messages = self._systems_joined(messages)
-            _check_roles(messages, field)
+            _check_results(messages, field)
             if systems is SystemMessages.IN_USER:
                 messages = self._system_in_user(messages)
         if any(one.message["role"] == other.message["role"] for one, other in pairwise(messages)):
@@ -42,6 +42,8 @@ class Ordered:
             self.changes.add(Change.DEVELOPER_AS_SYSTEM)
             messages = [_as_system(each) for each in messages]
         first = next((i for i, each in enumerate(messages) if each.message["role"] != "system"), len(messages))
+        if any(each.message["role"] == "system" for each in messages[first:]):
+            self.changes.add(Change.LATE_SYSTEM_KEPT)
         if first < 2:
             return messages
         self.changes.add(Change.SYSTEMS_JOINED)
@@ -91,12 +93,10 @@ def _as_system(said: Said) -> Said:
     return Said({**said.message, "role": "system"}) if said.message["role"] == "developer" else said
 
 
-def _check_roles(messages: list[Said], field: str) -> None:
-    before = "system"
+def _check_results(messages: list[Said], field: str) -> None:
+    before = ""
     for index, each in enumerate(messages):
         role = each.message["role"]
-        if role == "system" and before != "system":
-            raise RefusedError(Problem.ORDER, f"{field}[{index}]", "a system message stands after the beginning")
         if role == "tool" and before not in ("assistant", "tool"):
             detail = "the result of a tool follows no answer that could have called it"
             raise RefusedError(Problem.ORDER, f"{field}[{index}]", detail)

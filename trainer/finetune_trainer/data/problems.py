@@ -47,6 +47,7 @@ class Change(StrEnum):
 
     DEVELOPER_AS_SYSTEM = "developer_as_system"
     SYSTEMS_JOINED = "systems_joined"
+    LATE_SYSTEM_KEPT = "late_system_kept"
     SYSTEM_IN_USER = "system_in_user_message"
     NEIGHBOURS_KEPT = "neighbours_kept"
     NEIGHBOURS_JOINED = "neighbours_joined"

@@ -171,22 +171,10 @@ def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tu
     found = read_row(value, data_format, choices)
     if isinstance(found, Broken):
         return found
-    if (field := _not_yet(found.row)) is not None:
-        return Broken(Problem.UNSUPPORTED_FIELD, field)
+    if found.row.weight != 1:  # the loss has no weights of rows yet
+        return Broken(Problem.UNSUPPORTED_FIELD, "weight")
     hashed = content_hash(found.row)
     return hashed if isinstance(hashed, Broken) else (found, hashed)
-
-
-def _not_yet(row: Row) -> str | None:
-    """Return what a row says that may be lost on its way yet: calls that a template leaves out, and weights."""
-    if row.weight != 1:
-        return "weight"
-    if not isinstance(row, Conversation):
-        return None
-    if row.tools:
-        return "tools"
-    calls = any(each["role"] == "tool" or "tool_calls" in each for each in row.messages)
-    return "messages[].tool_calls" if calls else None
 
 
 def _detect(
