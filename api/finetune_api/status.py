@@ -24,7 +24,7 @@ class Phase(StrEnum):
     FAILED = "Failed"
 
 
-FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
+FINAL_PHASES = (Phase.PLANNED, Phase.SUCCEEDED, Phase.FAILED)
 PHASE_FIELD = "status.phase"  # the server can select by it: `kubectl get ftj --field-selector=status.phase=Failed`
 
 

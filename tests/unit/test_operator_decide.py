@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
-from finetune_api.status import ConditionType, Phase
+from finetune_api.status import FINAL_PHASES, ConditionType, Phase
 from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import wants_live_pods
 from finetune_operator.decide import decide
@@ -1553,6 +1553,7 @@ def test_a_job_that_is_only_planned_ends_with_its_plan_and_no_training_pod():
     world.prepared()
     assert world.created == ["prepare-1"]
     assert world.phase == Phase.PLANNED
+    assert world.phase in FINAL_PHASES  # the operator does not ask for it again and again
     assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
     assert world.condition(ConditionType.FINISHED) == ("True", "Planned")
     assert world.verdict == ("False", "Planned")  # it has no adapter

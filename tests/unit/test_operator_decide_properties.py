@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from finetune_api.names import Stage
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
+from finetune_api.status import FINAL_PHASES
 from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.decide import decide
@@ -390,6 +391,11 @@ class OneJobInACluster(RuleBasedStateMachine):
             self.verdict = dict(self.status)
 
     @invariant()
+    def a_phase_that_the_server_selects_as_final_means_a_verdict(self) -> None:
+        is_over = is_finished(job_view(self.spec, self.status).status)
+        assert (self.status.get("phase") in FINAL_PHASES) == is_over
+
+    @invariant()
     def success_means_an_artifact(self) -> None:
         if self.status.get("phase") == "Succeeded":
             assert self.status["artifacts"]
@@ -400,7 +406,7 @@ class OneJobInACluster(RuleBasedStateMachine):
         self.jobs = {name: replace(job, suspended=None) for name, job in self.jobs.items()}
         for _ in range(60):
             self.operator(killed=False, wait_s=100)
-            if self.status.get("phase") in ("Succeeded", "Failed", "Planned"):
+            if self.status.get("phase") in FINAL_PHASES:
                 return
             if self.status.get("phase") == "Waiting":
                 self.spec["startPolicy"] = "Automatic"
