@@ -279,7 +279,8 @@ class Engine:
 
     def _child_changed(self, key: Key, owner: Owner) -> None:
         scope = self._scope_of(owner[0])
-        if scope is None or not scope.finished.is_at_rest(owner):
+        # Before all are known no round is begun, and the resync that follows asks for those of unfinished jobs.
+        if scope is not None and scope.listed and not scope.finished.is_at_rest(owner):
             self._queue.put(key, CHILD_DELAY_S)
 
     def _look_at(self, owner: Owner) -> None:

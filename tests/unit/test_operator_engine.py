@@ -384,6 +384,14 @@ def test_a_finished_job_is_looked_at_only_while_its_jobs_want_a_ttl(
         assert cluster.rounds_until(looked_at[-1]) == looked_at
 
 
+def test_the_first_list_of_kubernetes_jobs_brings_no_round_as_most_may_be_of_finished_jobs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_module, "CHILD_DELAY_S", 0.0)
+    engine._children.take("jobs", "ITEM", ended_k8s_job("done", 86400))  # pyright: ignore[reportPrivateUsage]
+    assert engine._queue.depth() == 0  # pyright: ignore[reportPrivateUsage]
+
+
 def test_the_figures_of_a_job_whose_deletion_nobody_heard_end_after_the_next_resync(
     engine: Engine, cluster: QuietCluster
 ):
