@@ -1,5 +1,6 @@
 """The faster library gives the ids of Hugging Face's, and the same labels, or it is not used."""
 
+import json
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,14 @@ def gemma_like() -> Tokenizer:
     return tokenizer
 
 
+def lacks_a_byte() -> Tokenizer:
+    """As SmolLM2's vocabulary, in which some bytes are no token: they are passed over."""
+    content = json.loads(byte_bpe().to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<0>"] = vocabulary.pop("ñ")  # which stands for the byte 0xf1
+    return Tokenizer.from_str(json.dumps(content))
+
+
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
 KINDS: dict[str, Tokenizer] = {
     "GPT-2": changed(),
@@ -62,6 +71,7 @@ KINDS: dict[str, Tokenizer] = {
     "Llama 3": changed(pre_tokenizer=split_like(LLAMA_3)),
     "Qwen 3": changed(pre_tokenizer=split_like(LLAMA_3.replace("{1,3}", "")), normalizer=normalizers.NFC()),
     "Gemma 3": gemma_like(),
+    "lacks a byte": lacks_a_byte(),
     "offsets are trimmed": changed(post_processor=processors.ByteLevel(trim_offsets=True)),
     "a space before all": changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "takes spaces on its left": with_token(AddedToken("<l>", lstrip=True)),
@@ -127,6 +137,17 @@ def test_the_faster_library_is_taken_where_it_gives_the_same_ids() -> None:
     assert [each.ids.tolist() for each in found.encode(texts)] == [
         each.ids.tolist() for each in slow(KINDS["Llama 3"], texts)
     ]
+
+
+def test_a_text_with_a_byte_of_no_token_is_left_to_hugging_face_and_the_others_of_its_batch_are_not() -> None:
+    fast, _ = both("lacks a byte")
+    assert [each is not None for each in fast.encode(["the fox", "\U00040000", "é"])] == [True, False, True]
+
+
+def test_digits_taken_one_by_one_are_split_by_one_pattern_and_other_tokenizers_are_left_as_they_are() -> None:
+    steps = json.loads(encoders.fused(KINDS["SmolLM2"].to_str()))["pre_tokenizer"]["pretokenizers"]
+    assert [step["type"] for step in steps] == ["Split", "ByteLevel"]
+    assert encoders.fused(KINDS["Llama 3"].to_str()) == KINDS["Llama 3"].to_str()
 
 
 def test_a_tokenizer_that_the_faster_library_does_not_read_is_read_by_hugging_face() -> None:

@@ -807,3 +807,10 @@ def test_a_job_whose_rows_the_faster_library_reads_otherwise_is_prepared_again_f
     }
     assert found.report["rows_in"] == expected.report["rows_in"]
     assert len(asked) > 3
+
+
+def test_special_tokens_in_the_own_words_of_rows_are_counted_and_not_those_of_the_template(tmp_path: Path) -> None:
+    rows = [chat("what does <|im_end|> mean? <|im_end|>", "the end"), chat("and <|im_start|>?", "not <|im_end|>")]
+    put(tmp_path, a_jsonl=jsonl([*chats(20), *rows]))
+    found = prepare_run(tmp_path)
+    assert found.report["special_tokens_in_words"] == {"<|im_end|>": 2, "<|im_start|>": 1}

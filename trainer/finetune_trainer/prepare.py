@@ -374,12 +374,15 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
         "state": "prepared",
         **report.funnel(ledger, stage.ignored, stage.timings.seconds),
         "tokenizer": model.tokenizer.choice._asdict(),
+        "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, ledger),
         "packing": report.packing(plan, train["tokens"], hyper),
         "answers": stage.taught.report(),
         "resolved": [value.model_dump() for value in run_plan.resolved],
     }
     log.info("rows were read by the library %s: %s", *model.tokenizer.choice)
+    for token, rows in model.tokenizer.special_words.report.items():
+        log.warning("%d rows have the special token %s in their own words", rows, token)
     fence.check()
     store.put(join(run_uri, REPORT), _json(content))
     store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))

@@ -190,6 +190,7 @@ class Pipeline:
         elif not any(part.labels.any() for part in sequences):
             self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
         else:
+            self.model.tokenizer.special_words.count(item.row)
             self.spool.append(item.content_hash, item.file, item.number, sequences)
 
     def _broken(self, item: Checked, broken: Broken) -> None:

@@ -14,6 +14,7 @@ from finetune_trainer.data import child
 from finetune_trainer.data.answers import Span
 from finetune_trainer.data.encoders import FAST, FAST_AFTER, HUGGING_FACE, Choice, FastDiffersError
 from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.special_words import SpecialWords
 from finetune_trainer.data.tokenizer_worker import CPU_S_PER_MIB, NO_MEMORY
 from finetune_trainer.data.tokens import Tokens
 
@@ -72,6 +73,7 @@ class Tokenizer:
         self.eos_id: int | None = reply["eos_id"]
         self.prefix_ids: list[int] = reply["prefix_ids"]  # usually [] or the begin-of-text token
         self.vocabulary_size: int = reply["vocabulary_size"]  # one above the largest token id
+        self.special_words = SpecialWords(reply["special"])
         # (vocabulary,) whether a token contains a newline: where a text is best split
         self.breaks: npt.NDArray[np.bool_] = np.frombuffer(breaks, dtype=np.bool_)
 

@@ -146,7 +146,8 @@ def main() -> int:
         return 0
     del content
     facts = {"problem": None, "eos_id": rows.eos_id, "prefix_ids": rows.prefix_ids}
-    write_frame(replies, orjson.dumps(facts | {"vocabulary_size": rows.vocabulary_size}))
+    special = [token.encode(errors="replace").decode() for token in rows.special]
+    write_frame(replies, orjson.dumps(facts | {"vocabulary_size": rows.vocabulary_size, "special": special}))
     write_frame(replies, rows.breaks.tobytes())
     while (body := read_frame(requests, _MAX_REQUEST_BYTES)) is not None:
         request = orjson.loads(body)

@@ -76,7 +76,7 @@ class RowTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self._special = {token.content: number for number, token in added.items() if token.special}
+        self.special = [token.content for token in added.values() if token.special]
         # An end token need not be marked as special; what is no added token is split like other text.
         ends = [token.content for token in added.values() if token.special or token.content == eos_token]
         self._stops = tuple(ends)

@@ -1,0 +1,62 @@
+"""Special tokens that stand in a row's own words, where the tokenizer reads them as what they are to the model.
+
+They are no error: a prompt may be written with them. But `<|im_end|>` in a question ends it there, for this model and
+for everybody who serves it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from finetune_api.redact import shortened
+from finetune_trainer.data.rows import Completion, Conversation, Row
+
+MAX_NAMED = 16  # tokens in the report
+_MAX_SHOWN = 48  # characters of a token
+_BEGIN = 2  # characters by which most rows are told to have none
+
+
+class SpecialWords:
+    """Counts rows by the special tokens in their words. tokens: all that the tokenizer has."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        longest_first = sorted({token for token in tokens if token}, key=lambda token: (-len(token), token))
+        self._begins = tuple({token[:_BEGIN] for token in longest_first})
+        self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self.rows: Counter[str] = Counter()  # by token
+
+    def count(self, row: Row) -> None:
+        """Count a row once for each special token in its words."""
+        if self._any is None:
+            return
+        found: set[str] = set()
+        for words in words_of(row):
+            if any(begin in words for begin in self._begins):
+                found.update(self._any.findall(words))
+        self.rows.update(found)
+
+    @property
+    def report(self) -> dict[str, int]:
+        """Rows by token, those of most rows first."""
+        return {shortened(token, _MAX_SHOWN): count for token, count in self.rows.most_common(MAX_NAMED)}
+
+
+def words_of(row: Row) -> Iterable[str]:
+    """Return all texts that a row's writer wrote."""
+    if isinstance(row, Conversation):
+        return _texts([row.messages, row.tools])
+    if isinstance(row, Completion):
+        return row.prompt, row.completion
+    return (row.text,)
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts in a value of JSON, whose nesting is bounded."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(cast(Mapping[str, Any], value).values())
+    elif not isinstance(value, Sequence):
+        return []
+    return [text for each in cast(Sequence[Any], value) for text in _texts(each)]
