@@ -81,6 +81,10 @@ test-fast: $(READY)  ## The tests that need no cluster and no real model
 soak: assets  ## Longer than a change waits for: the real model killed at twenty random moments
 	FINETUNE_REAL_KILLS=20 $(BIN)/pytest tests/unit/test_exactness.py -k real_model
 
+.PHONY: templates
+templates: $(READY)  ## Write bench/results/templates.md: what becomes of conversations by every chat template of TRL
+	PYTHONPATH=tests/support $(BIN)/python -m template_table > bench/results/templates.md
+
 .PHONY: demo
 demo: assets images  ## From nothing to a committed adapter on a real cluster; leaves the cluster up
 	$(BIN)/python -m demo run

@@ -357,6 +357,11 @@ class _Judge:
         cut = self._ends.cut(answer)
         if cut is not None:
             return cut
+        said = "" if self.chat.messages[index].get("tool_calls") else reasoning_of(self.chat.messages[index])[2].strip()
+        begin = answer.rfind(said) + len(said) if said else len(answer)
+        found = [(at + len(each)) for each in self._ends.stops if (at := answer.find(each, begin)) >= 0]
+        if found:
+            return answer[: min(found)]  # what the template writes after it is never asked of the model
         stop = self._begin_of_next(index, answer, variables)
         if stop is not None:
             self.notes.add(Note.END_OF_NEXT)
@@ -378,7 +383,7 @@ class _Judge:
             longer = self._render([*self.chat.messages[: index + 1], following], variables)
         except (jinja2.TemplateError, TypeError, LookupError):
             return None
-        rest = longer.rpartition(tail)[2] if tail else ""
+        rest = longer.rpartition(tail)[2] if tail and answer.rstrip().endswith(tail) else ""
         return next((each for each in self._ends.stops if rest.startswith(each)), None)
 
 
