@@ -24,6 +24,7 @@ import numpy as np
 from bench import tables
 from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
 from finetune_trainer import memory
+from finetune_trainer.data.examples import ARRAYS
 from finetune_trainer.data.model_facts import adapted_shapes
 from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import PACKING_FAMILIES
@@ -142,7 +143,7 @@ def measured_bytes(case: Case, device_type: str) -> int:
         recipe=sft,
         parameters=parameters,
         optimizer=make_optimizer(parameters, plan.hyperparameters),
-        rows=rows,
+        examples=rows,
         steps=steps,
         hyper=plan.hyperparameters,
         budget_tokens=plan.hyperparameters.micro_batch_tokens,
@@ -177,7 +178,8 @@ def _random_model(case: Case, device: Any) -> Any:
 
 def _work(case: Case, rows_of_pass: int) -> tuple[Any, Any]:
     """Return rows of random tokens, and the steps that read them: the earlier ones, then the full pass."""
-    from finetune_trainer.inputs import Rows, StepPlan
+    from finetune_trainer.data.examples import Examples
+    from finetune_trainer.inputs import StepPlan
 
     step_lengths = [*EARLIER_STEPS, (ROW_TOKENS,) * rows_of_pass]
     lengths = [length for step in step_lengths for length in step]
@@ -186,25 +188,28 @@ def _work(case: Case, rows_of_pass: int) -> tuple[Any, Any]:
     for begin, end in pairwise(offsets.tolist()):
         labels[end - (end - begin) // LABEL_SHARE : end] = 1
     tokens = np.random.default_rng(0).integers(0, case.vocabulary, offsets[-1]).astype(np.uint32)
+    step_labels = [sum(length // LABEL_SHARE for length in step) for step in step_lengths]
     steps = StepPlan(
-        rows=np.arange(len(lengths)),
+        examples=np.arange(len(lengths)),
         step_offsets=np.cumsum([0, *map(len, step_lengths)]),
-        label_tokens=np.array([sum(length // LABEL_SHARE for length in step) for step in step_lengths]),
+        label_tokens=np.array(step_labels),
+        denominators=np.array(step_labels, dtype=np.float64),
         tokens=np.array([sum(step) for step in step_lengths]),
     )
-    return Rows(tokens=tokens, labels=labels, offsets=offsets), steps
+    return Examples.of_rows(tokens, labels, offsets), steps
 
 
 def _plan(model: ModelFacts) -> RunPlan:
     tokens = ROW_TOKENS * max(ROWS_OF_PASS.values())
     split = SplitFiles(
-        rows=1,
+        examples=1,
+        segments=1,
+        sequences=1,
+        stored_tokens=tokens,
         total_tokens=tokens,
         label_tokens=tokens,
         longest_row=ROW_TOKENS,
-        tokens=_NO_FILE,
-        labels=_NO_FILE,
-        offsets=_NO_FILE,
+        arrays=dict.fromkeys(ARRAYS, _NO_FILE),
     )
     hyper = Hyperparameters(
         learning_rate=1e-4,

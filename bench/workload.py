@@ -19,7 +19,7 @@ import numpy as np
 
 from finetune_api.layout import PLAN, join
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
-from finetune_trainer.inputs import Rows
+from finetune_trainer.data.examples import Examples, open_examples
 
 RANK = 16
 LEARNING_RATE = 2e-4
@@ -83,7 +83,7 @@ class Workload:
         import safetensors.numpy
 
         arrays = safetensors.numpy.load_file(local_path(self.plan["batches"]["uri"]))
-        rows, bounds = arrays["rows"], arrays["step_offsets"]
+        rows, bounds = arrays["examples"], arrays["step_offsets"]
         return [_rows(self._split("train"), rows[begin:end].tolist()) for begin, end in pairwise(bounds)]
 
     @cached_property
@@ -96,13 +96,8 @@ class Workload:
         """Real tokens of every step."""
         return [sum(len(row.input_ids) for row in step) for step in self.steps]
 
-    def _split(self, name: str) -> Rows:
-        files = self.plan[name]
-        return Rows(
-            tokens=np.fromfile(local_path(files["tokens"]["uri"]), "<u4"),
-            labels=np.fromfile(local_path(files["labels"]["uri"]), "<u1"),
-            offsets=np.fromfile(local_path(files["offsets"]["uri"]), "<i8"),
-        )
+    def _split(self, name: str) -> Examples:
+        return open_examples(local_path(self.plan[name]["arrays"]["tokens"]["uri"]).parent)
 
 
 def _conversations(joined: int) -> list[dict[str, list[dict[str, str]]]]:
@@ -175,10 +170,9 @@ def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
-def _rows(split: Rows, ids: list[int]) -> list[Row]:
+def _rows(split: Examples, ids: list[int]) -> list[Row]:
     found: list[Row] = []
-    for number in ids:
-        span = slice(int(split.offsets[number]), int(split.offsets[number + 1]))
-        tokens = split.tokens[span].astype(np.int64)
-        found.append(Row(tokens.tolist(), np.where(split.labels[span] == 1, tokens, -100).tolist()))
+    for run in map(split.read, split.sequences_of(ids)):
+        tokens = run.tokens.astype(np.int64)
+        found.append(Row(tokens.tolist(), np.where(run.labels == 1, tokens, -100).tolist()))
     return found

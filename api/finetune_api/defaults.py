@@ -15,7 +15,11 @@ LORA_RANKS = (16, 32, 64, 128)  # the smallest with enough weights is taken
 CPT_LORA_RANKS = (64, 128)
 LORA_ALPHA = 32
 
-SEQUENCE_LENGTH = 2048  # at most, in tokens
+DATASET_WEIGHT = 1.0
+TEXT_SEQUENCE_LENGTH = 8192  # tokens of a piece of a long text at most
+SFT_TOO_LONG = "Drop"
+CPT_TOO_LONG = "Split"
+MAX_TOO_LONG_FRACTION = 0.05
 ON_BAD_ROW = "Fail"
 MAX_UNROLLED_FRACTION = 0.9  # of all tokens; conversations of some twenty answers of equal length repeat as much
 MAX_BROKEN_FRACTION = 0.05

@@ -203,6 +203,14 @@ class DatasetSpec(ApiModel):
         "none, so that a field that is not known ends the job, but for names such as id and source, which say nothing "
         "to learn.",
     )
+    weight: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=100,
+        description="How often each of its rows is read in one epoch: 2 reads all of them twice, 0.5 another half of "
+        "them in every epoch. The plan tells the share that each dataset really has. "
+        f"Absent: {defaults.DATASET_WEIGHT}.",
+    )
 
 
 class OnBadRow(StrEnum):
@@ -230,6 +238,13 @@ class Vanishing(StrEnum):
     TOOL_RESULTS = "ToolResults"
 
 
+class TooLong(StrEnum):
+    DROP = "Drop"
+    TRUNCATE = "Truncate"
+    SPLIT = "Split"
+    FAIL = "Fail"
+
+
 class PreprocessingSpec(ApiModel):
     """How rows become tokens."""
 
@@ -238,6 +253,10 @@ class PreprocessingSpec(ApiModel):
             (
                 "!has(self.maxBrokenFraction) || (has(self.onBadRow) && self.onBadRow == 'Quarantine')",
                 "maxBrokenFraction needs onBadRow: Quarantine; write onBadRow: Quarantine beside it",
+            ),
+            (
+                "!has(self.maxTooLongFraction) || !has(self.tooLong) || self.tooLong in ['Drop', 'Truncate']",
+                "with tooLong: Split or Fail no row is dropped; leave maxTooLongFraction out",
             ),
         )
     )
@@ -271,9 +290,23 @@ class PreprocessingSpec(ApiModel):
         default=None,
         ge=16,
         le=131072,
-        description="Longest sequence in tokens. Longer conversations are dropped as too_long and reported, never cut; "
-        f"longer texts (CPT) are split. Absent: the longest row, at most {defaults.SEQUENCE_LENGTH} and at most "
-        "what the model was made for.",
+        description="Longest sequence in tokens; tooLong says what becomes of longer rows. Absent: the longest row, "
+        "at most what the model was made for and as far as the memory allows, and texts (CPT) in pieces of at most "
+        f"{defaults.TEXT_SEQUENCE_LENGTH}.",
+    )
+    too_long: TooLong | None = Field(
+        default=None,
+        description="What becomes of rows above maxSequenceLength. Drop leaves them out. Truncate drops the oldest "
+        "turns of a conversation, the beginning of a prompt, or the end of a text; an answer is never cut, where it "
+        "does not fit its row is dropped. Split cuts texts (CPT) into pieces. Fail ends the job. Every such row is in "
+        f"decisions.jsonl. Absent: {defaults.CPT_TOO_LONG} for CPT, {defaults.SFT_TOO_LONG} for SFT.",
+    )
+    max_too_long_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With Drop and Truncate: the job fails when a larger share of rows is dropped as too long. "
+        f"Absent: {defaults.MAX_TOO_LONG_FRACTION}.",
     )
     packing: bool | None = Field(
         default=None,
@@ -376,8 +409,9 @@ class EvaluationSpec(ApiModel):
         ge=0,
         le=0.5,
         description="Share of rows held out, chosen by a hash of their content so that equal rows stay together. "
-        f"Absent: {defaults.HOLDOUT_FRACTION}, at most {defaults.MAX_HELD_OUT_ROWS} rows; none of fewer than "
-        f"{defaults.MIN_ROWS_TO_HOLD_OUT}.",
+        "All of them are measured before the first and after the last step, between them a sample of at most "
+        f"{defaults.MAX_HELD_OUT_ROWS}. Absent: {defaults.HOLDOUT_FRACTION}, at most {defaults.MAX_HELD_OUT_ROWS} "
+        f"rows; none of fewer than {defaults.MIN_ROWS_TO_HOLD_OUT}.",
     )
 
 
@@ -573,6 +607,11 @@ class FineTuneJobSpec(ApiModel):
             (
                 f"!self.datasets.exists(d, d.uri.startsWith({_OUTPUT_FOLDER}))",
                 "a dataset lies inside output.uri; write another output.uri, or move the data out of it",
+            ),
+            (
+                "self.method.type == 'CPT' || !has(self.preprocessing) || !has(self.preprocessing.tooLong)"
+                " || self.preprocessing.tooLong != 'Split'",
+                "tooLong: Split is for texts (CPT); for SFT write Drop, Truncate or Fail",
             ),
             (
                 f"!{_OUTPUT_FOLDER}.startsWith({_MODEL_FOLDER}) && !{_MODEL_FOLDER}.startsWith({_OUTPUT_FOLDER})",

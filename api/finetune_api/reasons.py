@@ -164,6 +164,7 @@ class Fault(StrEnum):
     BROKEN_FILE = "BrokenFile"
     WRONG_FILE = "WrongFile"
     WRONG_FORMAT = "WrongFormat"
+    TOO_MANY_LONG_ROWS = "TooManyLongRows"
     NO_TRAINING_DATA = "NoTrainingData"
     INPUT_CHANGED = "InputChanged"
     BUCKET_NOT_FOUND = "BucketNotFound"
@@ -309,6 +310,12 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.WRONG_FORMAT: FaultText(
         Reason.DATA_INVALID, "{file} row {row}: method {method} needs {expected}; found the fields {found}"
+    ),
+    Fault.TOO_MANY_LONG_ROWS: FaultText(
+        Reason.DATA_INVALID,
+        "{dropped} of {rows} rows read are longer than {limit} tokens, {source}; the first is row {row} of {file} with "
+        "{tokens}, the longest has {longest}; {remedy}",
+        unknown={"remedy": "see preprocessing.tooLong and preprocessing.maxTooLongFraction"},
     ),
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,

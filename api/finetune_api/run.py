@@ -295,6 +295,9 @@ class Progress(WireModel):
     tokens_per_second: float | None = None
     tokens_total: Count = 0
     rows_read: Count = 0
+    bytes_read: Count = 0  # of the data files, as they lie in the bucket
+    bytes_total: Count = 0
+    rows_per_second: float | None = None  # while they are read
     checkpoint: CheckpointStatus | None = None
     quality: KnownQuality = None  # None while there is nothing to say
     trouble: Trouble | None = None

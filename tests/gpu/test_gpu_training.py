@@ -15,7 +15,7 @@ from finetune_trainer import attention, recipes, train
 from finetune_trainer.attention import Segments
 from finetune_trainer.export import EVAL
 from finetune_trainer.guard import OomRetry
-from finetune_trainer.inputs import fetch_rows, fetch_steps
+from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
@@ -49,7 +49,7 @@ def test_flash_attention_over_packed_rows_equals_the_dense_mask(kv_heads: int, w
 
 def _stepper(run: TinyRun, folder: Path) -> Stepper:
     folder.mkdir()
-    rows = fetch_rows(run.store, run.plan.train, folder / "train")
+    rows = fetch_examples(run.store, run.plan.train, folder / "train")
     steps = fetch_steps(run.store, run.plan, folder)
     lm = load_base(run.folder / "model", run.plan, torch.device("cuda"))
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())

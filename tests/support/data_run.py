@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from finetune_trainer import prepare
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import structure
 from finetune_trainer.data.answers import Chat, Ends, RenderedSequence, everything, learnable
+from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.structure import LoadReport
 from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.runplan import RunPlan, SplitFiles
@@ -168,19 +168,18 @@ class Prepared:
     decisions: list[dict[str, Any]]
 
     def rows(self, split: SplitFiles) -> list[tuple[list[int], list[int]]]:
-        """(token ids, labels) of each row."""
-        tokens = np.frombuffer(_read(split.tokens.uri), dtype="<u4")
-        labels = np.frombuffer(_read(split.labels.uri), dtype="<u1")
-        offsets = np.frombuffer(_read(split.offsets.uri), dtype="<i8")
-        return [(tokens[a:b].tolist(), labels[a:b].tolist()) for a, b in pairwise(offsets)]
+        """(token ids, labels) of each flat sequence."""
+        examples = self.examples(split)
+        runs = [examples.read(sequence) for sequence in examples.sequences_of(range(len(examples)))]
+        return [(run.tokens.tolist(), run.labels.tolist()) for run in runs]
+
+    def examples(self, split: SplitFiles) -> Examples:
+        """What train reads."""
+        return open_examples(Path(split.arrays["tokens"].uri.removeprefix("file://")).parent)
 
     @property
     def train(self) -> list[tuple[list[int], list[int]]]:
         return self.rows(self.plan.train)
-
-
-def _read(uri: str) -> bytes:
-    return Path(uri.removeprefix("file://")).read_bytes()
 
 
 def context(tmp: Path, spec: dict[str, Any], attempt: int = 1, memory_bytes: int = 16 * GIB) -> StageContext:

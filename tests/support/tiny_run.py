@@ -23,6 +23,7 @@ from finetune_api.layout import ADAPTER, PLAN, PREPARED, join
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
 from finetune_trainer.context import StageContext
+from finetune_trainer.data.examples import ARRAYS, Examples
 from finetune_trainer.data.widths import layer_widths
 from finetune_trainer.families import PACKING_FAMILIES
 from finetune_trainer.loop import Stepper
@@ -150,36 +151,38 @@ def _record(store: Store, path: Path) -> FileRecord:
 
 def _write_split(store: Store, folder: Path, rows: int, seed: int, longest: int) -> SplitFiles:
     tokens, labels = random_rows(rows, seed, longest)
-    offsets = np.cumsum([0, *map(len, tokens)]).astype("<i8")
+    offsets = np.cumsum([0, *map(len, tokens)])
     folder.mkdir(parents=True, exist_ok=True)
-    np.concatenate(tokens).tofile(folder / "tokens")
-    np.concatenate(labels).tofile(folder / "labels")
-    offsets.tofile(folder / "offsets")
+    examples = Examples.of_rows(np.concatenate(tokens), np.concatenate(labels), offsets)
+    for name, dtype in ARRAYS.items():
+        getattr(examples, name).astype(dtype).tofile(folder / name)
     return SplitFiles(
-        rows=rows,
+        examples=rows,
+        segments=rows,
+        sequences=rows,
+        stored_tokens=int(offsets[-1]),
         total_tokens=int(offsets[-1]),
         label_tokens=int(np.concatenate(labels).sum()),
         longest_row=max(map(len, tokens)),
-        tokens=_record(store, folder / "tokens"),
-        labels=_record(store, folder / "labels"),
-        offsets=_record(store, folder / "offsets"),
+        arrays={name: _record(store, folder / name) for name in ARRAYS},
     )
 
 
 def _write_batches(store: Store, folder: Path, split: SplitFiles, steps: int, batch: int, seed: int) -> FileRecord:
     prepared = folder / "train"
-    offsets = np.fromfile(prepared / "offsets", "<i8")
+    offsets = np.fromfile(prepared / "segment_offsets", "<i8")
     labels = np.add.reduceat(np.fromfile(prepared / "labels", "u1").astype(np.int64), offsets[:-1])
     order: list[int] = []
     generator = random.Random(seed)
     while len(order) < steps * batch:
-        order += generator.sample(range(split.rows), split.rows)
+        order += generator.sample(range(split.examples), split.examples)
     rows = np.array(order[: steps * batch], dtype=np.int64).reshape(steps, batch)
     safetensors.numpy.save_file(
         {
-            "rows": rows.reshape(-1),
+            "examples": rows.reshape(-1),
             "step_offsets": np.arange(steps + 1, dtype=np.int64) * batch,
             "label_tokens": labels[rows].sum(1),
+            "denominators": labels[rows].sum(1).astype(np.float64),
             "tokens": np.diff(offsets)[rows].sum(1),
         },
         folder / "batches.safetensors",

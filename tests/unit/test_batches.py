@@ -8,7 +8,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.batches import epoch_order, pack, plan_batches, rows_to_read, write
+from finetune_trainer.batches import Mix, epoch_order, pack, plan_batches, rows_to_read, write
 
 
 def test_an_epochs_order_depends_on_the_seed_and_the_epoch_only() -> None:
@@ -25,48 +25,97 @@ def test_a_part_of_an_epoch_reads_a_part_of_the_rows(rows: int, epochs: float, e
 
 def test_steps_cut_the_epochs_and_count_their_tokens() -> None:
     lengths, labels = np.array([5, 7, 9], dtype=np.uint32), np.array([1, 2, 3], dtype=np.uint32)
-    plan = plan_batches(lengths, labels, total_rows=7, global_batch_size=2, seed=0)
+    plan = plan_batches(lengths, labels, np.ones(3), total_rows=7, global_batch_size=2, seed=0)
     assert plan.steps == 4
     assert plan.step_offsets.tolist() == [0, 2, 4, 6, 7]
-    assert plan.rows[:3].tolist() == epoch_order(3, 0, 0).tolist()
+    assert plan.examples[:3].tolist() == epoch_order(3, 0, 0).tolist()
     # Step 1 has read row 0 at the end of the epoch before.
-    assert (epoch_order(3, 0, 1).tolist(), plan.rows[3:6].tolist()) == ([0, 1, 2], [1, 0, 2])
-    whole = plan_batches(lengths, labels, total_rows=6, global_batch_size=3, seed=0)
-    assert whole.rows[3:].tolist() == epoch_order(3, 0, 1).tolist()
+    assert (epoch_order(3, 0, 1).tolist(), plan.examples[3:6].tolist()) == ([0, 1, 2], [1, 0, 2])
+    whole = plan_batches(lengths, labels, np.ones(3), total_rows=6, global_batch_size=3, seed=0)
+    assert whole.examples[3:].tolist() == epoch_order(3, 0, 1).tolist()
     for step in range(plan.steps):
-        rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
+        rows = plan.examples[plan.step_offsets[step] : plan.step_offsets[step + 1]]
         assert plan.tokens[step] == lengths[rows].sum()
-        assert plan.label_tokens[step] == labels[rows].sum()
+        assert plan.label_tokens[step] == plan.denominators[step] == labels[rows].sum()
+    weighted = plan_batches(lengths, labels, np.array([1, 0.5, 2]), total_rows=3, global_batch_size=3, seed=0)
+    assert (weighted.label_tokens.tolist(), weighted.denominators.tolist()) == ([6], [1 + 2 * 0.5 + 3 * 2])
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40), st.integers(0, 3))
 def test_no_step_reads_a_row_twice_unless_it_is_larger_than_the_data(
     rows: int, total: int, batch: int, seed: int
 ) -> None:
-    plan = plan_batches(np.ones(rows), np.ones(rows), total, batch, seed)
+    plan = plan_batches(np.ones(rows), np.ones(rows), np.ones(rows), total, batch, seed)
     for step in range(plan.steps):
-        read = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
+        read = plan.examples[plan.step_offsets[step] : plan.step_offsets[step + 1]]
         assert len(set(read.tolist())) == min(len(read), rows) or batch > rows
 
 
 @given(st.integers(1, 40), st.integers(1, 120), st.integers(1, 16), st.integers(0, 3))
 def test_every_epoch_reads_every_row_once(rows: int, total: int, batch: int, seed: int) -> None:
-    plan = plan_batches(np.ones(rows), np.ones(rows), total, batch, seed)
+    plan = plan_batches(np.ones(rows), np.ones(rows), np.ones(rows), total, batch, seed)
     for begin in range(0, total - rows + 1, rows):
-        assert sorted(plan.rows[begin : begin + rows].tolist()) == list(range(rows))
-    assert len(plan.rows) == total == plan.tokens.sum()
+        assert sorted(plan.examples[begin : begin + rows].tolist()) == list(range(rows))
+    assert len(plan.examples) == total == plan.tokens.sum()
     assert set(np.diff(plan.step_offsets)[:-1].tolist()) <= {batch}
 
 
+def mix_of(sizes: list[int], weights: list[float]) -> Mix:
+    return Mix(np.repeat(np.arange(len(sizes)), sizes), weights)
+
+
+def test_a_dataset_is_read_as_often_as_its_weight_says() -> None:
+    mix = mix_of([30, 10, 7], [0.5, 3, 1])
+    assert mix.epoch_examples == 15 + 30 + 7
+    plan = plan_batches(np.ones(47), np.ones(47), np.ones(47), 4 * 52, 8, 1, mix)
+    assert np.bincount(plan.examples).tolist() == [2] * 30 + [12] * 10 + [4] * 7
+    first, second = (set(plan.examples[each : each + 52].tolist()) & set(range(30)) for each in (0, 52))
+    assert len(first) == len(second) == 15
+    assert not first & second, "every other epoch reads the other half"
+    # Evenly spread: each of the steps has about the share of the whole.
+    counts = [np.isin(plan.examples[each : each + 52], np.arange(30, 40)).sum() for each in range(0, 208, 52)]
+    assert counts == [30] * 4
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.1, 0.5, 1, 2.5])), min_size=1, max_size=4),
+    st.integers(1, 80),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+def test_a_mix_depends_on_the_seed_alone_and_reads_the_rows_of_a_dataset_equally_often(
+    datasets: list[tuple[int, float]], total: int, batch: int, seed: int
+) -> None:
+    mix = mix_of([size for size, _ in datasets], [weight for _, weight in datasets])
+    rows = len(mix.dataset)
+    plans = [plan_batches(np.ones(rows), np.ones(rows), np.ones(rows), total, batch, seed, mix) for _ in range(2)]
+    assert plans[0].examples.tolist() == plans[1].examples.tolist()
+    assert len(plans[0].examples) == total
+    reads = np.bincount(plans[0].examples, minlength=rows)
+    for number, (_, weight) in enumerate(datasets):
+        of_one = reads[mix.dataset == number]
+        assert (
+            abs(of_one.sum() - total * weight * len(of_one) / mix.epoch_examples)
+            <= total / 2 + weight * len(of_one) + 1
+        )
+        assert np.ptp(of_one) <= 2
+
+
+def test_where_every_weight_is_one_nothing_is_mixed() -> None:
+    plain = plan_batches(np.ones(20), np.ones(20), np.ones(20), 50, 4, 3)
+    mixed = plan_batches(np.ones(20), np.ones(20), np.ones(20), 50, 4, 3, mix_of([5, 15], [1, 1]))
+    assert plain.examples.tolist() == mixed.examples.tolist()
+
+
 def test_the_written_plan_is_read_back_and_equal_plans_are_equal_bytes(tmp_path: Path) -> None:
-    plan = plan_batches(np.array([3, 4]), np.array([1, 1]), 4, 2, 0)
+    plan = plan_batches(np.array([3, 4]), np.array([1, 1]), np.ones(2), 4, 2, 0)
     for name in ("a", "b"):
         write(plan, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     found = safetensors.numpy.load_file(tmp_path / "a")
     assert {name: array.dtype.name for name, array in found.items()} == dict.fromkeys(
-        ("rows", "step_offsets", "label_tokens", "tokens"), "int64"
-    )
+        ("examples", "step_offsets", "label_tokens", "tokens"), "int64"
+    ) | {"denominators": "float64"}
 
 
 @given(st.lists(st.integers(1, 60), max_size=80), st.integers(1, 50))

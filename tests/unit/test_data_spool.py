@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.data.spool import Division, Spool, divide, write_split
-from finetune_trainer.data.tokens import Tokens
+from finetune_trainer.data.examples import TokenRun, one_segment, open_examples, tree_of
+from finetune_trainer.data.spool import Division, Spool, divide, prepared_bytes, write_split
 
 
 def spooled(folder: Path, contents: list[int], pieces: list[int] | None = None) -> Path:
@@ -20,17 +20,17 @@ def spooled(folder: Path, contents: list[int], pieces: list[int] | None = None) 
             ids = np.array([content, *range(content % 3)], dtype=np.uint32)
             labels = np.ones(len(ids), dtype=np.uint8)
             digest = hashlib.blake2b(str(content).encode(), digest_size=16).digest()
-            spool.append(digest, 0, number, [Tokens(ids, labels, 1)] * count)
+            spool.append(digest, 0, number, [one_segment(ids, labels)] * count)
     return folder
 
 
 def first_tokens(folder: Path) -> list[int]:
-    tokens, offsets = np.fromfile(folder / "tokens", dtype="<u4"), np.fromfile(folder / "offsets", dtype="<i8")
-    return tokens[offsets[:-1]].tolist()
+    examples = open_examples(folder)
+    return [int(examples.read(each).tokens[0]) for each in examples.sequences_of(range(len(examples)))]
 
 
 def written(folder: Path, division: Division, rows: np.ndarray, name: str) -> list[int]:
-    found = write_split(folder, folder / name, division.sequences_of(rows), division.sequences["tokens"])
+    found = write_split(folder, folder / name, division, rows)
     for file, sha256 in found.sha256.items():
         assert sha256 == "sha256:" + hashlib.sha256((found.folder / file).read_bytes()).hexdigest()
     return first_tokens(folder / name)
@@ -75,7 +75,7 @@ def test_by_default_a_fiftieth_is_held_out_at_most_2000_rows_and_none_of_few(
         many = np.frombuffer(bytearray(record * rows), dtype=divide(tmp_path / "one", None).rows.dtype).copy()
         many["hash_low"] = np.arange(rows)
         (tmp_path / "one" / "rows").write_bytes(many.tobytes())
-        (tmp_path / "one" / "sequences").write_bytes((tmp_path / "one" / "sequences").read_bytes() * rows)
+        (tmp_path / "one" / "examples").write_bytes((tmp_path / "one" / "examples").read_bytes() * rows)
         assert divide(tmp_path / "one", None).held_out.sum() == held_out
     else:
         assert divide(spooled(tmp_path / "few", list(range(rows))), None).held_out.sum() == held_out
@@ -84,3 +84,28 @@ def test_by_default_a_fiftieth_is_held_out_at_most_2000_rows_and_none_of_few(
 def test_long_texts_count_as_many_rows_for_the_limit(tmp_path: Path) -> None:
     division = divide(spooled(tmp_path / "s", list(range(200)), [900] * 200), None)
     assert division.held_out.sum() == 2
+
+
+def test_trees_are_divided_whole_and_keep_where_they_come_from(tmp_path: Path) -> None:
+    def run(*tokens: int) -> TokenRun:
+        return TokenRun(np.array(tokens, dtype=np.uint32), np.array([0, *[1] * (len(tokens) - 1)], dtype=np.uint8))
+
+    trees = [tree_of([run(1, 2, 3), run(1, 2, 4, 5)]), tree_of([run(6, 7)]), tree_of([run(8, 9), run(8, 1), run(8)])]
+    with Spool(tmp_path / "s") as spool:
+        for number, tree in enumerate(trees):
+            digest = bytes([number]) * 16
+            spool.append(digest, 7 + number, 100 + number, [tree], prompt_tokens=1, weight=1 + number / 2)
+    division = divide(tmp_path / "s", 0.4)  # the smallest hash is held out
+    written = write_split(tmp_path / "s", tmp_path / "train", division, division.train)
+    found = open_examples(written.folder)
+    assert [found.read(each).tokens.tolist() for each in found.sequences_of([0, 1])] == [[6, 7], [8, 9], [8, 1]]
+    assert {name: column.tolist() for name, column in found.columns.items()} == {
+        "file": [8, 9],
+        "row": [101, 102],
+        "weight": [1.5, 2.0],
+    }
+    size = sum((written.folder / name).stat().st_size for name in written.sha256)
+    assert size <= prepared_bytes(division.examples[1:]) <= size + 64
+    first = division.examples[0]
+    assert (first["segments"], first["stored_tokens"], first["sequences"]) == (3, 5, 2)
+    assert (first["tokens"], first["longest"], first["labels"]) == (7, 4, 4)

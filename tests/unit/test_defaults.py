@@ -67,9 +67,12 @@ def names_used(path: Path) -> set[str]:
         ("method.sft.lossOn", defaults.LOSS_ON),
         ("peft.rank", "the smallest of 16, 32, 64 and 128 (CPT: of 64 and 128)"),
         ("peft.alpha", defaults.LORA_ALPHA),
-        ("preprocessing.maxSequenceLength", f"the longest row, at most {defaults.SEQUENCE_LENGTH}"),
+        ("preprocessing.maxSequenceLength", "the longest row, at most what the model was made for"),
+        ("preprocessing.tooLong", f"{defaults.CPT_TOO_LONG} for CPT, {defaults.SFT_TOO_LONG} for SFT"),
+        ("preprocessing.maxTooLongFraction", defaults.MAX_TOO_LONG_FRACTION),
         ("preprocessing.onBadRow", defaults.ON_BAD_ROW),
         ("preprocessing.maxBrokenFraction", defaults.MAX_BROKEN_FRACTION),
+        ("datasets[].weight", defaults.DATASET_WEIGHT),
         ("hyperparameters.epochs", f"by the number of rows, {defaults.MIN_EPOCHS} to {defaults.MAX_EPOCHS}"),
         (
             "hyperparameters.learningRate",

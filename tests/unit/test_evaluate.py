@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, HeldOut, answers, held_out_loss, repetition_ratio
-from finetune_trainer.inputs import fetch_rows
+from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.model import LanguageModel, load_base
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, byte_tokenizer, make_run
@@ -28,13 +28,13 @@ def test_the_held_out_loss_weighs_every_label_token_alike(
     run: TinyRun, lm: LanguageModel, tmp_path: Path, budget_tokens: int, packing: bool
 ) -> None:
     assert run.plan.held_out is not None
-    rows = fetch_rows(run.store, run.plan.held_out, tmp_path)
+    rows = fetch_examples(run.store, run.plan.held_out, tmp_path)
     total, count = 0.0, 0
     with lm.own_attention():
-        for row in range(len(rows)):
-            span = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
-            ids = torch.from_numpy(rows.tokens[span].astype("int64"))
-            labels = torch.from_numpy(rows.labels[span].astype(bool))
+        for sequence in rows.sequences_of(range(len(rows))):
+            run_ = rows.read(sequence)
+            ids = torch.from_numpy(run_.tokens.astype("int64"))
+            labels = torch.from_numpy(run_.labels.astype(bool))
             logprobs = lm.causal(input_ids=ids[None]).logits[0].log_softmax(-1)
             total -= float(logprobs[:-1].gather(1, ids[1:, None])[labels[1:]].sum())
             count += int(labels.sum())
@@ -49,7 +49,7 @@ def test_an_evaluation_ends_early_once_asked_to_stop(run: TinyRun, lm: LanguageM
     assert run.plan.held_out is not None
     stop = StopFlag(60)
     stop.set()
-    rows = fetch_rows(run.store, run.plan.held_out, tmp_path)
+    rows = fetch_examples(run.store, run.plan.held_out, tmp_path)
     assert held_out_loss(lm, rows, 64, True, 0, stop) is None
 
 

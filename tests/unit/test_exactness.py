@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from finetune_trainer import train
-from finetune_trainer.inputs import Rows, fetch_rows, fetch_steps
+from finetune_trainer.data.examples import Examples
+from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.recipes import recipe_of
@@ -41,7 +42,7 @@ REAL_KILLS = int(os.environ.get("FINETUNE_REAL_KILLS", "3"))
 
 
 def _trl(
-    run: TinyRun, rows: Rows, ids: list[int], values: dict[str, Tensor], folder: Path
+    run: TinyRun, rows: Examples, ids: list[int], values: dict[str, Tensor], folder: Path
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and LoRA gradients of TRL's SFTTrainer on the rows `ids` as one padded batch, with LoRA weights `values`."""
     datasets = pytest.importorskip("datasets")
@@ -58,11 +59,11 @@ def _trl(
     model: Any = get_peft_model(base, config)
     for name, value in values.items():
         model.get_parameter(name).data.copy_(value)
-    spans = [slice(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in ids]
+    runs = [rows.read(sequence) for sequence in rows.sequences_of(ids)]
     data = datasets.Dataset.from_dict(
         {
-            "input_ids": [rows.tokens[span].tolist() for span in spans],
-            "completion_mask": [rows.labels[span].tolist() for span in spans],
+            "input_ids": [run.tokens.tolist() for run in runs],
+            "completion_mask": [run.labels.tolist() for run in runs],
         }
     )
     trainer = trl.SFTTrainer(
@@ -97,7 +98,7 @@ def test_loss_and_lora_gradients_equal_those_of_trl_on_the_same_token_ids(tmp_pa
     run = make_run(tmp_path, rows=24, batch=8, micro_batch_tokens=60, max_grad_norm=1e9)
     folder = tmp_path / "fetched"
     folder.mkdir()
-    rows = fetch_rows(run.store, run.plan.train, folder / "train")
+    rows = fetch_examples(run.store, run.plan.train, folder / "train")
     steps = fetch_steps(run.store, run.plan, folder)
     lm = load_base(tmp_path / "model", run.plan, CPU)
     parameters = adapter_parameters(add_adapter(lm, run.plan))
@@ -111,7 +112,7 @@ def test_loss_and_lora_gradients_equal_those_of_trl_on_the_same_token_ids(tmp_pa
     recipe = recipe_of(run.plan.method)
     stepper = Stepper(lm, recipe, list(parameters.values()), optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
     loss = float(stepper.run(0)[0])
-    trl_loss, trl_gradients = _trl(run, rows, steps.rows_of(0), values, tmp_path / "trl")
+    trl_loss, trl_gradients = _trl(run, rows, steps.examples_of(0), values, tmp_path / "trl")
     assert loss == pytest.approx(trl_loss, abs=1e-5)
     assert trl_gradients.keys() == parameters.keys()
     for name, parameter in parameters.items():

@@ -22,7 +22,7 @@ from finetune_api.status import ResolvedValue
 from finetune_trainer import commit, export
 from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, vllm_rank
 from finetune_trainer.evaluate import Answer, HeldOut
-from finetune_trainer.inputs import Batch, fetch_rows
+from finetune_trainer.inputs import Batch, fetch_examples, make_batch
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
 from finetune_trainer.patience import Patience
 from finetune_trainer.recipes import recipe_of
@@ -55,8 +55,8 @@ class Trained:
             if "lora_B" in name:
                 parameter.data.normal_(0, effect)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = fetch_rows(run.store, run.plan.train, folder / "rows")
-        self.batches: list[Batch] = [rows.batch([row], self.lm.device) for row in range(4)]
+        rows = fetch_examples(run.store, run.plan.train, folder / "rows")
+        self.batches: list[Batch] = [make_batch(rows, [each], self.lm.device) for each in rows.sequences_of(range(4))]
         self.folder = folder / "adapter"
 
     def write(self) -> Path:
@@ -233,7 +233,7 @@ def test_the_card_says_how_good_how_made_and_how_to_serve(run: TinyRun) -> None:
 
 def test_the_card_counts_what_the_steps_read_and_not_what_there_was(run: TinyRun) -> None:
     card = model_card(run.plan, LINEAGE, LEARNED, FOUND)
-    assert f"12 steps read 80 rows, 48 of the {run.plan.train.rows} prepared for training:" in card
+    assert f"12 steps read 80 rows, 48 of the {run.plan.train.examples} prepared for training:" in card
     assert "8,484 tokens, 3,020 of them learned from" in card
     skipped = model_card(run.plan, LINEAGE, replace(LEARNED, skipped_steps=2), FOUND)
     assert "12 steps (2 of them skipped: not finite) read 80 rows" in skipped

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.flops import ModelSize, peak_flops, step_flops
-from finetune_trainer.inputs import fetch_rows, fetch_steps
+from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base, model_size
 from finetune_trainer.recipes import sft
@@ -58,12 +58,12 @@ def test_the_count_is_what_torch_does_in_a_step(tmp_path: Path, tied: bool) -> N
     parameters = list(adapter_parameters(adapted).values())
     assert size.adapter_weights == sum(parameter.numel() for parameter in parameters)
     hyper = run.plan.hyperparameters
-    rows, steps = fetch_rows(run.store, run.plan.train, tmp_path / "t"), fetch_steps(run.store, run.plan, tmp_path)
+    rows, steps = fetch_examples(run.store, run.plan.train, tmp_path / "t"), fetch_steps(run.store, run.plan, tmp_path)
     stepper = Stepper(lm, sft, parameters, make_optimizer(parameters, hyper), rows, steps, hyper, 2048)
     with FlopCounterMode(display=False) as counter:
         stepper.run(0)
     counted = counter.get_flop_counts()["Global"]
-    lengths, labels = rows.lengths(steps.rows_of(0)), int(steps.label_tokens[0])
+    lengths, labels = rows.lengths(rows.sequences_of(steps.examples_of(0))), int(steps.label_tokens[0])
     # In the first layer there is no gradient to hand down: 1 % less than the formula says.
     assert counted[torch.ops.aten.mm] == pytest.approx(step_flops(replace(size, layers=0), lengths, labels), rel=0.03)
     # Backward is twice forward; the kernel does half as much again, as it computes what it did not keep.

@@ -26,7 +26,7 @@ from finetune_trainer.commit import raise_epoch
 from finetune_trainer.data.listing import changed_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.identity import Evidence, evidence, is_other, sample_of, sample_places
-from finetune_trainer.inputs import fetch_rows
+from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.runplan import (
     FIRST_TO_CHANGE,
     PLAN_VERSION,
@@ -379,7 +379,7 @@ def test_a_late_prepare_never_replaces_a_plan_in_use(tmp_path: Path) -> None:
     assert (in_use.digest, in_use.plan.digest()) == (told.digest, told.digest)
     assert told.uri.endswith(f"/.job/plans/{told.digest.removeprefix('sha256:')}.json")
     assert read_plan(ctx.store, ctx.config.run_uri, None).digest == late.result.plan.digest
-    fetch_rows(ctx.store, in_use.plan.train, tmp_path / "rows")
+    fetch_examples(ctx.store, in_use.plan.train, tmp_path / "rows")
 
 
 @pytest.mark.parametrize(("more", "fault"), [(b"", Fault.SUPERSEDED), (b"{", Fault.BROKEN_ROW)])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from finetune_api.errors import StageError
 from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
 from finetune_trainer import guard, loop, recipes
-from finetune_trainer.inputs import Batch, Rows, fetch_rows, fetch_steps
+from finetune_trainer.data.examples import Examples, FlatSequence, TokenRun, Tree, tree_of
+from finetune_trainer.inputs import Batch, StepPlan, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
 from tiny_run import TinyRun, make_run
@@ -38,7 +40,7 @@ class Faulty:
 
 def _stepper(run: TinyRun, folder: Path, recipe: Any = recipes.sft) -> Stepper:
     folder.mkdir(parents=True, exist_ok=True)
-    rows = fetch_rows(run.store, run.plan.train, folder / "train")
+    rows = fetch_examples(run.store, run.plan.train, folder / "train")
     steps = fetch_steps(run.store, run.plan, folder)
     lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
@@ -79,12 +81,12 @@ def test_the_learning_rate_is_a_function_of_the_step(run: TinyRun, schedule: Sch
 
 
 def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
-    rows, lengths = [7, 3, 9, 4], [30, 50, 20, 120]
+    rows, lengths = [FlatSequence(each, 2 * each) for each in (7, 3, 9, 4)], [30, 50, 20, 120]
     packed = list(passes(rows, lengths, 60, packing=True))
     assert sorted(row for group in packed for row in group) == sorted(rows)
     # A row longer than the budget has to fit somewhere.
     assert all(sum(lengths[rows.index(row)] for row in group) <= 120 for group in packed)
-    assert list(passes(rows, lengths, 60, packing=False)) == [[7], [3], [9], [4]]
+    assert list(passes(rows, lengths, 60, packing=False)) == [[row] for row in rows]
 
 
 def test_weights_do_not_depend_on_how_rows_are_divided_into_passes(run: TinyRun, tmp_path: Path) -> None:
@@ -144,20 +146,103 @@ def test_a_spike_is_a_loss_far_above_those_before(before: list[float], loss: flo
     assert guard.is_spike(loss, before) is spike
 
 
+def _one_step(examples: Examples, label_tokens: int, denominator: float) -> StepPlan:
+    """A plan of one step that reads all examples."""
+    return StepPlan(
+        examples=np.arange(len(examples)),
+        step_offsets=np.array([0, len(examples)]),
+        label_tokens=np.array([label_tokens]),
+        denominators=np.array([denominator]),
+        tokens=np.array([len(examples.tokens)]),
+    )
+
+
+def _gradient(stepper: Stepper, examples: Examples, label_tokens: int, denominator: float) -> tuple[float, Tensor]:
+    stepper.examples, stepper.steps = examples, _one_step(examples, label_tokens, denominator)
+    loss = float(stepper.run(0)[0])
+    return loss, torch.cat([parameter.grad.flatten() for parameter in stepper.parameters if parameter.grad is not None])
+
+
+def _unclipped(run: TinyRun, folder: Path) -> Stepper:
+    """A step whose gradients are left as they are, on an adapter that is no longer zero."""
+    stepper = _stepper(run, folder)
+    stepper.hyper = stepper.hyper.model_copy(update={"max_grad_norm": 1e9, "learning_rate": 0.0})
+    generator = torch.Generator().manual_seed(3)
+    for parameter in stepper.parameters:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return stepper
+
+
+def _joined(trees: Sequence[Tree], **columns: Any) -> Examples:
+    lengths = np.concatenate([tree.lengths for tree in trees])
+    return Examples(
+        np.concatenate([tree.tokens for tree in trees]),
+        np.concatenate([tree.labels for tree in trees]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([tree.parents for tree in trees]),
+        np.cumsum([0, *(len(tree.lengths) for tree in trees)]),
+        columns,
+    )
+
+
+def _runs(seed: int, count: int) -> list[TokenRun]:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(4, 20, count)
+    return [TokenRun(generator.integers(0, 256, n).astype("u4"), (np.arange(n) > n // 2).astype("u1")) for n in lengths]
+
+
+def test_a_step_over_trees_learns_what_its_sequences_say_one_by_one(run: TinyRun, tmp_path: Path) -> None:
+    """Two answers of one conversation that share their beginning, which is learned in the first alone."""
+    stepper = _unclipped(run, tmp_path)
+    common, first, second, other = _runs(1, 4)
+    joined = [
+        TokenRun(np.concatenate([common.tokens, end.tokens]), np.concatenate([common.labels, end.labels]))
+        for end in (first, second)
+    ]
+    tree = tree_of(joined)
+    assert (tree.lengths.tolist(), tree.parents.tolist()) == (
+        [len(common.tokens), len(first.tokens), len(second.tokens)],
+        [0, 1, 2],
+    )
+    only_end = TokenRun(joined[1].tokens, np.concatenate([np.zeros_like(common.labels), second.labels]))
+    labels = sum(int(each.labels.sum()) for each in (joined[0], only_end, other))
+    found = _gradient(stepper, _joined([tree, tree_of([other])]), labels, labels)
+    flat = _joined([tree_of([each]) for each in (joined[0], only_end, other)])
+    expected = _gradient(stepper, flat, labels, labels)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-5)
+
+
+def test_the_weight_of_an_example_multiplies_its_losses_and_its_part_of_the_denominator(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    stepper = _unclipped(run, tmp_path)
+    runs, weights = _runs(2, 3), np.array([0.5, 2.0, 1.0], dtype="f4")
+    labels = [int(each.labels.sum()) for each in runs]
+    trees = [tree_of([each]) for each in runs]
+    alone = [_gradient(stepper, _joined([tree]), count, 1.0) for tree, count in zip(trees, labels, strict=True)]
+    denominator = float(weights @ np.array(labels))
+    loss, gradient = _gradient(stepper, _joined(trees, weight=weights), sum(labels), denominator)
+    assert loss == pytest.approx(sum(w * one[0] for w, one in zip(weights, alone, strict=True)) / denominator, rel=1e-5)
+    expected = sum(float(w) * one[1] for w, one in zip(weights, alone, strict=True)) / denominator
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
 def test_the_time_to_make_batches_is_counted(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stepper = _stepper(run, tmp_path)
     now_s = [0.0]
 
-    def slow(self: Rows, rows: Sequence[int], device: torch.device) -> Batch:
+    def slow(examples: Examples, sequences: Sequence[FlatSequence], device: torch.device) -> Batch:
         now_s[0] += 7.0
-        return original(self, rows, device)
+        return make_batch(examples, sequences, device)
 
     def busy(self: LanguageModel, batch: Batch) -> Tensor:
         now_s[0] += 100.0
         return computed(self, batch)
 
-    original, computed = Rows.batch, LanguageModel.nll_sum
-    monkeypatch.setattr(Rows, "batch", slow)
+    computed = LanguageModel.nll_sum
+    monkeypatch.setattr(loop, "make_batch", slow)
     monkeypatch.setattr(LanguageModel, "nll_sum", busy)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now_s[0])
     stepper.run(0)

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from data_run import (
 )
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.run import MAX_RESULT_BYTES
+from finetune_api.run import MAX_RESULT_BYTES, Progress
 from finetune_trainer import prepare, serve
 from finetune_trainer.data import accounts
 from finetune_trainer.data.encoders import FAST, FastDiffersError
@@ -69,14 +70,17 @@ def fails(tmp: Path, spec: dict[str, Any] | None = None) -> StageError:
 
 
 def accounted(prepared: Prepared) -> None:
-    """rows in = used + held out + dropped, per file and in all; one decision per dropped row."""
+    """rows in = used + held out + dropped, per file and in all; one decision per held-out or dropped row."""
     data = prepared.result.data
     assert data is not None
     for file in prepared.report["files"]:
         assert file["rows_in"] == file["rows_used"] + file["rows_held_out"] + sum(file["dropped"].values())
     assert data.rows_in == data.rows_used + data.rows_held_out + sum(each.rows for each in data.dropped)
     assert data.rows_in == sum(file["rows_in"] for file in prepared.report["files"])
-    assert len(prepared.decisions) == sum(each.rows for each in data.dropped)
+    actions = Counter(decision["action"] for decision in prepared.decisions)
+    assert actions["drop"] == sum(each.rows for each in data.dropped)
+    assert actions["hold_out"] == data.rows_held_out
+    assert actions.keys() <= {"drop", "hold_out", "split", "change"}
 
 
 def test_conversations_become_rows_whose_answers_are_learned(tmp_path: Path) -> None:
@@ -107,12 +111,50 @@ def test_the_plan_is_whole_and_its_essence_fits_the_termination_message(tmp_path
     batches = safetensors.numpy.load_file(plan.batches.uri.removeprefix("file://"))
     assert len(batches["tokens"]) == plan.hyperparameters.total_steps == status.steps
     assert batches["label_tokens"].min() >= 1
-    assert (status.rows, status.distinct_rows) == (len(batches["rows"]), len(set(batches["rows"].tolist())))
+    assert (status.rows, status.distinct_rows) == (len(batches["examples"]), len(set(batches["examples"].tolist())))
     assert batches["label_tokens"].sum() == plan.label_tokens == status.label_tokens
     lengths = np.array([len(ids) for ids, _ in prepared.train])
-    assert lengths[batches["rows"]].sum() == batches["tokens"].sum() == plan.train_tokens
+    assert lengths[batches["examples"]].sum() == batches["tokens"].sum() == plan.train_tokens
     assert plan.train.longest_row == lengths.max() == plan.hyperparameters.max_sequence_length
     assert plan.sample_prompts[0].text.endswith("<|im_start|>assistant\n")
+
+
+def test_datasets_are_mixed_by_their_weights_and_their_real_shares_are_told(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(40)), b_jsonl=jsonl(chats(20, 40)))
+    data = (tmp_path / "data").as_uri()
+    datasets = [{"uri": f"{data}/a.jsonl", "weight": 0.5}, {"uri": f"{data}/b.jsonl", "weight": 3}]
+    spec = {"datasets": datasets, "hyperparameters": {"epochs": 2}, "evaluation": {"holdoutFraction": 0}}
+    prepared = prepare_run(tmp_path, spec)
+    accounted(prepared)
+    first, second = prepared.report["datasets"]
+    assert (first["examples"], first["reads"], first["reads_share"]) == (40, 40, 0.25)
+    assert (second["examples"], second["reads"], second["reads_share"]) == (20, 120, 0.75)
+    assert first["tokens"] + second["tokens"] == prepared.plan.train_tokens
+    assert prepared.result.plan is not None
+    assert (prepared.result.plan.rows, prepared.result.plan.distinct_rows) == (160, 60)
+    (told,) = [each for each in prepared.report["resolved"] if each["field"] == "datasets[].weight"]
+    assert told["value"] == "0.25, 0.75"
+    assert prepare_run(tmp_path, spec, attempt=2).plan == prepared.plan
+
+
+def test_how_far_reading_has_come_is_told_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(600)), b_jsonl=jsonl(chats(600)))
+    ctx, heard = context(tmp_path, {}), list[Progress]()
+    update = ctx.reporter.update
+
+    def update_and_listen(**fields: object) -> None:
+        update(**fields)
+        heard.append(ctx.reporter.progress())
+
+    monkeypatch.setattr(ctx.reporter, "update", update_and_listen)
+    prepare.run(ctx)
+    total = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
+    reading = [each for each in heard if each.activity == "Reading" and each.bytes_read]
+    assert len({each.bytes_read for each in reading}) >= 4
+    assert all(each.bytes_total == total and each.eta_seconds is not None for each in reading)
+    read = [each.bytes_read for each in heard]
+    assert read == sorted(read)
+    assert (read[-1], heard[-1].eta_seconds) == (total, None)
 
 
 def test_running_again_gives_the_same_plan(tmp_path: Path) -> None:
@@ -171,7 +213,7 @@ def test_a_base_model_without_a_template_may_use_the_plain_one(tmp_path: Path) -
 def test_copies_of_few_rows_make_no_step_that_reads_one_of_them_twice_unasked(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(3) * 20))
     prepared = prepare_run(tmp_path)
-    assert prepared.plan.train.rows == 60
+    assert prepared.plan.train.examples == 60
     assert prepared.plan.hyperparameters.global_batch_size == 3
     assert "a step reads none of the 3 twice" in json.dumps(prepared.report["resolved"])
 
@@ -204,13 +246,82 @@ def test_texts_are_split_and_no_token_is_lost(tmp_path: Path) -> None:
     assert prepared.plan.sample_prompts[0].text == text_of(documents[0][:32])
 
 
-def test_long_conversations_are_dropped_and_reported_never_cut(tmp_path: Path) -> None:
-    put(tmp_path, a_jsonl=jsonl([*chats(5), chat("q", "long " * 200), *chats(5, 5)]))
+def test_few_long_conversations_are_dropped_and_reported_and_not_cut_unasked(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([*chats(5), chat("q", "long " * 200), *chats(15, 5)]))
     prepared = prepare_run(tmp_path, {"preprocessing": {"maxSequenceLength": 64}})
     accounted(prepared)
     (decision,) = prepared.decisions
-    assert (decision["row"], decision["stage"], decision["reason"]) == (6, "tokenise", "too_long")
+    assert (decision["row"], decision["stage"], decision["action"]) == (6, "length", "drop")
+    assert decision["reason"] == "too_long"
+    assert decision["detail"].endswith(" tokens")
+    assert '"preprocessing.tooLong", "value": "Drop"' in json.dumps(prepared.report["resolved"])
     assert decision["file"].endswith("data/a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "words"),
+    [
+        ({}, "raise preprocessing.maxTooLongFraction, which allows 5 % of the rows"),
+        ({"tooLong": "Drop", "maxTooLongFraction": 0.1}, "which allows 10 % of the rows"),
+        ({"tooLong": "Fail"}, "or write preprocessing.tooLong: Truncate or Drop"),
+    ],
+)
+def test_more_long_rows_than_allowed_end_the_job_with_the_remedy(
+    tmp_path: Path, preprocessing: dict[str, Any], words: str
+) -> None:
+    long = [chat("secret", "long " * count) for count in (200, 300)]
+    put(tmp_path, a_jsonl=jsonl([*chats(5), long[0], *chats(5, 5), long[1]]))
+    error = fails(tmp_path, {"preprocessing": {"maxSequenceLength": 64, **preprocessing}})
+    assert error.fault is Fault.TOO_MANY_LONG_ROWS
+    assert (error.args_by_name["row"], error.args_by_name["limit"]) == (6, 64)
+    assert words in str(error)
+    assert "raise preprocessing.maxSequenceLength" in str(error)
+    report = json.loads((tmp_path / "out" / "bot-1a2b3" / ".job" / "report.json").read_bytes())
+    assert report["state"] == "failed"
+
+
+TRUNCATE = {"preprocessing": {"maxSequenceLength": 48, "tooLong": "Truncate", "maxTooLongFraction": 0.5}}
+
+
+def test_long_conversations_lose_their_oldest_turns_and_keep_whole_answers(tmp_path: Path) -> None:
+    talk = [text for i in range(9) for text in (f"what is {i}?", f"the answer is {i}.")]
+    system = {"messages": [{"role": "system", "content": "be kind"}, *chat(*talk)["messages"]]}
+    put(tmp_path, a_jsonl=jsonl([chat(*talk), system, chat("q", "long " * 200), *chats(3)]))
+    prepared = prepare_run(tmp_path, TRUNCATE)
+    accounted(prepared)
+    first, second, *_ = prepared.train
+    for row, begin in ((first, "<|im_start|>user\n"), (second, "<|im_start|>system\nbe kind<|im_end|>\n")):
+        text = text_of(row[0])
+        assert text.startswith(begin)
+        kept = [i for i in range(9) if f"what is {i}?" in text]
+        assert 0 < len(kept) < 9
+        assert kept == list(range(kept[0], 9))
+        assert learned(row) == "".join(f"the answer is {i}.<|im_end|>" for i in kept)
+        assert len(row[0]) <= 48
+        one_more = BPE.encode(
+            "<|im_start|>user\nwhat is 0?<|im_end|>\n<|im_start|>assistant\nthe answer is 0.<|im_end|>\n"
+        )
+        assert len(row[0]) + len(one_more.ids) > 48, "no more is left out than must be"
+    assert [(d["row"], d["action"]) for d in prepared.decisions] == [(1, "change"), (2, "change"), (3, "drop")]
+    left_out = 2 * sum(f"what is {i}?" not in text_of(first[0]) for i in range(9))
+    assert prepared.decisions[0]["detail"] == f"the oldest {left_out} messages are left out"
+
+
+def test_long_prompts_lose_their_beginning_and_long_texts_their_end(tmp_path: Path) -> None:
+    rows = [{"prompt": "the quick brown " * 40 + "end of", "completion": " the fox"},
+            {"prompt": "q", "completion": " long" * 200}, {"prompt": "q", "completion": " a"}]  # fmt: skip
+    put(tmp_path, a_jsonl=jsonl(rows))
+    prepared = prepare_run(tmp_path, TRUNCATE)
+    accounted(prepared)
+    first, second = prepared.train
+    assert text_of(first[0]).endswith("brown end of the fox<|im_end|>")
+    assert (len(first[0]), learned(first)) == (48, " the fox<|im_end|>")
+    assert learned(second) == " a<|im_end|>"
+    put(tmp_path, a_jsonl=jsonl([{"text": "the quick brown fox " * 40}, {"text": "a"}]))
+    prepared = prepare_run(tmp_path, {**CPT, **TRUNCATE}, attempt=2)
+    accounted(prepared)
+    assert [len(ids) for ids, _ in prepared.train] == [48, 2]
+    assert text_of(prepared.train[0][0]).startswith("the quick brown fox the")
 
 
 def test_an_answer_that_the_template_leaves_out_is_refused_by_its_field(tmp_path: Path) -> None:
@@ -237,6 +348,27 @@ def test_equal_rows_stay_on_one_side_and_are_counted(tmp_path: Path) -> None:
     }
 
 
+def test_every_held_out_row_is_a_decision_and_a_copy_names_the_row_it_is_of(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(60)), b_jsonl=jsonl(chats(60)))
+    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.5}})
+    accounted(prepared)
+    held, copies = ([d for d in prepared.decisions if d["action"] == action] for action in ("hold_out", "drop"))
+    assert len(held) == len(copies) == 30
+    assert {(d["stage"], d["reason"]) for d in held} == {("split", "evaluation")}
+    assert prepared.plan.held_out is not None
+    rows = prepared.examples(prepared.plan.held_out).columns["row"].tolist()
+    assert rows == [d["row"] for d in held]
+    assert {d["ref"] for d in copies} == {f"{d['file']}#{d['row']}" for d in held}
+    assert all(d["file"].endswith("b.jsonl") for d in copies)
+
+
+def test_a_fraction_of_which_no_row_comes_is_said(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(6)))
+    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.01}})
+    assert prepared.plan.held_out is None
+    assert "of 6 distinct rows it is none, so nothing is measured" in json.dumps(prepared.report["resolved"])
+
+
 def test_a_broken_row_fails_the_job_naming_it_and_how_many_there_are(tmp_path: Path) -> None:
     rows = b'{"messages": "secret"}\n' * 3
     put(tmp_path, a_jsonl=jsonl(chats(20)) + b"\n" + rows + jsonl(chats(10)))
@@ -259,7 +391,7 @@ def test_broken_rows_are_put_aside_when_asked(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(3)) + bad + jsonl(chats(4, 3)))
     prepared = prepare_run(tmp_path, QUARANTINE)
     accounted(prepared)
-    assert [(each["row"], each["reason"], each.get("field")) for each in prepared.decisions] == [
+    assert [(each["row"], each["reason"], each.get("detail")) for each in prepared.decisions] == [
         (4, "not_json", None),
         (5, "no_assistant_message", "messages"),
         (6, "not_an_object", None),
@@ -333,7 +465,7 @@ def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:
     uris = [(tmp_path / "data" / name).as_uri() for name in ("a.jsonl", "b.jsonl")]
     prepared = prepare_run(tmp_path, {"datasets": [{"uri": uri} for uri in uris]})
     assert prepared.plan.formats == ["Messages", "PromptCompletion"]
-    assert prepared.plan.train.rows == 4
+    assert prepared.plan.train.examples == 4
 
 
 def test_rows_of_all_usual_shapes_are_learned_and_the_report_says_what_was_taken_and_changed(tmp_path: Path) -> None:

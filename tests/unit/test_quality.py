@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from finetune_api.job import MethodType
+from finetune_api.layout import ADAPTER
 from finetune_api.quality import Quality, concern_words, figure_words, verdict
 from finetune_api.reasons import Reason
-from finetune_trainer import quality, session, train
+from finetune_trainer import evaluate, quality, session, train
 from finetune_trainer.evaluate import HeldOut, held_out_loss
-from finetune_trainer.inputs import fetch_rows
+from finetune_trainer.export import EVAL
+from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.model import load_base
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run
@@ -159,15 +161,19 @@ def test_every_concern_has_words_with_its_figures() -> None:
 def teach_nonsense(run: TinyRun) -> None:
     """Teach the same token everywhere, also where answers end."""
     train_rows = run.plan.train
-    path = Path(train_rows.tokens.uri.removeprefix("file://"))
+    path = Path(train_rows.arrays["tokens"].uri.removeprefix("file://"))
     tokens = np.fromfile(path, "<u4")
-    tokens[np.fromfile(train_rows.labels.uri.removeprefix("file://"), "u1") == 1] = 7
+    tokens[np.fromfile(train_rows.arrays["labels"].uri.removeprefix("file://"), "u1") == 1] = 7
     tokens.tofile(path)
-    info = run.store.head(train_rows.tokens.uri)
+    info = run.store.head(train_rows.arrays["tokens"].uri)
     assert info is not None
     digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-    record = train_rows.tokens.model_copy(update={"etag": info.etag, "sha256": digest})
-    run.write_plan(run.plan.model_copy(update={"train": train_rows.model_copy(update={"tokens": record})}))
+    record = train_rows.arrays["tokens"].model_copy(update={"etag": info.etag, "sha256": digest})
+    run.write_plan(
+        run.plan.model_copy(
+            update={"train": train_rows.model_copy(update={"arrays": train_rows.arrays | {"tokens": record}})}
+        )
+    )
 
 
 def test_a_model_whose_answers_do_not_end_is_committed_with_the_concern_in_result_card_and_eval_json(
@@ -231,6 +237,30 @@ def test_a_divergence_is_told_until_the_finished_model_is_judged(
     assert last.concerns == [DIVERGING]
 
 
+def test_all_held_out_rows_are_measured_at_both_ends_and_a_sample_of_them_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "MAX_HELD_OUT_ROWS", 4)
+    measured: list[list[int] | None] = []
+    measure = session.held_out_loss
+
+    def look_and_measure(*args: Any, **more: Any) -> Any:
+        measured.append(more["rows"])
+        return measure(*args, **more)
+
+    monkeypatch.setattr(session, "held_out_loss", look_and_measure)
+    run = make_run(tmp_path, steps=6)
+    result = train.run(context(run), StopFlag(60))
+    sample = evaluate.sampled_rows(10, run.plan.hyperparameters.seed)
+    assert measured == [None, sample, sample, None]
+    assert len(sample) == len(set(sample)) == 4
+    assert sample != evaluate.sampled_rows(10, run.plan.hyperparameters.seed + 1)
+    found = json.loads(run.local(ADAPTER, EVAL).read_bytes())["held_out"]
+    assert [each["rows"] for each in found] == [10, 4, 4, 10]
+    assert result.quality is not None
+    assert (result.quality.held_out_rows, result.quality.change_error is not None) == (10, True)
+
+
 def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=2)
     sft = train.run(context(run), StopFlag(60)).quality
@@ -242,11 +272,11 @@ def test_the_ends_of_answers_are_measured_for_sft_alone(tmp_path: Path) -> None:
 def test_where_questions_are_learned_too_only_the_last_end_of_a_row_is_an_answers(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=1)
     assert run.plan.held_out is not None
-    labels = Path(run.plan.held_out.labels.uri.removeprefix("file://"))
+    labels = Path(run.plan.held_out.arrays["labels"].uri.removeprefix("file://"))
     every = np.ones_like(np.fromfile(labels, "u1"))
-    rows = fetch_rows(run.store, run.plan.held_out, tmp_path / "rows")
+    rows = fetch_examples(run.store, run.plan.held_out, tmp_path / "rows")
     ids = np.array(rows.tokens)
-    starts = rows.offsets[:-1] + 1
+    starts = rows.segment_offsets[:-1] + 1
     ids[starts] = STOP_ID  # as a template ends each turn
     learned = replace(rows, tokens=ids, labels=every)
     lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))

@@ -8,6 +8,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec, Schedule
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
+from finetune_trainer.data.too_long import LimitSource, SequenceLimit
 from finetune_trainer.runplan import ModelFacts
 from finetune_trainer.sizing import DataFacts, Sizing, memory_estimate, sequence_limit, size
 from finetune_trainer.speed import slow_tokens_per_second
@@ -59,15 +60,17 @@ SMALL = model(
 def data(rows: int = 1000, **fields: Any) -> DataFacts:
     values: dict[str, Any] = {
         "rows": rows,
+        "epoch_rows": rows,
         "distinct_rows": rows,
         "tokens": rows * 100,
         "label_tokens": rows * 40,
         "longest_row": 300,
         "longest_of_all": 300,
+        "largest_row": fields.get("longest_row", 300),
         "measured_tokens": rows * 2,
         "prepared_bytes": rows * 500,
         "too_long_rows": 0,
-        "sequence_limit": 2048,
+        "limit": SequenceLimit(2048, LimitSource.CONTEXT),
     }
     return DataFacts(**(values | fields))
 
@@ -314,30 +317,58 @@ def test_packing_that_would_mix_up_rows_is_refused_before_anything_is_spent(
     )
 
 
-@pytest.mark.parametrize(("asked", "limit"), [(None, 2048), (16, 16), (8192, 8192)])
-def test_sequences_are_limited_by_the_spec_or_by_2048(asked: int | None, limit: int) -> None:
-    job = spec(preprocessing={"maxSequenceLength": asked}) if asked else spec()
-    assert sequence_limit(job, model()) == limit
+def limit_of(job: FineTuneJobSpec, base: ModelFacts, family: str = "llama", **resources: Any) -> SequenceLimit:
+    granted = {"cpu_count": 2, "memory_bytes": 64 * GIB, "disk_bytes": 100 * GIB, "gpus": 0, **resources}
+    return sequence_limit(job, base, family, RunResources(**granted))
+
+
+@pytest.mark.parametrize("asked", [16, 8192])
+def test_sequences_are_limited_by_the_spec(asked: int) -> None:
+    found = limit_of(spec(preprocessing={"maxSequenceLength": asked}), model())
+    assert found == SequenceLimit(asked, LimitSource.ASKED)
 
 
 def test_sequences_are_limited_by_what_the_model_was_made_for() -> None:
-    assert sequence_limit(spec(), model(context_length=512)) == 512
+    assert limit_of(spec(), model(context_length=512)) == SequenceLimit(512, LimitSource.CONTEXT)
     with pytest.raises(StageError) as caught:
-        sequence_limit(spec(preprocessing={"maxSequenceLength": 9000}), model())
+        limit_of(spec(preprocessing={"maxSequenceLength": 9000}), model())
     assert caught.value.fault is Fault.SEQUENCE_LENGTH_TOO_LONG
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_by_default_sequences_may_be_as_long_as_the_memory_allows_and_never_longer(gpus: int) -> None:
+    base = BILLION.model_copy(update={"context_length": 131_072})
+    limits = [limit_of(spec(), base, memory_bytes=gib * GIB, gpus=gpus) for gib in (8, 64, 128)]
+    assert {each.source for each in limits} == {LimitSource.GPU if gpus else LimitSource.MEMORY}
+    if gpus:
+        assert limits[0] == limits[2], "the host's memory is not the GPU's"
+        assert 2048 < limits[0].tokens < 131_072
+        return
+    assert limits[0].tokens == 2048, "below it the job is rather refused"
+    assert 2048 < limits[1].tokens < limits[2].tokens
+    for gib, limit in ((64, limits[1]), (128, limits[2])):
+        needed = [memory_estimate(base, "llama", 128, tokens, tokens, 0) for tokens in (limit.tokens, limit.tokens + 1)]
+        assert needed[0] <= gib * GIB < needed[1]
+
+
+def test_texts_are_split_into_pieces_of_a_length_that_leaves_steps() -> None:
+    base = model(context_length=131_072)
+    assert limit_of(spec("CPT"), base, memory_bytes=1024 * GIB) == SequenceLimit(8192, LimitSource.TEXTS)
+    assert limit_of(spec(), base, memory_bytes=4096 * GIB) == SequenceLimit(131_072, LimitSource.CONTEXT)
 
 
 def test_rows_that_were_too_long_are_told_beside_the_chosen_length() -> None:
     found = sized(spec(), data(too_long_rows=3, longest_row=2000))
     assert found.hyperparameters.max_sequence_length == 2000
-    assert "3 rows above 2048 were dropped" in reason(found, "preprocessing.maxSequenceLength")
+    field = "preprocessing.maxSequenceLength"
+    assert "3 rows above 2,048, the model's context length, were dropped" in reason(found, field)
 
 
 def test_only_texts_are_said_to_be_split_at_the_limit() -> None:
     field = "preprocessing.maxSequenceLength"
     assert reason(sized(spec(), data(longest_row=2048)), field) == "the longest row"
     cpt = sized(spec("CPT"), data(longest_row=2048))
-    assert reason(cpt, field) == "the default limit; longer texts are split"
+    assert reason(cpt, field) == "the model's context length; longer texts are split"
 
 
 def test_a_forward_pass_shrinks_to_the_memory_but_never_below_the_longest_row() -> None:

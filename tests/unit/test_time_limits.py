@@ -16,7 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer import checkpoint, commit, evaluate, guard, recipes, serve, session, train
 from finetune_trainer.context import StageContext
-from finetune_trainer.inputs import Batch, fetch_rows, fetch_steps
+from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag, done_after_s
@@ -38,7 +38,7 @@ def _run(folder: Path, **changes: Any) -> TinyRun:
 
 def _stepper(run: TinyRun, folder: Path) -> Stepper:
     folder.mkdir(parents=True, exist_ok=True)
-    rows, steps = fetch_rows(run.store, run.plan.train, folder / "train"), fetch_steps(run.store, run.plan, folder)
+    rows, steps = fetch_examples(run.store, run.plan.train, folder / "train"), fetch_steps(run.store, run.plan, folder)
     lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
     hyper = run.plan.hyperparameters

@@ -339,7 +339,7 @@ def _change_model(run: TinyRun) -> None:
 
 
 def _change_tokens(run: TinyRun) -> None:
-    path = Path(run.plan.train.tokens.uri.removeprefix("file://"))
+    path = Path(run.plan.train.arrays["tokens"].uri.removeprefix("file://"))
     path.write_bytes(path.read_bytes()[::-1])
 
 

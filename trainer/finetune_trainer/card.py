@@ -113,8 +113,8 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
             ("What", "Digest"),
             [
                 ("plan", lineage.plan_digest),
-                ("training tokens", str(plan.train.tokens.sha256)),
-                ("training labels", str(plan.train.labels.sha256)),
+                ("training tokens", str(plan.train.arrays["tokens"].sha256)),
+                ("training labels", str(plan.train.arrays["labels"].sha256)),
                 ("base model", lineage.base_digest),
                 *((f"base model: {markdown(file)}", _known(file, lineage)) for file in sorted(lineage.base_files)),
                 ("trainer image, as it was named", markdown(lineage.image or "none, it ran without a container")),
@@ -139,7 +139,7 @@ def _concerns(quality: Quality) -> list[tuple[str, str]]:
 def _learned(plan: RunPlan, learned: Learned) -> str:
     rows = "rows" if plan.method is MethodType.SFT else "texts or pieces of texts"
     skipped = f" ({learned.skipped_steps} of them skipped: not finite)" if learned.skipped_steps else ""
-    distinct = f"{learned.distinct_rows:,} of the {plan.train.rows:,} prepared for training"
+    distinct = f"{learned.distinct_rows:,} of the {plan.train.examples:,} prepared for training"
     return (
         f"{plan.hyperparameters.total_steps:,} steps{skipped} read {learned.rows:,} {rows}, {distinct}:\n"
         f"{learned.tokens:,} tokens, {learned.label_tokens:,} of them learned from."

@@ -63,7 +63,8 @@ class Position(StoredModel):
     nonfinite_steps: int = Field(default=0, ge=0)
     nonfinite_in_a_row: int = Field(default=0, ge=0)
     evaluations: list[HeldOut] = Field(default_factory=list[HeldOut], max_length=MAX_EVALUATIONS)  # the base's first
-    # Of the model that the job began with, so that every later evaluation is compared with it row by row.
+    # Of the model that the job began with, on the sample of held-out rows that every evaluation measures and is
+    # compared with row by row.
     start_row_losses: list[float] = Field(default_factory=list[float], max_length=MAX_HELD_OUT_ROWS)
     computed_in: ComputedIn = "fp32"  # the steps so far
     first_loss: float | None = None  # of the first step, nats per label token

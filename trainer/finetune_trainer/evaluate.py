@@ -1,7 +1,7 @@
 """What the model can do: loss on held-out rows, and answers to the sample prompts."""
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from finetune_api.base import StoredModel
 from finetune_api.defaults import MAX_HELD_OUT_ROWS
-from finetune_trainer.inputs import Rows
+from finetune_trainer.data.examples import Examples, FlatSequence
+from finetune_trainer.inputs import make_batch
 from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.runplan import SamplePrompt
@@ -52,6 +53,11 @@ class Measurement:
     row_losses: list[float]  # (rows,) nats
     row_labels: list[int]  # (rows,)
 
+    def of(self, rows: Sequence[int]) -> "Measurement":
+        """Return the same of some of the rows, by their place."""
+        losses, labels = [self.row_losses[row] for row in rows], [self.row_labels[row] for row in rows]
+        return Measurement(self.held_out, losses, labels)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -72,49 +78,73 @@ def repetition_ratio(token_ids: Sequence[int]) -> float:
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
+def sampled_rows(rows: int, seed: int) -> list[int]:
+    """Return the held-out rows that are measured between the steps, at most MAX_HELD_OUT_ROWS, drawn by the seed."""
+    if rows <= MAX_HELD_OUT_ROWS:
+        return list(range(rows))
+    drawn = np.random.Generator(np.random.Philox(key=[seed, 0])).choice(rows, MAX_HELD_OUT_ROWS, replace=False)
+    return np.sort(drawn).tolist()
+
+
 def held_out_loss(
     lm: LanguageModel,
-    held_out: Rows,
+    held_out: Examples,
     budget_tokens: int,
     packing: bool,
     step: int,
     stop: StopFlag,
     on_pass: Callable[[], None] = lambda: None,
     *,
+    rows: Sequence[int] | None = None,
     end_ids: Sequence[int] = (),
     last_ends: bool = False,
 ) -> Measurement | None:
-    """Measure the first MAX_HELD_OUT_ROWS held-out rows, summed in fp64; None when asked to stop meanwhile.
+    """Measure held-out rows, summed in fp64; None when asked to stop meanwhile. rows: which of them; None: all.
+
+    Every label token counts alike: the weight of a row says how much it is learned, not how well it is known.
 
     end_ids: tokens that end answers; their probability is taken from the same passes, where they are the label.
     last_ends: only the last end of each row counts, as questions end with the same tokens and are labels too.
     """
-    rows = list(range(min(len(held_out), MAX_HELD_OUT_ROWS)))
-    row_losses, row_labels = np.zeros(len(rows)), held_out.label_counts(rows)
+    measured = list(range(len(held_out)) if rows is None else rows)
+    place_of = {row: place for place, row in enumerate(measured)}
+    row_losses, row_labels = np.zeros(len(measured)), np.zeros(len(measured), dtype=np.int64)
     end_probability, ends = 0.0, 0
-    for group in passes(rows, held_out.lengths(rows), budget_tokens, packing):
+    for group in _passes_over(held_out, measured, budget_tokens, packing):
         if stop.is_set():
             return None
-        batch = held_out.batch(group, lm.device)
+        batch = make_batch(held_out, group, lm.device)
         logprobs = lm.token_logprobs(batch).cpu().numpy().astype(np.float64)
-        places = np.repeat(group, [row_labels[row] for row in group])  # of every label token, its row
-        np.subtract.at(row_losses, places, logprobs)
+        # Of every label token, the row and the sequence that it is in.
+        members = [(place_of[each.example], each.leaf) for each in group]
+        places = np.repeat(members, held_out.label_counts(group), axis=0)
+        np.subtract.at(row_losses, places[:, 0], logprobs)
+        np.add.at(row_labels, places[:, 0], 1)
         is_end = np.isin(batch.targets.cpu().numpy(), list(end_ids))
         if last_ends:
-            is_end = _last_of_each(is_end, places)
+            is_end = _last_of_each(is_end, places[:, 1])
         end_probability += float(np.exp(logprobs[is_end]).sum())
         ends += int(is_end.sum())
         on_pass()
-    labels = sum(row_labels)
+    labels = int(row_labels.sum())
     found = HeldOut(
         step=step,
         loss=float(row_losses.sum()) / max(1, labels),
-        rows=len(rows),
+        rows=len(measured),
         label_tokens=labels,
         answer_ends=ends,
         end_probability=end_probability / ends if ends else None,
     )
-    return Measurement(found, row_losses.tolist(), row_labels)
+    return Measurement(found, row_losses.tolist(), row_labels.tolist())
+
+
+def _passes_over(
+    held_out: Examples, rows: Sequence[int], budget_tokens: int, packing: bool
+) -> Iterator[list[FlatSequence]]:
+    """Yield the sequences of each pass, the rows packed so many at a time that all of them may be held out."""
+    for begin in range(0, len(rows), MAX_HELD_OUT_ROWS):
+        sequences = held_out.sequences_of(rows[begin : begin + MAX_HELD_OUT_ROWS])
+        yield from passes(sequences, held_out.lengths(sequences), budget_tokens, packing)
 
 
 def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

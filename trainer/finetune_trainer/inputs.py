@@ -18,6 +18,7 @@ from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_trainer.attention import Segments
+from finetune_trainer.data.examples import Examples, FlatSequence, open_examples
 from finetune_trainer.identity import SAMPLE_BYTES, Evidence, evidence, is_other, sample_of
 from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
 from finetune_trainer.store import Store
@@ -25,50 +26,42 @@ from finetune_trainer.store import Store
 log = logging.getLogger(__name__)
 
 IntArray = npt.NDArray[np.int64]
+STEP_ARRAYS = ("examples", "step_offsets", "label_tokens", "denominators", "tokens")
 _MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
+    """Flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
 
     input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64, from 0 in every row
+    position_ids: Tensor  # (1, T) int64, from 0 in every sequence
     segments: Segments
     sources: Tensor  # (N,) int64 places whose hidden state predicts the label
     targets: Tensor  # (N,) int64 token ids
+    weights: Tensor | None = None  # (N,) fp32 what each label's loss is multiplied with; None: all with 1
 
     @property
     def tokens(self) -> int:
         return self.segments.bounds[-1]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The prepared rows of one split, memory-mapped: memory stays flat as the data grows."""
-
-    tokens: npt.NDArray[np.uint32]
-    labels: npt.NDArray[np.uint8]
-    offsets: IntArray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def lengths(self, rows: Sequence[int]) -> list[int]:
-        return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
-
-    def label_counts(self, rows: Sequence[int]) -> list[int]:
-        """Return the number of label tokens of each row."""
-        return [int(self.labels[self.offsets[row] : self.offsets[row + 1]].sum()) for row in rows]
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
-        """Lay `rows` one after another, in this order."""
-        spans = [slice(int(self.offsets[row]), int(self.offsets[row + 1])) for row in rows]
-        return pack_rows([self.tokens[span] for span in spans], [self.labels[span] for span in spans], device)
+def make_batch(examples: Examples, sequences: Sequence[FlatSequence], device: torch.device) -> Batch:
+    """Return one pass with the flat sequences one after another, in this order."""
+    runs = [examples.read(sequence) for sequence in sequences]
+    weights = examples.weights(sequences)
+    return pack_rows([run.tokens for run in runs], [run.labels for run in runs], device, weights)
 
 
-def pack_rows(tokens: Sequence[npt.NDArray[Any]], labels: Sequence[npt.NDArray[Any]], device: torch.device) -> Batch:
-    """One pass with the given rows one after another. labels[i][j] is 1 where tokens[i][j] is to be predicted."""
+def pack_rows(
+    tokens: Sequence[npt.NDArray[Any]],
+    labels: Sequence[npt.NDArray[Any]],
+    device: torch.device,
+    weights: npt.NDArray[np.float32] | None = None,
+) -> Batch:
+    """Return one pass with the given rows one after another. labels[i][j] is 1 where tokens[i][j] is to be predicted.
+
+    weights: what the losses of each row's labels are multiplied with; None: with 1."""
     lengths = [len(row) for row in tokens]
     bounds = np.cumsum([0, *lengths])
     places = np.flatnonzero(np.concatenate(labels))
@@ -79,6 +72,7 @@ def pack_rows(tokens: Sequence[npt.NDArray[Any]], labels: Sequence[npt.NDArray[A
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
+    label_weights = None if weights is None else np.repeat(weights, [np.count_nonzero(row) for row in labels])
     segments = Segments(tuple(bounds.tolist()), on_device(bounds.astype(np.int32)), max(lengths))
     return Batch(
         input_ids=on_device(ids)[None],
@@ -86,16 +80,18 @@ def pack_rows(tokens: Sequence[npt.NDArray[Any]], labels: Sequence[npt.NDArray[A
         segments=segments,
         sources=on_device(places - 1),
         targets=on_device(ids[places]),
+        weights=None if label_weights is None else on_device(label_weights),
     )
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which rows every step reads, and how many labels they have."""
+    """Which examples every step reads, and what its loss is divided by; the arrays of `runplan`."""
 
-    rows: IntArray
+    examples: IntArray
     step_offsets: IntArray
     label_tokens: IntArray
+    denominators: npt.NDArray[np.float64]
     tokens: IntArray
 
     def __len__(self) -> int:
@@ -105,8 +101,8 @@ class StepPlan:
     def total_tokens(self) -> int:
         return int(self.tokens.sum())
 
-    def rows_of(self, step: int) -> list[int]:
-        return self.rows[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
+    def examples_of(self, step: int) -> list[int]:
+        return self.examples[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
 
 
 class ModelFile(NamedTuple):
@@ -162,23 +158,17 @@ def _fetch(store: Store, record: FileRecord, path: Path, changed: Fault) -> Mode
     raise StageError(changed, uri=record.uri, file=record.uri)
 
 
-def fetch_rows(store: Store, split: SplitFiles, folder: Path) -> Rows:
+def fetch_examples(store: Store, split: SplitFiles, folder: Path) -> Examples:
     """Download one split's arrays and map them. Raises INPUT_CHANGED when they are not what prepare wrote."""
-    for name in ("tokens", "labels", "offsets"):
-        _fetch(store, getattr(split, name), folder / name, Fault.INPUT_CHANGED)
-    rows = Rows(
-        tokens=_mapped(folder / "tokens", "<u4"),
-        labels=_mapped(folder / "labels", "<u1"),
-        offsets=np.fromfile(folder / "offsets", dtype="<i8"),
-    )
-    whole = len(rows) == split.rows and rows.offsets[-1] == len(rows.tokens) == len(rows.labels) == split.total_tokens
-    if not whole:
-        raise StageError(Fault.INPUT_CHANGED, file=split.offsets.uri)
-    return rows
-
-
-def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+    for name, record in split.arrays.items():
+        _fetch(store, record, folder / name, Fault.INPUT_CHANGED)
+    examples = open_examples(folder)
+    ends = (examples.example_offsets[-1], examples.segment_offsets[-1])
+    sizes = (len(examples.parents), len(examples.tokens), len(examples.labels), len(examples))
+    whole = sizes == (*ends, ends[1], split.examples)
+    if not whole or any(len(column) != len(examples) for column in examples.columns.values()):
+        raise StageError(Fault.INPUT_CHANGED, file=split.arrays["example_offsets"].uri)
+    return examples
 
 
 def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
@@ -186,7 +176,7 @@ def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
     path = folder / "batches.safetensors"
     _fetch(store, plan.batches, path, Fault.INPUT_CHANGED)
     tensors = safetensors.numpy.load_file(path)
-    steps = StepPlan(**{name: tensors[name] for name in ("rows", "step_offsets", "label_tokens", "tokens")})
+    steps = StepPlan(**{name: tensors[name] for name in STEP_ARRAYS})
     if len(steps) != plan.hyperparameters.total_steps:
         raise StageError(Fault.INPUT_CHANGED, file=plan.batches.uri)
     return steps

@@ -32,7 +32,15 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 
 class _NllSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        weights: Tensor | None,
+    ) -> Tensor:
         """Sum of the negative log-likelihoods, fp32 scalar, and beside it the gradient of `hidden`."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
@@ -40,27 +48,39 @@ class _NllSum(torch.autograd.Function):
             logits = _logits(hidden[tile] * scale, head, bias)
             target = targets[tile, None]
             normaliser = logits.logsumexp(dim=1, keepdim=True)
-            total += (normaliser - logits.gather(1, target)).sum()
+            losses = normaliser - logits.gather(1, target)
+            total += (losses if weights is None else losses * weights[tile, None]).sum()
             probabilities = logits.sub_(normaliser).exp_()
             probabilities.scatter_add_(1, target, probabilities.new_full((1, 1), -1.0).expand_as(target))
+            if weights is not None:
+                probabilities *= weights[tile, None]
             torch.mm(probabilities.to(head.dtype), head, out=gradient[tile])
             del logits, probabilities  # else the next tile is made beside this one
         ctx.save_for_backward(gradient.mul_(scale))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None
 
 
-def nll_sum(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float = 1.0) -> Tensor:
+def nll_sum(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Sum over label positions of -log p(target), fp32 scalar in nats, differentiable in `hidden`.
+
+    weights: (n,) fp32, what each position's term is multiplied with; None: with 1.
 
     hidden: (n, h) states that predict `targets` (n,) int64; head: (V, h) frozen, of hidden's dtype; bias: (V,).
     logits = scale · hidden · headᵀ + bias.
     """
-    result = _NllSum.apply(hidden.to(head.dtype), head, bias, targets, scale)
+    result = _NllSum.apply(hidden.to(head.dtype), head, bias, targets, scale, weights)
     assert isinstance(result, Tensor)
     return result
 

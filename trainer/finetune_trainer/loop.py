@@ -1,7 +1,7 @@
 """The step, nothing else: forward, backward, clip, AdamW. The device always has a pass to work on.
 
-The loss of a step is the sum over its label tokens divided by their planned number, so accumulation over forward
-passes changes nothing but rounding, however the rows are packed.
+The loss of a step is the sum over its label tokens, each times its example's weight, divided by the step's planned
+denominator, so accumulation over forward passes changes nothing but rounding, however the sequences are packed.
 """
 
 import math
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from finetune_api.job import Schedule
 from finetune_trainer.batches import pack
-from finetune_trainer.inputs import Batch, Rows, StepPlan
+from finetune_trainer.data.examples import Examples, FlatSequence
+from finetune_trainer.inputs import Batch, StepPlan, make_batch
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.recipes import Recipe
 from finetune_trainer.runplan import Hyperparameters
@@ -40,13 +41,15 @@ def learning_rate(step: int, hyper: Hyperparameters) -> float:
     return hyper.learning_rate * share
 
 
-def passes(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int, packing: bool) -> Iterator[list[int]]:
-    """Divide a step's rows into forward passes of at most `budget_tokens`, or one row each without packing."""
+def passes(
+    sequences: Sequence[FlatSequence], lengths: Sequence[int], budget_tokens: int, packing: bool
+) -> Iterator[list[FlatSequence]]:
+    """Divide a step's sequences into forward passes of at most `budget_tokens`, or of one each without packing."""
     if not packing:
-        yield from ([row] for row in rows)
+        yield from ([sequence] for sequence in sequences)
         return
     for places in pack(lengths, max(budget_tokens, max(lengths))):
-        yield [rows[place] for place in places]
+        yield [sequences[place] for place in places]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Stepper:
     recipe: Recipe
     parameters: list[nn.Parameter]
     optimizer: torch.optim.AdamW
-    rows: Rows
+    examples: Examples
     steps: StepPlan
     hyper: Hyperparameters
     budget_tokens: int
@@ -86,12 +89,12 @@ class Stepper:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.lm.device)
-        labels = max(1, int(self.steps.label_tokens[step]))
+        denominator = float(self.steps.denominators[step]) or 1.0
         groups = self._passes_of(step)
         tokens_done = 0
         running: deque[torch.cuda.Event] = deque()
         for done, batch in enumerate(self._batches(groups), start=1):
-            part = self.recipe.loss_sum(self.lm, batch) / labels
+            part = self.recipe.loss_sum(self.lm, batch) / denominator
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
             tokens_done += batch.tokens
@@ -109,11 +112,11 @@ class Stepper:
 
     def largest_pass_tokens(self, step: int) -> int:
         """Return the tokens of the largest pass of a step."""
-        return max(sum(self.rows.lengths(group)) for group in self._passes_of(step))
+        return max(sum(self.examples.lengths(group)) for group in self._passes_of(step))
 
-    def _passes_of(self, step: int) -> list[list[int]]:
-        rows = self.steps.rows_of(step)
-        return list(passes(rows, self.rows.lengths(rows), self.budget_tokens, self.hyper.packing))
+    def _passes_of(self, step: int) -> list[list[FlatSequence]]:
+        sequences = self.examples.sequences_of(self.steps.examples_of(step))
+        return list(passes(sequences, self.examples.lengths(sequences), self.budget_tokens, self.hyper.packing))
 
     def _let_run_ahead(self, running: deque[torch.cuda.Event]) -> None:
         """Wait for the pass before this one on CUDA: the host is one pass ahead, and what it reports has happened."""
@@ -125,10 +128,10 @@ class Stepper:
         if len(running) > 1:
             running.popleft().synchronize()
 
-    def _batches(self, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    def _batches(self, groups: Sequence[Sequence[FlatSequence]]) -> Iterator[Batch]:
         began_s = time.perf_counter()
         for group in groups:
-            batch = self.rows.batch(group, self.lm.device)
+            batch = make_batch(self.examples, group, self.lm.device)
             self.data_wait_s += time.perf_counter() - began_s
             yield batch
             began_s = time.perf_counter()

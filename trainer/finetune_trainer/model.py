@@ -65,9 +65,10 @@ class LanguageModel:
         return output.last_hidden_state[0, batch.sources]
 
     def nll_sum(self, batch: Batch) -> Tensor:
-        """Sum of the label tokens' negative log-likelihoods, fp32 scalar in nats, differentiable."""
+        """Sum of the label tokens' negative log-likelihoods, each times its weight: a scalar in nats, fp32."""
         head = self.head
-        return nll_sum(self.predicting_states(batch), head.weight, head.bias, batch.targets, self.logit_scale)
+        states = self.predicting_states(batch)
+        return nll_sum(states, head.weight, head.bias, batch.targets, self.logit_scale, batch.weights)
 
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import world
-from finetune_trainer.inputs import Rows, StepPlan
+from finetune_trainer.data.examples import Examples
+from finetune_trainer.inputs import StepPlan, make_batch
 from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel, load_base
 from finetune_trainer.runplan import RunPlan
@@ -50,7 +51,13 @@ def computed_in(earlier: ComputedIn | None, dtype: torch.dtype, steps_left: int)
 
 
 def load_for_training(
-    folder: Path, plan: RunPlan, device: torch.device, *, rows: Rows, steps: StepPlan, earlier: ComputedIn | None
+    folder: Path,
+    plan: RunPlan,
+    device: torch.device,
+    *,
+    examples: Examples,
+    steps: StepPlan,
+    earlier: ComputedIn | None,
 ) -> LanguageModel:
     """Return the base model in the precision that training computes in.
 
@@ -66,12 +73,12 @@ def load_for_training(
         return load_base(folder, plan, device, exact)
     if earlier is not None:
         return load_base(folder, plan, device, torch.bfloat16)
-    expected = first_pass(load_base(folder, plan, device, exact), plan, rows, steps)
-    return _in_bf16(folder, plan, device, rows, steps, expected) or load_base(folder, plan, device, exact)
+    expected = first_pass(load_base(folder, plan, device, exact), plan, examples, steps)
+    return _in_bf16(folder, plan, device, examples, steps, expected) or load_base(folder, plan, device, exact)
 
 
 def _in_bf16(
-    folder: Path, plan: RunPlan, device: torch.device, rows: Rows, steps: StepPlan, expected: FirstPass
+    folder: Path, plan: RunPlan, device: torch.device, examples: Examples, steps: StepPlan, expected: FirstPass
 ) -> LanguageModel | None:
     """Return the model in bf16; None where its first pass has another loss than fp32's, or is hardly faster.
 
@@ -85,7 +92,7 @@ def _in_bf16(
             raise
         log.warning("computes in fp32, as in bf16 it does not pass: %s", error)
         return None
-    found = first_pass(lm, plan, rows, steps)
+    found = first_pass(lm, plan, examples, steps)
     same = abs(found.loss - expected.loss) <= _SAME_LOSS_RATIO * expected.loss
     times = expected.seconds / max(1e-9, found.seconds)
     chosen = same and times >= _FASTER
@@ -100,11 +107,11 @@ def _in_bf16(
 
 
 @torch.no_grad()
-def first_pass(lm: LanguageModel, plan: RunPlan, rows: Rows, steps: StepPlan) -> FirstPass:
+def first_pass(lm: LanguageModel, plan: RunPlan, examples: Examples, steps: StepPlan) -> FirstPass:
     """Run the first step's first pass forward twice and time the second, as the first one warms up."""
-    hyper, chosen = plan.hyperparameters, steps.rows_of(0)
-    group = next(passes(chosen, rows.lengths(chosen), hyper.micro_batch_tokens, hyper.packing))
-    batch = rows.batch(group, lm.device)
+    hyper, chosen = plan.hyperparameters, examples.sequences_of(steps.examples_of(0))
+    group = next(passes(chosen, examples.lengths(chosen), hyper.micro_batch_tokens, hyper.packing))
+    batch = make_batch(examples, group, lm.device)
     lm.nll_sum(batch)
     began_s = time.perf_counter()
     loss = float(lm.nll_sum(batch)) / max(1, len(batch.targets))

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from finetune_api.job import (
     PreprocessingSpec,
     SameRoleMessages,
     SystemMessages,
+    TooLong,
 )
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
@@ -38,17 +40,20 @@ from finetune_api.row_words import row_words
 from finetune_api.run import MAX_ARG_CHARS, RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
 from finetune_trainer import batches, sizing
+from finetune_trainer.batches import BatchPlan, Mix
 from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
-from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.accounts import Action, Ledger
 from finetune_trainer.data.answers import Ends
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
+from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.listing import find_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
-from finetune_trainer.data.problems import Drop, place
+from finetune_trainer.data.problems import HELD_OUT, Drop, place
+from finetune_trainer.data.progress import reading_figures
 from finetune_trainer.data.reading import BadRows, checked_rows
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.shapes import RowChoices
@@ -57,11 +62,13 @@ from finetune_trainer.data.spool import (
     Spool,
     Written,
     divide,
+    prepared_bytes,
     write_split,
 )
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError
+from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.patience import best_effort
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts
@@ -80,13 +87,14 @@ class _Stage:
 
     ctx: StageContext
     model: Model
-    limit: int  # tokens of one sequence
+    limit: SequenceLimit
     choices: Choices
     ledger: Ledger
     loss_on: LossOn = LossOn.ALL
     template: str | None = None  # the chat template, if any conversation was rendered
     taught: Taught = field(default_factory=Taught)
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
+    first_files: list[int] = field(default_factory=list[int])  # of each dataset, as an index into the ledger
     ignored: list[str] = field(default_factory=list[str])
     timings: Timings = field(default_factory=Timings)
 
@@ -145,8 +153,14 @@ def _prepare_exactly(model: Model, ctx: StageContext, fence: Fence) -> RunResult
 
 
 def _prepare_with(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
-    limit = sizing.sequence_limit(ctx.config.spec, model.facts)
-    with Ledger(ctx.work_dir / "decisions.jsonl", lambda rows: ctx.reporter.update(rows_read=rows)) as ledger:
+    limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources)
+    began_s = time.monotonic()
+
+    def told(rows: int) -> None:
+        seconds = time.monotonic() - began_s
+        ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
+
+    with Ledger(ctx.work_dir / "decisions.jsonl", told) as ledger:
         stage = _Stage(ctx, model, limit, Choices(), ledger)
         try:
             _read_datasets(stage)
@@ -210,6 +224,26 @@ def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_rol
     )
 
 
+def _too_long(stage: _Stage) -> TooLongRows:
+    given, fraction = stage.preprocessing.too_long, stage.preprocessing.max_too_long_fraction
+    cpt = stage.ctx.config.spec.method.type is MethodType.CPT
+    policy = given or TooLong(defaults.CPT_TOO_LONG if cpt else defaults.SFT_TOO_LONG)
+    return TooLongRows(policy, stage.limit, defaults.given(fraction, defaults.MAX_TOO_LONG_FRACTION), stage.ledger)
+
+
+def _choose_too_long(stage: _Stage, too_long: TooLongRows) -> None:
+    """Record what became of rows that are too long, where there are any. Raises TOO_MANY_LONG_ROWS."""
+    too_long.check()
+    if not too_long.met:
+        return
+    spec = stage.preprocessing
+    stage.choices.pick("preprocessing.tooLong", spec.too_long, too_long.policy, "no answer is cut unasked")
+    if too_long.dropped:
+        reason = "if more are too long, the limit is wrong for the data"
+        fraction = defaults.MAX_TOO_LONG_FRACTION
+        stage.choices.pick("preprocessing.maxTooLongFraction", spec.max_too_long_fraction, fraction, reason)
+
+
 def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
     """The chat template and the process that runs it; None when there is no template."""
     model = stage.model
@@ -252,6 +286,7 @@ def _read_datasets(stage: _Stage) -> None:
     if method is MethodType.CPT:
         require_end_token(stage.model)
     inputs = find_files(ctx.store, spec.datasets, ledger)
+    stage.first_files = [each.files.start for each in inputs]
     stage.ignored = [uri for each in inputs for uri in each.ignored]
     with ExitStack() as stack:
         spool = stack.enter_context(Spool(stage.spool_dir))
@@ -259,7 +294,8 @@ def _read_datasets(stage: _Stage) -> None:
         source, renderer = found or (None, None)
         if renderer is not None:
             stack.callback(renderer.close)
-        pipeline = Pipeline(stage.model, stage.loss_on, stage.limit, renderer, ledger, bad, spool, stage.timings)
+        too_long = _too_long(stage)
+        pipeline = Pipeline(stage.model, stage.loss_on, too_long, renderer, ledger, bad, spool, stage.timings)
         for dataset, files in zip(spec.datasets, inputs, strict=True):
             choices = _row_choices(dataset, system_messages, same_role)
             rows = checked_rows(
@@ -272,6 +308,7 @@ def _read_datasets(stage: _Stage) -> None:
             stage.template = source
     bad.check()
     _require_taught(stage, pipeline.taught)
+    _choose_too_long(stage, too_long)
     if any(dataset.format is None for dataset in spec.datasets):
         formats = ", ".join(dict.fromkeys(stage.formats))
         stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
@@ -282,14 +319,14 @@ def _divide(stage: _Stage) -> Division:
     ledger = stage.ledger
     evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
     division = divide(stage.spool_dir, evaluation.holdout_fraction)
-    held_out = int(division.held_out.sum())
-    reason = f"{held_out:,} of {division.distinct:,} distinct rows"
-    if not held_out:
-        reason = f"fewer than {defaults.MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
-    default = defaults.HOLDOUT_FRACTION if held_out else 0.0
-    stage.choices.pick("evaluation.holdoutFraction", evaluation.holdout_fraction, default, reason)
-    for record in division.rows[division.dropped]:
-        ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT)
+    _choose_holdout(stage.choices, division, evaluation.holdout_fraction)
+    for row in np.flatnonzero(division.held_out):
+        record = division.rows[row]
+        ledger.decide(int(record["file"]), int(record["number"]), "split", Action.HOLD_OUT, HELD_OUT)
+    for row in np.flatnonzero(division.dropped):
+        record, kept = division.rows[row], division.rows[division.copy_of[row]]
+        ref = f"{ledger.files[int(kept['file'])].uri}#{int(kept['number'])}"
+        ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT, ref=ref)
     used, held = (
         np.bincount(division.rows["file"][mask], minlength=len(ledger.files)).tolist()
         for mask in (division.train, division.held_out)
@@ -302,6 +339,20 @@ def _divide(stage: _Stage) -> Division:
         reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
         raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
     return division
+
+
+def _choose_holdout(choices: Choices, division: Division, given: float | None) -> None:
+    """Record how many rows are held out, and where none can be that were asked for."""
+    held_out, field = int(division.held_out.sum()), "evaluation.holdoutFraction"
+    if given and not held_out:
+        text = f"as written: of {division.distinct:,} distinct rows it is none, so nothing is measured; write more"
+        choices.note(field, given, text)
+    reason = f"{held_out:,} of {division.distinct:,} distinct rows"
+    if held_out == defaults.MAX_HELD_OUT_ROWS:
+        reason += ", the most unless a fraction is written"
+    if not held_out:
+        reason = f"fewer than {defaults.MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
+    choices.pick(field, given, defaults.HOLDOUT_FRACTION if held_out else 0.0, reason)
 
 
 def _upload_failure(stage: _Stage, fence: Fence) -> None:
@@ -323,29 +374,47 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     """Write the splits, size the run, plan its batches, upload; plan.json is last."""
     ctx, model, ledger = stage.ctx, stage.model, stage.ledger
     spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
-    ctx.reporter.update(activity="Saving", rows_read=ledger.rows_read)
-    masks = {"train": division.sequences_of(division.train), "held_out": division.sequences_of(division.held_out)}
-    lengths = division.sequences["tokens"]
+    total_bytes = sum(each.size_bytes for each in ledger.files)
+    ctx.reporter.update(
+        activity="Saving",
+        rows_read=ledger.rows_read,
+        bytes_read=total_bytes,
+        bytes_total=total_bytes,
+        rows_per_second=None,
+        eta_seconds=None,
+    )
+    rows = {"train": division.train, "held_out": division.held_out}
     with stage.timings.of("split"):
         written = {
-            name: write_split(stage.spool_dir, ctx.work_dir / name, mask, lengths, ctx.reporter.touch)
-            for name, mask in masks.items()
+            name: write_split(stage.spool_dir, ctx.work_dir / name, division, mask, ctx.reporter.touch)
+            for name, mask in rows.items()
             if mask.any()
         }
-    train = division.sequences[masks["train"]]
-    sized = sizing.size(
-        spec, model.facts, model.family, _data_facts(stage, division, train, lengths), ctx.config.resources
-    )
+    examples = {name: division.examples[division.examples_of(mask)] for name, mask in rows.items()}
+    train = open_examples(written["train"].folder)
+    mix = _mix(stage, train)
+    facts = _data_facts(stage, division, examples, mix)
+    sized = sizing.size(spec, model.facts, model.family, facts, ctx.config.resources)
     hyper = sized.hyperparameters
-    plan = batches.plan_batches(train["tokens"], train["labels"], sized.total_rows, hyper.global_batch_size, hyper.seed)
+    plan = batches.plan_batches(
+        examples["train"]["tokens"],
+        examples["train"]["labels"],
+        train.columns["weight"],
+        sized.total_rows,
+        hyper.global_batch_size,
+        hyper.seed,
+        mix,
+    )
+    shares = report.shares(plan, mix, examples["train"])
+    if not mix.is_plain:
+        shown = ", ".join(f"{share['reads_share']:.3g}" for share in shares)
+        text = "as written: the share of the examples read that is of each dataset, in their order"
+        stage.choices.note("datasets[].weight", shown, text)
     batches.write(plan, ctx.work_dir / "batches.safetensors")
     digest = _content_digest(written)
     folder = join(run_uri, PREPARED, digest.removeprefix("sha256:")[:32])
     with stage.timings.of("upload"):
-        splits = {
-            name: _upload_split(ctx, each, join(folder, name), division.sequences[masks[name]])
-            for name, each in written.items()
-        }
+        splits = {name: _upload_split(ctx, each, join(folder, name), examples[name]) for name, each in written.items()}
         batches_record = _upload_batches(ctx, folder)
     run_plan = RunPlan(
         method=spec.method.type,
@@ -376,8 +445,9 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
         "tokenizer": model.tokenizer.choice._asdict(),
         "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, ledger),
-        "packing": report.packing(plan, train["tokens"], hyper),
         "answers": stage.taught.report(),
+        "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(spec.datasets, shares, strict=True)],
+        "packing": report.packing(plan, train, splits["train"].longest_row, hyper),
         "resolved": [value.model_dump() for value in run_plan.resolved],
     }
     log.info("rows were read by the library %s: %s", *model.tokenizer.choice)
@@ -391,22 +461,33 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
     store.put(join(run_uri, PLAN), plan_bytes)
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
-    return _result(ctx, run_plan, sized.total_rows, ledger, digest)
+    return _result(ctx, run_plan, plan, ledger, digest)
 
 
-def _data_facts(stage: _Stage, division: Division, train: Any, lengths: Any) -> DataFacts:
-    held_out = division.sequences[division.sequences_of(division.held_out)]
+def _mix(stage: _Stage, train: Examples) -> Mix:
+    """Return which dataset each training example is of, and how often an epoch reads those of each."""
+    datasets = stage.ctx.config.spec.datasets
+    dataset = np.searchsorted(stage.first_files, train.columns["file"], side="right").astype(np.int64) - 1
+    return Mix(dataset, [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets])
+
+
+def _data_facts(stage: _Stage, division: Division, examples: dict[str, Any], mix: Mix) -> DataFacts:
+    train, held_out, every = examples["train"], examples["held_out"], division.examples
     return DataFacts(
         rows=len(train),
-        distinct_rows=int(division.sequences_of(division.train & ~division.copies).sum()),
+        epoch_rows=mix.epoch_examples,
+        distinct_rows=int(division.examples_of(division.train & ~division.copies).sum()),
         tokens=int(train["tokens"].sum(dtype=np.int64)),
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
-        longest_row=int(train["tokens"].max()),
-        longest_of_all=int(lengths.max()),
-        measured_tokens=int(held_out["tokens"][: defaults.MAX_HELD_OUT_ROWS].sum(dtype=np.int64)),
-        prepared_bytes=5 * int(lengths.sum(dtype=np.int64)) + 8 * (len(lengths) + 2),
+        longest_row=int(train["longest"].max()),
+        longest_of_all=int(every["longest"].max()),
+        largest_row=int(train["tokens"].max()),
+        measured_tokens=int(
+            held_out["tokens"].sum(dtype=np.int64) * min(1.0, defaults.MAX_HELD_OUT_ROWS / max(1, len(held_out)))
+        ),
+        prepared_bytes=prepared_bytes(every),
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
-        sequence_limit=stage.limit,
+        limit=stage.limit,
     )
 
 
@@ -420,16 +501,22 @@ def _record(ctx: StageContext, path: Path, uri: str, sha256: str) -> FileRecord:
     return FileRecord(uri=uri, size_bytes=info.size_bytes, sha256=sha256)
 
 
-def _upload_split(ctx: StageContext, written: Written, uri: str, sequences: Any) -> SplitFiles:
-    records = {
-        file: _record(ctx, written.folder / file, join(uri, file), sha256) for file, sha256 in written.sha256.items()
-    }
+def _upload_split(ctx: StageContext, written: Written, uri: str, examples: Any) -> SplitFiles:
+    def total(name: str) -> int:
+        return int(examples[name].sum(dtype=np.int64))
+
     return SplitFiles(
-        rows=len(sequences),
-        total_tokens=int(sequences["tokens"].sum(dtype=np.int64)),
-        label_tokens=int(sequences["labels"].sum(dtype=np.int64)),
-        longest_row=int(sequences["tokens"].max()),
-        **records,
+        examples=len(examples),
+        segments=total("segments"),
+        sequences=total("sequences"),
+        stored_tokens=total("stored_tokens"),
+        total_tokens=total("tokens"),
+        label_tokens=total("labels"),
+        longest_row=int(examples["longest"].max()),
+        arrays={
+            file: _record(ctx, written.folder / file, join(uri, file), sha256)
+            for file, sha256 in written.sha256.items()
+        },
     )
 
 
@@ -443,10 +530,10 @@ def _upload_batches(ctx: StageContext, folder: str) -> FileRecord:
 def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[SamplePrompt]:
     """Beginnings of a few rows, held-out ones first: up to the first answer, or the first words of a text."""
     tokens = np.memmap(spool_dir / "tokens", dtype="<u4", mode="r")
-    bounds = np.concatenate([[0], np.cumsum(division.sequences["tokens"].astype(np.int64))])
+    bounds = np.concatenate([[0], np.cumsum(division.examples["stored_tokens"].astype(np.int64))])
     prompts: list[SamplePrompt] = []
     for row in [*np.flatnonzero(division.held_out)[:100], *np.flatnonzero(division.train)[:100]]:
-        first = int(division.first_sequence[row])
+        first = int(division.first_example[row])
         begin, length = int(bounds[first]), int(bounds[first + 1] - bounds[first])
         size = int(division.rows["prompt_tokens"][row])
         if size >= length:  # the answer's begin is not known
@@ -460,7 +547,7 @@ def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[S
     return prompts
 
 
-def _result(ctx: StageContext, plan: RunPlan, rows_read: int, ledger: Ledger, digest: str) -> RunResult:
+def _result(ctx: StageContext, plan: RunPlan, read: BatchPlan, ledger: Ledger, digest: str) -> RunResult:
     run_uri, hyper, plan_digest = ctx.config.run_uri, plan.hyperparameters, plan.digest()
     used = sum(account.used for account in ledger.files)
     held_out = sum(account.held_out for account in ledger.files)
@@ -480,8 +567,8 @@ def _result(ctx: StageContext, plan: RunPlan, rows_read: int, ledger: Ledger, di
             uri=plan_uri(run_uri, plan_digest),
             digest=plan_digest,
             steps=hyper.total_steps,
-            rows=rows_read,
-            distinct_rows=min(rows_read, plan.train.rows),  # every epoch reads each once
+            rows=len(read.examples),
+            distinct_rows=int(np.count_nonzero(np.bincount(read.examples))),
             train_tokens=plan.train_tokens,
             label_tokens=plan.label_tokens,
             memory_bytes=plan.memory_bytes,

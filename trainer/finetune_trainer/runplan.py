@@ -3,29 +3,28 @@
 Everything that decides the outcome is fixed here before step 1: the base model's files, the tokens, which rows
 every step reads, the learning rate of every step. Its digest is in every checkpoint.
 
-Prepared rows of one split are three raw little-endian files, memory-mapped by readers:
-
-- `tokens`:  uint32 (total_tokens,)   token ids of all rows, one after another
-- `labels`:  uint8  (total_tokens,)   1 where the token is to be predicted from the tokens before it; never 1 at
-                                      a row's first token
-- `offsets`: int64  (rows + 1,)       row i is tokens[offsets[i]:offsets[i + 1]]
+Prepared examples of one split are raw little-endian arrays, one file each, memory-mapped by readers; their names,
+types and meaning stand in `data.examples`. A row is one example; one that is split because it is too long is as many
+as it has pieces, so that no step has to read a whole book.
 
 The batch plan is `batches.safetensors` with
 
-- `rows`:         int64 (sum of batch sizes,)  row ids in the order they are read
-- `step_offsets`: int64 (steps + 1,)           step g reads rows[step_offsets[g]:step_offsets[g + 1]]
-- `label_tokens`: int64 (steps,)               label tokens of each step: the denominator of its loss
-- `tokens`:       int64 (steps,)               tokens of each step
+- `examples`:     int64 (sum of batch sizes,)  examples in the order they are read
+- `step_offsets`: int64 (steps + 1,)           step g reads examples[step_offsets[g]:step_offsets[g + 1]]
+- `label_tokens`: int64 (steps,)               label tokens of each step
+- `denominators`: float64 (steps,)             what the sum of each step's losses is divided by: see Denominator
+- `tokens`:       int64 (steps,)               tokens of each step, as flat sequences
 
-How a step's rows are packed into forward passes is not part of the plan: it changes no result but rounding.
+How a step's sequences are packed into forward passes is not part of the plan: it changes no result but rounding.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
 from finetune_api.errors import StageError
@@ -34,16 +33,19 @@ from finetune_api.layout import PLAN, PLANS, join
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.status import ResolvedValue
+from finetune_trainer.data.examples import ARRAYS
 
 if TYPE_CHECKING:  # the plan itself needs no storage client
     from finetune_trainer.store import Store
 
-PLAN_VERSION = 2  # rises with every change after which an older plan means something else, or lacks something
+PLAN_VERSION = 3  # rises with every change after which an older plan means something else, or lacks something
 FIRST_TO_CHANGE = (
     "hyperparameters.epochs",
     "hyperparameters.learningRate",
     "hyperparameters.globalBatchSize",
     "preprocessing.maxSequenceLength",
+    "preprocessing.tooLong",
+    "preprocessing.maxTooLongFraction",
     "peft.rank",
     "method.sft.lossOn",
     "evaluation.holdoutFraction",
@@ -104,16 +106,32 @@ class ModelFacts(StoredModel):
     frequencies_change_after: int | None = None  # tokens of a row; see families.frequencies_change_after
 
 
-class SplitFiles(StoredModel):
-    """One split's prepared rows."""
+class Denominator(StrEnum):
+    """What the losses of a step are summed over, and so divided by.
 
-    rows: int
-    total_tokens: int
+    LABEL_TOKENS: the sum over the step's examples of weight times label tokens, which is the number of label tokens
+    where every weight is 1."""
+
+    LABEL_TOKENS = "label_tokens"
+
+
+class SplitFiles(StoredModel):
+    """One split's prepared examples. arrays: by name, those of `data.examples`."""
+
+    examples: int
+    segments: int
+    sequences: int  # flat ones, that the examples are read as
+    stored_tokens: int  # of all segments: what sequences share is counted once
+    total_tokens: int  # of all flat sequences: what they share is counted in each
     label_tokens: int
-    longest_row: int
-    tokens: FileRecord
-    labels: FileRecord
-    offsets: FileRecord
+    longest_row: int  # tokens of the longest flat sequence
+    arrays: dict[Str64, FileRecord] = Field(max_length=32)
+
+    @model_validator(mode="after")
+    def _holds_all_arrays(self) -> Self:
+        if missing := ARRAYS.keys() - self.arrays.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return self
 
 
 class Hyperparameters(StoredModel):
@@ -145,7 +163,7 @@ class SamplePrompt(StoredModel):
 class RunPlan(StoredModel):
     """The whole plan; the essence of it is in `status.plan`."""
 
-    version: Literal[2] = PLAN_VERSION
+    version: Literal[3] = PLAN_VERSION
     method: MethodType
     loss_on: LossOn
     formats: list[DatasetFormat] = Field(max_length=20)
@@ -155,6 +173,7 @@ class RunPlan(StoredModel):
     hyperparameters: Hyperparameters
     train: SplitFiles
     held_out: SplitFiles | None
+    denominator: Denominator = Denominator.LABEL_TOKENS
     batches: FileRecord
     sample_prompts: list[SamplePrompt] = Field(max_length=3)
     inputs: list[FileRecord] = Field(max_length=10_000)

@@ -37,6 +37,12 @@ _TRAIN_GAUGES = {
     "seconds_since_checkpoint": ("finetune_train_since_checkpoint_seconds", "Work not yet in a checkpoint."),
 }
 _TRAIN_COUNTERS = {"tokens_total": ("finetune_train_tokens", "Tokens trained on, by all attempts.")}
+_PREPARE_GAUGES = {
+    "bytes_read": ("finetune_prepare_read_bytes", "Bytes of the data files that are read, as they lie in the bucket."),
+    "bytes_total": ("finetune_prepare_input_bytes", "Bytes of all data files."),
+    "rows_per_second": ("finetune_prepare_rows_per_second", "Rows read per second, on the mean since the first."),
+    "eta_seconds": ("finetune_prepare_eta_seconds", "Time left for reading at that speed."),
+}
 _PREPARE_COUNTERS = {"rows_read": ("finetune_prepare_rows_read", "Rows read by this attempt.")}
 
 
@@ -141,7 +147,7 @@ class _ProgressCollector(Collector):
             seconds.add_metric((progress.stage.value, activity), spent_s)
         yield seconds
         training = progress.stage is Stage.TRAIN
-        for field, (name, text) in (_TRAIN_GAUGES if training else {}).items():
+        for field, (name, text) in (_TRAIN_GAUGES if training else _PREPARE_GAUGES).items():
             if (value := getattr(progress, field)) is not None:
                 yield GaugeMetricFamily(name, text, value=value)
         for field, (name, text) in (_TRAIN_COUNTERS if training else _PREPARE_COUNTERS).items():

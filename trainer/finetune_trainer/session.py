@@ -16,9 +16,9 @@ from finetune_api.quality import Quality
 from finetune_api.reasons import Fault
 from finetune_trainer import guard, quality
 from finetune_trainer.checkpoint import MAX_EVALUATIONS, Checkpointer, Position, Snapshot, snapshot
-from finetune_trainer.evaluate import HeldOut, Measurement, held_out_loss
+from finetune_trainer.data.examples import Examples
+from finetune_trainer.evaluate import HeldOut, Measurement, held_out_loss, sampled_rows
 from finetune_trainer.flops import ModelSize, step_flops
-from finetune_trainer.inputs import Rows
 from finetune_trainer.logs import bind_step
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learning_rate
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
@@ -73,7 +73,7 @@ class Session:
     stepper: Stepper
     adapted: PeftModel
     parameters: dict[str, nn.Parameter]
-    held_out: Rows | None
+    held_out: Examples | None
     end_ids: list[int] | None  # tokens that end answers, measured on the held-out rows; None: there are no answers
     last_ends: bool  # only the last end of a row is an answer's for sure
     position: Position
@@ -160,7 +160,7 @@ class Session:
         for step in range(first, total):
             if step % self.stepper.hyper.eval_interval_steps == 0 and step not in (0, self._evaluated_step()):
                 self._account(keep=0)
-                self._evaluate()
+                self._evaluate(sampled=True)
             if self.stop.is_set():
                 break
             self.checkpointer.check()
@@ -228,7 +228,9 @@ class Session:
     def _flops(self, step: int, labels: int) -> int:
         if self.peak_flops is None or self.model_size is None:
             return 0
-        return step_flops(self.model_size, self.stepper.rows.lengths(self.stepper.steps.rows_of(step)), labels)
+        examples = self.stepper.examples
+        sequences = examples.sequences_of(self.stepper.steps.examples_of(step))
+        return step_flops(self.model_size, examples.lengths(sequences), labels)
 
     def _report(
         self, step: int, loss: float, norm: float, finite: bool, tokens: int, labels: int, seconds: float
@@ -259,7 +261,7 @@ class Session:
             self._losses.append(loss)
         if self.peak_flops is not None and self.model_size is not None:
             self.metrics.mfu_ratio.set(sum(timed.flops for timed in self._recent) / recent_s / self.peak_flops)
-        self.metrics.epoch_ratio.set(steps.step_offsets[step + 1] / max(1, len(self.stepper.rows)))
+        self.metrics.epoch_ratio.set(steps.step_offsets[step + 1] / max(1, len(self.stepper.examples)))
         self.metrics.goodput_ratio.set(position.kept_seconds / max(1e-9, time.time() - position.first_started_at))
         if memory := device_memory(self.stepper.lm.device):
             self.metrics.gpu_memory_peak.set(memory.peak_bytes)
@@ -276,10 +278,11 @@ class Session:
             self._logged_s = now_s
             log.info("step %d/%d loss %.4f, %.0f tokens/s", position.step, len(steps), loss, speed)
 
-    def _evaluate(self) -> None:
-        """Measure the held-out loss; nothing without held-out rows or once asked to stop."""
+    def _evaluate(self, sampled: bool = False) -> None:
+        """Measure the loss of all held-out rows or of the sample; nothing without such or once asked to stop."""
         if self.held_out is None:
             return
+        sample = sampled_rows(len(self.held_out), self.stepper.hyper.seed)
         self.reporter.update(activity="Evaluating")
         stepper = self.stepper
         measured = held_out_loss(
@@ -290,11 +293,12 @@ class Session:
             self.position.step,
             self.stop,
             self.reporter.touch,
+            rows=sample if sampled else None,
             end_ids=self.end_ids or (),
             last_ends=self.last_ends,
         )
         if measured is not None:
-            found = self._compared(measured)
+            found = self._compared(measured if sampled else measured.of(sample))
             # The base's stays first, the oldest of the others go.
             earlier = self.position.evaluations
             kept = [*earlier[:1], *earlier[1:][-(MAX_EVALUATIONS - 2) :], found]
@@ -309,7 +313,7 @@ class Session:
         self._step_began_s = time.monotonic()
 
     def _compared(self, measured: Measurement) -> HeldOut:
-        """Compare a measurement with the first one, row by row; the first one is kept to be compared with."""
+        """Compare a measurement of the sample with the first one, row by row, which is kept to be compared with."""
         if not self.position.evaluations:
             self.position = self.position.model_copy(update={"start_row_losses": measured.row_losses})
             return measured.held_out

@@ -6,6 +6,7 @@ LoRA pays for large ones at any rank.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
+from finetune_trainer.data.too_long import LimitSource, SequenceLimit
 from finetune_trainer.memory import kept_bytes, pass_bytes
 from finetune_trainer.runplan import Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
@@ -24,6 +26,8 @@ T = TypeVar("T")
 GIB = 2**30
 _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
+_LEAST_LIMIT = 2048  # tokens of a sequence that are never too many by default, whatever memory there is
+_GPU_BYTES = 24 * GIB  # the least that GPUs in use for training have
 _MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
 _MAX_BATCH_TOKENS = 65536
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
@@ -43,15 +47,17 @@ class DataFacts:
     """What the prepared training rows are."""
 
     rows: int
+    epoch_rows: float  # that one epoch reads: each row as often as the weight of its dataset says
     distinct_rows: int  # by content
     tokens: int
     label_tokens: int
-    longest_row: int
+    longest_row: int  # tokens of the longest flat sequence, of the training rows
     longest_of_all: int  # held-out rows included, which are packed as well
+    largest_row: int  # tokens of all flat sequences of one training row
     measured_tokens: int  # of the held-out rows that are measured
     prepared_bytes: int
     too_long_rows: int
-    sequence_limit: int  # the length rows were dropped or split at
+    limit: SequenceLimit  # that rows were dropped or split at
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,35 @@ class Choices:
         self.resolved.append(ResolvedValue(field=field, value=str(value)[:64], reason=reason[:160]))
 
 
-def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts) -> int:
-    """The length in tokens above which rows are dropped (SFT) or split (CPT).
+def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resources: RunResources) -> SequenceLimit:
+    """Return how long a sequence may be: as the spec says, or as the model was made for and the memory allows.
 
+    What the memory allows is counted for one row in a pass and the largest rank that may be chosen; below
+    _LEAST_LIMIT the job is rather refused. The memory of a GPU is not known here, so _GPU_BYTES are taken for it.
     Raises SEQUENCE_LENGTH_TOO_LONG when the spec asks for more than the model was made for.
     """
     asked = spec.preprocessing.max_sequence_length if spec.preprocessing else None
-    if asked is None:
-        return min(defaults.SEQUENCE_LENGTH, model.context_length)
-    if asked > model.context_length:
-        raise StageError(Fault.SEQUENCE_LENGTH_TOO_LONG, asked=asked, uri=model.uri[-256:], limit=model.context_length)
-    return asked
+    if asked is not None:
+        if asked > model.context_length:
+            limit = model.context_length
+            raise StageError(Fault.SEQUENCE_LENGTH_TOO_LONG, asked=asked, uri=model.uri[-256:], limit=limit)
+        return SequenceLimit(asked, LimitSource.ASKED)
+    cpt = spec.method.type is MethodType.CPT
+    limit = SequenceLimit(model.context_length, LimitSource.CONTEXT)
+    if cpt and limit.tokens > defaults.TEXT_SEQUENCE_LENGTH:
+        limit = SequenceLimit(defaults.TEXT_SEQUENCE_LENGTH, LimitSource.TEXTS)
+    rank = (spec.peft and spec.peft.rank) or (defaults.CPT_LORA_RANKS if cpt else defaults.LORA_RANKS)[-1]
+
+    def fits(tokens: int) -> bool:
+        if resources.gpus:
+            return gpu_memory_estimate(model, family, rank, tokens, tokens) <= _GPU_BYTES
+        return memory_estimate(model, family, rank, tokens, tokens, gpus=0) <= resources.memory_bytes
+
+    if fits(limit.tokens):
+        return limit
+    most = bisect_left(range(limit.tokens), True, key=lambda tokens: not fits(tokens + 1))
+    source = LimitSource.GPU if resources.gpus else LimitSource.MEMORY
+    return SequenceLimit(min(limit.tokens, max(_LEAST_LIMIT, most)), source)
 
 
 def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts, resources: RunResources) -> Sizing:
@@ -109,8 +133,8 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     cpt = spec.method.type is MethodType.CPT
     preprocessing = spec.preprocessing or PreprocessingSpec()
     hyper = spec.hyperparameters or HyperparametersSpec()
-    length = _sequence_length(choices, preprocessing, model, data, cpt)
-    epochs = _epochs(choices, hyper, data.rows, cpt)
+    length = _sequence_length(choices, preprocessing, data, cpt)
+    epochs = _epochs(choices, hyper, data.epoch_rows, cpt)
     rank, alpha = _adapter(choices, spec.peft, model, _most_learned(hyper, data), cpt)
     pace = _Pace(
         tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
@@ -123,7 +147,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
     else:
-        total_rows = rows_to_read(data.rows, epochs)
+        total_rows = rows_to_read(data.epoch_rows, epochs)
         steps = -(-total_rows // batch)
     if model.expert_parameters:
         text = f"experts are not adapted: {model.expert_parameters:,} of {model.parameters:,} weights"
@@ -204,17 +228,17 @@ def _most_learned(spec: HyperparametersSpec, data: DataFacts) -> int:
     if spec.max_steps is not None:
         rows = spec.max_steps * (spec.global_batch_size or defaults.BATCH_SIZES[0])
     else:
-        rows = round(data.rows * (spec.epochs or 1.0))
+        rows = round(data.epoch_rows * (spec.epochs or 1.0))
     return min(data.label_tokens, round(data.label_tokens * rows / data.rows))
 
 
-def _sequence_length(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, data: DataFacts, cpt: bool) -> int:
-    reason = "the longest row"
+def _sequence_length(choices: Choices, spec: PreprocessingSpec, data: DataFacts, cpt: bool) -> int:
+    reason, limit = "the longest row", data.limit
     if data.too_long_rows:
-        reason = f"the longest row kept; {data.too_long_rows} rows above {data.sequence_limit} were dropped as too_long"
-    elif cpt and data.longest_row == data.sequence_limit:
-        source = "the model's context length" if data.sequence_limit == model.context_length else "the default limit"
-        reason = f"{source}; longer texts are split"
+        above = f"{data.too_long_rows:,} rows above {limit.tokens:,}, {limit.source}, were dropped as too_long"
+        reason = f"the longest row kept; {above}"
+    elif cpt and data.longest_row == limit.tokens:
+        reason = f"{limit.source}; longer texts are split"
     return choices.pick("preprocessing.maxSequenceLength", spec.max_sequence_length, data.longest_row, reason)
 
 
@@ -258,14 +282,15 @@ def _adapter(
     return rank, alpha
 
 
-def _epochs(choices: Choices, spec: HyperparametersSpec, rows: int, cpt: bool) -> float:
+def _epochs(choices: Choices, spec: HyperparametersSpec, rows: float, cpt: bool) -> float:
     """Passes over the data; with maxSteps only a measure for the batch size."""
     if cpt:
         epochs, reason = 1.0, "continued pre-training reads each text once"
     else:
         epochs = min(max(3.0, 100 / rows), max(1.0, 25_000 / rows))
         epochs = round(min(max(epochs, float(defaults.MIN_EPOCHS)), float(defaults.MAX_EPOCHS)), 2)
-        reason = f"{rows:,} {'row' if rows == 1 else 'rows'}: 3 passes, more for fewer than 34 rows, fewer above 8,333"
+        read = f"{round(rows):,} {'row' if rows == 1 else 'rows'}"
+        reason = f"{read}: 3 passes, more for fewer than 34 rows, fewer above 8,333"
     if spec.max_steps is not None:
         return epochs
     return choices.pick("hyperparameters.epochs", spec.epochs, epochs, reason)
@@ -289,7 +314,7 @@ def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, ep
     wanted = spec.max_steps or defaults.WANTED_STEPS
     *larger, least = defaults.BATCH_SIZES
     mean_tokens = max(1, data.tokens // data.rows)
-    fitting = [b for b in larger if data.rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
+    fitting = [b for b in larger if data.epoch_rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
     value = fitting[0] if fitting else least
     reason = f"small, for {f'at least {wanted} steps' if fitting else 'many steps on few rows'}"
     while value > 1 and value * mean_tokens > pace.step_tokens:
@@ -300,7 +325,7 @@ def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, ep
         value, reason = data.distinct_rows, f"the distinct rows: a step reads none of the {data.distinct_rows:,} twice"
     batch = choices.pick("hyperparameters.globalBatchSize", spec.global_batch_size, value, reason)
     if batch > data.distinct_rows:
-        total_rows = spec.max_steps * batch if spec.max_steps else rows_to_read(data.rows, epochs)
+        total_rows = spec.max_steps * batch if spec.max_steps else rows_to_read(data.epoch_rows, epochs)
         steps, times = -(-total_rows // batch), -(-min(batch, total_rows) // data.distinct_rows)
         text = f"as written: of {data.distinct_rows:,} distinct rows, each step reads some up to {times:,} times"
         text += "; that is the only step" if steps == 1 else ""
@@ -339,10 +364,15 @@ def memory_estimate(
     return _PROCESS_BYTES + 4 * model.parameters + above_model + uneven
 
 
-def _gpu_memory(choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, tokens: int) -> int:
+def gpu_memory_estimate(model: ModelFacts, family: str, rank: int, micro_batch_tokens: int, longest_row: int) -> int:
     """Return the bytes of GPU memory that training needs, weights in bf16 included."""
-    above_model = pass_bytes(model, family, rank, tokens, data.longest_row, gpu=True)
-    needed = _CUDA_BYTES + 2 * model.parameters + above_model
+    above_model = pass_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=True)
+    return _CUDA_BYTES + 2 * model.parameters + above_model
+
+
+def _gpu_memory(choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, tokens: int) -> int:
+    """Return the bytes of GPU memory that training needs, as the plan tells it."""
+    needed = gpu_memory_estimate(model, family, rank, tokens, data.longest_row)
     choices.pick(
         "gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16; within 15 % of an H200 at nine shapes"
     )
@@ -363,7 +393,7 @@ def _micro_batch(
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
-        tokens = min(tokens, batch * data.longest_row)
+        tokens = min(tokens, batch * data.largest_row)
         return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus)
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, data.longest_row)

@@ -31,11 +31,12 @@ from finetune_trainer.base_weights import told_of_the_model
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
+from finetune_trainer.data.examples import Examples
 from finetune_trainer.decoding import LastWords, open_tokenizer
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
-from finetune_trainer.inputs import Rows, StepPlan
+from finetune_trainer.inputs import StepPlan
 from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
@@ -120,8 +121,8 @@ class _Fetched:
     plan_digest: str
     model_folder: Path
     model_files: dict[str, inputs.ModelFile]
-    rows: Rows
-    held_out: Rows | None
+    examples: Examples
+    held_out: Examples | None
     steps: StepPlan
 
     @property
@@ -137,14 +138,14 @@ def _fetch(ctx: StageContext) -> _Fetched:
     plan = stored.plan
     prepared = ctx.work_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
-    rows = inputs.fetch_rows(store, plan.train, prepared / "train")
+    examples = inputs.fetch_examples(store, plan.train, prepared / "train")
     held_out = None
-    if plan.held_out is not None and plan.held_out.rows:
-        held_out = inputs.fetch_rows(store, plan.held_out, prepared / "held_out")
+    if plan.held_out is not None and plan.held_out.examples:
+        held_out = inputs.fetch_examples(store, plan.held_out, prepared / "held_out")
     steps = inputs.fetch_steps(store, plan, prepared)
     model_folder = ctx.work_dir / "model"
     model_files = inputs.fetch_model(store, plan, model_folder)
-    return _Fetched(store, plan, stored.digest, model_folder, model_files, rows, held_out, steps)
+    return _Fetched(store, plan, stored.digest, model_folder, model_files, examples, held_out, steps)
 
 
 def _read_plan(ctx: StageContext) -> StoredPlan:
@@ -171,7 +172,7 @@ def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | Non
     with open_tokenizer(fetched.model_folder, fetched.plan) as tokenizer:
         earlier = found.snapshot.position.computed_in if found else None
         lm = load_for_training(
-            fetched.model_folder, fetched.plan, device, rows=fetched.rows, steps=fetched.steps, earlier=earlier
+            fetched.model_folder, fetched.plan, device, examples=fetched.examples, steps=fetched.steps, earlier=earlier
         )
         with told_of_the_model(fetched.plan, "transformers cannot generate answers with it"):
             shortest = sorted(fetched.plan.sample_prompts, key=lambda prompt: len(prompt.token_ids))[:1]
@@ -249,7 +250,7 @@ def _begin(
         recipe_of(plan.method),
         list(parameters.values()),
         optimizer,
-        fetched.rows,
+        fetched.examples,
         fetched.steps,
         hyper,
         hyper.micro_batch_tokens,
@@ -364,8 +365,9 @@ def _finish(
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
     for concern in concern_words(quality):
         log.warning("%s", concern)
-    rows = fetched.held_out or fetched.rows
-    batches = [rows.batch([row], lm.device) for row in range(min(RELOAD_ROWS, len(rows)))]
+    examples = fetched.held_out or fetched.examples
+    sequences = examples.sequences_of(range(min(RELOAD_ROWS, len(examples))))[:RELOAD_ROWS]
+    batches = [inputs.make_batch(examples, [sequence], lm.device) for sequence in sequences]
     checks = export.check_reload(lm, adapted, folder, batches, beat)
     log.info("reloaded the adapter: %s", ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
 
@@ -400,10 +402,10 @@ def _tell_measured(ctx: StageContext, artifact: Artifact) -> Quality | None:
 
 
 def _learned(session: Session) -> Learned:
-    position, rows = session.position, session.stepper.steps.rows
+    position, examples = session.position, session.stepper.steps.examples
     return Learned(
-        rows=len(rows),
-        distinct_rows=int(np.count_nonzero(np.bincount(rows))),
+        rows=len(examples),
+        distinct_rows=int(np.count_nonzero(np.bincount(examples))),
         tokens=position.tokens,
         label_tokens=position.label_tokens,
         skipped_steps=position.nonfinite_steps,

@@ -1,8 +1,13 @@
-"""Every row's fate: counts per file, a decision record per dropped row, and the report. Never any content."""
+"""Every row's fate: counts per file, and a decision for each row that does not go straight through. No content.
+
+A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?}; detail is the path of a
+field, ref the row that this one is a copy of, as FILE#ROW.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,6 +55,15 @@ class FileAccount:
             raise AssertionError(f"{self.rows_in} rows read, {accounted} accounted for")
 
 
+class Action(StrEnum):
+    """What was done to a row. Those that are changed or split go on, all others end."""
+
+    DROP = "drop"
+    CHANGE = "change"
+    SPLIT = "split"
+    HOLD_OUT = "hold_out"
+
+
 class Ledger:
     """Writes decisions.jsonl and keeps the counts.
 
@@ -58,6 +72,7 @@ class Ledger:
     def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda _: None) -> None:
         self.files: list[FileAccount] = []
         self.rows_read = 0
+        self.file_read = 0  # of the last row
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
         self._decisions = path.open("wb")
@@ -74,16 +89,20 @@ class Ledger:
         self.flush()
         self._decisions.close()
 
-    def drop(self, file: int, number: int, stage: str, reason: str, field_path: str = "") -> None:
-        """Row `number` of a file is left out; beyond MAX_DECISIONS_BYTES it is counted and no longer listed."""
-        account = self.files[file]
-        account.dropped[reason] += 1
+    def drop(self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "") -> None:
+        """Row `number` of a file is left out."""
+        self.files[file].dropped[reason] += 1
+        self.decide(file, number, stage, Action.DROP, reason, detail, ref)
+
+    def decide(
+        self, file: int, number: int, stage: str, action: Action, reason: str, detail: str = "", ref: str = ""
+    ) -> None:
+        """Write what was done to a row; beyond MAX_DECISIONS_BYTES it is counted and no longer listed."""
         if self._written_bytes >= MAX_DECISIONS_BYTES:
             self._unlisted[reason] += 1
             return
-        record = {"file": account.uri, "row": number, "stage": stage, "reason": reason}
-        if field_path:
-            record["field"] = field_path
+        record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
+        record |= {name: value for name, value in (("ref", ref), ("detail", detail)) if value}
         self._written_bytes += self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def flush(self) -> None:
@@ -99,6 +118,7 @@ class Ledger:
         self.files[file].rows_in += 1
         self.files[file].bytes_in += size_bytes
         self.rows_read += 1
+        self.file_read = file
         if self.rows_read % _BEAT_ROWS == 0:
             self._on_rows(self.rows_read)
 

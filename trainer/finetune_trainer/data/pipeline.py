@@ -5,6 +5,7 @@ tokenised here, so memory does not grow with the data.
 """
 
 import time
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.errors import StageError
-from finetune_api.job import LossOn
+from finetune_api.job import LossOn, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.examples import TokenRun, one_segment, tree_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
@@ -28,6 +30,7 @@ from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.taught import Taught, refused
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, split
+from finetune_trainer.data.too_long import TooLongRows, from_turn, turns, without_beginning
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
@@ -67,7 +70,7 @@ class Pipeline:
 
     model: Model
     loss_on: LossOn
-    limit: int  # tokens of one sequence
+    too_long: TooLongRows
     renderer: Renderer | None
     ledger: Ledger
     bad: BadRows
@@ -124,7 +127,7 @@ class Pipeline:
             if batch:
                 future = pool.submit(self._render, batch)
             with self.timings.of("tokenise"):
-                sequences = self._tokenised(part, rendered)
+                sequences = self._tokenised(pool, part, rendered)
             with self.timings.of("write"):
                 for item, parts in sequences:
                     self._store(item, parts)
@@ -139,9 +142,12 @@ class Pipeline:
             conversations = [item for item in batch if isinstance(item.row, Conversation)]
             raise self._template_failed(conversations[error.row], str(error)) from error
 
-    def _tokenised(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
+    def _tokenised(
+        self, pool: ThreadPoolExecutor, batch: Batch, rendered: list[Rendered | Broken]
+    ) -> Iterable[tuple[Checked, list[Tokens]]]:
         try:
-            return self._sequences(batch, rendered)
+            found = self._sequences(batch, rendered)
+            return [(item, self._shortened(pool, item, sequences)) for item, sequences in found]
         except TokenizerFailedError as error:
             file = place(self.ledger.files[batch[0].file].uri)
             raise TokenizerFailedError(f"{error}, at row {batch[0].number} of {file} or soon after") from error
@@ -173,8 +179,55 @@ class Pipeline:
         by_row.update((index, [row]) for (index, _), row in zip(completions, tokens, strict=True))
         documents = [(index, item.row.text) for index, item in enumerate(batch) if isinstance(item.row, Text)]
         for (index, _), ids in zip(documents, tokenizer.texts([text for _, text in documents]), strict=True):
-            by_row[index] = [_text_tokens(piece) for piece in split(ids, self.limit, tokenizer.breaks)]
+            by_row[index] = [_text_tokens(ids)]
         return [(batch[index], by_row[index]) for index in sorted(by_row)]
+
+    def _shortened(self, pool: ThreadPoolExecutor, item: Checked, sequences: list[Tokens]) -> list[Tokens]:
+        """Make a row that is too long shorter, as far as the job's choice allows; else it stays as long as it is."""
+        limit, policy, row = self.too_long.limit.tokens, self.too_long.policy, item.row
+        tokens = _longest(sequences)
+        if tokens <= limit:
+            return sequences
+        if isinstance(row, Text) and policy is TooLong.SPLIT:
+            pieces = split(sequences[0].ids, limit, self.model.tokenizer.breaks)
+            self.too_long.split(item.file, item.number, len(pieces))
+            return [_text_tokens(piece) for piece in pieces]
+        if policy is not TooLong.TRUNCATE:
+            return sequences
+        if isinstance(row, Conversation):
+            return self._from_later_turn(pool, item, row) or sequences
+        if isinstance(row, Text):
+            shorter = _text_tokens(sequences[0].ids[:limit])
+        else:
+            shorter = without_beginning(sequences[0], limit, len(self.model.tokenizer.prefix_ids))
+        if shorter is None:
+            return sequences
+        self.too_long.changed(item.file, item.number, f"{limit} of {tokens} tokens are kept")
+        return [shorter]
+
+    def _from_later_turn(self, pool: ThreadPoolExecutor, item: Checked, row: Conversation) -> list[Tokens] | None:
+        """Return a conversation's sequences without its oldest turns, as few as do; None where none are enough."""
+        begins = turns(row)
+        tried: dict[int, list[Tokens]] = {}
+
+        def is_short(begin: int) -> bool:
+            shorter = item._replace(row=from_turn(row, begin))
+            (rendered,) = self._rendered([shorter], pool.submit(self._render, [shorter]))
+            if isinstance(rendered, Broken):
+                return False
+            parts, learn_all = rendered.sequences, self.loss_on is LossOn.ALL
+            tried[begin] = self.model.tokenizer.conversations(
+                [each.text for each in parts], [each.spans for each in parts], learn_all
+            )
+            return _longest(tried[begin]) <= self.too_long.limit.tokens
+
+        place = bisect_left(begins, True, key=is_short)
+        if place == len(begins):
+            return None
+        begin = begins[place]
+        dropped = len(row.messages) - len(from_turn(row, begin).messages)
+        self.too_long.changed(item.file, item.number, f"the oldest {dropped} messages are left out")
+        return tried[begin]
 
     def _store(self, item: Checked, sequences: list[Tokens]) -> None:
         """Append one row, or record why it is left out."""
@@ -185,13 +238,24 @@ class Pipeline:
                 uri=place(self.model.facts.uri),
                 problem=f"its tokenizer makes ids above the model's vocabulary of {size}",
             )
-        if any(len(part.ids) > self.limit for part in sequences):
-            self.ledger.drop(item.file, item.number, "tokenise", Drop.TOO_LONG)
-        elif not any(part.labels.any() for part in sequences):
+        tokens = _longest(sequences)
+        if tokens > self.too_long.limit.tokens:
+            self.too_long.drop(item.file, item.number, tokens)
+        elif item.row.weight == 0 or not any(part.labels.any() for part in sequences):
             self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
         else:
             self.model.tokenizer.special_words.count(item.row)
-            self.spool.append(item.content_hash, item.file, item.number, sequences)
+            runs = [TokenRun(part.ids, part.labels) for part in sequences]
+            # The pieces of a text that is split are examples of their own: a step need not read all of a book.
+            examples = [one_segment(*run) for run in runs] if isinstance(item.row, Text) else [tree_of(runs)]
+            self.spool.append(
+                item.content_hash,
+                item.file,
+                item.number,
+                examples,
+                prompt_tokens=sequences[0].prompt_tokens,
+                weight=item.row.weight,
+            )
 
     def _broken(self, item: Checked, broken: Broken) -> None:
         """Put a row that the template refuses aside, or end the job."""
@@ -223,6 +287,11 @@ def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:
     places = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
     cut = places[conversations] if conversations < len(places) else len(batch)
     return batch[:cut], batch[cut:]
+
+
+def _longest(sequences: list[Tokens]) -> int:
+    """Return the tokens of the longest of a row's sequences."""
+    return max(len(part.ids) for part in sequences)
 
 
 def _text_tokens(ids: npt.NDArray[np.uint32]) -> Tokens:

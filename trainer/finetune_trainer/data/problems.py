@@ -58,6 +58,9 @@ class Change(StrEnum):
     NULLS_LEFT_OUT = "nulls_left_out"
 
 
+HELD_OUT = "evaluation"  # why a row is held out
+
+
 class Drop(StrEnum):
     """A valid row that is left out."""
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.batches import BatchPlan, pack
+from finetune_trainer.batches import BatchPlan, Mix, pack
 from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.spool import Division
 from finetune_trainer.runplan import Hyperparameters
 
@@ -48,19 +49,24 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
 
 
 def lengths(division: Division, ledger: Ledger) -> dict[str, Any]:
-    """How long the used rows are, in tokens, and where the longest ones lie."""
-    used = division.sequences_of(~division.dropped)
-    tokens = division.sequences["tokens"][used].astype(np.int64)
-    labels = int(division.sequences["labels"][used].sum(dtype=np.int64))
+    """How long the used examples are, in tokens of their longest sequence, and where the longest rows lie.
+
+    tokens: of all sequences that the examples are read as; stored_tokens: with what sequences share counted once."""
+    used = division.examples_of(~division.dropped)
+    examples = division.examples[used]
+    tokens = examples["longest"].astype(np.int64)
+    labels = int(examples["labels"].sum(dtype=np.int64))
     counts, edges = np.histogram(tokens, bins=_BUCKETS)
-    total = int(tokens.sum())
+    total = int(examples["tokens"].sum(dtype=np.int64))
     return {
-        "sequences": len(tokens),
+        "examples": len(examples),
+        "sequences": int(examples["sequences"].sum(dtype=np.int64)),
         "tokens": total,
+        "stored_tokens": int(examples["stored_tokens"].sum(dtype=np.int64)),
         "label_tokens": labels,
         "label_share": round(labels / total, 4),
         "percentiles": {f"p{q}": int(np.percentile(tokens, q)) for q in (50, 95, 99, 100)},
-        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "sequences": counts.tolist()},
+        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "examples": counts.tolist()},
         "longest_rows": _longest(division, ledger),
         "duplicates": {
             "distinct_rows": division.distinct,
@@ -71,7 +77,7 @@ def lengths(division: Division, ledger: Ledger) -> dict[str, Any]:
 
 
 def _longest(division: Division, ledger: Ledger) -> list[dict[str, Any]]:
-    row_tokens = np.add.reduceat(division.sequences["tokens"].astype(np.int64), division.first_sequence[:-1])
+    row_tokens = np.add.reduceat(division.examples["tokens"].astype(np.int64), division.first_example[:-1])
     order = np.argsort(-row_tokens, kind="stable")[:_LONGEST]
     return [
         {
@@ -83,18 +89,39 @@ def _longest(division: Division, ledger: Ledger) -> list[dict[str, Any]]:
     ]
 
 
-def packing(plan: BatchPlan, row_lengths: npt.NDArray[Any], hyper: Hyperparameters) -> dict[str, Any]:
+def shares(plan: BatchPlan, mix: Mix, examples: npt.NDArray[Any]) -> list[dict[str, Any]]:
+    """How much of what the steps read is of each dataset. examples: (examples,) EXAMPLE of the training split."""
+    datasets = len(mix.weights)
+    reads = np.bincount(plan.examples, minlength=len(examples))
+    counted = {
+        "reads": reads,
+        "tokens": reads * examples["tokens"].astype(np.int64),
+        "label_tokens": reads * examples["labels"].astype(np.int64),
+    }
+    found: list[dict[str, Any]] = [
+        {"weight": weight, "examples": int(count)}
+        for weight, count in zip(mix.weights, np.bincount(mix.dataset, minlength=datasets), strict=True)
+    ]
+    for name, values in counted.items():
+        sums = np.bincount(mix.dataset, weights=values, minlength=datasets)
+        for share, total in zip(found, sums.tolist(), strict=True):
+            share |= {name: int(total), f"{name}_share": round(total / max(1.0, float(sums.sum())), 4)}
+    return found
+
+
+def packing(plan: BatchPlan, examples: Examples, longest_row: int, hyper: Hyperparameters) -> dict[str, Any]:
     """How full forward passes are, over the first steps."""
     if not hyper.packing:
         return {"packing": False}
-    budget = max(hyper.micro_batch_tokens, int(row_lengths.max()))
+    budget = max(hyper.micro_batch_tokens, longest_row)
     passes = tokens = padded = 0
     steps = min(plan.steps, _STEPS_SAMPLED)
     for step in range(steps):
-        rows = plan.rows[plan.step_offsets[step] : plan.step_offsets[step + 1]]
-        passes += len(pack(row_lengths[rows].tolist(), budget))
+        read = plan.examples[plan.step_offsets[step] : plan.step_offsets[step + 1]].tolist()
+        lengths = examples.lengths(examples.sequences_of(read))
+        passes += len(pack(lengths, budget))
         tokens += int(plan.tokens[step])
-        padded += len(rows) * int(row_lengths[rows].max())
+        padded += len(lengths) * max(lengths)
     return {
         "packing": True,
         "budget_tokens": budget,

@@ -1,6 +1,6 @@
-"""Prepared rows on local disk: one pass writes all of them, a second divides them into train and held-out.
+"""Prepared examples on local disk: one pass writes all of them, a second divides them into train and held-out.
 
-Memory: a few MiB of buffers, and about 60 bytes per row while dividing.
+Memory: a few MiB of buffers, and about 100 bytes per row while dividing.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from finetune_api.base import sha256_digest
 from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_TO_HOLD_OUT
-from finetune_trainer.data.tokens import Tokens
+from finetune_trainer.data.examples import ARRAYS, COLUMNS, Tree, leaves_of
 
 Array = npt.NDArray[Any]
 
@@ -26,21 +26,33 @@ ROW = np.dtype(
         ("hash_low", "<u8"),
         ("file", "<u4"),
         ("number", "<u8"),
-        ("sequences", "<u4"),
+        ("examples", "<u4"),
         ("prompt_tokens", "<u4"),
+        ("weight", "<f4"),
     ]
 )
-SEQUENCE = np.dtype([("tokens", "<u4"), ("labels", "<u4")])
-_COPY_TOKENS = 2**20
+EXAMPLE = np.dtype(
+    [
+        ("segments", "<u4"),
+        ("stored_tokens", "<u4"),  # of all segments
+        ("sequences", "<u4"),  # flat ones
+        ("tokens", "<u8"),  # of all flat sequences
+        ("longest", "<u4"),  # tokens of the longest flat sequence
+        ("labels", "<u4"),
+    ]
+)
+_SEGMENT = np.dtype([("length", "<u4"), ("parent", "<u4")])
+_COPY_BYTES = 2**20
+_FILES = ("tokens", "labels", "segments", "rows", "examples")
 
 
 class Spool:
-    """Appends rows, each of one or more sequences, to files in `folder`."""
+    """Appends rows, each of one or more examples, to files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._files = {name: (folder / name).open("wb") for name in ("tokens", "labels", "rows", "sequences")}
+        self._files = {name: (folder / name).open("wb") for name in _FILES}
 
     def __enter__(self) -> Self:
         return self
@@ -51,17 +63,48 @@ class Spool:
         for file in self._files.values():
             file.close()
 
-    def append(self, content_hash: bytes, file: int, number: int, sequences: list[Tokens]) -> None:
-        """Add one row of the input."""
+    def append(
+        self,
+        content_hash: bytes,
+        file: int,
+        number: int,
+        examples: list[Tree],
+        *,
+        prompt_tokens: int = 0,
+        weight: float = 1.0,
+    ) -> None:
+        """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered."""
         high, low = int.from_bytes(content_hash[:8], "big"), int.from_bytes(content_hash[8:], "big")
-        record = np.array((high, low, file, number, len(sequences), sequences[0].prompt_tokens), dtype=ROW)
+        record = np.array((high, low, file, number, len(examples), prompt_tokens, weight), dtype=ROW)
         self._files["rows"].write(record.tobytes())
-        for ids, labels, _ in sequences:
-            self._files["tokens"].write(ids.astype("<u4", copy=False).tobytes())
-            self._files["labels"].write(labels.tobytes())
-            self._files["sequences"].write(
-                len(ids).to_bytes(4, "little") + int(labels.sum(dtype=np.int64)).to_bytes(4, "little")
-            )
+        for tree in examples:
+            segments = np.empty(len(tree.lengths), dtype=_SEGMENT)
+            segments["length"], segments["parent"] = tree.lengths, tree.parents
+            self._files["tokens"].write(tree.tokens.astype("<u4", copy=False).tobytes())
+            self._files["labels"].write(tree.labels.tobytes())
+            self._files["segments"].write(segments.tobytes())
+            self._files["examples"].write(_example(tree).tobytes())
+
+
+def _example(tree: Tree) -> Array:
+    """Return the record of one example."""
+    until = flat_lengths(tree)
+    labels = int(tree.labels.sum(dtype=np.int64))
+    return np.array(
+        (len(tree.lengths), len(tree.tokens), len(until), sum(until), max(until), labels),
+        dtype=EXAMPLE,
+    )
+
+
+def flat_lengths(tree: Tree) -> list[int]:
+    """Return the tokens of each flat sequence of a tree."""
+    if len(tree.lengths) == 1:
+        return [len(tree.tokens)]
+    through = tree.lengths.tolist()  # tokens from the root through each segment
+    for segment, up in enumerate(tree.parents.tolist()):
+        if up:
+            through[segment] += through[segment - up]
+    return [through[leaf] for leaf in leaves_of(tree.parents).tolist()]
 
 
 @dataclass(frozen=True)
@@ -69,16 +112,21 @@ class Division:
     """What each row is for."""
 
     rows: Array  # (rows,) ROW
-    sequences: Array  # (sequences,) SEQUENCE
-    first_sequence: npt.NDArray[np.int64]  # (rows + 1,)
+    examples: Array  # (examples,) EXAMPLE
+    first_example: npt.NDArray[np.int64]  # (rows + 1,)
     held_out: npt.NDArray[np.bool_]  # (rows,)
     dropped: npt.NDArray[np.bool_]  # (rows,) copies of held-out rows
-    copies: npt.NDArray[np.bool_]  # (rows,) of a row that was read before
+    copy_of: npt.NDArray[np.int64]  # (rows,) the first row that says the same, which may be the row itself
     distinct: int
 
-    def sequences_of(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """(sequences,) whether each belongs to one of `rows`."""
-        return np.repeat(rows, self.rows["sequences"].astype(np.int64))
+    def examples_of(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(examples,) whether each belongs to one of `rows`."""
+        return np.repeat(rows, self.rows["examples"].astype(np.int64))
+
+    @property
+    def copies(self) -> npt.NDArray[np.bool_]:
+        """(rows,) whether each says the same as one that was read before."""
+        return self.copy_of != np.arange(len(self.rows))
 
     @property
     def train(self) -> npt.NDArray[np.bool_]:
@@ -90,10 +138,10 @@ def divide(folder: Path, fraction: float | None) -> Division:
 
     The choice does not depend on order, files or seed. Of equal rows the first is held out and the others are
     dropped, so that no held-out row is trained on. fraction: of the distinct rows; None takes HOLDOUT_FRACTION, at
-    most MAX_HELD_OUT_ROWS rows and sequences, and nothing of fewer than MIN_ROWS_TO_HOLD_OUT rows.
+    most MAX_HELD_OUT_ROWS rows and examples, and nothing of fewer than MIN_ROWS_TO_HOLD_OUT rows.
     """
     rows = np.fromfile(folder / "rows", dtype=ROW)
-    sequences = np.fromfile(folder / "sequences", dtype=SEQUENCE)
+    examples = np.fromfile(folder / "examples", dtype=EXAMPLE)
     order = np.lexsort((rows["hash_low"], rows["hash_high"]))  # stable: of equal rows the first read comes first
     high, low = rows["hash_high"][order], rows["hash_low"][order]
     is_first = np.ones(len(rows), dtype=np.bool_)
@@ -101,7 +149,7 @@ def divide(folder: Path, fraction: float | None) -> Division:
     firsts = order[is_first]
     chosen = firsts[: _held_out_count(len(firsts), fraction)]
     if fraction is None:
-        cumulated = np.cumsum(rows["sequences"][chosen].astype(np.int64))
+        cumulated = np.cumsum(rows["examples"][chosen].astype(np.int64))
         chosen = chosen[: max(1, int(np.searchsorted(cumulated, MAX_HELD_OUT_ROWS, side="right")))]
     held_out = np.zeros(len(rows), dtype=np.bool_)
     held_out[chosen] = True
@@ -109,11 +157,9 @@ def divide(folder: Path, fraction: float | None) -> Division:
     group[order] = np.cumsum(is_first) - 1
     in_held_group = np.zeros(len(firsts), dtype=np.bool_)
     in_held_group[group[chosen]] = True
-    first_sequence = np.concatenate([[0], np.cumsum(rows["sequences"].astype(np.int64))])
-    copies = np.ones(len(rows), dtype=np.bool_)
-    copies[firsts] = False
+    first_example = np.concatenate([[0], np.cumsum(rows["examples"].astype(np.int64))])
     dropped = in_held_group[group] & ~held_out
-    return Division(rows, sequences, first_sequence, held_out, dropped, copies, len(firsts))
+    return Division(rows, examples, first_example, held_out, dropped, firsts[group], len(firsts))
 
 
 def _held_out_count(distinct: int, fraction: float | None) -> int:
@@ -124,46 +170,69 @@ def _held_out_count(distinct: int, fraction: float | None) -> int:
     return min(round(fraction * distinct), max(0, distinct - 1))
 
 
+def prepared_bytes(examples: Array) -> int:
+    """Return what the arrays of these examples take on disk. examples: (examples,) EXAMPLE."""
+    tokens, segments = (int(examples[name].sum(dtype=np.int64)) for name in ("stored_tokens", "segments"))
+    per_example = sum(COLUMNS[name].itemsize for name in COLUMNS) + ARRAYS["example_offsets"].itemsize
+    per_segment = ARRAYS["segment_offsets"].itemsize + ARRAYS["parents"].itemsize
+    return 5 * tokens + per_segment * segments + per_example * len(examples) + 64
+
+
 @dataclass(frozen=True)
 class Written:
-    """The three files of one split and their SHA-256."""
+    """The arrays of one split, one file each, and their SHA-256 by name."""
 
     folder: Path
-    sha256: dict[str, str]  # tokens, labels, offsets
+    sha256: dict[str, str]
 
 
 def write_split(
-    spool: Path, target: Path, keep: npt.NDArray[np.bool_], lengths: Array, beat: Callable[[], None] = lambda: None
+    spool: Path, target: Path, division: Division, rows: npt.NDArray[np.bool_], beat: Callable[[], None] = lambda: None
 ) -> Written:
-    """Copy the kept sequences, in order, calling `beat` with every part. keep, lengths: (sequences,)."""
+    """Copy the examples of the chosen rows, in order, calling `beat` with every part. rows: (rows,)."""
     target.mkdir(parents=True, exist_ok=True)
-    bounds = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
+    keep, examples = division.examples_of(rows), division.examples
+    tokens = np.concatenate([[0], np.cumsum(examples["stored_tokens"].astype(np.int64))])
     sha256 = {
-        name: _copy(spool / name, target / name, dtype, _runs(keep, bounds), beat)
-        for name, dtype in (("tokens", "<u4"), ("labels", "<u1"))
+        name: _copy(spool / name, target / name, ARRAYS[name], _runs(keep, tokens), beat)
+        for name in ("tokens", "labels")
     }
-    offsets = np.concatenate([[0], np.cumsum(lengths[keep].astype(np.int64))]).astype("<i8")
-    content = offsets.tobytes()
-    (target / "offsets").write_bytes(content)
-    return Written(target, {**sha256, "offsets": sha256_digest(content)})
+    segments = np.fromfile(spool / "segments", dtype=_SEGMENT)[np.repeat(keep, examples["segments"])]
+    kept = division.rows[rows]
+    counts = kept["examples"].astype(np.int64)
+    arrays = {
+        "segment_offsets": np.concatenate([[0], np.cumsum(segments["length"].astype(np.int64))]),
+        "parents": segments["parent"],
+        "example_offsets": np.concatenate([[0], np.cumsum(examples["segments"][keep].astype(np.int64))]),
+        "file": np.repeat(kept["file"], counts),
+        "row": np.repeat(kept["number"], counts),
+        "weight": np.repeat(kept["weight"], counts),
+    }
+    for name, array in arrays.items():
+        content = array.astype((ARRAYS | COLUMNS)[name]).tobytes()
+        (target / name).write_bytes(content)
+        sha256[name] = sha256_digest(content)
+    return Written(target, sha256)
 
 
 def _runs(keep: npt.NDArray[np.bool_], bounds: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Token ranges of neighbouring kept sequences."""
+    """Token ranges of neighbouring kept examples."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
     for first, last in zip(edges[::2], edges[1::2], strict=True):
         yield int(bounds[first]), int(bounds[last])
 
 
-def _copy(source: Path, target: Path, dtype: str, runs: Iterator[tuple[int, int]], beat: Callable[[], None]) -> str:
+def _copy(
+    source: Path, target: Path, dtype: np.dtype[Any], runs: Iterator[tuple[int, int]], beat: Callable[[], None]
+) -> str:
     digest = hashlib.sha256()
-    width = np.dtype(dtype).itemsize
+    width = dtype.itemsize
     with source.open("rb") as reader, target.open("wb") as writer:
         for begin, end in runs:
             reader.seek(begin * width)
             left = (end - begin) * width
             while left:
-                piece = reader.read(min(left, _COPY_TOKENS))
+                piece = reader.read(min(left, _COPY_BYTES))
                 if not piece:
                     raise EOFError(f"{source.name} is shorter than its index")
                 digest.update(piece)
