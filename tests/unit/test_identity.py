@@ -435,7 +435,8 @@ def test_a_plan_of_another_release_is_prepared_again_while_no_step_is_finished(t
     told = as_of_the_release_before(run)
     # Where a stop came before the first step.
     run.store.put(join(run.run_uri, CHECKPOINTS, "00000000-1", "manifest.json"), b"{}")
-    with pytest.raises(StageError, match="version 1, and this trainer follows plans of version 2") as caught:
+    words = f"version 1, and this trainer follows plans of version {PLAN_VERSION}"
+    with pytest.raises(StageError, match=words) as caught:
         train.run(replace(train_context(run), plan_digest=told), StopFlag(60))
     assert (caught.value.fault, caught.value.exit_code) == (Fault.PLAN_OUTDATED, 36)
     for version in (PLAN_VERSION + 1, None, "2"):

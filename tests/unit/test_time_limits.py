@@ -16,6 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer import checkpoint, commit, evaluate, guard, recipes, serve, session, train
 from finetune_trainer.context import StageContext
+from finetune_trainer.data.examples import ARRAYS
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
@@ -345,7 +346,7 @@ def test_half_of_the_time_after_a_stop_is_kept_for_saving(seconds: float, fits: 
 
 
 READ_IN_ORDER = [
-    *(f"{split}/{name}" for split in ("train", "held_out") for name in ("tokens", "labels", "offsets")),
+    *(f"{split}/{name}" for split in ("train", "held_out") for name in ARRAYS),
     *("batches.safetensors", "config.json", "model.safetensors"),
 ]
 

@@ -298,7 +298,7 @@ class Session:
             last_ends=self.last_ends,
         )
         if measured is not None:
-            found = self._compared(measured if sampled else measured.of(sample))
+            found = self._compared(measured if sampled or len(sample) == len(self.held_out) else measured.of(sample))
             # The base's stays first, the oldest of the others go.
             earlier = self.position.evaluations
             kept = [*earlier[:1], *earlier[1:][-(MAX_EVALUATIONS - 2) :], found]
