@@ -11,7 +11,7 @@ import pytest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
-from finetune_trainer.store import Store, local, open_store
+from finetune_trainer.store import ObjectInfo, Store, local, open_store
 
 MIB = 1 << 20
 
@@ -100,7 +100,8 @@ def test_a_link_to_itself_and_a_name_that_is_too_long_are_no_files(name: str, tm
     store = open_store(StorageConfig())
     uri = f"{tmp_path.as_uri()}/{name}"
     assert store.head(uri) is None
-    assert ACTIONS["match"](store, uri) == []
+    named_in_vain = [ObjectInfo(uri, 0, "")] if name == "loop" else []  # a link to nothing is told, not passed over
+    assert ACTIONS["match"](store, uri) == named_in_vain
     assert [info.uri for info in store.list(f"{tmp_path.as_uri()}/")] == [(tmp_path / "rows.jsonl").as_uri()]
     with pytest.raises(StageError) as caught:
         store.read(uri)
