@@ -99,15 +99,7 @@ def succeeded(state: JobState, generation: int, now: datetime) -> FineTuneJobSta
     status, result = state.status, state.outcome.result if state.outcome is not None else None
     artifact = status.artifacts[0]
     message = words(Fault.COMMITTED, {"uri": artifact.uri})
-    updates = [
-        planned_condition(status),
-        ConditionUpdate(ConditionType.RUNNING, "False", Reason.SUCCEEDED),
-        ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY),
-        ConditionUpdate(ConditionType.SUCCEEDED, "True", Reason.SUCCEEDED, message),
-        ConditionUpdate(ConditionType.FINISHED, "True", Reason.SUCCEEDED, message),
-        ConditionUpdate(ConditionType.READY, "True", Reason.SUCCEEDED, message),
-        ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
-    ]
+    updates = _nothing_wrong(status, ConditionUpdate(ConditionType.SUCCEEDED, "True", Reason.SUCCEEDED, message))
     of_quality = quality.at_the_end(result.quality) if result is not None else None
     updates += [of_quality] if of_quality is not None else []
     return _over(with_updates(status, updates, generation, now), Phase.SUCCEEDED, now)
@@ -121,16 +113,24 @@ def planned(state: JobState, generation: int, now: datetime) -> FineTuneJobStatu
         "startPolicy, or delete this one first"
     )
     updates = [
-        planned_condition(status),
         ConditionUpdate(ConditionType.ADMITTED, "False", Reason.PLANNED),
-        ConditionUpdate(ConditionType.RUNNING, "False", Reason.PLANNED),
-        ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY),
-        ConditionUpdate(ConditionType.SUCCEEDED, "False", Reason.PLANNED, message),
-        ConditionUpdate(ConditionType.FINISHED, "True", Reason.PLANNED, message),
-        ConditionUpdate(ConditionType.READY, "True", Reason.PLANNED, message),
-        ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
+        *_nothing_wrong(status, ConditionUpdate(ConditionType.SUCCEEDED, "False", Reason.PLANNED, message)),
     ]
     return _over(with_updates(status, updates, generation, now), Phase.PLANNED, now)
+
+
+def _nothing_wrong(status: FineTuneJobStatus, verdict: ConditionUpdate) -> list[ConditionUpdate]:
+    """Return the conditions of a job that ended as it was to end; `verdict`: whether with an adapter."""
+    reason, message = verdict.reason, verdict.message
+    return [
+        planned_condition(status),
+        ConditionUpdate(ConditionType.RUNNING, "False", reason),
+        ConditionUpdate(ConditionType.DEGRADED, "False", Reason.HEALTHY),
+        verdict,
+        ConditionUpdate(ConditionType.FINISHED, "True", reason, message),
+        ConditionUpdate(ConditionType.READY, "True", reason, message),
+        ConditionUpdate(ConditionType.STALLED, "False", Reason.HEALTHY),
+    ]
 
 
 def failed(state: JobState, why: Blocked, generation: int, now: datetime) -> FineTuneJobStatus:

@@ -35,8 +35,9 @@ class JobSeries:
             before = self._shown.get(job.key)
             if before is not None and before.uid != job.uid:
                 self._forget(job.key)  # of another job that had the name
-            self._shown[job.key] = _Shown(job.uid, _finished_at(job))
-            if self._drop_oldest() != job.key:
+            self._shown[job.key] = shown = _Shown(job.uid, _finished_at(job))
+            # One that is not finished pushes nobody out, and is shown with each of its writes: no search then.
+            if shown.finished_at is None or self._drop_oldest() != job.key:
                 self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)
 
     def forget(self, key: Key, uid: str | None = None) -> str | None:
