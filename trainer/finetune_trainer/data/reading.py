@@ -171,7 +171,7 @@ def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tu
     found = read_row(value, data_format, choices)
     if isinstance(found, Broken):
         return found
-    if found.row.weight != 1:  # the loss has no weights of rows yet
+    if found.row.weight != 1:  # the loss takes weights, but no bound and no content hash counts a row's own yet
         return Broken(Problem.UNSUPPORTED_FIELD, "weight")
     hashed = content_hash(found.row)
     return hashed if isinstance(hashed, Broken) else (found, hashed)
