@@ -98,7 +98,9 @@ class _Watch(threading.Thread):
                     held_bytes += each.memory_info().rss
                 except psutil.Error:
                     continue
-                part = next((part for name, part in _PARTS.items() if name in words), _OWN)
+                # A child that has ended but was not waited for has no words any more.
+                known, _ = self._seen.get(each.pid, (_OWN, 0.0))
+                part = next((part for name, part in _PARTS.items() if name in words), _OWN if words else known)
                 self._seen[each.pid] = part, times.user + times.system
             self._run.peak_bytes = max(self._run.peak_bytes, held_bytes)
         for part, cpu_s in self._seen.values():
