@@ -240,8 +240,8 @@ class Cluster:
         return self._selecting(query, lambda asked: self._request("GET", path, asked))
 
     def _selecting(self, query: dict[str, str], ask: Callable[[dict[str, str]], T]) -> T:
-        """Ask, and once more without the field selector where the server knows no such field."""
-        if phase_selectors.PARAMETER not in query:
+        """Ask, and where FineTuneJobs are selected by a field that the server does not know, once more without that."""
+        if phase_selectors.PHASE_FIELD not in query.get(phase_selectors.PARAMETER, ""):
             return ask(query)
         try:
             answer = ask(query)

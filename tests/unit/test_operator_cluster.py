@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
 from finetune_operator.metrics import Metrics
-from finetune_operator.phase_selectors import PhaseSelection
+from finetune_operator.phase_selectors import CANNOT_SELECT, PhaseSelection
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -70,7 +70,14 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def cluster(server: Server, metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def selection() -> PhaseSelection:
+    return PhaseSelection()
+
+
+@pytest.fixture
+def cluster(
+    server: Server, metrics: Metrics, selection: PhaseSelection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Cluster:
     port = server.http.server_address[1]
     config = {
         "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [{"name": "x", "user": {}}],
@@ -80,7 +87,7 @@ def cluster(server: Server, metrics: Metrics, tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "kubeconfig"
     path.write_text(json.dumps(config))
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
-    return Cluster(metrics, 4, PhaseSelection())
+    return Cluster(metrics, 4, selection)
 
 
 def line(kind: str, **body: Any) -> bytes:
@@ -227,3 +234,18 @@ def test_a_watch_that_is_cut_or_garbled_is_unreachable(cluster: Cluster, server:
     server.says(200, part, Content_Length="1000")
     with pytest.raises(UnreachableError):
         list(cluster.watch("jobs", None, None))
+
+
+def test_only_lists_of_our_own_objects_tell_whether_the_server_selects_them_by_phase(
+    cluster: Cluster, server: Server, selection: PhaseSelection
+):
+    server.refuses(400, "BadRequest")
+    server.says(200, listed("bot"))
+    assert list(cluster.list_unfinished("a")) == listed("bot")["items"]
+    assert selection.notes() == [CANNOT_SELECT]
+    server.says(200, listed("event"))
+    assert list(cluster.list_events("a")) == listed("event")["items"]
+    assert selection.notes() == [CANNOT_SELECT]
+    server.refuses(400, "BadRequest")
+    with pytest.raises(ApiError, match="400"):
+        list(cluster.list_events("a"))  # never all of them
