@@ -15,6 +15,7 @@ from finetune_operator.cluster import Body
 from finetune_operator.pod_waits import TELLING_EVENTS
 
 MAX_AGE_S = 10.0  # of what was read, when it is asked for
+MAX_WAIT_S = 10.0  # for what another round reads; rounds that stand still for long make the operator look stuck
 MAX_READ = 10_000  # events of a namespace; where there are more, one object's are asked for alone
 
 
@@ -55,12 +56,16 @@ class EventReader:
                 if name == namespace or read.lock.locked() or now_s - read.at_s <= MAX_AGE_S
             }
             read = self._reads.setdefault(namespace, _Read())
-        with read.lock:  # who comes meanwhile takes what this one reads
-            if self._clock() - read.at_s > MAX_AGE_S:
-                begun_s = self._clock()
-                read.by_uid = self._read(namespace)
-                read.at_s = begun_s
-            found = read.by_uid
+        found = None
+        if read.lock.acquire(timeout=MAX_WAIT_S):  # who comes meanwhile takes what this one reads
+            try:
+                if self._clock() - read.at_s > MAX_AGE_S:
+                    begun_s = self._clock()
+                    read.by_uid = self._read(namespace)
+                    read.at_s = begun_s
+                found = read.by_uid
+            finally:
+                read.lock.release()
         return self._cluster.list_events_of(namespace, uid) if found is None else found.get(uid, [])
 
     def _read(self, namespace: str) -> dict[str, list[Body]] | None:

@@ -1,5 +1,6 @@
 """Why pods do not start, read from the cluster's events for all jobs that wait at once."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from finetune_operator import event_reader
 from finetune_operator.cluster import UnreachableError
 from finetune_operator.event_reader import MAX_AGE_S, EventReader
 from hand_clock import Clock
+from waiting import PATIENCE_S
 
 
 class Events:
@@ -107,6 +109,31 @@ def test_a_namespace_where_nothing_waits_any_more_is_forgotten(reader: EventRead
     clock.now_s += MAX_AGE_S + 1
     reader.of("b", "ours-1")
     assert set(reader._reads) == {"b"}  # pyright: ignore[reportPrivateUsage]
+
+
+def test_who_waits_too_long_for_the_reading_of_another_asks_for_its_own_events(
+    reader: EventReader, events: Events, monkeypatch: pytest.MonkeyPatch
+):
+    """Else eight rounds would stand still one after the other, and the operator be restarted as stuck."""
+    monkeypatch.setattr(event_reader, "MAX_WAIT_S", 0.01)
+    begun, go_on = threading.Event(), threading.Event()
+    events.add("a", "ours-1", "FailedMount", "volume")
+
+    def slow(namespace: str) -> Iterator[dict[str, Any]]:
+        begun.set()
+        go_on.wait(PATIENCE_S)
+        return iter(events.of[namespace])
+
+    monkeypatch.setattr(events, "list_events", slow)
+    first: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: first.extend(reader.of("a", "ours-1")), daemon=True)
+    thread.start()
+    assert begun.wait(PATIENCE_S)
+    assert messages(reader.of("a", "ours-1")) == ["volume"]
+    assert events.single == ["ours-1"]
+    go_on.set()
+    thread.join(PATIENCE_S)
+    assert messages(first) == ["volume"]
 
 
 def test_a_list_that_fails_is_told_and_asked_for_again(reader: EventReader, events: Events):
