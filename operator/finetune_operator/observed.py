@@ -240,7 +240,7 @@ def _memory_limit(body: Body) -> str:
     limit = _text(_dict(_dict(trainer, "resources"), "limits").get("memory")) or ""
     try:
         return f"{quantity_bytes(limit) / 2**30:g} GiB"
-    except ValueError:
+    except (ValueError, OverflowError):
         return "not known"
 
 

@@ -199,3 +199,12 @@ def test_no_object_makes_parsing_raise(body: dict[str, Any], status: Any):
     observe_pod(labelled)
     meta = {"name": "bot", "namespace": "a", "uid": "u", "generation": 1}
     read_job({"metadata": meta, "spec": body.get("spec"), "status": status})
+
+
+def test_a_limit_of_memory_that_no_number_holds_is_not_known():
+    """An exception would end the watch of all pods."""
+    body = pod_body()
+    body["spec"]["containers"][0]["resources"]["limits"]["memory"] = "9" * 400 + "Gi"
+    seen = observe_pod(body)
+    assert seen is not None
+    assert seen.memory_limit == "not known"
