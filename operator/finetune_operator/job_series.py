@@ -49,6 +49,12 @@ class JobSeries:
             self._forget(key)
             return shown.uid
 
+    def uid_of(self, key: Key) -> str | None:
+        """Return whose series are shown under that name."""
+        with self._lock:
+            shown = self._shown.get(key)
+        return shown.uid if shown is not None else None
+
     def uids(self) -> dict[Key, str]:
         """Return the jobs that have series."""
         with self._lock:

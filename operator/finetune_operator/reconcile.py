@@ -71,8 +71,11 @@ class Reconciler:
             if body is None:
                 self.forget(key)
                 return None
+            job = read_job(body)
+            if self._series.uid_of(key) not in (None, job.uid):
+                self.forget(key)  # another had the name
             try:
-                return self._round(read_job(body))
+                return self._round(job)
             except ApiError as error:
                 if not _is_stale_write(error):
                     raise

@@ -462,6 +462,17 @@ def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
     assert metrics.registry.get_sample_value("finetune_job_failures", figures) is None
 
 
+def test_of_a_job_that_another_replaced_under_its_name_nothing_is_kept(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    version = cluster.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"]
+    assert reconciler.has_written(("a", UID), version)
+    cluster.objects.clear()
+    cluster.submit(uid="5e6f7a8b-0000")
+    reconciler.reconcile(KEY)
+    assert not reconciler.has_written(("a", UID), version)
+    assert set(reconciler._created) == {("a", "5e6f7a8b-0000")}  # pyright: ignore[reportPrivateUsage]
+
+
 def broken_data(cluster: FakeCluster) -> dict[str, Any]:
     """The pod of the first attempt as its kubelet left it."""
     told = {"stage": "prepare", "attempt": 1, "fault": "BrokenRow", "exit_code": 11, "args": {"file": "a.jsonl"}}
