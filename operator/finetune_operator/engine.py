@@ -106,9 +106,10 @@ class Engine:
         if scope is None:
             return
         scope.watch_lag.heard(uid, int(meta.get("generation") or 0))
-        if event != "DELETED" and verdict_at(body) is not None:  # from a server that cannot select
-            scope.finished.take("finetunejobs", "MODIFIED", body)
-            return
+        if verdict_at(body) is not None:
+            scope.finished.hear(event, body)
+            if event != "DELETED":
+                return
         scope.names[namespace, uid] = (namespace, name)
         if not self._reconciler.has_written((namespace, uid), str(meta.get("resourceVersion"))):
             self._queue.put((namespace, name))
@@ -195,7 +196,8 @@ class Engine:
         else:
             for owner in owners - set(found.unfinished):
                 self._children.forget(owner)
-            self._progress.retain({owner for each in self._scopes.values() for owner in each.names})
+            # Copies, made in one step: the thread of Kopf adds to them at any moment.
+            self._progress.retain({owner for each in self._scopes.values() for owner in each.names.copy()})
             # Shown, and in neither list: finished just now, or deleted and nobody was told.
             lost = [
                 k
@@ -219,15 +221,17 @@ class Engine:
                 continue
             job = read_job(body)
             if job.owner not in scope.finished:  # since this page was read
-                found.phases[job.status.phase or Phase.PENDING] += 1
+                found.phases[job.owner] = job.status.phase or Phase.PENDING
                 found.generations[job.uid] = job.generation
                 found.unfinished[job.owner] = job.key
+        for owner, (key, phase) in scope.finished.unjudged().items():
+            found.phases[owner], found.unfinished[owner] = phase, key
         return found
 
     def _count_phases(self) -> None:
         """Show how many jobs there are by phase; of the final ones once all of them are known."""
         open_scopes = [scope for scope in self._scopes.values() if not scope.closed]
-        counts = sum((scope.phases + scope.finished.phases() for scope in open_scopes), Counter[str]())
+        counts = sum((scope.count_phases() for scope in open_scopes), Counter[str]())
         complete = all(scope.finished_listed for scope in open_scopes)
         self._metrics.count_phases(counts, [phase for phase in Phase if complete or phase not in FINAL_PHASES])
 

@@ -37,6 +37,7 @@ class FinishedJobs:
         self._children, self._series, self._changed = children, series, changed
         self._lock = threading.Lock()
         self._jobs: dict[Owner, FinishedJob] = {}
+        self._unjudged: dict[Owner, tuple[Key, str]] = {}  # and their phases
         self._newest: list[tuple[str, str]] = []  # a heap: when they finished, and their UIDs, of the list going on
         self._bodies: dict[str, Body] = {}  # of the newest, by UID
 
@@ -62,32 +63,57 @@ class FinishedJobs:
         asked = [(owner, job) for owner, job in jobs if owner in with_children or not job.acknowledged]
         return [job.key for owner, job in asked if self._wants_round(owner, job)]
 
+    def unjudged(self) -> dict[Owner, tuple[Key, str]]:
+        """Return the jobs with a final phase and no verdict, written by another hand: no list of unfinished jobs has
+        them."""
+        with self._lock:
+            return dict(self._unjudged)
+
     def take(self, _kind: str, event: str, body: Mapping[str, Any]) -> None:
-        """One object of the list (event ITEM), or one event of a watch; also of jobs that are not finished."""
+        """One object of the list (event ITEM), or one event of their watch; also of jobs that are not finished."""
         owner, key = _owner_and_key(body)
-        finished_at = verdict_at(body)
+        finished_at, phase = verdict_at(body), _phase(body)
         if event == "DELETED":
             self._drop(owner)
             return
         if finished_at is None:
             with self._lock:
                 self._jobs.pop(owner, None)
-            if _phase(body) in FINAL_PHASES:  # written by another hand: no other watch tells of it
+                self._unjudged.pop(owner, None)
+                if phase in FINAL_PHASES:
+                    self._unjudged[owner] = (key, phase)
+            if phase in FINAL_PHASES:
                 self._changed(key)
             return
         job = _read(key, body)
         with self._lock:
             self._jobs[owner] = job
+            self._unjudged.pop(owner, None)
             if event == "ITEM":
                 self._note_newest(finished_at, owner[1], body)
         if event != "ITEM" and self._wants_round(owner, job):
             self._changed(key)
 
+    def hear(self, event: str | None, body: Mapping[str, Any]) -> None:
+        """Take what the watch of unfinished jobs tells of one that has a verdict, as its phase is not final.
+
+        Where it is, the server cannot select, and their own watch has told of it, or will. That may be ahead, and the
+        job be deleted by now: it would be kept for ever."""
+        owner, _ = _owner_and_key(body)
+        with self._lock:
+            known = self._jobs.get(owner)
+        if _phase(body) in FINAL_PHASES or (known is not None and known.phase in FINAL_PHASES):
+            return
+        if event == "DELETED":
+            self._drop(owner)
+        else:
+            self.take("finetunejobs", "MODIFIED", body)
+
     def keep_only(self, _kind: str, _namespace: str | None, listed: set[str]) -> None:
         """The list is over: what it does not show was deleted. The newest get their series, without a round."""
         with self._lock:
-            gone = [owner for owner in self._jobs if owner[1] not in listed]
-            bodies = list(self._bodies.values())
+            gone = [owner for owner in (*self._jobs, *self._unjudged) if owner[1] not in listed]
+            bodies = [body for uid, body in self._bodies.items() if uid in listed]
             self._newest, self._bodies = [], {}
         for owner in gone:
             self._drop(owner)
@@ -103,7 +129,9 @@ class FinishedJobs:
     def _note_newest(self, finished_at: str, uid: str, body: Mapping[str, Any]) -> None:
         if uid not in self._bodies:  # a list that was cut begins anew
             heapq.heappush(self._newest, (finished_at, uid))
-            self._bodies[uid] = dict(body)
+        meta = cast(Mapping[str, Any], body["metadata"])
+        named = {name: meta.get(name) for name in ("namespace", "name", "uid")}
+        self._bodies[uid] = {"metadata": named, "status": _status(body)}  # what is exported; the rest may be huge
         if len(self._newest) > MAX_FINISHED:
             _, oldest = heapq.heappop(self._newest)
             del self._bodies[oldest]
@@ -111,6 +139,7 @@ class FinishedJobs:
     def _drop(self, owner: Owner) -> None:
         with self._lock:
             job = self._jobs.pop(owner, None)
+            self._unjudged.pop(owner, None)
         if job is not None:
             self._series.forget(job.key, owner[1])
             self._children.forget(owner)

@@ -28,7 +28,7 @@ class Listed:
 
     unfinished: dict[Owner, Key] = field(default_factory=dict[Owner, Key])
     generations: dict[str, int] = field(default_factory=dict[str, int])
-    phases: Counter[str] = field(default_factory=Counter[str])
+    phases: dict[Owner, str] = field(default_factory=dict[Owner, str])
 
 
 class Scope:
@@ -48,7 +48,7 @@ class Scope:
         self.namespace, self.finished = namespace, finished
         self.watch_lag = WatchLag()
         self.names: dict[Owner, Key] = {}  # of unfinished jobs, from the last list and from events
-        self.phases: Counter[str] = Counter()  # of unfinished jobs, from the last list
+        self._phases: dict[Owner, str] = {}  # of unfinished jobs, from the last list
         self.resync_due_s = 0.0  # monotonic
         self.resync_wanted = False  # out of turn: rounds were put off until its Jobs and pods are known
         self.resynced_at_s: float | None = None  # Unix
@@ -87,7 +87,7 @@ class Scope:
         return self._finished.listed.is_set()
 
     def take_list(self, found: Listed, now_s: float) -> None:
-        self.names, self.phases, self.closed, self.resynced_at_s = found.unfinished, found.phases, False, now_s
+        self.names, self._phases, self.closed, self.resynced_at_s = found.unfinished, found.phases, False, now_s
         self.watch_lag.listed(found.generations)
         self._trouble = self._deafness()
 
@@ -96,8 +96,13 @@ class Scope:
         before, self._trouble = self._trouble, ReadTrouble.after(self._trouble, error)
         self.watch_lag.excuse()
         if isinstance(error, ApiError) and error.status in REFUSED:
-            self.closed, self.phases = True, Counter()
+            self.closed, self._phases = True, {}
         return before is None or before.words != self._trouble.words
+
+    def count_phases(self) -> Counter[str]:
+        """Count its jobs by phase, each once: one of the last list may have finished since."""
+        unfinished = Counter(phase for owner, phase in self._phases.items() if owner not in self.finished)
+        return unfinished + self.finished.phases()
 
     def is_gone(self) -> bool:
         """Whether it has been refused for so long that it is taken for deleted, with its jobs."""

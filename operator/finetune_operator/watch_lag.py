@@ -14,7 +14,8 @@ class WatchLag:
         self._lock = threading.Lock()
         self._told: dict[str, int] = {}  # UID → newest generation
         self._recent: set[str] = set()  # told since the last list, which may not know them yet
-        self._missed: dict[str, tuple[int, float]] = {}  # UID → generation that was listed but not told, since when
+        self._missed: dict[str, int] = {}  # UID → generation that was listed but not told
+        self._missed_since_s: float | None = None  # since when every list has shown something of the kind
         self._heard_s = clock()
 
     def heard(self, uid: str, generation: int) -> None:
@@ -22,28 +23,34 @@ class WatchLag:
             self._told[uid] = max(generation, self._told.get(uid, 0))
             self._recent.add(uid)
             self._heard_s = self._clock()
-            if uid in self._missed and self._missed[uid][0] <= generation:
+            if self._missed.get(uid, generation + 1) <= generation:
                 del self._missed[uid]
+            if not self._missed:
+                self._missed_since_s = None
 
     def listed(self, generations: Mapping[str, int]) -> None:
         """All FineTuneJobs that there are, by UID."""
         with self._lock:
-            now = self._clock()
-            behind = {uid: number for uid, number in generations.items() if self._told.get(uid, -1) < number}
-            self._missed = {uid: self._missed.get(uid, (number, now)) for uid, number in behind.items()}
+            self._missed = {uid: number for uid, number in generations.items() if self._told.get(uid, -1) < number}
+            if not self._missed:
+                self._missed_since_s = None
+            elif self._missed_since_s is None:
+                self._missed_since_s = self._clock()
             self._told = {uid: n for uid, n in self._told.items() if uid in generations or uid in self._recent}
             self._recent = set()
 
     def excuse(self) -> None:
         """The server lets nobody hear now: what was missed until then counts from the next list on."""
         with self._lock:
-            self._missed = {}
+            self._missed, self._missed_since_s = {}, None
 
     def lag_s(self) -> float:
-        """Return for how long nothing has come through the watch, while a list showed what should have.
+        """Return for how long nothing has come through the watch, while every list showed what should have.
 
-        A watch that tells one of thousands of objects after the other is not deaf to the last of them."""
+        Of which jobs does not matter, as none may live for long. A watch that tells one of thousands of objects after
+        the other is not deaf to the last of them."""
         with self._lock:
-            now = self._clock()
-            missed_s = max((now - since for _, since in self._missed.values()), default=0.0)
-            return min(missed_s, now - self._heard_s)
+            if self._missed_since_s is None:
+                return 0.0
+            now_s = self._clock()
+            return min(now_s - self._missed_since_s, now_s - self._heard_s)

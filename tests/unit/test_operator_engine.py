@@ -310,6 +310,13 @@ def scope_of(cluster: QuietCluster, metrics: Metrics) -> Scope:
     )
 
 
+def test_a_job_that_finished_after_the_list_is_counted_once():
+    scope = scope_of(QuietCluster(), Metrics(CollectorRegistry()))
+    scope.take_list(Listed(phases={("a", "uid-done"): "Training", ("a", "uid-busy"): "Training"}), 0)
+    scope.finished.take("finished_finetunejobs", "ADDED", finished_job("done"))
+    assert scope.count_phases() == {"Training": 1, "Succeeded": 1}
+
+
 def test_a_watch_that_the_server_refuses_is_told_and_no_stall_but_one_that_says_nothing_is(clock: Clock):
     answers: list[Exception | None] = []
 
@@ -421,7 +428,8 @@ def test_jobs_are_counted_by_phase_and_finished_ones_only_once_all_are_known(eng
         ("DELETED", finetunejob("x"), True),  # finished, or deleted
         ("DELETED", finished_job("x"), True),
         (None, finished_job("x"), False),  # from a server that cannot select
-        ("MODIFIED", finished_job("x", generation=2), True),
+        ("MODIFIED", finished_job("x", generation=2), False),  # the watch of finished ones tells of it, or has told
+        ("MODIFIED", finished_job("x", phase="Training", generation=2), True),  # that one does not
     ],
 )
 def test_what_kopf_tells_leads_to_a_round_but_for_a_finished_job_that_wants_none(
@@ -444,6 +452,70 @@ def test_what_kopf_tells_is_heard(engine: Engine, monkeypatch: pytest.MonkeyPatc
     arguments = {"namespace": "a", "name": "bot", "uid": "u", "body": body, "type": "MODIFIED"}
     asyncio.run(cast(Any, handler.fn)(**arguments))
     assert told == [("MODIFIED", body)]
+
+
+def test_a_final_phase_without_a_verdict_hides_no_job_that_is_listed_before_its_namespace_is_known(
+    engine: Engine, cluster: QuietCluster
+):
+    """Somebody wrote the phase by hand: no list and no watch of unfinished jobs shows it."""
+    know, watch = threading.Event(), cluster.watch
+
+    def late(kind: str, namespace: str | None, version: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        if kind != "finished_finetunejobs":
+            know.wait(PATIENCE_S)
+        yield from watch(kind, namespace, version)
+
+    cluster.watch = late  # type: ignore[method-assign]
+    cluster.finetunejobs = [finetunejob("hidden", phase="Succeeded")]
+    cluster.list_unfinished = lambda namespace: iter(())  # type: ignore[method-assign]
+    assert engine.start()
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+    until(lambda: scope.finished_listed, "the finished ones are listed")
+    until(lambda: engine._queue.depth() == 0, "the key is taken")  # pyright: ignore[reportPrivateUsage]
+    assert cluster.rounds.empty()
+    know.set()
+    assert cluster.rounds_until("hidden") == ["hidden"]
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Training"])
+def test_what_kopf_tells_late_of_a_finished_job_that_is_deleted_keeps_nothing_of_it(engine: Engine, phase: str):
+    """From a server that cannot select, or of a phase written by hand: Kopf may be behind the other watch."""
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+    body = finished_job("gone", phase=phase)
+    scope.finished.take("finished_finetunejobs", "DELETED", body)
+    for event in (None, "MODIFIED", "DELETED"):
+        engine.hear(event, body)
+    assert scope.finished.phases() == {}
+
+
+def test_a_job_whose_final_phase_is_mended_by_hand_is_not_taken_for_a_deleted_one(engine: Engine):
+    """Its old phase leaves the selection of Kopf's watch, and the new one enters the other: in any order."""
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+    engine.hear("MODIFIED", finished_job("done", phase="Training"))
+    scope.finished.take("finished_finetunejobs", "ADDED", finished_job("done"))
+    engine.hear("DELETED", finished_job("done", phase="Training"))
+    assert scope.finished.phases() == {"Succeeded": 1}
+
+
+def test_a_job_that_is_told_of_while_a_resync_goes_on_ends_no_thread(engine: Engine, cluster: QuietCluster):
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+
+    class Names(dict[Any, Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for number, name in enumerate(super().__iter__()):
+                engine.hear("ADDED", finetunejob(f"new-{number}"))  # as the thread of Kopf may at any moment
+                yield name
+
+    take_list = scope.take_list
+
+    def with_names(found: Listed, now_s: float) -> None:
+        take_list(found, now_s)
+        scope.names = Names(scope.names)
+
+    scope.take_list = with_names  # type: ignore[method-assign]
+    cluster.finetunejobs = [finetunejob("busy")]
+    engine.resync()
+    assert engine.health().stuck == ()
 
 
 @pytest.fixture
@@ -486,6 +558,18 @@ def test_a_watch_that_tells_one_job_after_the_other_is_not_deaf_to_the_last(hear
     assert hearing.lag_s() == 0
     clock.now_s += 200
     assert hearing.lag_s() == 200
+
+
+def test_a_deaf_watch_is_noticed_where_no_job_lives_as_long_as_that_takes(hearing: WatchLag, clock: Clock):
+    for number in range(10):
+        hearing.listed({str(number): 1, str(number + 1): 1})
+        clock.now_s += 60
+    assert hearing.lag_s() == 600
+    hearing.heard("10", 1)
+    assert hearing.lag_s() == 0
+    hearing.listed({"11": 1})
+    clock.now_s += 60
+    assert hearing.lag_s() == 60
 
 
 def test_what_the_server_lets_nobody_hear_counts_from_when_it_does(hearing: WatchLag, clock: Clock):

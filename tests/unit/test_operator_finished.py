@@ -124,6 +124,24 @@ def test_after_a_list_the_newest_have_series_and_no_round_was_made(room: Room, m
     assert room.asked == []
 
 
+def test_a_list_that_was_cut_leaves_no_series_of_a_job_that_was_deleted_since(room: Room):
+    for name in ("gone", "kept"):
+        room.finished.take(KIND, "ITEM", finished_job(name))
+    mended = finished_job("kept")
+    mended["status"]["failures"] = 2
+    room.list(mended)
+    assert room.shown() == {"kept"}
+    figures = {"job_namespace": "a", "job_name": "kept"}
+    assert room.metrics.registry.get_sample_value("finetune_job_failures", figures) == 2
+
+
+def test_of_the_newest_no_more_is_kept_for_their_series_than_their_status(room: Room):
+    body = finished_job("done")
+    body["metadata"]["annotations"] = {"x": "y" * 256 * 1024}
+    room.finished.take(KIND, "ITEM", body)
+    assert "annotations" not in str(room.finished._bodies)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_series_are_of_all_unfinished_jobs_and_of_the_newest_finished_ones(room: Room, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(job_series, "MAX_FINISHED", 2)
     for number in range(5):
