@@ -13,8 +13,10 @@ and in its own namespace:
 It reads no Secret, node or namespace, and of Jobs and pods only those with its own label.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
@@ -37,7 +39,10 @@ REQUEST_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 10
 WATCH_TIMEOUT_S = 300
 SILENCE_TIMEOUT_S = 90  # bookmarks come every minute: a watch that is silent for longer hangs
-PAGE = 200
+PAGE = 200  # objects; fewer where they are large
+MAX_PAGE_BYTES = 8 * 2**20  # of JSON, which takes five times that once it is read
+PAGES_AT_ONCE = 3  # of all lists together, in memory
+PAGE_WAIT_S = 30.0  # for others to be read, which takes parts of a second
 
 _PREFIX: dict[Kind, str] = {
     "jobs": "/apis/batch/v1",
@@ -100,6 +105,7 @@ class Cluster:
         self._client = client.ApiClient(settings)
         self._pool = self._client.rest_client.pool_manager
         self._metrics, self._selection, self._answered = metrics, selection, answered
+        self._pages = threading.BoundedSemaphore(PAGES_AT_ONCE)
 
     def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
         """None if it does not exist."""
@@ -235,9 +241,19 @@ class Cluster:
     def _list(self, path: str, query: dict[str, str]) -> "_Pages":
         return _Pages(self, path, query)
 
-    def read(self, path: str, query: dict[str, str]) -> Body:
-        """One GET of a path of this API."""
-        return self._selecting(query, lambda asked: self._request("GET", path, asked))
+    @contextlib.contextmanager
+    def page(self, path: str, query: dict[str, str]) -> Generator[Body | None]:
+        """One page of a list, for as long as it is looked at; None if it has more than MAX_PAGE_BYTES.
+
+        The server is waited for before a place in memory is taken: a list that it is slow with holds up no others."""
+        answer = self._selecting(query, lambda asked: self._send("GET", path, asked, None, REQUEST_TIMEOUT_S))
+        if not self._pages.acquire(timeout=PAGE_WAIT_S):
+            answer.close()
+            raise UnreachableError(f"GET {path}: {PAGES_AT_ONCE} others are being read")
+        try:
+            yield self._content(answer, "GET", path, None if query["limit"] == "1" else MAX_PAGE_BYTES)
+        finally:
+            self._pages.release()
 
     def _selecting(self, query: dict[str, str], ask: Callable[[dict[str, str]], T]) -> T:
         """Ask, and where FineTuneJobs are selected by a field that the server does not know, once more without that."""
@@ -276,9 +292,16 @@ class Cluster:
         body: Body | None = None,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> Body:
-        answer = self._send(method, path, query or {}, body, timeout_s)
+        return cast(Body, self._content(self._send(method, path, query or {}, body, timeout_s), method, path, None))
+
+    def _content(self, answer: urllib3.BaseHTTPResponse, method: str, path: str, max_bytes: int | None) -> Body | None:
+        """Read an answer; None if it has more bytes."""
         try:
-            content = cast(Body, json.loads(answer.data))
+            text = answer.read(max_bytes + 1 if max_bytes is not None else None)
+            if max_bytes is not None and len(text) > max_bytes:
+                answer.close()
+                return None
+            content = cast(Body, json.loads(text))
             self._answered()
             return content
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -338,13 +361,17 @@ class _Pages:
         self.version = ""
 
     def items(self) -> Iterator[Body]:
-        token = ""
+        token, limit = "", PAGE
         while True:
-            query = {**self._query, "limit": str(PAGE)} | ({"continue": token} if token else {})
-            page = self._cluster.read(self._path, query)
-            meta = cast(Mapping[str, Any], page.get("metadata") or {})
-            self.version = str(meta.get("resourceVersion", ""))
-            yield from cast(list[Body], page.get("items") or [])
+            query = {**self._query, "limit": str(limit)} | ({"continue": token} if token else {})
+            with self._cluster.page(self._path, query) as page:
+                if page is None:
+                    limit = max(1, limit // 10)
+                    continue
+                meta = cast(Mapping[str, Any], page.get("metadata") or {})
+                self.version = str(meta.get("resourceVersion", ""))
+                yield from cast(list[Body], page.get("items") or [])
+            del page  # before the next one is read
             token = str(meta.get("continue") or "")
             if not token:
                 return

@@ -4,7 +4,6 @@ A round is made only where it would change something: a Kubernetes Job wants ano
 acknowledged yet.
 """
 
-import heapq
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,9 +14,8 @@ from typing import Any, cast
 from finetune_api.status import FINAL_PHASES
 from finetune_operator.attempt_steps import tidy_up
 from finetune_operator.child_cache import ChildCache, Key, Owner
-from finetune_operator.cluster import Body
-from finetune_operator.job_reader import read_job, read_spec, ttl_s_of, verdict_at
-from finetune_operator.job_series import MAX_FINISHED, JobSeries
+from finetune_operator.job_reader import read_spec, ttl_s_of, verdict_at
+from finetune_operator.job_series import JobSeries
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +36,6 @@ class FinishedJobs:
         self._lock = threading.Lock()
         self._jobs: dict[Owner, FinishedJob] = {}
         self._unjudged: dict[Owner, tuple[Key, str]] = {}  # and their phases
-        self._newest: list[tuple[str, str]] = []  # a heap: when they finished, and their UIDs, of the list going on
-        self._bodies: dict[str, Body] = {}  # of the newest, by UID
 
     def __contains__(self, owner: Owner) -> bool:
         with self._lock:
@@ -89,9 +85,9 @@ class FinishedJobs:
         with self._lock:
             self._jobs[owner] = job
             self._unjudged.pop(owner, None)
-            if event == "ITEM":
-                self._note_newest(finished_at, owner[1], body)
-        if event != "ITEM" and self._wants_round(owner, job):
+        if event == "ITEM":
+            self._series.note(self, finished_at, body)
+        elif self._wants_round(owner, job):
             self._changed(key)
 
     def hear(self, event: str | None, body: Mapping[str, Any]) -> None:
@@ -113,28 +109,15 @@ class FinishedJobs:
         """The list is over: what it does not show was deleted. The newest get their series, without a round."""
         with self._lock:
             gone = [owner for owner in (*self._jobs, *self._unjudged) if owner[1] not in listed]
-            bodies = [body for uid, body in self._bodies.items() if uid in listed]
-            self._newest, self._bodies = [], {}
         for owner in gone:
             self._drop(owner)
-        for body in bodies:
-            self._series.show(read_job(body))
+        self._series.show_noted(self, listed)
         for key in self.wanting_rounds():
             self._changed(key)
 
     def _wants_round(self, owner: Owner, job: FinishedJob) -> bool:
         k8s_jobs, _ = self._children.of(owner)
         return not job.acknowledged or bool(tidy_up(k8s_jobs, job.ttl_s))
-
-    def _note_newest(self, finished_at: str, uid: str, body: Mapping[str, Any]) -> None:
-        if uid not in self._bodies:  # a list that was cut begins anew
-            heapq.heappush(self._newest, (finished_at, uid))
-        meta = cast(Mapping[str, Any], body["metadata"])
-        named = {name: meta.get(name) for name in ("namespace", "name", "uid")}
-        self._bodies[uid] = {"metadata": named, "status": _status(body)}  # what is exported; the rest may be huge
-        if len(self._newest) > MAX_FINISHED:
-            _, oldest = heapq.heappop(self._newest)
-            del self._bodies[oldest]
 
     def _drop(self, owner: Owner) -> None:
         with self._lock:

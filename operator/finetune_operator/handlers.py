@@ -9,10 +9,10 @@ import aiohttp
 import kopf
 
 from finetune_api import names
-from finetune_operator.cluster import PAGE
 from finetune_operator.engine import Engine
 from finetune_operator.phase_selectors import BAD_REQUEST, PARAMETER, UNFINISHED, PhaseSelection
 
+KOPF_PAGE = 25  # objects, which Kopf has in memory three times, however large they are
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
@@ -112,7 +112,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.peering.standalone = True
     settings.persistence.diffbase_storage = NoDifferences()
     settings.watching.field_selectors[names.GROUP, names.PLURAL] = UNFINISHED
-    settings.watching.chunk_size = PAGE
+    settings.watching.chunk_size = KOPF_PAGE
     settings.watching.server_timeout = 300
     settings.watching.client_timeout = 330
     settings.watching.inactivity_timeout = 90

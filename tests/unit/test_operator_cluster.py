@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from prometheus_client import CollectorRegistry
 
+from finetune_operator import cluster as cluster_module
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError, brief
 from finetune_operator.metrics import Metrics
 from finetune_operator.phase_selectors import CANNOT_SELECT, PhaseSelection
@@ -181,6 +182,52 @@ def test_a_watch_lists_in_pages_what_has_our_label_and_follows_from_there(cluste
     assert {query["labelSelector"][0] for query in queries} == {"app.kubernetes.io/managed-by=finetune-operator"}
     assert queries[1]["continue"] == ["more"]
     assert queries[2]["resourceVersion"] == ["9"]
+
+
+def test_a_page_that_is_too_large_is_asked_for_again_with_fewer_objects(
+    cluster: Cluster, server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever may create FineTuneJobs could else end an operator of all namespaces with annotations of 256 KiB."""
+    monkeypatch.setattr(cluster_module, "MAX_PAGE_BYTES", 500)
+    server.says(200, listed("one", token="more"))
+    server.says(200, listed("x" * 500, "y", token="more"))
+    server.says(200, listed("two", token="last"))
+    server.says(200, listed("x" * 500))
+    server.says(200, listed("end"))
+    assert [body["metadata"]["name"] for body in cluster.list_unfinished("a")] == ["one", "two", "end"]
+    queries = [parse_qs(urlsplit(path).query) for _, path, _ in server.asked]
+    asked = [(query["limit"], query.get("continue")) for query in queries]
+    assert asked == [(["200"], None), (["200"], ["more"]), (["20"], ["more"]), (["20"], ["last"]), (["2"], ["last"])]
+
+
+def test_an_object_that_is_larger_than_a_page_may_be_is_read_alone(
+    cluster: Cluster, server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cluster_module, "MAX_PAGE_BYTES", 10)
+    for _ in range(4):
+        server.says(200, listed("one"))
+    assert list(cluster.list_unfinished("a")) == listed("one")["items"]
+    assert [parse_qs(urlsplit(path).query)["limit"] for _, path, _ in server.asked] == [["200"], ["20"], ["2"], ["1"]]
+
+
+def test_of_all_lists_that_go_on_a_few_pages_at_a_time_are_in_memory(
+    cluster: Cluster, server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    """Fifty watched namespaces are listed at once, and each page of whole objects takes megabytes."""
+    monkeypatch.setattr(cluster_module, "PAGE_WAIT_S", 0.01)
+    lists = [cluster.list_unfinished("a") for _ in range(cluster_module.PAGES_AT_ONCE)]
+    for going_on in lists:
+        server.says(200, listed("one", "two"))
+        next(going_on)
+    server.says(200, listed("one"))
+    with pytest.raises(UnreachableError, match="others are being read"):
+        list(cluster.list_unfinished("a"))
+    assert len(list(lists.pop())) == 1
+    server.says(200, listed("one"))
+    assert len(list(cluster.list_unfinished("a"))) == 1
+    lists.pop().close()  # type: ignore[attr-defined]
+    server.says(200, listed("one"))
+    assert len(list(cluster.list_unfinished("a"))) == 1
 
 
 def test_a_watch_that_goes_on_lists_nothing(cluster: Cluster, server: Server):

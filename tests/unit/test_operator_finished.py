@@ -115,7 +115,7 @@ def test_a_job_that_lost_its_verdict_is_finished_no_more(room: Room):
 
 
 def test_after_a_list_the_newest_have_series_and_no_round_was_made(room: Room, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("finetune_operator.finished_jobs.MAX_FINISHED", 3)
+    monkeypatch.setattr(job_series, "MAX_FINISHED", 3)
     bodies = [finished_job(f"job-{day}", at=f"2026-01-{day:02}T00:00:00Z") for day in (9, 2, 7, 3, 8, 1)]
     for body in bodies[:3]:  # a list that is cut begins anew
         room.finished.take(KIND, "ITEM", body)
@@ -135,11 +135,29 @@ def test_a_list_that_was_cut_leaves_no_series_of_a_job_that_was_deleted_since(ro
     assert room.metrics.registry.get_sample_value("finetune_job_failures", figures) == 2
 
 
+def test_while_many_namespaces_are_listed_at_once_no_more_of_the_newest_are_kept(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(job_series, "MAX_FINISHED", 3)
+    scopes = [FinishedJobs(room.children, room.series, room.asked.append) for _ in range(4)]
+    listed: set[str] = set()
+    for number in range(5):
+        for place, scope in enumerate(scopes):
+            body = finished_job(f"job-{number}-{place}", at=f"2026-01-0{number + 1}T00:00:0{place}Z")
+            scope.take(KIND, "ITEM", body)
+            listed.add(body["metadata"]["uid"])
+    assert len(room.series._noted) == 3  # pyright: ignore[reportPrivateUsage]
+    for scope in scopes:
+        scope.keep_only(KIND, None, listed)
+    assert room.shown() == {"job-4-1", "job-4-2", "job-4-3"}
+    assert room.series._noted == {}  # pyright: ignore[reportPrivateUsage]
+
+
 def test_of_the_newest_no_more_is_kept_for_their_series_than_their_status(room: Room):
     body = finished_job("done")
     body["metadata"]["annotations"] = {"x": "y" * 256 * 1024}
     room.finished.take(KIND, "ITEM", body)
-    assert "annotations" not in str(room.finished._bodies)  # pyright: ignore[reportPrivateUsage]
+    assert "annotations" not in str(room.series._noted)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_series_are_of_all_unfinished_jobs_and_of_the_newest_finished_ones(room: Room, monkeypatch: pytest.MonkeyPatch):
