@@ -10,6 +10,7 @@ import kopf
 
 from finetune_api import names
 from finetune_operator.engine import Engine
+from finetune_operator.object_watch import EXPIRED
 from finetune_operator.phase_selectors import BAD_REQUEST, PARAMETER, UNFINISHED, PhaseSelection
 
 KOPF_PAGE = 25  # objects, which Kopf has in memory three times, however large they are
@@ -59,9 +60,10 @@ class NoDifferences(kopf.DiffBaseStorage):
 
 
 class AskedAgain:
-    """Asks again without the field selector what a server refuses that knows no such field.
+    """Asks again without the field selector what a server refuses that knows no such field, and lets a list of which
+    the server has forgotten the rest be begun anew.
 
-    Kopf ends as a whole when a list or a watch is refused so, and a CRD may change while it runs."""
+    Kopf ends as a whole when a request is refused so, and a CRD may change while it runs."""
 
     def __init__(self, selection: PhaseSelection) -> None:
         self._selection = selection
@@ -75,6 +77,10 @@ class AskedAgain:
             answer.close()
             request.url = request.url.without_query_params(PARAMETER)
             answer = await send(request)
+        if answer.status == EXPIRED and "continue" in request.url.query:
+            answer.close()
+            await asyncio.sleep(RETRY_AFTER_S[0])
+            raise aiohttp.ClientPayloadError("the rest of the list is forgotten")  # as if it was cut: listed anew
         if answer.ok:
             self._selection.answered(selected=not refused)
         return answer

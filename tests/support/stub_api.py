@@ -182,13 +182,14 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
         def stream(self, resource: str, namespace: str | None, query: dict[str, str]) -> None:
             version, cuts = int(query.get("resourceVersion") or 0), stub._cuts  # pyright: ignore[reportPrivateUsage]
             end_s = time.monotonic() + float(query.get("timeoutSeconds") or 300)
-            if version and version < stub.forgotten:
-                return self.refuse(410)
             self.close_connection = True
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Connection", "close")
+            self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
+            if version and version < stub.forgotten:  # told in the stream, as by Kubernetes
+                self.event("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "the stub forgot"})
+                return self.chunk(b"")
             bookmark_s = time.monotonic() + _BOOKMARK_S
             with contextlib.suppress(OSError):
                 while not stub.ended and time.monotonic() < end_s:
@@ -196,7 +197,7 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
                         self.event(event, body)
                         version = int(body["metadata"]["resourceVersion"])
                     if stub._cuts != cuts:  # pyright: ignore[reportPrivateUsage]
-                        self.wfile.write(b'{"type": "MODI')
+                        self.wfile.write(b'80\r\n{"type": "MODI')
                         self.wfile.flush()
                         return None
                     if time.monotonic() > bookmark_s:
@@ -205,10 +206,15 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
                         meta = {"resourceVersion": str(version)}
                         self.event("BOOKMARK", {"metadata": meta})
                     time.sleep(_TICK_S)
+                self.chunk(b"")
             return None
 
         def event(self, kind: str, body: Body) -> None:
-            self.wfile.write(json.dumps({"type": kind, "object": body}).encode() + b"\n")
+            self.chunk(json.dumps({"type": kind, "object": body}).encode() + b"\n")
+
+        def chunk(self, data: bytes) -> None:
+            """Send a part of the answer; an empty one ends it."""
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.flush()
 
         def log_message(self, format: str, *args: object) -> None:
@@ -233,7 +239,10 @@ def _discovery(path: str) -> Body | None:
         verbs = ["get", "list", "watch", "patch"]
         kind = {"name": names.PLURAL, "singularName": "x", "namespaced": True, "kind": names.KIND, "verbs": verbs}
         return {"resources": [kind, {**kind, "name": f"{names.PLURAL}/status"}]}
-    return {"resources": []} if path == "/api/v1" else None
+    if path == "/api/v1":  # Kopf watches nothing before it has seen that there are namespaces
+        kind = {"name": "namespaces", "singularName": "namespace", "namespaced": False, "kind": "Namespace"}
+        return {"resources": [{**kind, "verbs": ["get", "list", "watch"]}]}
+    return None
 
 
 def _place(path: str) -> tuple[str, str | None, str | None, str | None] | None:
@@ -280,7 +289,10 @@ def _answer(
     """Status and content, or None for a refusal of that status."""
     if method == "GET" and name is None:
         items = [item for item in stub.all(resource, namespace) if _selects(query, item)]
-        return 200, {"kind": "List", "metadata": {"resourceVersion": str(stub.version())}, "items": items}
+        first = int(query.get("continue") or 0)
+        end = first + int(query.get("limit") or len(items))
+        meta = {"resourceVersion": str(stub.version()), "continue": str(end) if end < len(items) else ""}
+        return 200, {"kind": "List", "metadata": meta, "items": items[first:end]}
     if method == "POST":
         key = (resource, str(namespace), body["metadata"]["name"])
         return (409, None) if key in stub.objects else (201, stub.store(resource, body))

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+from finetune_operator.handlers import KOPF_PAGE
 from finetune_operator.phase_selectors import CANNOT_SELECT
 from finished_samples import finished_job
 from status_samples import SPEC
@@ -21,6 +22,7 @@ from stub_api import StubApi, Trouble, stub_api
 from testbed.instance import free_ports
 from waiting import PATIENCE_S, until
 
+KOPFS = "status.phase!%3D"  # as Kopf writes a selector, and nobody else here
 LEASE_S = 20.0  # a busy machine renews it in time
 
 
@@ -168,9 +170,39 @@ def test_a_server_that_cannot_select_by_phase_is_asked_for_all_until_it_can(api:
     api.cut_watches()
     api.submit("a", "next", SPEC)
     until(lambda: len(api.all("jobs", "a")) == 2, "the next job is begun")
-    for phase in ("Succeeded", "Pending"):  # of Kopf's watch, and of that of finished jobs: the first time in vain
-        selector = quote(f"status.phase!={phase}")
-        until(lambda s=selector: len(api.asked("watch=true", s)) >= 2, f"a watch without {phase}")
+    selectors = {"Kopf's": KOPFS + "Succeeded", "that of finished ones": quote("status.phase!=Pending")}
+    for watch, selector in selectors.items():  # the first time in vain
+        until(lambda s=selector: len(api.asked("watch=true", s)) >= 2, f"a watch, {watch}")
+    assert operator.process.poll() is None
+
+
+def test_a_list_of_which_the_server_forgets_the_rest_is_begun_anew(api: StubApi, start: Start):
+    """As after five minutes in which its next page could not be read. Kopf would end, and the operator with it."""
+    api.troubles.append(Trouble(("/finetunejobs?", "continue="), 410))
+    for number in range(KOPF_PAGE + 1):
+        api.submit("a", f"bot-{number}", {**SPEC, "suspend": True})
+    operator = start("a")
+    until(lambda: len(api.asked("/finetunejobs?", "continue=")) > 1, "it is begun anew")
+    api.troubles.clear()
+    api.submit("a", "late", SPEC)
+    until(has_k8s_job(api, "a"), "the job is begun")
+    assert operator.process.poll() is None
+
+
+def test_a_job_is_begun_as_soon_as_kopf_tells_of_it_also_after_its_watch_was_cut_or_forgotten(
+    api: StubApi, start: Start
+):
+    """No resync comes in this time: it would hide that nobody watches."""
+    operator = start("a", FINETUNE_RESYNC_INTERVAL_S="120")
+    for number, happens in enumerate((lambda: None, api.cut_watches, api.cut_watches)):
+        watches = len(api.asked("watch=true", KOPFS))
+        api.forgotten = api.version() + 1 if number == 2 else 0
+        happens()
+        until(lambda before=watches, n=number: n == 0 or len(api.asked("watch=true", KOPFS)) > before, "a new watch")
+        until(lambda: api.asked("watch=true", KOPFS), "Kopf watches")
+        api.submit("a", f"bot-{number}", SPEC)
+        until(lambda wanted=number: len(api.all("jobs", "a")) > wanted, "the job is begun")
+    assert operator.process.poll() is None
 
 
 def test_an_operator_that_may_not_read_its_lease_lives_but_is_not_ready_and_says_why(api: StubApi, start: Start):
