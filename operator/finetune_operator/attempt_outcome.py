@@ -2,8 +2,8 @@
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Literal
 
 from finetune_api.names import Stage
@@ -29,6 +29,8 @@ AttemptClass = Literal["Succeeded", "Failure", "Disruption", "Suspended", "Super
 # A running attempt with one of these reasons is being stopped by us; the reason is written before the Job is deleted.
 STOPPING = (Reason.SUSPENDED, Reason.NO_PROGRESS)
 NO_MESSAGE = (Reason.POD_LOST, Reason.BAD_REPORT)
+# What a pod may take to end once its trainer has. Then another container, which somebody puts into all pods, stays.
+END_S = 60
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,31 @@ def belongs(entry: AttemptStatus, child: ObservedK8sJob | ObservedPod) -> bool:
 def is_unstarted(entry: AttemptStatus, k8s_job: ObservedK8sJob | None, pods: Sequence[ObservedPod]) -> bool:
     """Return True if the attempt's Job is yet to be created: nothing of it was ever seen to run."""
     return is_open(entry) and k8s_job is None and not pods and entry.started_at is None and not is_stopping(entry)
+
+
+def seconds_to_end(pod: ObservedPod, now: datetime) -> float | None:
+    """Return for how long a pod whose trainer has ended may still take to end itself, below 0 once it takes longer.
+
+    None while its trainer has not ended, and for a pod that is gone, or is being removed, which takes its own time."""
+    if not pod.active or pod.disrupted or pod.deletion_due is not None or pod.exit_code is None:
+        return None
+    return (pod.finished_at + timedelta(seconds=END_S) - now).total_seconds() if pod.finished_at is not None else None
+
+
+def without_other_containers(
+    job: ObservedK8sJob | None, pods: Sequence[ObservedPod], now: datetime
+) -> tuple[ObservedK8sJob | None, tuple[ObservedPod, ...]]:
+    """Return an attempt's Job and pods as they would be if no other container kept an ended trainer's pod alive.
+
+    A trainer is never started again in its pod, so nothing of the attempt can run any more."""
+    kept = {pod.uid for pod in pods if (left_s := seconds_to_end(pod, now)) is not None and left_s <= 0}
+    if not kept or any(pod.active and pod.uid not in kept for pod in pods):
+        return job, tuple(pods)
+    ended = tuple(replace(p, phase="Failed" if p.exit_code else "Succeeded") if p.uid in kept else p for p in pods)
+    if job is not None and job.live:
+        failed = all(pod.exit_code for pod in ended)
+        job = replace(job, outcome="Failed" if failed else "Complete")
+    return job, ended
 
 
 def outcome_of(

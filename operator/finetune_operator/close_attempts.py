@@ -9,7 +9,15 @@ from finetune_api.base import sha256_digest
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault, Reason
 from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord, UsageStatus
-from finetune_operator.attempt_outcome import AttemptClass, AttemptOutcome, belongs, is_explained, is_open, outcome_of
+from finetune_operator.attempt_outcome import (
+    AttemptClass,
+    AttemptOutcome,
+    belongs,
+    is_explained,
+    is_open,
+    outcome_of,
+    without_other_containers,
+)
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer
 from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
@@ -62,10 +70,11 @@ def close_attempts(status: FineTuneJobStatus, observation: Observation, now: dat
         created = k8s_job.created_at if k8s_job is not None else min(p.created_at for p in pods)
         entry = entry.model_copy(update={"started_at": format_time(created)})
         status = status.model_copy(update={"attempts": [*entries[:-1], entry]})
-    outcome = outcome_of(entry, k8s_job, pods, entries[:-1])
+    ended_job, ended_pods = without_other_containers(k8s_job, pods, now)
+    outcome = outcome_of(entry, ended_job, ended_pods, entries[:-1])
     if outcome is None:
         return JobState(status, None, k8s_job, pods)
-    if not observation.pods_listed and not is_explained(k8s_job, pods):
+    if not observation.pods_listed and not is_explained(ended_job, ended_pods):
         return JobState(status, None, k8s_job, pods, wants_live_pods=True)
     return JobState(_close(status, outcome, pods, observation, now), outcome, k8s_job, pods)
 

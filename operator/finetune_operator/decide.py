@@ -11,7 +11,7 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, OperatorRecord, Phase
 from finetune_operator import attempt_steps, final_status
-from finetune_operator.attempt_outcome import is_open
+from finetune_operator.attempt_outcome import is_open, seconds_to_end
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.close_attempts import JobState, close_attempts
 from finetune_operator.conditions import ConditionUpdate, with_updates
@@ -154,8 +154,10 @@ def _requeue_after_s(
     if isinstance(gate, Open) and attempt_steps.may_begin_next(state, observation):
         retry_s = attempt_steps.seconds_to_next(state, now)
         waits_s += [retry_s] if retry_s > 0 else []
-    if last is not None and is_open(last) and not pod_state.running and state.k8s_job is not None:
+    may_start = not pod_state.running and not pod_state.ending
+    if last is not None and is_open(last) and may_start and state.k8s_job is not None:
         born = max([state.k8s_job.created_at, *(p.scheduled_at or p.created_at for p in state.pods if p.active)])
         slow_at = born + timedelta(seconds=SLOW_START_S + 1)
         waits_s += [(slow_at - now).total_seconds()] if slow_at > now else []
+    waits_s += [left_s for pod in state.pods if (left_s := seconds_to_end(pod, now)) is not None and left_s > 0]
     return min(waits_s, default=None)

@@ -54,7 +54,8 @@ _NODE_TROUBLE = {
 class PodState:
     """What the newest attempt's pod does.
 
-    wait: what a person or the cluster has to end before it can run. ending: the pod has ended, its Job not yet.
+    wait: what a person or the cluster has to end before it can run. ending: the trainer has ended, its pod or its Job
+    not yet.
     on_its_way: it has a place and nothing is in its way, so that it will most likely run within seconds."""
 
     running: bool = False
@@ -82,6 +83,8 @@ def pod_state_of(
         return PodState(running=pod.running, scheduled=True, wait=wait)
     if pod.running:
         return PodState(running=True, scheduled=True)
+    if pod.exit_code is not None:
+        return PodState(ending=True, scheduled=True)
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
         wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")

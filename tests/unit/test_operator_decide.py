@@ -1049,6 +1049,42 @@ def test_a_success_at_the_deadline_is_a_success():
     assert world.verdict == ("True", "Succeeded")
 
 
+def kept_alive(world: World, name: str, fault: Fault, **more: Any) -> World:
+    """The trainer's container ends, and one that the cluster put beside it does not: nor does the pod, nor the Job."""
+    stage, attempt = name.split("-")
+    said = report(Stage(stage), int(attempt), fault, **more)
+    return world.pod(name, finished_at=world.now, exit_code=said.exit_code, result=said)
+
+
+def test_a_pod_that_another_container_keeps_alive_has_ended_with_its_trainer():
+    world = kept_alive(World().training(), "train-1", Fault.COMMITTED, artifact=ARTIFACT).step()
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")  # the pod ends within seconds, as a rule
+    assert world.requeue_after_s == 60
+    assert world.step(after_s=59).verdict[0] == "Unknown"
+    world.step(after_s=1)
+    assert world.verdict == ("True", "Succeeded")
+    assert world.jobs["train-1"].deleting  # what it holds, such as a GPU, is free
+
+
+def test_data_that_was_prepared_beside_a_container_that_stays_is_trained_on_once_nothing_of_it_is_alive():
+    world = kept_alive(World().step().run("prepare-1"), "prepare-1", Fault.PREPARED, plan=PLAN, data=DATA)
+    world.step(after_s=60)
+    assert world.jobs["prepare-1"].deleting
+    assert world.created == ["prepare-1"]
+    assert world.gone("prepare-1").step().created == ["prepare-1", "train-1"]
+
+
+def test_a_failure_beside_a_container_that_stays_is_told_in_the_words_of_the_trainer():
+    world = kept_alive(World().training(), "train-1", Fault.DISK_FULL).step(after_s=60)
+    assert world.status["attempts"][1]["reason"] == FAULTS[Fault.DISK_FULL].reason
+
+
+def test_a_pod_that_is_on_its_way_out_has_the_time_that_its_containers_need():
+    world = kept_alive(World().training().pod("train-1", disrupted=True), "train-1", Fault.INTERRUPTED, step=3)
+    world.step(after_s=300)
+    assert world.last["class"] == "Running"  # the Kubernetes Job replaces the pod within the attempt
+
+
 def test_a_node_that_does_not_answer_is_degraded_and_no_second_pod_is_started():
     world = World().training().pod("train-1", deletion_due=START)
     world.step(after_s=61)
