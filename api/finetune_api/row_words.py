@@ -67,6 +67,7 @@ CHANGE_WORDS: dict[str, str] = {
     "systems_joined": "begins with several system messages, which are joined by an empty line",
     "late_system_kept": "has a system message after the beginning, which stays where it is",
     "system_in_user_message": "has a system message, which begins the first user message (SystemMessages: InUser)",
+    "calls_joined": "has calls as messages of their own, which belong to the answer before them",
     "neighbours_kept": "has two messages of one role after another, which stay apart",
     "neighbours_joined": "has messages of one role after another, which are joined by an empty line",
     "end_left_out": "ends with messages that no answer follows, which are left out",

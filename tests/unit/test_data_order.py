@@ -1,5 +1,7 @@
 """Conversations come in all orders: what is meant is learned, and what was changed is told."""
 
+from typing import Any
+
 import pytest
 
 from finetune_api.job import SameRoleMessages, SystemMessages
@@ -8,6 +10,7 @@ from finetune_trainer.data.order import Ordered
 from finetune_trainer.data.problems import Change, Problem, RefusedError
 
 ROLES = {"s": "system", "d": "developer", "u": "user", "a": "assistant", "t": "tool"}
+USER, RESULT = Said({"role": "user", "content": "u"}), {"role": "tool", "content": "t"}
 KEEP, JOIN = SameRoleMessages.KEEP, SameRoleMessages.JOIN
 
 
@@ -76,6 +79,32 @@ def test_an_order_whose_meaning_is_plain_is_taken_and_what_was_changed_is_told(
 )
 def test_neighbours_of_one_role_are_joined_where_that_is_chosen(roles: str, expected: str) -> None:
     assert shown(ordered(roles, same_role=JOIN)) == expected
+
+
+def says_call(name: str, **more: Any) -> Said:
+    """Return what a message of the role function_call says, for which others have a field of the answer."""
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return Said({"role": "assistant", "tool_calls": [call], **more}, continues=True)
+
+
+def test_messages_that_call_belong_to_the_answer_before_them() -> None:
+    said = [USER, Said({"role": "assistant", "content": "a"}), says_call("f"), says_call("g"), Said(RESULT)]
+    found = Ordered([*said, says_call("h")], SystemMessages.KEEP, KEEP, "messages")
+    assert [[call["function"]["name"] for call in each.get("tool_calls", [])] for each in found.messages] == [
+        [],
+        ["f", "g"],
+        [],
+        ["h"],
+    ]
+    assert found.messages[1]["content"] == "a"
+    assert (found.learned, found.changes) == ((False, True, False, True), {Change.CALLS_JOINED})
+    assert said[1].message.keys() == {"role", "content"}, "what was read is not changed"
+
+
+def test_a_call_after_reasoning_of_its_own_is_an_answer_of_its_own() -> None:
+    said = [USER, says_call("f"), says_call("g", content="", reasoning_content="r")]
+    found = Ordered(said, SystemMessages.KEEP, KEEP, "messages")
+    assert (len(found.messages), found.changes) == (3, {Change.NEIGHBOURS_KEPT})
 
 
 def test_answers_are_not_joined_where_only_one_of_them_is_learned() -> None:

@@ -17,6 +17,8 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 F = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": "y"}'}}
+SAYS_CALL = {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": "y"}}'}
+RESULT = {"role": "tool_response", "content": "r"}
 M, SHARE, ALPACA = DatasetFormat.MESSAGES, DatasetFormat.SHARE_GPT, DatasetFormat.ALPACA
 QA, PC, DOLLY = DatasetFormat.QUESTION_ANSWER, DatasetFormat.PROMPT_COMPLETION, DatasetFormat.DOLLY
 
@@ -123,6 +125,14 @@ TRAINED: list[tuple[str, Row, DatasetFormat, str]] = [
     ("xtuner", {"conversation": [{"system": "s", "input": "q", "output": "a"}]}, SHARE, "suA"),
     ("ms-swift ShareGPT", {"system": "s", "conversation": [{"human": "q", "assistant": "a"}]}, SHARE, "suA"),
     ("ms-swift query", {"system": "s", "query": "q", "response": "a", "history": [["q", "a"]]}, QA, "suAuA"),
+    ("ms-swift, two calls at once", {"messages": [Q, SAYS_CALL, SAYS_CALL, *2 * [RESULT], A]}, M, "uActtA"),
+    ("ms-swift, words before a call", {"messages": [Q, {**A, "loss": True}, SAYS_CALL, RESULT, A]}, M, "uActA"),
+    (
+        "ms-swift, words before a call that are not learned",
+        {"messages": [Q, {**A, "loss": False}, SAYS_CALL, RESULT, A]},
+        M,
+        "uaActA",
+    ),
     ("ms-swift loss", {"messages": [Q, {**A, "loss": False}, Q, {**A, "loss": True}]}, M, "uauA"),
     ("ms-swift loss_scale", {"messages": [Q, {**A, "loss_scale": 0.0}, Q, {**A, "loss_scale": 1.0}]}, M, "uauA"),
     (

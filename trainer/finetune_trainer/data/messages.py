@@ -45,10 +45,13 @@ _READ = frozenset((*ROLE, *CONTENT)) | _REASONING | _MASKS | _CALLS | _NAMES
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A message, and whether it says of itself that it is learned; None where it does not say."""
+    """A message, and whether it says of itself that it is learned; None where it does not say.
+
+    continues: it says what the answer before it calls, for which other rows have a field of that answer."""
 
     message: Message
     learned: bool | None = None
+    continues: bool = False
 
 
 class MessageReader:
@@ -111,7 +114,8 @@ class MessageReader:
         content = item.get(content_name) if content_name else None
         called: list[dict[str, Any]] = []
         before_call: str | None = None
-        if role == "call":
+        is_call = role == "call"
+        if is_call:
             before_call, content = _reasoning_before(content)
             role, called, content = "assistant", toolcalls.calls(content, place), None
         if not _CALLS.isdisjoint(item):
@@ -132,7 +136,7 @@ class MessageReader:
             message["tool_calls"] = called
         if not _NAMES.isdisjoint(item):
             self._add_names(message, item, field)
-        return Said(message, self._learned(item, role, field))
+        return Said(message, self._learned(item, role, field), is_call)
 
     def _role(self, item: Message, field: str) -> str:
         name = self._one_of(item, ROLE, field)

@@ -24,6 +24,7 @@ class Ordered:
             if systems is SystemMessages.IN_USER:
                 messages = self._system_in_user(messages)
         if any(one.message["role"] == other.message["role"] for one, other in pairwise(messages)):
+            messages = self._calls_joined(messages)
             messages = self._neighbours(messages, same_role)
         self.messages: list[Message] = [each.message for each in messages]
         learned = [each.message["role"] == "assistant" and each.learned is not False for each in messages]
@@ -73,6 +74,19 @@ class Ordered:
             self.changes.add(Change.END_LEFT_OUT)
         return messages[: end + 1]
 
+    def _calls_joined(self, messages: list[Said]) -> list[Said]:
+        """Return the messages with every call in the answer that it belongs to: where a model has ended its answer, it
+        calls nothing more."""
+        found = messages[:1]
+        for each in messages[1:]:
+            if not _continues(found[-1], each):
+                found.append(each)
+                continue
+            self.changes.add(Change.CALLS_JOINED)
+            called = [*found[-1].message.get("tool_calls", ()), *each.message["tool_calls"]]
+            found[-1] = Said({**found[-1].message, "tool_calls": called}, found[-1].learned)
+        return found
+
     def _neighbours(self, messages: list[Said], same_role: SameRoleMessages) -> list[Said]:
         """Return the messages with neighbours of one role joined, if that was chosen. Results of calls stay apart."""
         found = messages[:1]
@@ -101,6 +115,12 @@ def _check_results(messages: list[Said], field: str) -> None:
             detail = "the result of a tool follows no answer that could have called it"
             raise RefusedError(Problem.ORDER, f"{field}[{index}]", detail)
         before = role
+
+
+def _continues(answer: Said, call: Said) -> bool:
+    """Whether a message says no more than what the answer before it calls, and both are learned or none."""
+    only_calls = call.continues and call.message.keys() == {"role", "tool_calls"}
+    return only_calls and answer.message["role"] == "assistant" and (answer.learned is False) == (call.learned is False)
 
 
 def _can_be_joined(first: Said, second: Said) -> bool:

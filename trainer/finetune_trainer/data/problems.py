@@ -49,6 +49,7 @@ class Change(StrEnum):
     SYSTEMS_JOINED = "systems_joined"
     LATE_SYSTEM_KEPT = "late_system_kept"
     SYSTEM_IN_USER = "system_in_user_message"
+    CALLS_JOINED = "calls_joined"
     NEIGHBOURS_KEPT = "neighbours_kept"
     NEIGHBOURS_JOINED = "neighbours_joined"
     END_LEFT_OUT = "end_left_out"
