@@ -107,6 +107,21 @@ def test_only_the_completion_of_a_conversation_in_two_parts_is_learned() -> None
     assert conversation(row).learned == (False, False, False, True)
 
 
+def test_a_conversation_in_two_parts_of_json_text_is_no_plain_text() -> None:
+    """As tables have them, whose cells are texts."""
+    row = {"prompt": json.dumps([USER], indent=1), "completion": json.dumps([ANSWER])}
+    assert conversation(row).messages == [USER, ANSWER]
+    written_by_python = {"prompt": str([USER]), "completion": str([ANSWER])}
+    assert refused(written_by_python, PC) == (Problem.WRONG_TYPE, "prompt")
+
+
+@pytest.mark.parametrize("completion", ['[{"role": "user"}]', '[{"name": "Ada"}]', "[1]"])
+def test_json_that_is_to_be_written_after_words_is_learned_as_it_stands(completion: str) -> None:
+    assert read({"prompt": "Write JSON.", "completion": completion}).row == Completion("Write JSON.", completion)
+    listed = '[{"name": "Bo"}]'
+    assert read({"prompt": listed, "completion": completion}).row == Completion(listed, completion)
+
+
 @pytest.mark.parametrize(
     "tools",
     [

@@ -5,6 +5,7 @@ are named is in `field_names`, how its messages are in `messages`, and what thei
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,9 +15,11 @@ from finetune_api.row_words import MAX_MESSAGES
 from finetune_trainer.data import toolcalls
 from finetune_trainer.data.field_names import (
     ANSWER,
+    CONTENT,
     CONVERSATION,
     METADATA,
     QUESTION,
+    ROLE,
     SYSTEM,
     TOOLS,
     says_nothing,
@@ -28,6 +31,9 @@ from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
 
 JOINT = "\n\n"  # between an instruction and the input or context that belongs to it
+
+# How a list of messages begins as text, as the cells of a table have it; also as Python writes one, which is refused.
+_MESSAGES_AS_TEXT = re.compile(rf"""\s*\[\s*\{{\s*(["'])({"|".join((*ROLE, *CONTENT))})\1\s*:""")
 
 # Names that the template gets from us. A row that sets one of them would not be rendered as it is served.
 _OF_THE_RENDERER = """
@@ -173,13 +179,18 @@ def _question_answer(reading: _Reading) -> Conversation:
 
 def _prompt_completion(reading: _Reading) -> Conversation | Completion:
     prompt, completion = reading.row.get("prompt"), reading.row.get("completion")
-    if not isinstance(prompt, list) and not isinstance(completion, list):
+    both_as_text = _is_text_of_messages(prompt) and _is_text_of_messages(completion)
+    if not isinstance(prompt, list) and not isinstance(completion, list) and not both_as_text:
         return Completion(reading.text("prompt"), reading.text("completion"), reading.weight())
     before = [Said(each.message, False) for each in reading.messages.read(prompt, "prompt")]
     said = reading.messages.read(completion, "completion")
     if all(each.message["role"] != "assistant" for each in said):
         raise RefusedError(Problem.NO_ASSISTANT, "completion")
     return reading.conversation([*before, *said], "prompt")
+
+
+def _is_text_of_messages(value: object) -> bool:
+    return isinstance(value, str) and _MESSAGES_AS_TEXT.match(value) is not None
 
 
 def _text(reading: _Reading) -> Text:
@@ -280,7 +291,8 @@ SHAPES: dict[DatasetFormat, Shape] = {
         reads=_BESIDE | {"prompt", "completion"},
         to_row=_prompt_completion,
         meaning="A plain text and how it goes on, which no template renders; the completion and an end token are "
-        "learned. Where both are lists of messages, they are a conversation whose answers in `completion` are learned.",
+        "learned. Where both are lists of messages, or JSON text of such, they are a conversation whose answers in "
+        "`completion` are learned.",
         examples=(
             '{"prompt": "The capital of Norway is", "completion": " Oslo."}',
             '{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", '
