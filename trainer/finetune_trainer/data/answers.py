@@ -48,6 +48,7 @@ class Note(StrEnum):
     WITH_REASONING = "with_reasoning"  # the template's form with reasoning, as the row has some
     WITHOUT_REASONING = "without_reasoning"  # the template's form without reasoning, as the row has none
     REASONING_PLACED = "reasoning_placed"  # into the block that the prompt opens, where the template drops it
+    OPENING_ADDED = "opening_added"  # of reasoning that is only closed, as the prompt opens it
     ANSWER_OF_SHORT = "answer_of_short"  # the answer as it is written after its question alone
     END_OF_NEXT = "end_of_next"  # the answer ends with the token by which the template begins the next message
     END_ADDED = "end_added"
@@ -220,6 +221,13 @@ def reasoning_of(message: Message) -> tuple[str, str, str]:
     return "", "", content
 
 
+def opened_by(template: ChatTemplate, context: str) -> str | None:
+    """Return what opens reasoning at the end of a prompt, if the template itself has put it there."""
+    bare = context.rstrip()
+    tag = next((each for each in REASONING_BLOCKS if bare.endswith(each)), None)
+    return tag if tag is not None and tag in template.source else None
+
+
 class _Judge:
     """Renders parts of one conversation, each once."""
 
@@ -264,14 +272,14 @@ class _Judge:
                     return found
         if default is not None:
             return default
-        if not reasoning and self._opened(self.context(index, variables)) is not None:
+        if not reasoning and opened_by(self._template, self.context(index, variables)) is not None:
             raise NoReasoningError(index)
         raise AnswerNotFoundError(index)
 
     def _served(self, index: int, variables: Mapping[str, Any], reasons: bool) -> Served | None:
         """Return how the answer is served with these variables; None where it cannot be."""
         context = self.context(index, variables)
-        opened = self._opened(context)
+        opened = opened_by(self._template, context)
         if opened is None:
             answer = self._answer(index, context, variables)
         elif reasons:
@@ -297,12 +305,6 @@ class _Judge:
 
     def _render(self, messages: list[Message], variables: Mapping[str, Any], prompt: bool = False) -> str:
         return self._template.render(messages, prompt, self.chat.tools, variables)
-
-    def _opened(self, context: str) -> str | None:
-        """Return what opens reasoning at the end of a prompt, if the template itself has put it there."""
-        bare = context.rstrip()
-        tag = next((each for each in REASONING_BLOCKS if bare.endswith(each)), None)
-        return tag if tag is not None and tag in self._template.source else None
 
     def _finished(self, index: int, variables: Mapping[str, Any]) -> str:
         """Return the conversation that ends with the answer at `index`."""

@@ -34,6 +34,7 @@ from finetune_trainer.data.answers import (
 from finetune_trainer.data.child import streams
 from finetune_trainer.data.containment import Dress, Lost, Part, dresses, lost, of_unique_words, shape_of
 from finetune_trainer.data.frames import read_frame, write_frame
+from finetune_trainer.data.opened_reasoning import with_openings
 from finetune_trainer.data.problems import Problem
 from finetune_trainer.data.template import ChatTemplate
 
@@ -86,7 +87,9 @@ class Writer:
         A sequence is [text, spans]; words are of the code or the template's own literals."""
         chat = Chat(row["messages"], row["learned"], row.get("tools"), row.get("template_kwargs") or {})
         try:
-            return self._written(chat)
+            _allow(self._row_cpu_s)
+            opened = with_openings(self._template, chat)
+            return self._written(opened, {Note.OPENING_ADDED} if opened is not chat else set())
         except AnswerError as error:
             return [None, [_PROBLEMS[type(error)], f"messages[{error.message}]", ""]]
         except _FAILURES as error:
@@ -96,7 +99,7 @@ class Writer:
         finally:
             _allow(0)
 
-    def _written(self, chat: Chat) -> list[Any]:
+    def _written(self, chat: Chat, noted: set[Note]) -> list[Any]:
         key = shape_of(chat)
         shape = self._shapes.get(key)
         if shape is None:
@@ -116,7 +119,7 @@ class Writer:
             if part not in self._accepted:
                 return [None, [Problem.VANISHES, field, "" if part is Part.CONTENT else part]]
         written = [[each.text, each.spans] for each in sequences]
-        return [written, sorted({*notes, *shape.notes, *(part for part, _ in gone)})]
+        return [written, sorted({*noted, *notes, *shape.notes, *(part for part, _ in gone)})]
 
     def _rendered(self, chat: Chat) -> tuple[list[RenderedSequence], frozenset[Note], list[Lost]]:
         if self._learn_all:

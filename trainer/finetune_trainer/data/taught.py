@@ -24,6 +24,7 @@ NOTE_WORDS = {
     Note.WITHOUT_REASONING: "rendered by the template's form without reasoning (such as enable_thinking: false), which "
     "a server must ask for, as they have none",
     Note.REASONING_PLACED: "with their reasoning put into the block that the prompt opens, as the template drops it",
+    Note.OPENING_ADDED: "whose reasoning is only closed, as in a model's raw output, and opened by the prompt",
     Note.ANSWER_OF_SHORT: "with answers as they are written after their question alone, as the template writes what "
     "comes before differently once there is an answer",
     Note.END_OF_NEXT: "with answers that end with the token by which the template begins the next message",
