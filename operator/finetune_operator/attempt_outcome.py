@@ -203,7 +203,7 @@ def _without_container(
     if pod is not None and pod.disrupted:
         return "Disruption", Reason.DISRUPTED, f"pod {pod.name} was evicted or preempted"
     if pod is not None and pod.refused is not None:
-        return "Waiting", Reason.POD_NOT_STARTED, f"the node refused the pod before anything of it ran: {pod.refused}"
+        return "Waiting", Reason.POD_NOT_STARTED, f"the pod failed before anything of the trainer ran: {pod.refused}"
     if pod is not None and pod.evicted:
         return "Failure", Reason.DISK_LIMIT, _disk_words(entry, pod)
     if job is None:

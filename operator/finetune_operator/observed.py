@@ -20,6 +20,9 @@ from finetune_operator.clock import parse_time
 ANNOTATION_GPUS = f"{names.GROUP}/gpus"  # on the pod, whose last state is kept when its Job is deleted
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_TEXT = 256
+# Of a container that could not be begun; the kubelet says that it had started in 1970 (kubernetes#120331).
+NEVER_BEGUN = ("StartError", "ContainerCannotRun")
+UNSCHEDULABLE = ("Unschedulable", "SchedulingGated")
 
 Body = Mapping[str, Any]
 
@@ -63,10 +66,10 @@ class ObservedPod:
     scheduled_at: datetime | None = None
     node: str | None = None
     taken_at: datetime | None = None  # by the kubelet of its node
-    unschedulable: str | None = None  # the scheduler's words
+    unschedulable: str | None = None  # the scheduler's words, or those of a gate that keeps the pod from it
     disrupted: bool = False
     evicted: bool = False  # by the kubelet, for a limit of its own
-    refused: str | None = None  # the node's words: no container was ever begun
+    refused: str | None = None  # why the pod failed before anything of the trainer ran
     waiting_reason: str | None = None
     waiting_message: str = ""
     waiting_container: str | None = None  # one that the cluster put before ours
@@ -134,8 +137,11 @@ def observe_pod(body: Body) -> ObservedPod | None:
     running, ended = _dict(state, "running"), _dict(state, "terminated")
     waiting_container, waiting = _waiting(status, state)
     disrupted = conditions.get("DisruptionTarget", {}).get("status") == "True"
-    refused = None if disrupted else _refused(status)
-    result, bad_result = parse_result(ended.get("message"))
+    refused = None if disrupted else _refused(status, container)
+    began = _text(ended.get("reason")) not in NEVER_BEGUN
+    if refused is not None:
+        ended = {}
+    result, bad_result = parse_result(ended.get("message")) if began else (None, False)
     return ObservedPod(
         name=str(meta.get("name")),
         uid=str(meta.get("uid")),
@@ -150,14 +156,14 @@ def observe_pod(body: Body) -> ObservedPod | None:
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if bound else None,
         node=_cut(_dict(body, "spec").get("nodeName")) or None,
         taken_at=parse_time(status.get("startTime")),
-        unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") == "Unschedulable" else None,
+        unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") in UNSCHEDULABLE else None,
         disrupted=disrupted,
         evicted=status.get("reason") == "Evicted" and refused is None,
         refused=refused,
         waiting_reason=_text(waiting.get("reason")),
         waiting_message=_cut(waiting.get("message")),
         waiting_container=waiting_container,
-        started_at=parse_time(running.get("startedAt")) or parse_time(ended.get("startedAt")),
+        started_at=parse_time(running.get("startedAt")) or (parse_time(ended.get("startedAt")) if began else None),
         finished_at=parse_time(ended.get("finishedAt")),
         exit_code=_int(ended.get("exitCode")),
         oom_killed=ended.get("reason") == "OOMKilled",
@@ -172,17 +178,42 @@ def _suspended(conditions: Mapping[Any, Body]) -> str:
     return _cut(conditions.get("Suspended", {}).get("message")) or "spec.suspend is true"
 
 
-def _refused(status: Body) -> str | None:
-    """Return the words of a node that let the pod fail before any of its containers began: no such capacity any more,
-    a device that is gone, a label that it lost. The kubelet has many names for it, and others with each release."""
-    reason = _text(status.get("reason"))
-    if status.get("phase") != "Failed" or reason is None:
+def _refused(status: Body, trainer: Body) -> str | None:
+    """Return why the pod failed before anything of the trainer ran.
+
+    A node lets pods fail before any of their containers begins: no such capacity any more, a device that is gone, a
+    label that it lost. The kubelet has many names for it, and others with each release. Or it cannot begin the trainer,
+    as where the driver of a GPU is broken. Or a container that the cluster puts before it fails."""
+    if status.get("phase") != "Failed":
         return None
-    containers = [*_dicts(status, "initContainerStatuses"), *_dicts(status, "containerStatuses")]
-    states = [_dict(container, key) for container in containers for key in ("state", "lastState")]
-    if any(_dict(state, "running") or _dict(state, "terminated") for state in states):
+    ended = _dict(_dict(trainer, "state"), "terminated")
+    reason = _text(ended.get("reason"))
+    if reason in NEVER_BEGUN:
+        return _cut(f"{reason}: {_text(ended.get('message')) or 'no more is said'}")
+    before, reason = _dicts(status, "initContainerStatuses"), _text(status.get("reason"))
+    if reason is None:
+        return None if _began(trainer) else next(filter(None, map(_failed_before, before)), None)
+    if any(_began(container) for container in (*before, *_dicts(status, "containerStatuses"))):
         return None
     return _cut(f"{reason}: {_text(status.get('message')) or 'no more is said'}")
+
+
+def _began(container: Body) -> bool:
+    states = (_dict(container, "state"), _dict(container, "lastState"))
+    return any(_dict(state, "running") or _dict(state, "terminated") for state in states)
+
+
+def _failed_before(container: Body) -> str | None:
+    """Return that a container which the cluster put before ours has failed."""
+    ended = _dict(_dict(container, "state"), "terminated")
+    code = _int(ended.get("exitCode"))
+    if not code:
+        return None
+    name, words = _text(container.get("name")), _text(ended.get("message")) or _text(ended.get("reason"))
+    return _cut(
+        f"container {name}, which the cluster puts before the trainer, ended with exit code {code}: "
+        f"{words or 'no more is said'}"
+    )
 
 
 def _waiting(status: Body, state: Body) -> tuple[str | None, Body]:

@@ -87,7 +87,7 @@ def pod_state_of(
         return PodState(ending=True, scheduled=True)
     wait = _container_wait(pod) or blocked
     if wait is None and pod.unschedulable is not None:
-        wait = Blocked(Reason.UNSCHEDULABLE, f"no node fits pod {pod.name}: {pod.unschedulable}")
+        wait = Blocked(Reason.UNSCHEDULABLE, f"pod {pod.name} has no node: {pod.unschedulable}")
     wait = wait or _disruption(entry, job, pods) or _not_taken(pod, now)
     return PodState(scheduled=pod.scheduled, wait=wait, on_its_way=wait is None and is_on_its_way(pod, now))
 

@@ -141,6 +141,42 @@ def test_a_pod_that_ran_or_was_disrupted_was_not_refused(status: dict[str, Any])
     assert seen.refused is None
 
 
+def test_a_trainer_that_its_node_could_not_begin_was_refused_and_has_not_run_since_1970():
+    """As the kubelet tells it (kubernetes#120331)."""
+    ended = {"exitCode": 128, "reason": "StartError", "message": "nvidia-container-cli: driver error"}
+    times = {"startedAt": "1970-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:00:00Z"}
+    seen = observe_pod(pod_body(phase="Failed", **container(terminated=ended | times)))
+    assert seen is not None
+    assert seen.refused == "StartError: nvidia-container-cli: driver error"
+    assert (seen.started_at, seen.exit_code, seen.result, seen.bad_result) == (None, None, None, False)
+    kept = observe_pod(pod_body(phase="Running", **container(terminated=ended | times)))
+    assert kept is not None
+    assert (kept.started_at, kept.exit_code, kept.bad_result) == (None, 128, False), "by another container"
+
+
+def test_a_container_before_ours_that_failed_is_told_with_its_name():
+    before = [
+        {"name": "mesh", "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}},
+        {"name": "agent", "state": {"terminated": {"exitCode": 2, "reason": "Error", "message": "no vault"}}},
+    ]
+    ours = container(waiting={"reason": "PodInitializing"})
+    seen = observe_pod(pod_body(phase="Failed", initContainerStatuses=before, **ours))
+    assert seen is not None
+    assert seen.refused is not None
+    assert seen.refused.endswith("agent, which the cluster puts before the trainer, ended with exit code 2: no vault")
+    still_tried = observe_pod(pod_body(phase="Pending", initContainerStatuses=before, **ours))
+    assert still_tried is not None
+    assert still_tried.refused is None
+
+
+def test_a_pod_that_a_scheduling_gate_holds_is_not_scheduled_in_the_words_of_its_condition():
+    words = "Scheduling is blocked due to non-empty scheduling gates"
+    condition = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": words}
+    seen = observe_pod(pod_body(conditions=[condition]))
+    assert seen is not None
+    assert seen.unschedulable == words
+
+
 def test_a_job_that_somebody_suspended_tells_so_in_the_words_of_its_condition():
     condition = {"type": "Suspended", "status": "True", "reason": "JobSuspended", "message": "Job suspended"}
     body = job_body(conditions=[condition])
