@@ -24,6 +24,8 @@ from finetune_api.names import API_VERSION, KIND
 # Without a cluster, files of this machine will do as well.
 LOCAL_URI_RULE = S3_URI_RULE + " || self.matches('^file:///[^ ].*$')"
 MAX_PROBLEMS = 10
+_MADE_LETTERS = 5  # that the API server writes after metadata.generateName
+_NO_TEXT = "must be of type string; quote it"
 
 
 def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: bool = True) -> list[str]:
@@ -33,17 +35,34 @@ def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: b
     """
     if job.get("apiVersion") != API_VERSION or job.get("kind") != KIND:
         return [f"this is no FineTuneJob; write apiVersion: {API_VERSION} and kind: {KIND}"]
-    metadata: object = job.get("metadata")
-    name = cast(dict[str, Any], metadata).get("name") if isinstance(metadata, dict) else None
-    if not isinstance(name, str) or not name:
+    given: object = job.get("metadata")
+    metadata = cast(dict[str, Any], given) if isinstance(given, dict) else {}
+    name: object = metadata.get("name")
+    if not local and name is None and isinstance(metadata.get("generateName"), str):
+        name = metadata["generateName"] + "x" * _MADE_LETTERS
+    if name is not None and not isinstance(name, str):
+        return [f"metadata.name: {_NO_TEXT}"]
+    if not name:
         return ["metadata.name: Required value"]
-    if isinstance(metadata, dict) and len(metadata) > 1:  # the API server lets rules see no more of it
-        job = {**job, "metadata": {"name": name}}
+    if not local and (wrong := list(_no_texts(metadata))):
+        return wrong[:MAX_PROBLEMS]
+    job = {**job, "metadata": {"name": name}}  # the API server lets rules see no more of it
     schema = object_schema()
     errors = sorted(_validator().iter_errors(job), key=lambda error: error.json_path)
     found = [line for error in errors for line in _words(error)] or list(_too_large(job, ""))
     # As in the API server: rules are not run on what has not the right shape.
     return (found or list(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+
+
+def _no_texts(metadata: dict[str, Any]) -> Iterator[str]:
+    """What the API server cannot read of labels and annotations: YAML takes 7 and true for no texts."""
+    for field in ("labels", "annotations"):
+        value: object = metadata.get(field)
+        if isinstance(value, dict):
+            others = (name for name, each in cast(dict[str, Any], value).items() if not isinstance(each, str | None))
+            yield from (f"metadata.{field}.{name}: {_NO_TEXT}" for name in others)
+        elif value is not None:
+            yield f"metadata.{field}: must be of type object"
 
 
 def _too_large(value: object, place: str) -> Iterator[str]:

@@ -128,6 +128,33 @@ def test_another_kind_is_refused():
     assert "no FineTuneJob" in problems({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}})[0]
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"name": ""}, {"name": 3}, "bot"])
+@pytest.mark.parametrize("metadata", [None, {}, {"name": ""}, "bot"])
 def test_a_job_without_a_name_is_refused(metadata: Any):
     assert problems(spec_cases.base() | {"metadata": metadata}) == ["metadata.name: Required value"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"name": 7}, "metadata.name: must be of type string; quote it"),
+        ({"name": "bot", "labels": {"team": 7}}, "metadata.labels.team: must be of type string; quote it"),
+        ({"name": "bot", "annotations": {"on": True}}, "metadata.annotations.on: must be of type string; quote it"),
+        ({"name": "bot", "labels": ["team"]}, "metadata.labels: must be of type object"),
+    ],
+)
+def test_metadata_that_no_object_may_have_is_refused(metadata: dict[str, Any], says: str):
+    assert problems(spec_cases.base() | {"metadata": metadata}, local=False) == [says]
+
+
+def test_labels_and_annotations_of_texts_are_accepted():
+    metadata = {"name": "bot", "labels": {"team": "7", "cost": None}, "annotations": None}
+    assert problems(spec_cases.base() | {"metadata": metadata}, local=False) == []
+
+
+def test_a_name_that_the_cluster_is_to_make_is_judged_as_it_would_be_made():
+    """As `kubectl create` takes it."""
+    body = spec_cases.base() | {"metadata": {"generateName": "bot-"}}
+    assert problems(body, local=False) == []
+    assert problems(body, local=True) == ["metadata.name: Required value"]
+    body["metadata"] = {"generateName": "Bot."}
+    assert "may hold only lower-case letters, digits and -" in problems(body, local=False)[0]
