@@ -5,6 +5,7 @@ from datetime import datetime
 
 from finetune_api import defaults, retry
 from finetune_api.job import FineTuneJobSpec, StartPolicy
+from finetune_api.names import MAX_ATTEMPTS
 from finetune_api.reasons import Fault, Reason, words
 from finetune_api.retry import JobEnd
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, UsageStatus
@@ -77,6 +78,8 @@ def failure(state: JobState, pod_state: PodState, limits: Limits, now: datetime)
             return Blocked(reason_of(last.reason), ended_words(state))
         case JobEnd.RETRIES if spent is None:
             text = f"{status.failures} attempts failed and recovery.maxRetries is {limits.retry.max_retries}"
+            if status.failures <= limits.retry.max_retries:  # the others waited, such as for a node, or were disrupted
+                text = f"{MAX_ATTEMPTS} attempts are all that a job may have"
             return Blocked(Reason.RETRIES_EXHAUSTED, f"{text}; the last one ({last.reason}): {ended_words(state)}")
         case _:
             return spent

@@ -964,6 +964,18 @@ def test_the_999th_number_of_an_attempt_is_the_last():
     assert decide(world.view, world.seen, world.now).actions == ()
 
 
+def test_a_job_that_ends_with_its_last_number_is_not_said_to_have_failed_too_often():
+    world = World().training()
+    world.status["attempts"][-1]["number"] = 999
+    world.jobs["train-999"] = replace(world.jobs.pop("train-1"), name="train-999", attempt=999)
+    world.pods = {"train-999-0": replace(world.pods["train-1-0"], attempt=999, phase="Failed", refused="OutOfcpu")}
+    world.jobs["train-999"] = replace(world.jobs["train-999"], outcome="Failed")
+    world.step()
+    assert world.verdict == ("False", "RetriesExhausted")
+    message = world.message(ConditionType.SUCCEEDED)
+    assert message.startswith("999 attempts are all that a job may have; the last one (PodNotStarted): the pod failed")
+
+
 def test_a_training_without_steps_is_stopped_counted_and_tried_again():
     world = World(recovery={"progressDeadlineSeconds": 600}).training()
     world.progress = heard(said(step=7, seconds_since_step=601, seconds_since_checkpoint=700), world.now)
