@@ -251,6 +251,8 @@ TRAINED: list[tuple[str, Row, DatasetFormat, str]] = [
     ("Evol-Instruct", {"instruction": "q", "output": "a"}, ALPACA, "uA"),
     ("Dolly", {"instruction": "q", "context": "", "response": "a", "category": "open_qa"}, DOLLY, "uA"),
     ("OpenOrca", {"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, QA, "suA"),
+    ("a table with pandas' index", {"": "0", "question": "q", "answer": "a"}, QA, "uA"),
+    ("the same, written twice", {"": 1, "Unnamed: 0": "1", "Unnamed: 0.1": 1.0, "query": "q", "answer": "a"}, QA, "uA"),
     ("GSM8K", {"question": "q", "answer": "a"}, QA, "uA"),
     ("input and output", {"input": "q", "output": "a"}, QA, "uA"),
     (
@@ -295,6 +297,8 @@ REFUSED: list[tuple[str, Row, str]] = [
         {"conversations": [{**HUMAN, "train": True}, GPT]},
         "conversations[0].train",
     ),
+    ("a column without a name", {"": "no", "messages": [Q, A]}, "(other)"),
+    ("another one", {"Unnamed: 0": "0.5", "messages": [Q, A]}, "(other)"),
     ("half a weight", {"messages": [Q, {**A, "weight": 0.5}]}, "messages[1].weight"),
     ("a refusal", {"messages": [Q, {**A, "refusal": "no"}]}, "messages[1].refusal"),
     (

@@ -4,6 +4,8 @@ A field that stands nowhere here is refused, or passed over where the job names 
 without a word. Spellings are those of OpenAI, TRL, axolotl, LLaMA-Factory, ms-swift, torchtune, Mistral and ShareGPT.
 """
 
+import re
+
 ROLE = ("role", "from")
 CONTENT = ("content", "value")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -68,6 +70,14 @@ _OF_MESSAGES = """
 METADATA_OF_MESSAGES = frozenset(_OF_MESSAGES.split())
 
 MAX_SHOWN = 32
+# The column in which pandas writes each row's place in its table, unless it is told not to; read and written again.
+_INDEX = re.compile(r"(Unnamed: [0-9]+([.][0-9]+)?)?")
+_WHOLE_NUMBER = re.compile(r"[0-9]+([.]0)?")
+
+
+def is_fact(name: str, value: object) -> bool:
+    """Whether a field is a fact about its row, by its name, or, in a column without a name, by being a row's place."""
+    return name in METADATA or (_INDEX.fullmatch(name) is not None and _WHOLE_NUMBER.fullmatch(str(value)) is not None)
 
 
 def shown(name: str) -> str:

@@ -17,11 +17,11 @@ from finetune_trainer.data.field_names import (
     ANSWER,
     CONTENT,
     CONVERSATION,
-    METADATA,
     QUESTION,
     ROLE,
     SYSTEM,
     TOOLS,
+    is_fact,
     says_nothing,
     shown,
 )
@@ -358,7 +358,7 @@ def _passed_over(row: Mapping[str, Any], reads: frozenset[str], found: Row) -> s
 
     A text that is a message too, as the `prompt` that some datasets have beside their messages, says nothing more."""
     others = [name for name, each in row.items() if name not in reads and not says_nothing(each)]
-    unknown = [name for name in others if name not in METADATA]
+    unknown = [name for name in others if not is_fact(name, row[name])]
     if unknown and isinstance(found, Conversation):
         said = {each.get("content", "").strip() for each in found.messages}
         unknown = [name for name in unknown if not isinstance(row[name], str) or row[name].strip() not in said]
