@@ -1,4 +1,6 @@
-"""Close the attempts that ended, once, with everything that was observed of them. Pure."""
+"""Close the attempts that ended, once, with all that was observed of their Jobs and pods, and nothing of forged ones.
+
+Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

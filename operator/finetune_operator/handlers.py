@@ -1,4 +1,6 @@
-"""Kopf is the watcher of FineTuneJobs, and nothing else: no state, no finalizer, no annotation, no event of its own."""
+"""Kopf watches unfinished FineTuneJobs, and nothing else: no state, finalizer, annotation or event of its own.
+
+A server that cannot leave finished ones out answers 400, and is asked for all."""
 
 import asyncio
 import itertools
