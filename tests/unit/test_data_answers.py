@@ -7,7 +7,7 @@ import pytest
 from finetune_trainer.data import answers
 from finetune_trainer.data.answers import Chat, Ends, learnable
 from finetune_trainer.data.template import ChatTemplate
-from template_table import NOW, SHAPES, answer, stops_of, trl_templates, user, verdict
+from template_table import NOW, SHAPES, Shape, answer, stops_of, trl_templates, user, verdict
 
 TEMPLATES = trl_templates()
 # One of each kind: plain, moves nothing but its end, reasons in the last answer, opens reasoning, closes it, ends
@@ -41,6 +41,15 @@ def test_every_answer_follows_what_a_server_sends_and_ends_where_the_model_stops
 )
 def test_what_becomes_of_conversations(name: str, shape: str, words: str) -> None:
     assert verdict(name, TEMPLATES[name], SHAPES[shape])[0] == words
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "phi3"])
+@pytest.mark.parametrize("letters", ["A", "d", "n", "user", "end", "And then?", "Which one?"])
+def test_an_answer_of_letters_that_what_follows_it_has_too_ends_where_the_model_stops(name: str, letters: str) -> None:
+    """As answers to questions with several choices are: `A`, and the template goes on with `<|user|>` or `<|end|>`."""
+    for turns in ([user("Which one?"), answer(letters)], [user(letters), answer(letters), user("?"), answer(letters)]):
+        words, wrong = verdict(name, TEMPLATES[name], Shape(turns))
+        assert (words.partition(",")[0], wrong) == ("whole", [])
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "smolvlm"])

@@ -286,7 +286,11 @@ class _Judge:
             answer = self._reasoned(index, context, opened, variables)
         else:
             return None
-        return None if answer is None else Served(index, context, self._ended(index, answer, variables), variables)
+        return (
+            None
+            if answer is None
+            else Served(index, context, self._ended(index, context, answer, variables), variables)
+        )
 
     def frame(self, served: Served) -> "_Frame | None":
         """Return what is written between the message before an answer and the answer, and what ends it."""
@@ -351,7 +355,7 @@ class _Judge:
             return reasoning.lstrip() + closing + space + written
         return reasoning.strip() + "\n" + REASONING_BLOCKS[opening] + "\n\n" + written
 
-    def _ended(self, index: int, answer: str, variables: Mapping[str, Any]) -> str:
+    def _ended(self, index: int, context: str, answer: str, variables: Mapping[str, Any]) -> str:
         """Return the answer through its stop token, which is added where that was asked for. Raises NoStopError.
 
         Some templates end no answer, but begin each message with a token that ends the answer before it (GLM's
@@ -360,11 +364,11 @@ class _Judge:
         if cut is not None:
             return cut
         said = "" if self.chat.messages[index].get("tool_calls") else reasoning_of(self.chat.messages[index])[2].strip()
-        begin = answer.rfind(said) + len(said) if said else len(answer)
-        found = [(at + len(each)) for each in self._ends.stops if (at := answer.find(each, begin)) >= 0]
-        if found:
-            return answer[: min(found)]  # what the template writes after it is never asked of the model
-        stop = self._begin_of_next(index, answer, variables)
+        for begin in _ends_of(said, answer):
+            found = [(at + len(each)) for each in self._ends.stops if (at := answer.find(each, begin)) >= 0]
+            if found and not self._is_within_stop(said, begin, answer):
+                return answer[: min(found)]  # what the template writes after it is never asked of the model
+        stop = self._begin_of_next(index, context, answer, variables)
         if stop is not None:
             self.notes.add(Note.END_OF_NEXT)
             return answer + stop
@@ -373,7 +377,13 @@ class _Judge:
         self.notes.add(Note.END_ADDED)
         return answer.rstrip() + self._ends.added
 
-    def _begin_of_next(self, index: int, answer: str, variables: Mapping[str, Any]) -> str | None:
+    def _is_within_stop(self, said: str, end: int, answer: str) -> bool:
+        """Whether words that end here are only letters of a stop token."""
+        begin = end - len(said)
+        longer = (stop for stop in self._ends.stops if len(stop) > len(said))
+        return any(answer.find(stop, max(0, end - len(stop)), begin + len(stop)) >= 0 for stop in longer)
+
+    def _begin_of_next(self, index: int, context: str, answer: str, variables: Mapping[str, Any]) -> str | None:
         """Return the stop token that directly follows the answer at `index` once another message does."""
         message = self.chat.messages[index]
         content: Any = [{"type": "text", "text": _NEXT}] if isinstance(message.get("content"), list) else _NEXT
@@ -385,8 +395,11 @@ class _Judge:
             longer = self._render([*self.chat.messages[: index + 1], following], variables)
         except (jinja2.TemplateError, TypeError, LookupError):
             return None
-        rest = longer.rpartition(tail)[2] if tail and answer.rstrip().endswith(tail) else ""
-        return next((each for each in self._ends.stops if rest.startswith(each)), None)
+        if not tail or not answer.rstrip().endswith(tail):
+            return None
+        written = longer.removeprefix(context).rpartition(_NEXT)[0]  # the answer, and what leads to the next message
+        rests = (written[end:] for end in _ends_of(tail, written))
+        return next((each for rest in rests for each in self._ends.stops if rest.startswith(each)), None)
 
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -394,6 +407,14 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 def _empty_block(opening: str) -> re.Pattern[str]:
     return re.compile(rf"\A\s*{re.escape(opening)}\s*{re.escape(REASONING_BLOCKS[opening])}")
+
+
+def _ends_of(words: str, text: str) -> Iterator[int]:
+    """Yield where words end in a text, the last place first; for no words the end of the text."""
+    at = text.rfind(words)
+    while at >= 0:
+        yield at + len(words)
+        at = text.rfind(words, 0, at + len(words) - 1) if words else -1
 
 
 def _continues(whole: str, served: Served) -> bool:
