@@ -1,6 +1,7 @@
 """Credentials are taken out of texts, in every form in which a library may quote them."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,47 @@ def test_credentials_are_told_by_their_looks(text: str, shown: str) -> None:
 )
 def test_plain_words_stay(text: str) -> None:
     assert without_secrets(text) == text
+
+
+NAMES = [
+    *("secret access key", "secret-key", "private_key", "account-key", "customerkey", "client-secret", "api_key"),
+    *("session_token", "security-token", "access-token", "refresh_token", "identity-token", "id_token", "auth-token"),
+    *("authorization_token", "hf_token", "hub-token", "huggingface_token", "password", "passwd", "aws_access_key_id"),
+    *("x-amz-signature", "x-goog-signature", "x-amz-credential", "x-goog-credential", "signature", "sig", "token"),
+    *("bearer", "cookie", "set-cookie", "authorization", "proxy-authorization"),
+]
+LOOKS = [
+    *(f"{start}IOSFODNN7EXAMPLES" for start in ("AKIA", "ASIA", "ABIA", "ACCA", "AROA", "AIDA")),
+    *(f"{start}{'x1' * 10}" for start in ("hf_", "api_org_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_")),
+    *(f"{start}{'x1' * 10}" for start in ("glpat-", "ya29.", "sk-", "xoxa-", "xoxb-", "xoxr-", "xoxe-", "xoxs-")),
+    *("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0", "-----BEGIN PRIVATE KEY-----", "bearer wJalrXUtnFEMI"),
+    *("http://u:p@h", "http://u@h", "http://u:p/q@h", "s3:/me:p@b", "https%3A%2F%2Fu%3As%40p", "?sig=a", "&token=a"),
+]
+VALUE = "wJalrXUtnFEMI+bPxRfi&x7"  # which has none of the words itself
+AFTER_A_NAME = [f"={VALUE}", f": {VALUE}", f'": "{VALUE}"', f'", "{VALUE}"', f" {VALUE}", f"%3A%20{VALUE}"]
+QUOTED = [
+    *(form.format(VALUE) for form in FORMS),
+    *(start + name + value for name in NAMES for value in AFTER_A_NAME for start in ("?", "'", '"')),
+    *LOOKS,
+]
+
+
+def by_every_pattern(text: str) -> str:
+    """Without secrets, where a letter before it that is not ASCII keeps the search for words from sparing patterns."""
+    before = "\u00e9\n"
+    return without_secrets(before + text).removeprefix(before)
+
+
+@pytest.mark.parametrize("change", [str, str.upper, str.lower, str.title])
+def test_a_search_for_words_spares_no_pattern_that_finds_a_secret(change: Callable[[str], str]) -> None:
+    for text in map(change, QUOTED):
+        assert without_secrets(text) == by_every_pattern(text)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from([*QUOTED, *NAMES, *"\"'&= @:/*\n"]) | st.text(max_size=5), max_size=6).map("".join))
+def test_a_search_for_words_changes_nothing_in_any_text(text: str) -> None:
+    assert without_secrets(text) == by_every_pattern(text)
 
 
 @settings(max_examples=20)
