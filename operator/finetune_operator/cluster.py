@@ -16,6 +16,7 @@ It reads no Secret, node or namespace, and of Jobs and pods only those with its 
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
@@ -43,6 +44,7 @@ PAGE = 200  # objects; fewer where they are large
 MAX_PAGE_BYTES = 8 * 2**20  # of JSON, which takes five times that once it is read
 PAGES_AT_ONCE = 3  # of all lists together, in memory
 PAGE_WAIT_S = 30.0  # for others to be read, which takes parts of a second
+CREDENTIALS_S = 1.0  # between two looks at whether they are to be read again; the client's own bounds are minutes
 
 _PREFIX: dict[Kind, str] = {
     "jobs": "/apis/batch/v1",
@@ -102,6 +104,7 @@ class Cluster:
             config.load_kube_config(client_configuration=settings)
         settings.connection_pool_maxsize = pool_size
         settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
+        _space_hook(settings, CREDENTIALS_S)
         self._client = client.ApiClient(settings)
         self._pool = self._client.rest_client.pool_manager
         self._metrics, self._selection, self._answered = metrics, selection, answered
@@ -375,6 +378,25 @@ class _Pages:
             token = str(meta.get("continue") or "")
             if not token:
                 return
+
+
+def _space_hook(settings: client.Configuration, least_s: float) -> None:
+    """Let the client look at its credentials once in that time, where it does for each request.
+
+    Each time it sets all that it already has, and looks through the whole environment for a proxy."""
+    hook: Callable[[client.Configuration], None] | None = settings.refresh_api_key_hook
+    if hook is None:
+        return
+    due_s = 0.0
+
+    def spaced(settings: client.Configuration) -> None:
+        nonlocal due_s
+        if time.monotonic() >= due_s:
+            hook(settings)
+            setattr(settings, "refresh_api_key_hook", spaced)  # noqa: B010 - it puts itself back; typed as None
+            due_s = time.monotonic() + least_s
+
+    setattr(settings, "refresh_api_key_hook", spaced)  # noqa: B010 - the client types it as None
 
 
 def _path(kind: Kind, namespace: str | None, name: str | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from kubernetes import client
 from prometheus_client import CollectorRegistry
 
 from finetune_operator import cluster as cluster_module
@@ -25,6 +26,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: list[Answer] = []
         self.asked: list[tuple[str, str, dict[str, Any] | None]] = []
+        self.tokens: list[str | None] = []
         script = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,6 +34,7 @@ class Server:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 script.asked.append((self.command, self.path, body))
+                script.tokens.append(self.headers.get("Authorization"))
                 status, headers, content = script.answers.pop(0)
                 self.send_response(status)
                 for name, value in headers.items():
@@ -98,6 +101,33 @@ def line(kind: str, **body: Any) -> bytes:
 def listed(*names: str, version: str = "7", token: str = "") -> dict[str, Any]:
     items = [{"metadata": {"name": name}} for name in names]
     return {"metadata": {"resourceVersion": version, "continue": token}, "items": items}
+
+
+@pytest.mark.parametrize(("least_s", "looks"), [(3600.0, 1), (0.0, 5)])
+def test_credentials_are_looked_at_now_and_then_and_not_for_each_request(
+    server: Server, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, least_s: float, looks: int
+):
+    seen: list[str] = []
+
+    def load(client_configuration: client.Configuration) -> None:
+        client_configuration.host = f"http://127.0.0.1:{server.http.server_address[1]}"
+        client_configuration.api_key["BearerToken"] = "old"
+
+        def look(settings: client.Configuration) -> None:
+            seen.append(settings.api_key["BearerToken"])
+            settings.api_key["BearerToken"] = "new"
+            setattr(settings, "refresh_api_key_hook", look)  # noqa: B010 - as the client's own do; typed as None
+
+        setattr(client_configuration, "refresh_api_key_hook", look)  # noqa: B010 - the same
+
+    monkeypatch.setattr("kubernetes.config.load_kube_config", load)
+    monkeypatch.setattr("finetune_operator.cluster.CREDENTIALS_S", least_s)
+    cluster = Cluster(metrics, 4, PhaseSelection())
+    for _ in range(5):
+        server.says(200, {})
+        cluster.get("jobs", "a", "bot")
+    assert seen == ["old", *["new"] * (looks - 1)]
+    assert server.tokens == ["new"] * 5  # the first request has what the first look found
 
 
 def test_what_is_not_there_is_none(cluster: Cluster, server: Server):
