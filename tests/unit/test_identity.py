@@ -21,7 +21,7 @@ from finetune_api.layout import CHECKPOINTS, DECISIONS, PLAN, REPORT, join
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_api.status import ResolvedValue
-from finetune_trainer import identity, inputs, prepare, sizing, train
+from finetune_trainer import identity, inputs, prepare, reading_steps, sizing, train
 from finetune_trainer.commit import raise_epoch
 from finetune_trainer.data.listing import changed_files
 from finetune_trainer.data.model_facts import Model, read_model
@@ -407,7 +407,7 @@ def _begin_to_train_meanwhile(run_uri: str, patch: pytest.MonkeyPatch) -> None:
         raise_epoch(store, run_uri, 1, "the training pod")
         return original(store, uri)
 
-    patch.setattr(prepare, "read_model", begin_to_train)
+    patch.setattr(reading_steps, "read_model", begin_to_train)
 
 
 def test_a_job_can_be_prepared_again_after_an_attempt_to_train(tmp_path: Path) -> None:

@@ -8,11 +8,8 @@ import errno
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +18,22 @@ import numpy as np
 from finetune_api import defaults
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
-from finetune_api.job import (
-    DatasetFormat,
-    DatasetSpec,
-    EvaluationSpec,
-    LossOn,
-    MethodType,
-    OnBadRow,
-    PreprocessingSpec,
-    SameRoleMessages,
-    SystemMessages,
-    TooLong,
-)
+from finetune_api.job import EvaluationSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
-from finetune_api.redact import shortened
 from finetune_api.row_words import row_words
-from finetune_api.run import MAX_ARG_CHARS, RunResult
-from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus
+from finetune_api.run import RunResult
+from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus, ResolvedValue
 from finetune_trainer import batches, sizing
 from finetune_trainer.batches import BatchPlan, Mix
 from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, Ledger
-from finetune_trainer.data.answers import Ends
-from finetune_trainer.data.detect import check_given
-from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.examples import Examples, open_examples
-from finetune_trainer.data.listing import find_files
-from finetune_trainer.data.model_facts import Model, read_model
-from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS, Pipeline, Timings, require_end_token
-from finetune_trainer.data.problems import HELD_OUT, Drop, place
-from finetune_trainer.data.progress import reading_figures
-from finetune_trainer.data.reading import BadRows, checked_rows
-from finetune_trainer.data.renderer import Renderer
-from finetune_trainer.data.shapes import RowChoices
+from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS
+from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.spool import (
     Division,
     Spool,
@@ -65,13 +42,10 @@ from finetune_trainer.data.spool import (
     prepared_bytes,
     write_split,
 )
-from finetune_trainer.data.taught import Taught
-from finetune_trainer.data.template import plain_template
-from finetune_trainer.data.tokenizer import TokenizerFailedError
-from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.patience import best_effort
+from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, read_datasets, with_model
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
-from finetune_trainer.sizing import Choices, DataFacts
+from finetune_trainer.sizing import Choices, DataFacts, Sizing
 from finetune_trainer.standstill import ended_by_standstill
 
 log = logging.getLogger(__name__)
@@ -79,32 +53,6 @@ log = logging.getLogger(__name__)
 _SAMPLES = 3
 _MAX_SAMPLE_TOKENS = 4096
 _MAX_SAMPLE_CHARACTERS = 4000
-
-
-@dataclass
-class _Stage:
-    """What the steps of one prepare stage share."""
-
-    ctx: StageContext
-    model: Model
-    limit: SequenceLimit
-    choices: Choices
-    ledger: Ledger
-    loss_on: LossOn = LossOn.ALL
-    template: str | None = None  # the chat template, if any conversation was rendered
-    taught: Taught = field(default_factory=Taught)
-    formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
-    first_files: list[int] = field(default_factory=list[int])  # of each dataset, as an index into the ledger
-    ignored: list[str] = field(default_factory=list[str])
-    timings: Timings = field(default_factory=Timings)
-
-    @property
-    def spool_dir(self) -> Path:
-        return self.ctx.work_dir / "spool"
-
-    @property
-    def preprocessing(self) -> PreprocessingSpec:
-        return self.ctx.config.spec.preprocessing or PreprocessingSpec()
 
 
 def run(ctx: StageContext) -> RunResult:
@@ -118,53 +66,44 @@ def run(ctx: StageContext) -> RunResult:
     try:
         with ended_by_standstill(ctx, limit_s):
             claim(ctx.store, ctx.config.run_uri, ctx.config.job.uid)
-            return _prepare(ctx, before_training(ctx.store, ctx.config.run_uri))
+            fence = before_training(ctx.store, ctx.config.run_uri)
+            return with_model(ctx, lambda model: _prepare(model, ctx, fence))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StageError(Fault.DISK_FULL, what="the prepared data") from error
         raise
 
 
-def _prepare(ctx: StageContext, fence: Fence) -> RunResult:
-    spec = ctx.config.spec
-    for index, dataset in enumerate(spec.datasets):
-        check_given(dataset.format, spec.method.type, index)
-    ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
-    model = read_model(ctx.store, spec.model.uri)
-    ctx.reporter.update(activity="Reading")
-    try:
-        with closing(model.tokenizer):
-            return _prepare_exactly(model, ctx, fence)
-    except TokenizerFailedError as error:
-        uri, architecture = place(spec.model.uri), shortened(model.facts.architecture, 64)
-        problem = shortened(str(error), MAX_ARG_CHARS)
-        raise StageError(Fault.UNSUPPORTED_MODEL, uri=uri, architecture=architecture, problem=problem) from error
+@dataclass(frozen=True)
+class Findings:
+    """What prepare would report. error: why it would fail, if it would; decisions: the file with its decisions."""
+
+    report: dict[str, Any]
+    error: StageError | None
+    decisions: Path
 
 
-def _prepare_exactly(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
-    """Prepare; once more from the start, by Hugging Face's library alone, where the faster one gave other ids."""
-    try:
-        return _prepare_with(model, ctx, fence)
-    except FastDiffersError:
-        reason = f"{FAST} gave other ids for a row, so all rows were read again"
-        log.warning("%s", reason)
-        model.tokenizer.start_slow(reason)
-        return _prepare_with(model, ctx, fence)
+def check(ctx: StageContext) -> Findings:
+    """Do all that `run` does in its work folder, and nothing at the job's output.
+
+    Raises StageError for what ends it before any row is read."""
+    return with_model(ctx, lambda model: _check(model, ctx))
 
 
-def _prepare_with(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
-    limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources)
-    began_s = time.monotonic()
-
-    def told(rows: int) -> None:
-        seconds = time.monotonic() - began_s
-        ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
-
-    with Ledger(ctx.work_dir / "decisions.jsonl", told) as ledger:
-        stage = _Stage(ctx, model, limit, Choices(), ledger)
+def _check(model: Model, ctx: StageContext) -> Findings:
+    with opened(ctx, model) as stage:
         try:
-            _read_datasets(stage)
-            division = _divide(stage)
+            division = _read(stage)
+            content = _report(stage, division, _plan(stage, division))
+        except StageError as error:
+            return Findings(_failure(stage), error, ctx.work_dir / DECISIONS_FILE)
+    return Findings(content, None, ctx.work_dir / DECISIONS_FILE)
+
+
+def _prepare(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
+    with opened(ctx, model) as stage:
+        try:
+            division = _read(stage)
         except StageError as error:
             if error.reason is Reason.DATA_INVALID:
                 _upload_failure(stage, fence)
@@ -172,153 +111,22 @@ def _prepare_with(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
     return _write(stage, division, fence)
 
 
-def _loss_on(stage: _Stage) -> LossOn:
-    method = stage.ctx.config.spec.method
-    if method.type is MethodType.CPT:
-        return LossOn.ALL
-    given = method.sft.loss_on if method.sft else None
-    reason = "the answers and the token that ends them"
-    return stage.choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
+def _spool_dir(stage: PrepareStage) -> Path:
+    return stage.ctx.work_dir / "spool"
 
 
-def _bad_rows(stage: _Stage) -> BadRows:
-    given, fraction = stage.preprocessing.on_bad_row, stage.preprocessing.max_broken_fraction
-    policy = stage.choices.pick(
-        "preprocessing.onBadRow", given, OnBadRow(defaults.ON_BAD_ROW), "no row is left out unasked"
-    )
-    if policy is OnBadRow.FAIL:
-        return BadRows(stage.ledger, quarantine=False, max_broken_fraction=0.0)
-    reason = "if more are broken, something else is wrong"
-    fraction = stage.choices.pick("preprocessing.maxBrokenFraction", fraction, defaults.MAX_BROKEN_FRACTION, reason)
-    return BadRows(stage.ledger, quarantine=True, max_broken_fraction=fraction)
+def _read(stage: PrepareStage) -> Division:
+    """Read all rows into the spool and say what each is for."""
+    with Spool(_spool_dir(stage)) as spool:
+        read_datasets(stage, spool)
+    return _divide(stage)
 
 
-def _message_choices(stage: _Stage) -> tuple[SystemMessages, SameRoleMessages]:
-    """Choose what becomes of system messages and of neighbours of one role."""
-    given = stage.preprocessing
-    if stage.ctx.config.spec.method.type is MethodType.CPT:
-        return SystemMessages(defaults.SYSTEM_MESSAGES), SameRoleMessages(defaults.SAME_ROLE_MESSAGES)
-    return (
-        stage.choices.pick(
-            "preprocessing.systemMessages",
-            given.system_messages,
-            SystemMessages(defaults.SYSTEM_MESSAGES),
-            "the chat template gets them as they are written",
-        ),
-        stage.choices.pick(
-            "preprocessing.sameRoleMessages",
-            given.same_role_messages,
-            SameRoleMessages(defaults.SAME_ROLE_MESSAGES),
-            "two messages are not one",
-        ),
-    )
-
-
-def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_role: SameRoleMessages) -> RowChoices:
-    columns = dataset.columns.model_dump(exclude_none=True) if dataset.columns else {}
-    return RowChoices(
-        columns={theirs: ours for ours, theirs in columns.items()},
-        ignored=frozenset(dataset.ignore_fields or ()),
-        system_messages=system_messages,
-        same_role=same_role,
-    )
-
-
-def _too_long(stage: _Stage) -> TooLongRows:
-    given, fraction = stage.preprocessing.too_long, stage.preprocessing.max_too_long_fraction
-    cpt = stage.ctx.config.spec.method.type is MethodType.CPT
-    policy = given or TooLong(defaults.CPT_TOO_LONG if cpt else defaults.SFT_TOO_LONG)
-    return TooLongRows(policy, stage.limit, defaults.given(fraction, defaults.MAX_TOO_LONG_FRACTION), stage.ledger)
-
-
-def _choose_too_long(stage: _Stage, too_long: TooLongRows) -> None:
-    """Record what became of rows that are too long, where there are any. Raises TOO_MANY_LONG_ROWS."""
-    too_long.check()
-    if not too_long.met:
-        return
-    spec = stage.preprocessing
-    stage.choices.pick("preprocessing.tooLong", spec.too_long, too_long.policy, "no answer is cut unasked")
-    if too_long.dropped:
-        reason = "if more are too long, the limit is wrong for the data"
-        fraction = defaults.MAX_TOO_LONG_FRACTION
-        stage.choices.pick("preprocessing.maxTooLongFraction", spec.max_too_long_fraction, fraction, reason)
-
-
-def _renderer(stage: _Stage) -> tuple[str, Renderer] | None:
-    """The chat template and the process that runs it; None when there is no template."""
-    model = stage.model
-    tokens, source = dict(model.special_tokens), model.chat_template
-    if stage.preprocessing.chat_template == "plain":
-        require_end_token(model)
-        assert model.tokenizer.eos_id is not None
-        tokens.setdefault("eos_token", model.tokenizer.decode([model.tokenizer.eos_id]))
-        source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
-    if source is None:
-        return None
-    now = stage.ctx.config.job.created_at or datetime.now(UTC)
-    ends = Ends(model.stops, model.stops[0] if stage.preprocessing.add_end_token and model.stops else None)
-    accepted = stage.preprocessing.accept_vanishing or ()
-    return source, Renderer(source, tokens, now, ends=ends, learn_all=stage.loss_on is LossOn.ALL, accepted=accepted)
-
-
-def _require_taught(stage: _Stage, taught: Taught) -> None:
-    """Say how conversations became sequences. Raises UNROLLED_TOO_MUCH."""
-    stage.taught = taught
-    if not taught.notes:
-        return  # every conversation's text begins with all that a server sends, and is to get back
-    stage.choices.note("answers", taught.method, taught.cost)
-    for name, conversations, words in taught.noted():
-        stage.choices.note(name, conversations, words)
-    if not taught.repeated_tokens:
-        return
-    given, default = stage.preprocessing.max_unrolled_fraction, defaults.MAX_UNROLLED_FRACTION
-    reason = "what one sequence for each answer may repeat, of all tokens"
-    taught.require_at_most(stage.choices.pick("preprocessing.maxUnrolledFraction", given, default, reason))
-
-
-def _read_datasets(stage: _Stage) -> None:
-    """Read, check, render and tokenise all datasets into the spool."""
-    ctx, spec, ledger = stage.ctx, stage.ctx.config.spec, stage.ledger
-    method = spec.method.type
-    stage.loss_on = _loss_on(stage)
-    bad = _bad_rows(stage)
-    system_messages, same_role = _message_choices(stage)
-    if method is MethodType.CPT:
-        require_end_token(stage.model)
-    inputs = find_files(ctx.store, spec.datasets, ledger)
-    stage.first_files = [each.files.start for each in inputs]
-    stage.ignored = [uri for each in inputs for uri in each.ignored]
-    with ExitStack() as stack:
-        spool = stack.enter_context(Spool(stage.spool_dir))
-        found = _renderer(stage) if method is MethodType.SFT else None
-        source, renderer = found or (None, None)
-        if renderer is not None:
-            stack.callback(renderer.close)
-        too_long = _too_long(stage)
-        pipeline = Pipeline(stage.model, stage.loss_on, too_long, renderer, ledger, bad, spool, stage.timings)
-        for dataset, files in zip(spec.datasets, inputs, strict=True):
-            choices = _row_choices(dataset, system_messages, same_role)
-            rows = checked_rows(
-                ctx.store, ledger, bad, files, dataset.format, method, choices, ctx.work_dir, stage.formats
-            )
-            for _ in pipeline.run(rows):
-                ctx.reporter.update(rows_read=ledger.rows_read)
-                ctx.reporter.touch()
-        if renderer is not None and renderer.used:
-            stage.template = source
-    bad.check()
-    _require_taught(stage, pipeline.taught)
-    _choose_too_long(stage, too_long)
-    if any(dataset.format is None for dataset in spec.datasets):
-        formats = ", ".join(dict.fromkeys(stage.formats))
-        stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
-
-
-def _divide(stage: _Stage) -> Division:
+def _divide(stage: PrepareStage) -> Division:
     """Choose held-out rows and close the accounts of every file. Raises NO_TRAINING_DATA."""
     ledger = stage.ledger
     evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
-    division = divide(stage.spool_dir, evaluation.holdout_fraction)
+    division = divide(_spool_dir(stage), evaluation.holdout_fraction)
     _choose_holdout(stage.choices, division, evaluation.holdout_fraction)
     for row in np.flatnonzero(division.held_out):
         record = division.rows[row]
@@ -355,38 +163,46 @@ def _choose_holdout(choices: Choices, division: Division, given: float | None) -
     choices.pick(field, given, defaults.HOLDOUT_FRACTION if held_out else 0.0, reason)
 
 
-def _upload_failure(stage: _Stage, fence: Fence) -> None:
+def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
     ctx = stage.ctx
-    content = {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
+    content = _failure(stage)
     with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
         stage.ledger.flush()
         fence.check()
         ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
-        ctx.store.upload(ctx.work_dir / "decisions.jsonl", join(ctx.config.run_uri, DECISIONS))
+        ctx.store.upload(ctx.work_dir / DECISIONS_FILE, join(ctx.config.run_uri, DECISIONS))
+
+
+def _failure(stage: PrepareStage) -> dict[str, Any]:
+    """Return the report of a job that failed."""
+    return {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
 
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode()
 
 
-def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
-    """Write the splits, size the run, plan its batches, upload; plan.json is last."""
-    ctx, model, ledger = stage.ctx, stage.model, stage.ledger
-    spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
-    total_bytes = sum(each.size_bytes for each in ledger.files)
-    ctx.reporter.update(
-        activity="Saving",
-        rows_read=ledger.rows_read,
-        bytes_read=total_bytes,
-        bytes_total=total_bytes,
-        rows_per_second=None,
-        eta_seconds=None,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """The run's plan, as far as no upload is needed for it."""
+
+    written: dict[str, Written]  # by split, in the work folder
+    examples: dict[str, Any]  # by split, held-out always: (examples,) EXAMPLE
+    train: Examples
+    sized: Sizing
+    batches: BatchPlan
+    shares: list[dict[str, Any]]
+    resolved: list[ResolvedValue]
+
+
+def _plan(stage: PrepareStage, division: Division) -> _Planned:
+    """Write the splits into the work folder, size the run and plan its batches."""
+    ctx, model = stage.ctx, stage.model
     rows = {"train": division.train, "held_out": division.held_out}
     with stage.timings.of("split"):
         written = {
-            name: write_split(stage.spool_dir, ctx.work_dir / name, division, mask, ctx.reporter.touch)
+            name: write_split(_spool_dir(stage), ctx.work_dir / name, division, mask, ctx.reporter.touch)
             for name, mask in rows.items()
             if mask.any()
         }
@@ -394,7 +210,7 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     train = open_examples(written["train"].folder)
     mix = _mix(stage, train)
     facts = _data_facts(stage, division, examples, mix)
-    sized = sizing.size(spec, model.facts, model.family, facts, ctx.config.resources)
+    sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources)
     hyper = sized.hyperparameters
     plan = batches.plan_batches(
         examples["train"]["tokens"],
@@ -410,11 +226,57 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
         shown = ", ".join(f"{share['reads_share']:.3g}" for share in shares)
         text = "as written: the share of the examples read that is of each dataset, in their order"
         stage.choices.note("datasets[].weight", shown, text)
+    return _Planned(
+        written=written,
+        examples=examples,
+        train=train,
+        sized=sized,
+        batches=plan,
+        shares=shares,
+        resolved=first_to_change([*sized.resolved, *stage.choices.resolved]),
+    )
+
+
+def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[str, Any]:
+    """Return what report.json says of a job that can be trained."""
+    model, datasets, train = stage.model, stage.ctx.config.spec.datasets, planned.examples["train"]
+    return {
+        "state": "prepared",
+        **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
+        "tokenizer": model.tokenizer.choice._asdict(),
+        "special_tokens_in_words": model.tokenizer.special_words.report,
+        "lengths": report.lengths(division, stage.ledger),
+        "answers": stage.taught.report(),
+        "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(datasets, planned.shares, strict=True)],
+        "packing": report.packing(
+            planned.batches, planned.train, int(train["longest"].max()), planned.sized.hyperparameters
+        ),
+        "resolved": [value.model_dump() for value in planned.resolved],
+    }
+
+
+def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
+    """Plan the run and upload it; plan.json is last."""
+    ctx, model, ledger = stage.ctx, stage.model, stage.ledger
+    spec, store, run_uri = ctx.config.spec, ctx.store, ctx.config.run_uri
+    total_bytes = sum(each.size_bytes for each in ledger.files)
+    ctx.reporter.update(
+        activity="Saving",
+        rows_read=ledger.rows_read,
+        bytes_read=total_bytes,
+        bytes_total=total_bytes,
+        rows_per_second=None,
+        eta_seconds=None,
+    )
+    planned = _plan(stage, division)
+    written, sized, plan = planned.written, planned.sized, planned.batches
     batches.write(plan, ctx.work_dir / "batches.safetensors")
     digest = _content_digest(written)
     folder = join(run_uri, PREPARED, digest.removeprefix("sha256:")[:32])
     with stage.timings.of("upload"):
-        splits = {name: _upload_split(ctx, each, join(folder, name), examples[name]) for name, each in written.items()}
+        splits = {
+            name: _upload_split(ctx, each, join(folder, name), planned.examples[name]) for name, each in written.items()
+        }
         batches_record = _upload_batches(ctx, folder)
     run_plan = RunPlan(
         method=spec.method.type,
@@ -423,39 +285,29 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
         chat_template=stage.template,
         stop_token_ids=sorted(model.tokenizer.stop_ids)[:16],
         model=model.facts,
-        hyperparameters=hyper,
+        hyperparameters=sized.hyperparameters,
         train=splits["train"],
         held_out=splits.get("held_out"),
         batches=batches_record,
-        sample_prompts=_sample_prompts(model, division, stage.spool_dir),
+        sample_prompts=_sample_prompts(model, division, _spool_dir(stage)),
         inputs=[
             FileRecord(uri=each.uri, size_bytes=each.size_bytes, etag=each.etag, sha256=each.sha256)
             for each in ledger.files
         ],
-        resolved=first_to_change([*sized.resolved, *stage.choices.resolved]),
+        resolved=planned.resolved,
         train_tokens=int(plan.tokens.sum()),
         label_tokens=int(plan.label_tokens.sum()),
         memory_bytes=sized.memory_bytes,
         gpu_memory_bytes=sized.gpu_memory_bytes,
         disk_bytes=sized.disk_bytes,
     )
-    content = {
-        "state": "prepared",
-        **report.funnel(ledger, stage.ignored, stage.timings.seconds),
-        "tokenizer": model.tokenizer.choice._asdict(),
-        "special_tokens_in_words": model.tokenizer.special_words.report,
-        "lengths": report.lengths(division, ledger),
-        "answers": stage.taught.report(),
-        "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(spec.datasets, shares, strict=True)],
-        "packing": report.packing(plan, train, splits["train"].longest_row, hyper),
-        "resolved": [value.model_dump() for value in run_plan.resolved],
-    }
+    content = _report(stage, division, planned)
     log.info("rows were read by the library %s: %s", *model.tokenizer.choice)
     for token, rows in model.tokenizer.special_words.report.items():
         log.warning("%d rows have the special token %s in their own words", rows, token)
     fence.check()
     store.put(join(run_uri, REPORT), _json(content))
-    store.upload(ctx.work_dir / "decisions.jsonl", join(run_uri, DECISIONS))
+    store.upload(ctx.work_dir / DECISIONS_FILE, join(run_uri, DECISIONS))
     plan_bytes = run_plan.model_dump_json().encode()
     fence.check()  # again: all decisions may have taken long
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
@@ -464,14 +316,14 @@ def _write(stage: _Stage, division: Division, fence: Fence) -> RunResult:
     return _result(ctx, run_plan, plan, ledger, digest)
 
 
-def _mix(stage: _Stage, train: Examples) -> Mix:
+def _mix(stage: PrepareStage, train: Examples) -> Mix:
     """Return which dataset each training example is of, and how often an epoch reads those of each."""
     datasets = stage.ctx.config.spec.datasets
     dataset = np.searchsorted(stage.first_files, train.columns["file"], side="right").astype(np.int64) - 1
     return Mix(dataset, [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets])
 
 
-def _data_facts(stage: _Stage, division: Division, examples: dict[str, Any], mix: Mix) -> DataFacts:
+def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any], mix: Mix) -> DataFacts:
     train, held_out, every = examples["train"], examples["held_out"], division.examples
     return DataFacts(
         rows=len(train),

@@ -1,4 +1,4 @@
-"""Checked rows to tokens on disk: render, tokenise, drop or split what is too long, append to the spool.
+"""Checked rows to tokens: render, tokenise, drop or split what is too long, hand on to the spool or another sink.
 
 Batches are bounded by rows and bytes, and one batch is rendered in the child process while the one before is
 tokenised here, so memory does not grow with the data.
@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,12 @@ from finetune_api.job import LossOn, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Ledger
-from finetune_trainer.data.examples import TokenRun, one_segment, tree_of
+from finetune_trainer.data.examples import TokenRun, Tree, one_segment, tree_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
-from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.taught import Taught, refused
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, split
@@ -64,9 +64,26 @@ class Timings:
             self.seconds[stage] += time.monotonic() - begin
 
 
+class Sink(Protocol):
+    """Takes every row that is not left out, in order."""
+
+    def append(
+        self,
+        content_hash: bytes,
+        file: int,
+        number: int,
+        examples: list[Tree],
+        *,
+        prompt_tokens: int = 0,
+        weight: float = 1.0,
+    ) -> None:
+        """Take one row, as the spool does."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """Where rows go on their way to the spool. renderer: None when no row is a conversation's."""
+    """Where rows go on their way to the sink. renderer: None when no row is a conversation's."""
 
     model: Model
     loss_on: LossOn
@@ -74,7 +91,7 @@ class Pipeline:
     renderer: Renderer | None
     ledger: Ledger
     bad: BadRows
-    spool: Spool
+    sink: Sink
     timings: Timings
     taught: Taught = field(default_factory=Taught)
 
@@ -230,7 +247,7 @@ class Pipeline:
         return tried[begin]
 
     def _store(self, item: Checked, sequences: list[Tokens]) -> None:
-        """Append one row, or record why it is left out."""
+        """Hand on one row, or record why it is left out."""
         size = self.model.facts.vocabulary_size
         if any(part.ids.max(initial=0) >= size for part in sequences):
             raise StageError(
@@ -248,7 +265,7 @@ class Pipeline:
             runs = [TokenRun(part.ids, part.labels) for part in sequences]
             # The pieces of a text that is split are examples of their own: a step need not read all of a book.
             examples = [one_segment(*run) for run in runs] if isinstance(item.row, Text) else [tree_of(runs)]
-            self.spool.append(
+            self.sink.append(
                 item.content_hash,
                 item.file,
                 item.number,

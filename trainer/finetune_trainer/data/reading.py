@@ -1,7 +1,7 @@
 """Files to checked rows, in order: which of them are broken, and when that ends the job."""
 
 import logging
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -32,6 +32,15 @@ _PEEK_ROWS = 1000
 _PEEK_BYTES = 32 * 2**20
 _MAX_BROKEN = 1000
 _MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
+
+
+DecodedRows = Iterator[tuple[int, files.Decoded]]  # each with the index of its file
+Select = Callable[[DecodedRows], DecodedRows]  # which rows of a dataset are read, in order
+
+
+def every_row(rows: DecodedRows) -> DecodedRows:
+    """Return all of them."""
+    return rows
 
 
 class Checked(NamedTuple):
@@ -116,24 +125,28 @@ def checked_rows(
     choices: RowChoices,
     work_dir: Path,
     formats: list[DatasetFormat],
+    select: Select = every_row,
 ) -> Iterator[Checked]:
     """Valid rows of one dataset, in order; its format is appended to `formats` before the first.
+
+    Rows that `select` leaves out are not counted, but its format is told from all rows as ever.
 
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
     unread = METADATA.union(choices.ignored).difference(choices.columns)
     with closing(_decoded_rows(store, ledger, inputs, unread, work_dir)) as decoded:
-        yield from _checked(ledger, bad, decoded, given, method, choices, formats)
+        yield from _checked(ledger, bad, decoded, given, method, choices, formats, select)
 
 
 def _checked(
     ledger: Ledger,
     bad: BadRows,
-    decoded: Iterator[tuple[int, files.Decoded]],
+    decoded: DecodedRows,
     given: DatasetFormat | None,
     method: MethodType,
     choices: RowChoices,
     formats: list[DatasetFormat],
+    select: Select,
 ) -> Iterator[Checked]:
     peeked: list[tuple[int, files.Decoded]] = []
     peeked_bytes = 0
@@ -145,7 +158,7 @@ def _checked(
     of_tables = replace(choices, nulls_are_absent=True)
     data_format = given or _detect(ledger, bad, peeked, method, choices)
     formats.append(data_format)
-    for file, (number, value, size_bytes, held_bytes) in chain(_given_away(peeked), decoded):
+    for file, (number, value, size_bytes, held_bytes) in select(chain(_given_away(peeked), decoded)):
         ledger.count(file, size_bytes)
         is_table = ledger.files[file].uri.lower().endswith(".parquet")
         checked = _check(value, data_format, of_tables if is_table else choices)
@@ -241,7 +254,7 @@ def _text_rows(store: Store, account: FileAccount, kind: FileKind) -> Iterator[f
         account.sha256, account.size_bytes = reader.digest, reader.size_bytes
 
 
-def _given_away(items: list[tuple[int, files.Decoded]]) -> Iterator[tuple[int, files.Decoded]]:
+def _given_away(items: list[tuple[int, files.Decoded]]) -> DecodedRows:
     """Yield the items and hold none that was taken: they may be large."""
     items.reverse()
     while items:

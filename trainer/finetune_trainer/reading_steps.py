@@ -1,0 +1,295 @@
+"""The first steps of prepare, which `finetune data` takes too: judge the model; find, read, check and tokenise rows.
+
+What is made of them goes to the stage that asks: prepare writes it, `data check` counts it, `data show` shows it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from finetune_api import defaults
+from finetune_api.errors import StageError
+from finetune_api.job import (
+    DatasetFormat,
+    DatasetSpec,
+    LossOn,
+    MethodType,
+    OnBadRow,
+    PreprocessingSpec,
+    SameRoleMessages,
+    SystemMessages,
+    TooLong,
+)
+from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
+from finetune_api.run import MAX_ARG_CHARS
+from finetune_trainer import sizing
+from finetune_trainer.context import StageContext
+from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.answers import Ends
+from finetune_trainer.data.detect import check_given
+from finetune_trainer.data.encoders import FAST, FastDiffersError
+from finetune_trainer.data.listing import Inputs, find_files
+from finetune_trainer.data.model_facts import Model, read_model
+from finetune_trainer.data.pipeline import Pipeline, Sink, Timings, require_end_token
+from finetune_trainer.data.problems import place
+from finetune_trainer.data.progress import reading_figures
+from finetune_trainer.data.reading import BadRows, Checked, Select, checked_rows, every_row
+from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.shapes import RowChoices
+from finetune_trainer.data.taught import Taught
+from finetune_trainer.data.template import plain_template
+from finetune_trainer.data.tokenizer import TokenizerFailedError
+from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
+from finetune_trainer.sizing import Choices
+
+log = logging.getLogger(__name__)
+
+DECISIONS_FILE = "decisions.jsonl"  # in the work folder
+
+Result = TypeVar("Result")
+
+
+@dataclass(kw_only=True)
+class RowsStage:
+    """What the steps share that read rows, for which no model is needed."""
+
+    ctx: StageContext
+    ledger: Ledger
+    choices: Choices = field(default_factory=Choices)
+    formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
+    first_files: list[int] = field(default_factory=list[int])  # of each dataset, as an index into the ledger
+    ignored: list[str] = field(default_factory=list[str])
+
+    @property
+    def preprocessing(self) -> PreprocessingSpec:
+        return self.ctx.config.spec.preprocessing or PreprocessingSpec()
+
+
+@dataclass(kw_only=True)
+class PrepareStage(RowsStage):
+    """What the steps of one prepare stage share."""
+
+    model: Model
+    limit: SequenceLimit
+    loss_on: LossOn = LossOn.ALL
+    template: str | None = None  # the chat template, if any conversation was rendered
+    taught: Taught = field(default_factory=Taught)
+    timings: Timings = field(default_factory=Timings)
+
+
+def with_model(ctx: StageContext, work: Callable[[Model], Result]) -> Result:
+    """Judge the job's model and do the work with it; all of it once more where the faster library gave other ids.
+
+    Raises what `read_model` does, CONFIG_UNREADABLE, and UNSUPPORTED_MODEL for a tokenizer that fails."""
+    spec = ctx.config.spec
+    for index, dataset in enumerate(spec.datasets):
+        check_given(dataset.format, spec.method.type, index)
+    ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
+    model = read_model(ctx.store, spec.model.uri)
+    ctx.reporter.update(activity="Reading")
+    try:
+        with closing(model.tokenizer):
+            return _exactly(model, work)
+    except TokenizerFailedError as error:
+        uri, architecture = place(spec.model.uri), shortened(model.facts.architecture, 64)
+        problem = shortened(str(error), MAX_ARG_CHARS)
+        raise StageError(Fault.UNSUPPORTED_MODEL, uri=uri, architecture=architecture, problem=problem) from error
+
+
+def _exactly(model: Model, work: Callable[[Model], Result]) -> Result:
+    """Do the work; once more from the start, by Hugging Face's library alone, where the faster one gave other ids."""
+    try:
+        return work(model)
+    except FastDiffersError:
+        reason = f"{FAST} gave other ids for a row, so all rows were read again"
+        log.warning("%s", reason)
+        model.tokenizer.start_slow(reason)
+        return work(model)
+
+
+@contextmanager
+def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
+    """Begin a stage with empty accounts, whose decisions go to decisions.jsonl in the work folder."""
+    limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources)
+    began_s = time.monotonic()
+
+    def told(rows: int) -> None:
+        seconds = time.monotonic() - began_s
+        ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
+
+    with Ledger(ctx.work_dir / DECISIONS_FILE, told) as ledger:
+        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit)
+
+
+def find_inputs(stage: RowsStage) -> list[Inputs]:
+    """Find the files of all datasets. Raises what `find_files` does."""
+    inputs = find_files(stage.ctx.store, stage.ctx.config.spec.datasets, stage.ledger)
+    stage.first_files = [each.files.start for each in inputs]
+    stage.ignored = [uri for each in inputs for uri in each.ignored]
+    return inputs
+
+
+def dataset_rows(
+    stage: RowsStage, inputs: list[Inputs], bad: BadRows, select: Select = every_row
+) -> Iterator[Iterator[Checked]]:
+    """Yield the valid rows of each dataset, all of which are to be taken before the next."""
+    ctx, spec = stage.ctx, stage.ctx.config.spec
+    system_messages, same_role = _message_choices(stage)
+    for dataset, files in zip(spec.datasets, inputs, strict=True):
+        choices = _row_choices(dataset, system_messages, same_role)
+        yield checked_rows(
+            ctx.store,
+            stage.ledger,
+            bad,
+            files,
+            dataset.format,
+            spec.method.type,
+            choices,
+            ctx.work_dir,
+            stage.formats,
+            select,
+        )
+
+
+def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:
+    """Read, check, render and tokenise all datasets, and hand the rows on to the sink."""
+    ctx, ledger, method = stage.ctx, stage.ledger, stage.ctx.config.spec.method.type
+    stage.loss_on = _loss_on(stage)
+    bad = bad_rows(stage)
+    if method is MethodType.CPT:
+        require_end_token(stage.model)
+    inputs = find_inputs(stage)
+    with ExitStack() as stack:
+        found = _renderer(stage) if method is MethodType.SFT else None
+        source, renderer = found or (None, None)
+        if renderer is not None:
+            stack.callback(renderer.close)
+        too_long = _too_long(stage)
+        pipeline = Pipeline(stage.model, stage.loss_on, too_long, renderer, ledger, bad, sink, stage.timings)
+        for rows in dataset_rows(stage, inputs, bad, select):
+            for _ in pipeline.run(rows):
+                ctx.reporter.update(rows_read=ledger.rows_read)
+                ctx.reporter.touch()
+        if renderer is not None and renderer.used:
+            stage.template = source
+    bad.check()
+    _require_taught(stage, pipeline.taught)
+    _choose_too_long(stage, too_long)
+    choose_formats(stage)
+
+
+def choose_formats(stage: RowsStage) -> None:
+    """Record the shapes that were told from the rows."""
+    if any(dataset.format is None for dataset in stage.ctx.config.spec.datasets):
+        formats = ", ".join(dict.fromkeys(stage.formats))
+        stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
+
+
+def _loss_on(stage: PrepareStage) -> LossOn:
+    method = stage.ctx.config.spec.method
+    if method.type is MethodType.CPT:
+        return LossOn.ALL
+    given = method.sft.loss_on if method.sft else None
+    reason = "the answers and the token that ends them"
+    return stage.choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
+
+
+def bad_rows(stage: RowsStage) -> BadRows:
+    """Choose what becomes of broken rows."""
+    given, fraction = stage.preprocessing.on_bad_row, stage.preprocessing.max_broken_fraction
+    policy = stage.choices.pick(
+        "preprocessing.onBadRow", given, OnBadRow(defaults.ON_BAD_ROW), "no row is left out unasked"
+    )
+    if policy is OnBadRow.FAIL:
+        return BadRows(stage.ledger, quarantine=False, max_broken_fraction=0.0)
+    reason = "if more are broken, something else is wrong"
+    fraction = stage.choices.pick("preprocessing.maxBrokenFraction", fraction, defaults.MAX_BROKEN_FRACTION, reason)
+    return BadRows(stage.ledger, quarantine=True, max_broken_fraction=fraction)
+
+
+def _message_choices(stage: RowsStage) -> tuple[SystemMessages, SameRoleMessages]:
+    """Choose what becomes of system messages and of neighbours of one role."""
+    given = stage.preprocessing
+    if stage.ctx.config.spec.method.type is MethodType.CPT:
+        return SystemMessages(defaults.SYSTEM_MESSAGES), SameRoleMessages(defaults.SAME_ROLE_MESSAGES)
+    return (
+        stage.choices.pick(
+            "preprocessing.systemMessages",
+            given.system_messages,
+            SystemMessages(defaults.SYSTEM_MESSAGES),
+            "the chat template gets them as they are written",
+        ),
+        stage.choices.pick(
+            "preprocessing.sameRoleMessages",
+            given.same_role_messages,
+            SameRoleMessages(defaults.SAME_ROLE_MESSAGES),
+            "two messages are not one",
+        ),
+    )
+
+
+def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_role: SameRoleMessages) -> RowChoices:
+    columns = dataset.columns.model_dump(exclude_none=True) if dataset.columns else {}
+    return RowChoices(
+        columns={theirs: ours for ours, theirs in columns.items()},
+        ignored=frozenset(dataset.ignore_fields or ()),
+        system_messages=system_messages,
+        same_role=same_role,
+    )
+
+
+def _too_long(stage: PrepareStage) -> TooLongRows:
+    given, fraction = stage.preprocessing.too_long, stage.preprocessing.max_too_long_fraction
+    cpt = stage.ctx.config.spec.method.type is MethodType.CPT
+    policy = given or TooLong(defaults.CPT_TOO_LONG if cpt else defaults.SFT_TOO_LONG)
+    return TooLongRows(policy, stage.limit, defaults.given(fraction, defaults.MAX_TOO_LONG_FRACTION), stage.ledger)
+
+
+def _choose_too_long(stage: PrepareStage, too_long: TooLongRows) -> None:
+    """Record what became of rows that are too long, where there are any. Raises TOO_MANY_LONG_ROWS."""
+    too_long.check()
+    if not too_long.met:
+        return
+    spec = stage.preprocessing
+    stage.choices.pick("preprocessing.tooLong", spec.too_long, too_long.policy, "no answer is cut unasked")
+    if too_long.dropped:
+        reason = "if more are too long, the limit is wrong for the data"
+        fraction = defaults.MAX_TOO_LONG_FRACTION
+        stage.choices.pick("preprocessing.maxTooLongFraction", spec.max_too_long_fraction, fraction, reason)
+
+
+def _renderer(stage: PrepareStage) -> tuple[str, Renderer] | None:
+    """The chat template and the process that runs it; None when there is no template."""
+    model = stage.model
+    tokens, source = dict(model.special_tokens), model.chat_template
+    if stage.preprocessing.chat_template == "plain":
+        require_end_token(model)
+        assert model.tokenizer.eos_id is not None
+        tokens.setdefault("eos_token", model.tokenizer.decode([model.tokenizer.eos_id]))
+        source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
+    if source is None:
+        return None
+    now = stage.ctx.config.job.created_at or datetime.now(UTC)
+    ends = Ends(model.stops, model.stops[0] if stage.preprocessing.add_end_token and model.stops else None)
+    accepted = stage.preprocessing.accept_vanishing or ()
+    return source, Renderer(source, tokens, now, ends=ends, learn_all=stage.loss_on is LossOn.ALL, accepted=accepted)
+
+
+def _require_taught(stage: PrepareStage, taught: Taught) -> None:
+    """Say how conversations became sequences. Raises UNROLLED_TOO_MUCH."""
+    stage.taught = taught
+    if not taught.notes:
+        return  # every conversation's text begins with all that a server sends, and is to get back
+    stage.choices.note("answers", taught.method, taught.cost)
+    for name, conversations, words in taught.noted():
+        stage.choices.note(name, conversations, words)
+    if not taught.repeated_tokens:
+        return
+    given, default = stage.preprocessing.max_unrolled_fraction, defaults.MAX_UNROLLED_FRACTION
+    reason = "what one sequence for each answer may repeat, of all tokens"
+    taught.require_at_most(stage.choices.pick("preprocessing.maxUnrolledFraction", given, default, reason))
