@@ -64,9 +64,17 @@ def default_work_dir(path: Path, job: dict[str, Any]) -> Path:
 
 
 def run_config(
-    job: dict[str, Any], state: State, work_dir: Path, machine: Machine, env: Mapping[str, str]
+    job: dict[str, Any],
+    state: State,
+    work_dir: Path,
+    machine: Machine,
+    env: Mapping[str, str],
+    *,
+    trains_here: bool = True,
 ) -> RunConfig:
     """The configuration for all stages. Pure.
+
+    trains_here: no more is granted than this machine has; else what the job asks for, which is a cluster's to give.
 
     The endpoint in the file is written for pods, so AWS_ENDPOINT_URL_S3 and AWS_REGION win over it here, as they do
     for every other tool on this machine; credentials come from the usual AWS places.
@@ -83,7 +91,7 @@ def run_config(
         spec=spec,
         run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], state.uid)),
         storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
-        resources=_granted(machine, asked),
+        resources=_granted(machine, asked) if trains_here else RunResources(**asdict(machine)).with_asked(asked),
         prepare_resources=_granted(replace(machine, gpus=0), asked and asked.prepare),
         work_dir=str(work_dir),
         http_port=0,

@@ -14,8 +14,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from finetune_api.job import MethodType
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.screen import terminal
+
+MAX_SHOWN_ROWS = 1000  # of each dataset, by `data show`
 
 app = typer.Typer(
     help=(__doc__ or "").replace("\n", " ").replace("  ", "\n\n"),
@@ -95,6 +98,44 @@ def validate_command(
     for line in wrong:
         console.print(line, markup=False, soft_wrap=True)
     raise typer.Exit(Exit.USAGE if wrong else Exit.SUCCEEDED)
+
+
+data_app = typer.Typer(help="See what a job learns from its rows, without a cluster.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+Target = Annotated[
+    str, typer.Argument(help="A job's file (.yaml, .yml), or the URI or path of data.", show_default=False)
+]
+Model = Annotated[str | None, typer.Option(help="For a URI of data: that of the base model.", show_default=False)]
+Method = Annotated[MethodType, typer.Option(help="For a URI of data.")]
+
+
+@data_app.command("show")
+def data_show_command(
+    target: Target,
+    rows: Annotated[int, typer.Option("-n", min=1, max=MAX_SHOWN_ROWS, help="Rows of each dataset.")] = 3,
+    row: Annotated[str | None, typer.Option(help="One row, as FILE:N.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; docs/data.md says what is what.")] = False,
+    model: Model = None,
+    method: Method = MethodType.SFT,
+) -> None:
+    """Show rows as they are rendered, what of them is learned, and which are dropped and why.
+
+    Credentials are those of `finetune run`. Other choices (columns, format, ...) stand in a job's file.
+    """
+    from finetune_cli.data import show
+
+    raise typer.Exit(show(target, rows, row, as_json, model, method, terminal()))
+
+
+@data_app.command("check")
+def data_check_command(target: Target, model: Model = None, method: Method = MethodType.SFT) -> None:
+    """Do all of prepare but writing: what would be dropped and why, shapes, lengths, choices.
+
+    Ends with 0, or as prepare would: 11 for data, 10 for the job, 12 for what is not there, 13 for what is denied.
+    """
+    from finetune_cli.data import check
+
+    raise typer.Exit(check(target, model, method, terminal()))
 
 
 def main() -> None:

@@ -1,0 +1,214 @@
+"""`finetune data`: what a job will learn from its rows, and which of them it would drop, before anything is paid."""
+
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from finetune_api.base import first_problem
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.names import API_VERSION, KIND, Stage
+from finetune_api.row_words import row_words
+from finetune_cli import local
+from finetune_cli.errors import CommandError, Exit
+from finetune_cli.load import load_job
+from finetune_cli.run import INSTALL
+from finetune_cli.show import count_files
+from finetune_cli.validate import problems
+
+if TYPE_CHECKING:
+    from finetune_trainer.context import StageContext
+    from finetune_trainer.shown import ShownRow
+
+MAX_PLACES = 20
+_JOB_ENDINGS = (".yaml", ".yml")
+_LEARNED = "bold green"
+_NO_MODEL = "without a model: no chat template, tokens or lengths; name a base model by --model, or a job's file"
+
+
+def show(
+    target: str, most: int, row: str | None, as_json: bool, model: str | None, method: MethodType, console: Console
+) -> int:
+    """Show rows as they will be learned from. Raises CommandError for what cannot be read."""
+    with _stage(target, model, method) as (ctx, renders):
+        from finetune_trainer.shown import Wanted, show, show_unrendered
+
+        wanted = Wanted(most) if row is None else Wanted(1, *_file_and_number(row))
+        try:
+            rows = (show if renders else show_unrendered)(ctx, wanted)
+        except StageError as error:
+            raise CommandError(str(error), error.exit_code) from error
+        except LookupError as error:
+            raise CommandError(f"--row: {error}", Exit.USAGE) from error
+    if row is not None and not rows:
+        raise CommandError(f"--row: {row} is no row of the data", Exit.USAGE)
+    if as_json:
+        # ASCII alone, DEL escaped too: the console leaves it as it is.
+        text = json.dumps([asdict(each) for each in rows], indent=1).replace("\x7f", "\\u007f")
+        console.print(text, markup=False, soft_wrap=True)
+        return Exit.SUCCEEDED
+    console.print("Learned is what stands in ⟦ ⟧", style="dim")
+    if not renders:
+        console.print(f"As read, {_NO_MODEL}", style="yellow", soft_wrap=True)
+    for each in rows:
+        _show_row(each, console)
+    return Exit.SUCCEEDED
+
+
+def _show_row(row: "ShownRow", console: Console) -> None:
+    place = f", sequence {row.sequence} of {row.sequences}" if row.sequences > 1 else ""
+    console.print()
+    console.print(Text(f"{row.file} row {row.row}{place}", style="bold"), soft_wrap=True)
+    if row.dropped is not None:
+        console.print(Text(f"dropped: {_words(row.dropped)}", style="red"), soft_wrap=True)
+        return
+    for each in row.changed:
+        console.print(Text(f"changed: {_words(each)}", style="yellow"), soft_wrap=True)
+    text = Text()
+    for segment in row.segments:
+        text.append(f"⟦{segment.text}⟧" if segment.learned else segment.text, _LEARNED if segment.learned else None)
+    console.print(text, soft_wrap=True)
+    if row.stop is not None:
+        console.print(Text(f"stops at {row.stop}", style="dim"), soft_wrap=True)
+
+
+def _words(code: str) -> str:
+    reason, colon, detail = code.partition(": ")
+    return f"it {row_words(reason)} ({reason}){colon}{detail}"
+
+
+def check(target: str, model: str | None, method: MethodType, console: Console) -> int:
+    """Do all of prepare but writing; returns 0, or the exit code with which prepare would end."""
+    with _stage(target, model, method) as (ctx, renders):
+        from finetune_trainer import prepare, shown
+
+        try:
+            if not renders:
+                return _say_read(shown.check_unrendered(ctx), ctx, console)
+            findings = prepare.check(ctx)
+        except StageError as error:
+            raise CommandError(str(error), error.exit_code) from error
+        found = findings.report
+        _say_rows(found["rows_in"], found["dropped"], found["ignored_files_total"], ctx, console)
+        console.print(f"files   {count_files(len(found['files']))}", soft_wrap=True)
+        if findings.error is not None:
+            raise CommandError(str(findings.error), findings.error.exit_code)
+        lengths = found["lengths"]
+        percentiles = ", ".join(f"{name} {tokens:,}" for name, tokens in lengths["percentiles"].items())
+        console.print(
+            f"tokens  {lengths['tokens']:,} in {lengths['sequences']:,} sequences of {lengths['examples']:,} "
+            f"examples, {lengths['label_tokens']:,} learned; {percentiles}",
+            soft_wrap=True,
+        )
+        for name, rows in found["special_tokens_in_words"].items():
+            console.print(f"special {rows:,} rows have {name} in their own words", markup=False, soft_wrap=True)
+        for each in found["resolved"]:
+            console.print(f"        {each['field']}: {each['value']}, {each['reason']}", markup=False, soft_wrap=True)
+    console.print("[green]Good[/]    nothing was written")
+    return Exit.SUCCEEDED
+
+
+def _say_read(found: Any, ctx: "StageContext", console: Console) -> int:
+    _say_rows(found.rows_in, found.dropped, len(found.ignored), ctx, console)
+    console.print(f"shapes  {', '.join(dict.fromkeys(found.formats)) or 'none'}", soft_wrap=True)
+    if found.error is not None:
+        raise CommandError(str(found.error), found.error.exit_code)
+    console.print(f"[green]Good[/]    as far as it can be told {_NO_MODEL}", soft_wrap=True)
+    return Exit.SUCCEEDED
+
+
+def _say_rows(rows_in: int, dropped: Mapping[str, int], ignored: int, ctx: "StageContext", console: Console) -> None:
+    from finetune_trainer.shown import decisions
+
+    passed_over = f"; {count_files(ignored)} passed over" if ignored else ""
+    console.print(f"rows    {rows_in:,}, {sum(dropped.values()):,} of them dropped{passed_over}", soft_wrap=True)
+    said = Counter[str]()
+    for decision in decisions(ctx):
+        reason = decision["reason"]
+        said[reason] += decision["action"] == "drop"
+        if decision["action"] == "drop" and said[reason] <= MAX_PLACES:
+            words = ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
+            line = f"dropped {decision['file']} row {decision['row']}: {_words(words)}"
+            console.print(line, markup=False, soft_wrap=True)
+    for reason, rows in dropped.items():
+        if rows > MAX_PLACES:
+            console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _stage(target: str, model: str | None, method: MethodType) -> Generator[tuple["StageContext", bool]]:
+    """Give a stage that works in a folder of its own, and whether there is a model."""
+    is_job = target.endswith(_JOB_ENDINGS)
+    if is_job and model is not None:
+        raise CommandError(f"{target} names its model; --model is for a URI of data", Exit.USAGE)
+    job = load_job(Path(target)) if is_job else _job_of(_data_uri(target), model, method)
+    if wrong := problems(job):
+        raise CommandError("\n".join([f"{target} is refused:", *(f"  {line}" for line in wrong)]), Exit.USAGE)
+    renders = is_job or model is not None
+    needed = "torch" if renders else "pyarrow"
+    if importlib.util.find_spec(needed) is None:
+        raise CommandError(f"reading data needs more packages: {INSTALL}, in a checkout", Exit.USAGE)
+    from finetune_trainer.context import StageContext
+    from finetune_trainer.serve import Reporter
+    from finetune_trainer.store import open_store
+
+    logging.getLogger("finetune_trainer").addHandler(logging.NullHandler())  # what it warns of is shown here
+    with tempfile.TemporaryDirectory(prefix="finetune-data-") as folder:
+        work_dir = Path(folder)
+        state = local.State(uid="data", created_at=datetime.now(UTC))
+        try:
+            config = local.run_config(job, state, work_dir, local.this_machine(work_dir), os.environ, trains_here=False)
+        except ValidationError as error:
+            field, problem = first_problem(error)
+            raise CommandError(f"{field}: {problem}", Exit.USAGE) from error
+        ctx = StageContext(
+            config=config,
+            stage=Stage.PREPARE,
+            attempt=1,
+            pod_uid="data",
+            plan_digest=None,
+            work_dir=work_dir,
+            store=open_store(config.storage),
+            reporter=Reporter(Stage.PREPARE, 1, CollectorRegistry()),
+        )
+        yield ctx, renders
+
+
+def _job_of(data: str, model: str | None, method: MethodType) -> dict[str, Any]:
+    """Return a job with this data and every choice left to the defaults; it is never run."""
+    spec = {
+        "model": {"uri": model or "file:///no/model"},
+        "method": {"type": method.value},
+        "datasets": [{"uri": data}],
+        "output": {"uri": "file:///no/output"},
+    }
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "data"}, "spec": spec}
+
+
+def _data_uri(target: str) -> str:
+    """Return the URI of a path of this machine; a URI as it is."""
+    if "://" in target:
+        return target
+    path = os.path.abspath(Path(target).expanduser()).replace("%", "%25")
+    return f"file://{path}" + ("/" if target.endswith("/") or Path(target).is_dir() else "")
+
+
+def _file_and_number(row: str) -> tuple[str, int]:
+    file, _, number = row.rpartition(":")
+    if not file or not number.isdecimal() or not number.isascii():
+        raise CommandError("--row is the name of a file and the number of a row, as FILE:N", Exit.USAGE)
+    return file, int(number)

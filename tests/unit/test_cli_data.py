@@ -1,0 +1,160 @@
+"""`finetune data`: what is shown and judged before a job is paid for, and that nothing is written for it."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import spec_cases
+from data_run import chat, chats, jsonl, put, write_model
+from finetune_api.job import MethodType
+from finetune_cli import data
+from finetune_cli.errors import CommandError, Exit
+from finetune_cli.main import app
+from finetune_cli.screen import cleaned
+
+SFT = MethodType.SFT
+UNROLLED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ 'old ' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def job(tmp: Path, spec: dict[str, Any] | None = None, template: str | None = None) -> str:
+    """Write a job over data/ and model/ in the folder; returns its path."""
+    if not (tmp / "model").exists():
+        write_model(tmp / "model", **({"template": template} if template else {}))
+    written = spec_cases.base()
+    written["spec"] = {
+        "model": {"uri": (tmp / "model").as_uri()},
+        "method": {"type": "SFT"},
+        "datasets": [{"uri": (tmp / "data").as_uri() + "/"}],
+        "output": {"uri": (tmp / "out").as_uri()},
+        **(spec or {}),
+    }
+    (tmp / "job.yaml").write_text(json.dumps(written))
+    return str(tmp / "job.yaml")
+
+
+def shown(target: str, most: int = 3, row: str | None = None, model: str | None = None) -> list[dict[str, Any]]:
+    output = io.StringIO()
+    assert data.show(target, most, row, True, model, SFT, cleaned(Console(file=output))) == Exit.SUCCEEDED
+    return json.loads(output.getvalue())
+
+
+def check(target: str, model: str | None = None) -> tuple[int, str]:
+    """Return the exit code and what was said, the error included."""
+    output = io.StringIO()
+    try:
+        code = data.check(target, model, SFT, cleaned(Console(file=output)))
+    except CommandError as error:
+        return error.code, f"{output.getvalue()}{error}"
+    return code, output.getvalue()
+
+
+def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(tmp_path: Path):
+    masked = chat("q", "never")
+    masked["messages"][1]["weight"] = 0
+    put(tmp_path, a_jsonl=jsonl([chat("Hi\x7f", "Höllo\x1b"), {"messages": []}, masked, *chats(5)]))
+    first, broken, unlearned = shown(job(tmp_path))
+    file = (tmp_path / "data" / "a.jsonl").as_uri()
+    assert first == {
+        "file": file,
+        "row": 1,
+        "sequence": 1,
+        "sequences": 1,
+        "segments": [
+            {"text": "<|im_start|>user\nHi\x7f<|im_end|>\n<|im_start|>assistant\n", "learned": False},
+            {"text": "Höllo\x1b<|im_end|>", "learned": True},
+            {"text": "\n", "learned": False},
+        ],
+        "stop": "<|im_end|>",
+        "dropped": None,
+        "changed": [],
+    }
+    assert (broken["row"], broken["segments"], broken["dropped"]) == (2, [], "empty: messages")
+    assert (unlearned["row"], unlearned["dropped"]) == (3, "no_label")
+    (one,) = shown(str(tmp_path / "job.yaml"), row="a.jsonl:5")
+    assert (one["row"], one["segments"][1]) == (5, {"text": "the answer is 2.<|im_end|>", "learned": True})
+    output = io.StringIO()
+    data.show(str(tmp_path / "job.yaml"), 2, None, False, None, SFT, cleaned(Console(file=output, width=200)))
+    said = output.getvalue()
+    assert "user\nHi\ufffd<|im_end|>\n<|im_start|>assistant\n⟦Höllo\ufffd<|im_end|>⟧" in said
+    assert "a.jsonl row 2\ndropped: it" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [("b.jsonl:1", "no files of the data"), ("a.jsonl:9", "is no row"), ("a.jsonl", "FILE:N"), ("a.jsonl:x", "FILE:N")],
+)
+def test_a_row_that_is_not_there_is_named(tmp_path: Path, row: str, says: str):
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    with pytest.raises(CommandError, match=says) as refused:
+        shown(str(tmp_path / "data"), row=row)
+    assert refused.value.code == Exit.USAGE
+
+
+def test_each_sequence_of_an_unrolled_row_is_shown(tmp_path: Path):
+    put(tmp_path, a_jsonl=jsonl([chat("a", "b", "c", "d")]))
+    rows = shown(job(tmp_path, template=UNROLLED))
+    assert [(each["row"], each["sequence"], each["sequences"]) for each in rows] == [(1, 1, 2), (1, 2, 2)]
+    learned = [[part["text"] for part in each["segments"] if part["learned"]] for each in rows]
+    assert learned == [["b<|im_end|>"], ["d<|im_end|>"]]
+
+
+def test_without_a_model_the_messages_are_shown_and_said_to_be_all_that_can_be_told(tmp_path: Path):
+    put(tmp_path, a_jsonl=jsonl([{"instruction": "Add.", "input": "2 and 3", "output": "5"}]))
+    (row,) = shown(str(tmp_path / "data"))
+    assert row["segments"] == [
+        {"text": "user: Add.\n\n2 and 3\n", "learned": False},
+        {"text": "assistant: 5\n", "learned": True},
+    ]
+    assert row["stop"] is None
+    code, said = check(str(tmp_path / "data"))
+    assert code == Exit.SUCCEEDED
+    assert "shapes  Alpaca" in said
+    assert "--model" in said
+
+
+def test_the_commands_of_the_page_about_data_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    commands = re.findall(r"^finetune (data .*)$", page, re.MULTILINE)
+    assert len(commands) >= 6
+    put(tmp_path, a_jsonl=jsonl(chats(6)))
+    job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = command.replace("file:///models/base", (tmp_path / "model").as_uri()).split()
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (command, done.output, done.exception)
+
+
+def test_check_says_what_prepare_would_and_writes_nothing(tmp_path: Path):
+    put(tmp_path, a_jsonl=jsonl([*chats(30), {"messages": []}]))
+    quarantine = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+    code, said = check(job(tmp_path, quarantine))
+    assert code == Exit.SUCCEEDED
+    assert "rows    31, 1 of them dropped" in said
+    assert "a.jsonl row 31: it" in said
+    assert "datasets[].format: Messages" in said
+    code, said = check(job(tmp_path))
+    assert code == 11
+    assert "row 31" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"), [([*chats(2), {"messages": []}], 11), (chats(3), 0)], ids=["a broken row", "good rows"]
+)
+def test_data_without_a_model_are_judged_by_the_exit_code(tmp_path: Path, rows: list[Any], code: int):
+    put(tmp_path, a_jsonl=jsonl(rows))
+    assert check(str(tmp_path / "data" / "a.jsonl"))[0] == code
+    assert check(str(tmp_path / "nowhere.jsonl"))[0] == 12
