@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
@@ -162,6 +161,8 @@ def _stage(target: str, model: str | None, method: MethodType) -> Generator[tupl
     needed = "torch" if renders else "pyarrow"
     if importlib.util.find_spec(needed) is None:
         raise CommandError(f"reading data needs more packages: {INSTALL}, in a checkout", Exit.USAGE)
+    from prometheus_client import CollectorRegistry
+
     from finetune_trainer.context import StageContext
     from finetune_trainer.serve import Reporter
     from finetune_trainer.store import open_store

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import spec_cases
-from data_run import chat, chats, jsonl, put, write_model
+from data_run import CHATML, chat, chats, jsonl, put, write_model
 from finetune_api.job import MethodType
 from finetune_cli import data
 from finetune_cli.errors import CommandError, Exit
@@ -27,10 +27,10 @@ UNROLLED = (
 )
 
 
-def job(tmp: Path, spec: dict[str, Any] | None = None, template: str | None = None) -> str:
+def job(tmp: Path, spec: dict[str, Any] | None = None, template: str = CHATML) -> str:
     """Write a job over data/ and model/ in the folder; returns its path."""
     if not (tmp / "model").exists():
-        write_model(tmp / "model", **({"template": template} if template else {}))
+        write_model(tmp / "model", template)
     written = spec_cases.base()
     written["spec"] = {
         "model": {"uri": (tmp / "model").as_uri()},
