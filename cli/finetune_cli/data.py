@@ -44,14 +44,14 @@ def show(
 ) -> int:
     """Show rows as they will be learned from. Raises CommandError for what cannot be read."""
     with _stage(target, model, method) as (ctx, renders):
-        from finetune_trainer.shown import Wanted, show, show_unrendered
+        from finetune_trainer.shown import NoSuchFileError, Wanted, show, show_unrendered
 
         wanted = Wanted(most) if row is None else Wanted(1, *_file_and_number(row))
         try:
             rows = (show if renders else show_unrendered)(ctx, wanted)
         except StageError as error:
             raise CommandError(str(error), error.exit_code) from error
-        except LookupError as error:
+        except NoSuchFileError as error:
             raise CommandError(f"--row: {error}", Exit.USAGE) from error
     if row is not None and not rows:
         raise CommandError(f"--row: {row} is no row of the data", Exit.USAGE)

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import spec_cases
-from data_run import CHATML, chat, chats, jsonl, put, write_model
+from data_run import chat, chats, jsonl, put, write_model
 from finetune_api.job import MethodType
 from finetune_cli import data
 from finetune_cli.errors import CommandError, Exit
@@ -27,10 +27,10 @@ UNROLLED = (
 )
 
 
-def job(tmp: Path, spec: dict[str, Any] | None = None, template: str = CHATML) -> str:
+def job(tmp: Path, spec: dict[str, Any] | None = None) -> str:
     """Write a job over data/ and model/ in the folder; returns its path."""
     if not (tmp / "model").exists():
-        write_model(tmp / "model", template)
+        write_model(tmp / "model")
     written = spec_cases.base()
     written["spec"] = {
         "model": {"uri": (tmp / "model").as_uri()},
@@ -104,7 +104,9 @@ def test_a_row_that_is_not_there_is_named(tmp_path: Path, row: str, says: str):
 
 def test_each_sequence_of_an_unrolled_row_is_shown(tmp_path: Path):
     put(tmp_path, a_jsonl=jsonl([chat("a", "b", "c", "d")]))
-    rows = shown(job(tmp_path, template=UNROLLED))
+    path = job(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text(UNROLLED)
+    rows = shown(path)
     assert [(each["row"], each["sequence"], each["sequences"]) for each in rows] == [(1, 1, 2), (1, 2, 2)]
     learned = [[part["text"] for part in each["segments"] if part["learned"]] for each in rows]
     assert learned == [["b<|im_end|>"], ["d<|im_end|>"]]

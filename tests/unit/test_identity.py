@@ -401,7 +401,7 @@ def test_a_prepare_that_ends_after_training_began_leaves_what_tells_of_the_plan_
 
 def _begin_to_train_meanwhile(run_uri: str, patch: pytest.MonkeyPatch) -> None:
     """Let an attempt to train begin after the next prepare stage has begun."""
-    original = prepare.read_model
+    original = reading_steps.read_model
 
     def begin_to_train(store: Store, uri: str) -> Model:
         raise_epoch(store, run_uri, 1, "the training pod")

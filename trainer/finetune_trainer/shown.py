@@ -51,6 +51,10 @@ class ShownRow:
     changed: list[str] = field(default_factory=list[str])
 
 
+class NoSuchFileError(Exception):
+    """A row is wanted of a file that is none of the data's, or may be several."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which rows are shown: the first `most` of every dataset, or row `number` of the file that is called `file`."""
@@ -75,12 +79,12 @@ class Wanted:
         return select
 
     def index(self, files: Sequence[FileAccount]) -> int:
-        """Return which file is meant. Raises LookupError where it is none, or may be several."""
+        """Return which file is meant. Raises NoSuchFileError."""
         assert self.file is not None
         name = self.file.removeprefix("./")
         found = [index for index, each in enumerate(files) if each.uri == name or each.uri.endswith(f"/{name}")]
         if len(found) != 1:
-            raise LookupError(f"{len(found) or 'no'} files of the data are called {name}")
+            raise NoSuchFileError(f"{len(found) or 'no'} files of the data are called {name}")
         return found[0]
 
 
@@ -148,8 +152,7 @@ def _same(one: str, other: str) -> int:
 def show(ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
     """Return the wanted rows as the job's model learns them.
 
-    Raises what prepare raises, but for rows that are broken or too long, which are shown as dropped; LookupError for a
-    file that there is not."""
+    Raises what prepare raises, but for rows that are broken or too long, which are shown as dropped; NoSuchFileError."""
     spec = ctx.config.spec
     given = spec.preprocessing or PreprocessingSpec()
     spec = spec.model_copy(update={"preprocessing": _letting_through(given)})
