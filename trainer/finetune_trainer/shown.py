@@ -152,7 +152,7 @@ def _same(one: str, other: str) -> int:
 def show(ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
     """Return the wanted rows as the job's model learns them.
 
-    Raises NoSuchFileError, and what prepare raises, but for rows that are broken or too long: they are shown as dropped."""
+    Raises NoSuchFileError and what prepare raises; rows that are broken or too long are shown as dropped."""
     spec = ctx.config.spec
     given = spec.preprocessing or PreprocessingSpec()
     spec = spec.model_copy(update={"preprocessing": _letting_through(given)})
