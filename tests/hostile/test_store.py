@@ -28,6 +28,8 @@ MIB = 1 << 20
 
 
 def sized(body: bytes, *headers: bytes, status: bytes = OK) -> bytes:
+    # As the server ends each connection, it says so: one that is used again would be found broken, or not, by chance.
+    headers = (b"Connection: close\r\n", *headers)
     return status + b"".join(headers) + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
