@@ -69,8 +69,9 @@ images: testbed  ## Build both images; unchanged layers are reused
 .PHONY: test
 test: check testbed assets images  ## Check, then all tests: pure, control plane, node with real containers
 	# A machine has one node: the demo's is ended, and the testbed's own tests come before those that keep theirs up.
+	# One process has all tests that need a cluster, and often waits; the other has the rest (tests/conftest.py).
 	$(PYTHON) -m testbed down
-	$(BIN)/pytest tests/unit tests/hostile tests/chart tests/control_plane tests/cluster/test_testbed.py \
+	$(BIN)/pytest -n 2 tests/unit tests/hostile tests/chart tests/control_plane tests/cluster/test_testbed.py \
 		$(filter-out %/test_testbed.py,$(wildcard tests/cluster/test_*.py))
 
 .PHONY: test-fast

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -36,3 +37,17 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+class OneForTheCluster(LoadFileScheduling):
+    """Give all tests that need a cluster to one process, in their order, as a machine has one node; others file by file
+    to whoever is free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        on_cluster = nodeid.startswith(("tests/control_plane/", "tests/cluster/"))
+        return "cluster" if on_cluster else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config) -> OneForTheCluster:
+    """Spread the tests of `pytest -n 2`, which is how `make test` runs them."""
+    return OneForTheCluster(config)

@@ -29,6 +29,11 @@ from finetune_trainer.store import open_store
 ROW = b'{"text": "words"}\n'
 
 
+def gzipped(content: bytes) -> bytes:
+    """Return the same bytes at any time of day, as they become names of tests."""
+    return gzip.compress(content, mtime=0)
+
+
 def zstd(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
@@ -73,7 +78,7 @@ def test_the_end_of_a_name_tells_how_rows_are_written_in_any_case(name: str, not
     [
         ("a.jsonl", ROW, (Notation.LINES, Packing.NONE)),
         ("a.jsonl.gz", ROW, (Notation.LINES, Packing.NONE)),
-        ("a.jsonl", gzip.compress(ROW), (Notation.LINES, Packing.GZIP)),
+        ("a.jsonl", gzipped(ROW), (Notation.LINES, Packing.GZIP)),
         ("a.csv.zst", zstd(b"a\n1\n"), (Notation.CSV, Packing.ZSTD)),
         ("a.csv", b"ORCID,PARENT\n1,2\n", (Notation.CSV, Packing.NONE)),
         ("a.csv", b"PAR1,PAR2\n1,2\n", (Notation.CSV, Packing.NONE)),
@@ -120,7 +125,7 @@ def test_a_file_of_a_wrong_kind_is_named_with_what_to_do(name: str, found: str) 
 @pytest.mark.parametrize(
     ("inner", "words"),
     [
-        (gzip.compress(ROW), "gzip inside {}; pack it once"),
+        (gzipped(ROW), "gzip inside {}; pack it once"),
         (zstd(ROW), "zstd inside {}; pack it once"),
         (b"PAR1\x15\x04", "Parquet inside {}; unpack it"),
         (tarred(), "a tar archive, inside {}; unpack it"),
@@ -128,7 +133,7 @@ def test_a_file_of_a_wrong_kind_is_named_with_what_to_do(name: str, found: str) 
     ],
 )
 def test_what_is_packed_is_looked_at_too(packing: Packing, inner: bytes, words: str) -> None:
-    content = gzip.compress(inner) if packing is Packing.GZIP else zstd(inner)
+    content = gzipped(inner) if packing is Packing.GZIP else zstd(inner)
     with pytest.raises(StageError) as caught:
         list(unpacked(iter([content]), packing, "a.jsonl.gz", 2**30))
     assert caught.value.fault is Fault.WRONG_FILE
@@ -140,7 +145,7 @@ def test_what_is_packed_is_looked_at_too(packing: Packing, inner: bytes, words: 
     [
         ("a.parquet", ROW, "it is no Parquet, though its name says so"),
         ("a.parquet", b"", "it is an empty file"),
-        ("a.parquet", gzip.compress(b"PAR1"), "it is packed as a whole"),
+        ("a.parquet", gzipped(b"PAR1"), "it is packed as a whole"),
         ("a.txt", b"some words", "it is of a kind that cannot be told"),
     ],
 )
@@ -149,9 +154,9 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(name: str, head: bytes
         kind_of(name, head)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+@pytest.mark.parametrize("pack", [gzipped, zstd])
 def test_packed_streams_one_behind_another_are_one_file_in_a_few_pieces(pack: Any) -> None:
-    packing = Packing.GZIP if pack is gzip.compress else Packing.ZSTD
+    packing = Packing.GZIP if pack is gzipped else Packing.ZSTD
     content = pack(b"x" * 20) * 10_000
     pieces = list(unpacked((content[at : at + 999] for at in range(0, len(content), 999)), packing, "f", 2**30))
     assert b"".join(pieces) == b"x" * 200_000
@@ -161,17 +166,17 @@ def test_packed_streams_one_behind_another_are_one_file_in_a_few_pieces(pack: An
 @pytest.mark.parametrize(
     ("content", "packing", "words"),
     [
-        (gzip.compress(ROW * 1000)[:-9], Packing.GZIP, "gzip stream is cut off"),
+        (gzipped(ROW * 1000)[:-9], Packing.GZIP, "gzip stream is cut off"),
         (b"", Packing.GZIP, "gzip stream is cut off"),
         (b"no gzip at all", Packing.GZIP, "gzip stream is damaged"),
-        (gzip.compress(ROW) + b"no gzip", Packing.GZIP, "gzip stream is damaged"),
+        (gzipped(ROW) + b"no gzip", Packing.GZIP, "gzip stream is damaged"),
         (zstd(ROW * 1000)[:-2], Packing.ZSTD, "zstd stream is cut off"),
         (b"", Packing.ZSTD, "zstd stream is cut off"),
         (b"no zstd at all", Packing.ZSTD, "zstd stream is damaged"),
         (zstd(ROW) + b"no zstd", Packing.ZSTD, "zstd stream is damaged"),
         # A frame with a window of 2 GiB, as zstd --long=31 writes.
         (b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x01\0\0", Packing.ZSTD, "larger than 128 MiB; pack it again without --long"),
-        (gzip.compress(b"x" * 2**22), Packing.GZIP, r"more than 0\.00195312 GiB"),
+        (gzipped(b"x" * 2**22), Packing.GZIP, r"more than 0\.00195312 GiB"),
         (zstd(b"x" * 2**22), Packing.ZSTD, r"more than 0\.00195312 GiB"),
     ],
 )
@@ -181,7 +186,7 @@ def test_a_packed_stream_that_cannot_be_read_on_is_told_by_name(content: bytes, 
     assert caught.value.fault is Fault.BROKEN_FILE
 
 
-@pytest.mark.parametrize(("packing", "pack"), [(Packing.GZIP, gzip.compress), (Packing.ZSTD, zstd)])
+@pytest.mark.parametrize(("packing", "pack"), [(Packing.GZIP, gzipped), (Packing.ZSTD, zstd)])
 def test_ordinary_rows_that_are_packed_by_more_than_a_hundred_are_read(packing: Packing, pack: Any) -> None:
     system = "".join(random.Random(0).choices("abcdefghij ", k=7000))
     rows = b"".join(json.dumps({"prompt": system, "completion": str(i)}).encode() + b"\n" for i in range(3000))
@@ -194,7 +199,7 @@ def test_ordinary_rows_that_are_packed_by_more_than_a_hundred_are_read(packing: 
 @pytest.mark.parametrize("packing", [Packing.GZIP, Packing.ZSTD])
 def test_a_fault_of_the_store_is_not_one_of_the_file(packing: Packing) -> None:
     def broken() -> Any:
-        yield (gzip.compress(ROW) if packing is Packing.GZIP else zstd(ROW))[:9]
+        yield (gzipped(ROW) if packing is Packing.GZIP else zstd(ROW))[:9]
         raise StageError(Fault.INPUT_CHANGED, file="a")
 
     with pytest.raises(StageError) as caught:
@@ -202,7 +207,7 @@ def test_a_fault_of_the_store_is_not_one_of_the_file(packing: Packing) -> None:
     assert caught.value.fault is Fault.INPUT_CHANGED
 
 
-@pytest.mark.parametrize(("packing", "pack"), [(Packing.GZIP, gzip.compress), (Packing.ZSTD, zstd)])
+@pytest.mark.parametrize(("packing", "pack"), [(Packing.GZIP, gzipped), (Packing.ZSTD, zstd)])
 def test_nothing_unpacks_to_more_than_is_counted_with(packing: Packing, pack: Any) -> None:
     for content in (b"\0" * 2**24, b"", b"x"):
         packed = pack(content)
