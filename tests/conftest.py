@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -48,6 +49,6 @@ class OneForTheCluster(LoadFileScheduling):
         return "cluster" if on_cluster else super()._split_scope(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config) -> OneForTheCluster:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneForTheCluster:
     """Spread the tests of `pytest -n 2`, which is how `make test` runs them."""
-    return OneForTheCluster(config)
+    return OneForTheCluster(config, log)  # without the log of its own it would print a line for each test
