@@ -24,6 +24,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 from finetune_trainer.data import field_names
 from finetune_trainer.data.shapes import SHAPES
+from finetune_trainer.data.taught import NOTE_WORDS
 from finetune_trainer.metrics import TrainMetrics
 from finetune_trainer.serve import Reporter
 
@@ -153,8 +154,8 @@ def _message_fields() -> Iterator[str]:
     yield f"| passed over | {_named(sorted(field_names.METADATA_OF_MESSAGES))} |"
 
 
-def _words(words: Mapping[str, str]) -> Iterator[str]:
-    yield "| code | a row, or the field that is named, … |"
+def _words(words: Mapping[str, str], of_what: str = "a row, or the field that is named, …") -> Iterator[str]:
+    yield f"| code | {of_what} |"
     yield "|---|---|"
     yield from (f"| `{code}` | {each} |" for code, each in words.items())
 
@@ -167,6 +168,7 @@ def data_page() -> str:
         "metadata": iter([_named(sorted(field_names.METADATA))]),
         "messages": _message_fields(),
         "changes": _words(CHANGE_WORDS),
+        "notes": _words(NOTE_WORDS, "a conversation, …"),
         "reasons": _words(ROW_WORDS),
     }.items():
         before, begin, rest = page.partition(f"<!-- begin {name} -->\n")

@@ -171,6 +171,11 @@ class ColumnsSpec(ApiModel):
         default=None, description="How it goes on (PromptCompletion). Absent: completion."
     )
     text: FieldName | None = Field(default=None, description="A document (Text). Absent: text.")
+    weight: FieldName | None = Field(
+        default=None,
+        description="What the losses of a row's tokens are multiplied with: 0 leaves it out, 2 counts it twice. "
+        "Absent: weight.",
+    )
 
 
 class DatasetSpec(ApiModel):

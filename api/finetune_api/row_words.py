@@ -7,6 +7,7 @@ MAX_LINE_BYTES = 8 * 2**20
 MAX_DEPTH = 64
 MAX_VALUES = 500_000  # of JSON in one row: numbers of token ids are fewer, and in 8 MiB there is room for millions
 MAX_MESSAGES = 512
+MIN_ROW_WEIGHT, MAX_ROW_WEIGHT = 1e-6, 1e6  # of one row, unless it is 0: what is beyond is rather another figure
 
 ROW_WORDS: dict[str, str] = {
     # Broken: they end the job, or are put aside with onBadRow: Quarantine.
@@ -23,6 +24,7 @@ ROW_WORDS: dict[str, str] = {
     "missing_field": "is missing",
     "wrong_type": "has the wrong type",
     "empty": "is empty",
+    "out_of_range": "is a number beyond what it may be",
     "unsupported_field": "is not supported yet and would be ignored",
     "unknown_field": "is not known here, so that what it says would be lost; name it in datasets[].columns or "
     "datasets[].ignoreFields",
@@ -42,7 +44,8 @@ ROW_WORDS: dict[str, str] = {
     "vanishes": "is not in what the chat template makes of the row",
     # Valid, but of no use.
     "too_long": "is longer than preprocessing.maxSequenceLength, or than the limit chosen for it",
-    "no_label": "has nothing to learn: no token of an answer is in what the chat template makes of it",
+    "no_label": "has nothing to learn: its weight is 0, or no token of an answer is in what the chat template makes of "
+    "it",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",
     "other": "is left out for one of several further reasons",
 }
@@ -53,6 +56,7 @@ _OF_A_FIELD = (
     "missing_field",
     "wrong_type",
     "empty",
+    "out_of_range",
     "unsupported_field",
     "unknown_field",
     "two_fields",

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,21 @@ def test_a_parquet_value_that_no_json_has_breaks_rows_that_need_its_field_alone(
     assert read_row(found.value, DatasetFormat.MESSAGES, RowChoices()) == odd
     no_text = read_row(found.value, DatasetFormat.PROMPT_COMPLETION, RowChoices())
     assert no_text == Broken(odd.problem, "prompt", odd.detail)
+
+
+def test_parquet_numbers_of_every_kind_are_numbers_and_those_that_json_has_not_break_their_field_alone(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
+    decimals = pa.array([Decimal("0.5"), Decimal("2"), None], pa.decimal128(9, 3))
+    floats = pa.array([0.5, float("nan"), float("inf")], pa.float32())
+    table = pa.table({"decimal": decimals, "float": floats, "text": ["a", "b", "c"]})
+    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
+    odd = Broken(Problem.WRONG_TYPE, "float", "holds a value that is not JSON")
+    assert found == [
+        {"decimal": 0.5, "float": 0.5, "text": "a"},
+        {"decimal": 2.0, "float": odd, "text": "b"},
+        {"decimal": None, "float": odd, "text": "c"},
+    ]
 
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:

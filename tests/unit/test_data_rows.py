@@ -39,6 +39,13 @@ def test_rows_that_say_different_things_have_different_hashes() -> None:
     assert len({content_hash(row) for row in rows}) == len(rows)
 
 
+def test_rows_that_say_the_same_are_copies_whatever_their_weights() -> None:
+    assert content_hash(Text("q", 2.0)) == content_hash(Text("q"))
+    assert content_hash(Conversation([USER, ANSWER], LEARNED, weight=0.5)) == content_hash(
+        Conversation([USER, ANSWER], LEARNED)
+    )
+
+
 @pytest.mark.parametrize("message", [{**USER, "note": b"\xff"}])
 def test_a_value_that_is_not_json_is_a_broken_row(message: dict[str, Any]) -> None:
     found = content_hash(Conversation([message, ANSWER], LEARNED))

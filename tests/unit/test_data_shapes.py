@@ -8,6 +8,7 @@ import pytest
 from finetune_api.errors import StageError
 from finetune_api.job import ColumnsSpec, DatasetFormat, MethodType
 from finetune_api.reasons import Fault
+from finetune_api.row_words import MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
 from finetune_trainer.data.detect import FORMATS, detect
 from finetune_trainer.data.field_names import METADATA, METADATA_OF_MESSAGES
 from finetune_trainer.data.messages import Message
@@ -171,9 +172,57 @@ def test_what_the_row_says_to_the_template_is_kept() -> None:
     assert conversation(with_messages(chat_template_kwargs={})).template_kwargs == {}
 
 
-def test_a_rows_weight_is_kept() -> None:
-    assert conversation(with_messages(weight=0.5)).weight == 0.5
-    assert read({"prompt": "a", "completion": "b", "weight": 2}).row == Completion("a", "b", 2.0)
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        (0.5, 0.5),
+        (2, 2.0),
+        (0, 0.0),
+        (-0.0, 0.0),
+        (MIN_ROW_WEIGHT, MIN_ROW_WEIGHT),
+        (MAX_ROW_WEIGHT, MAX_ROW_WEIGHT),
+        ("0.5", 0.5),
+        (" 2 ", 2.0),
+        (".5", 0.5),
+        ("1e-2", 0.01),
+        ("0", 0.0),
+        ("", 1.0),
+        (None, 1.0),
+    ],
+)
+def test_a_rows_weight_is_kept(given: object, weight: float) -> None:
+    assert conversation(with_messages(weight=given)).weight == weight
+    assert read({"prompt": "a", "completion": "b", "weight": given}).row == Completion("a", "b", weight)
+    found = read_row({"text": "a", "weight": given}, TEXT, RowChoices())
+    assert isinstance(found, Found)
+    assert found.row == Text("a", weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (-1, Problem.OUT_OF_RANGE),
+        (1e39, Problem.OUT_OF_RANGE),
+        (1e-50, Problem.OUT_OF_RANGE),
+        (10**400, Problem.OUT_OF_RANGE),
+        ("1e39", Problem.OUT_OF_RANGE),
+        ("1e-50", Problem.OUT_OF_RANGE),
+        ("1e9999", Problem.OUT_OF_RANGE),
+        (float("inf"), Problem.OUT_OF_RANGE),
+        (float("nan"), Problem.WRONG_TYPE),
+        ("nan", Problem.WRONG_TYPE),
+        ("inf", Problem.WRONG_TYPE),
+        ("0,5", Problem.WRONG_TYPE),
+        ("1_0", Problem.WRONG_TYPE),
+        ("\u0661", Problem.WRONG_TYPE),
+        ("much", Problem.WRONG_TYPE),
+        ("9" * 1000, Problem.WRONG_TYPE),
+        (True, Problem.WRONG_TYPE),
+        ([1], Problem.WRONG_TYPE),
+    ],
+)
+def test_a_weight_that_is_no_number_or_too_small_or_too_large_is_refused(given: object, problem: Problem) -> None:
+    assert refused(with_messages(weight=given)) == (problem, "weight")
 
 
 @pytest.mark.parametrize(
@@ -205,10 +254,6 @@ def test_a_rows_weight_is_kept() -> None:
             Problem.UNSUPPORTED_FIELD,
             "chat_template_kwargs.messages",
         ),
-        (with_messages(weight=-1), Problem.WRONG_TYPE, "weight"),
-        (with_messages(weight="much"), Problem.WRONG_TYPE, "weight"),
-        (with_messages(weight=True), Problem.WRONG_TYPE, "weight"),
-        (with_messages(weight=float("inf")), Problem.WRONG_TYPE, "weight"),
         (with_messages(USER), Problem.NO_ASSISTANT, "messages"),
     ],
 )

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def accounted(prepared: Prepared) -> None:
     assert actions["drop"] == sum(each.rows for each in data.dropped)
     assert actions["hold_out"] == data.rows_held_out
     assert actions.keys() <= {"drop", "hold_out", "split", "change"}
+    changed = Counter(
+        each["reason"] for each in prepared.decisions if each["stage"] == "read" and each["action"] == "change"
+    )
+    assert changed == prepared.report["changed"]
 
 
 def test_conversations_become_rows_whose_answers_are_learned(tmp_path: Path) -> None:
@@ -135,6 +140,44 @@ def test_datasets_are_mixed_by_their_weights_and_their_real_shares_are_told(tmp_
     (told,) = [each for each in prepared.report["resolved"] if each["field"] == "datasets[].weight"]
     assert told["value"] == "0.25, 0.75"
     assert prepare_run(tmp_path, spec, attempt=2).plan == prepared.plan
+
+
+def test_the_weight_of_rows_is_kept_through_every_notation_and_told_in_plan_and_report(tmp_path: Path) -> None:
+    rows = [chat(f"what is {i}?", f"it is {i}") for i in range(6)]
+    put(
+        tmp_path,
+        a_jsonl=jsonl([{**rows[0], "weight": 0.5}, {**rows[1], "weight": 0}, rows[2]]),
+        b_csv=b"question,answer,weight\nwhat?,this,2\nhow?,so,\n",
+        c_tsv=b"question\tanswer\tweight\nwho?\the\t0.25\n",
+    )
+    half = pa.array([Decimal("1.5"), Decimal("1")], pa.decimal128(5, 2))
+    table = pa.table({"messages": [row["messages"] for row in rows[3:5]], "weight": half})
+    pq.write_table(table, tmp_path / "data" / "d.parquet")
+    datasets = [
+        {"uri": f"{(tmp_path / 'data').as_uri()}/{each}"} for each in ("a.jsonl", "b.csv", "c.tsv", "d.parquet")
+    ]
+    found = prepare_run(tmp_path, {"datasets": datasets, "evaluation": {"holdoutFraction": 0}})
+    accounted(found)
+    columns = found.examples(found.plan.train).columns
+    assert columns["weight"].tolist() == [0.5, 1, 2, 1, 0.25, 1.5, 1]
+    (dropped,) = found.decisions
+    assert (dropped["row"], dropped["reason"], dropped["detail"]) == (2, "no_label", "weight")
+    assert found.report["weights"] == {"examples": 4, "least": 0.25, "most": 2.0}
+    (told,) = [each for each in found.plan.resolved if each.field == "rows' weight"]
+    assert told.value == "0.25 to 2"
+    batches = safetensors.numpy.load_file(found.plan.batches.uri.removeprefix("file://"))
+    labels = [sum(row_labels) for _, row_labels in found.train]
+    expected = sum(weight * count for weight, count in zip(columns["weight"], labels, strict=True))
+    assert batches["denominators"].sum() == pytest.approx(expected * found.plan.label_tokens / sum(labels))
+
+
+def test_a_row_that_is_held_out_is_not_learned_with_another_weight(tmp_path: Path) -> None:
+    rows = chats(40)
+    put(tmp_path, a_jsonl=jsonl([*rows, *({**row, "weight": 3} for row in rows)]))
+    found = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.25}})
+    accounted(found)
+    held_out = sum(each["action"] == "hold_out" for each in found.decisions)
+    assert held_out == found.report["dropped"]["duplicate_of_held_out"] == 10
 
 
 def test_how_far_reading_has_come_is_told_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +540,10 @@ def test_rows_of_all_usual_shapes_are_learned_and_the_report_says_what_was_taken
     assert any("q\n\ni" in text_of(ids) for ids, _ in prepared.train)
     assert prepared.report["changed"] == {"end_left_out": 1}
     assert prepared.report["ignored_fields"] == {"category": 1, "id": 1}
-    assert [(each["row"], each["reason"]) for each in prepared.decisions] == [(1, "no_label")]
+    assert [(each["row"], each["action"], each["reason"]) for each in prepared.decisions] == [
+        (1, "change", "end_left_out"),
+        (1, "drop", "no_label"),
+    ]
 
 
 CALLING = (
@@ -587,6 +633,23 @@ def test_fields_that_are_not_read_are_told_with_the_rows_that_have_them(tmp_path
     assert found == {"source": 3, "(other)": 3, "id": 4, "text": 4}
 
 
+def test_a_table_is_told_by_its_content_and_not_by_its_name(tmp_path: Path) -> None:
+    """The columns of Parquet fill in nulls for what a row does not have."""
+    write_model(tmp_path / "model", template=CALLING)
+    rows = [CALLED, {**CALLED, "tools": [{"type": "function", "function": {"name": "weather", "strict": True}}]}]
+    for name in ("a.parquet", "b.jsonl", "c"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({key: [row[key] for row in rows] for key in CALLED}), tmp_path / "data" / name)
+    found = {
+        name: prepare_run(tmp_path, {"datasets": [{"uri": (tmp_path / "data" / name).as_uri()}]}, attempt)
+        for attempt, name in enumerate(("a.parquet", "b.jsonl", "c"), 1)
+    }
+    for each in found.values():
+        accounted(each)
+        assert each.train == found["a.parquet"].train
+        assert each.report["changed"] == {"nulls_left_out": 2}
+
+
 def test_damaged_files_fail_the_job_even_when_broken_rows_are_put_aside(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl_gz=gz(jsonl(chats(50)))[:-10])
     assert fails(tmp_path, QUARANTINE).fault is Fault.BROKEN_FILE
@@ -637,6 +700,32 @@ def test_files_of_every_notation_and_packing_give_the_same_tokens_and_are_known_
 LAST_DIFFERS = CHATML.replace(
     "message['content']", "('!' if loop.last and message.role == 'assistant' else '') + message['content']"
 )
+
+
+def test_every_change_of_a_row_is_a_decision(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=LAST_DIFFERS)
+    question, answer = chat("what?", "this")["messages"]
+    parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "at?"}]
+    rows = [
+        [question, answer],
+        [{"role": "developer", "content": "Be brief."}, question, answer, question],
+        [{**question, "content": parts}, answer],
+        [answer, question, {**answer, "content": "that"}],
+        [question, question, answer],
+        [question, answer, question, answer],
+    ]
+    put(tmp_path, a_jsonl=jsonl({"messages": row} for row in rows))
+    found = prepare_run(tmp_path)
+    accounted(found)
+    assert [(each["row"], each["stage"], each["action"], each["reason"]) for each in found.decisions] == [
+        (2, "read", "change", "developer_as_system"),
+        (2, "read", "change", "end_left_out"),
+        (3, "read", "change", "parts_joined"),
+        (4, "read", "change", "greeting_not_learned"),
+        (5, "read", "change", "neighbours_kept"),
+        (6, "render", "change", "unrolled"),
+    ]
+    assert found.report["answers"]["notes"] == {"unrolled": 1}
 
 
 def test_a_template_that_rewrites_earlier_answers_is_learned_in_one_sequence_for_each(tmp_path: Path) -> None:
@@ -726,6 +815,13 @@ def test_what_is_accepted_to_be_lost_is_counted(tmp_path: Path) -> None:
     prepared = prepare_run(tmp_path, {"preprocessing": {"acceptVanishing": ["Reasoning"]}})
     assert [learned(row) for row in prepared.train] == ["a<|im_end|>"]
     assert prepared.report["answers"]["vanished"] == {"Reasoning": 1}
+    (lost,) = prepared.decisions
+    assert (lost["stage"], lost["action"], lost["reason"], lost["detail"]) == (
+        "render",
+        "change",
+        "vanishes",
+        "Reasoning",
+    )
     (noted,) = (each for each in prepared.plan.resolved if each.field == "answers.vanished.Reasoning")
     assert noted.value == "1 of 1 conversations"
 
@@ -824,6 +920,20 @@ def test_decisions_that_are_very_many_are_counted_and_no_longer_listed(
     assert 5 < len(listed) < 40
     assert last == {"not_listed": {"missing_field": 10, "not_an_object": 90 - len(listed)}}
     assert prepared.report["dropped"] == {"missing_field": 10, "not_an_object": 90}
+
+
+def test_changes_of_very_many_rows_leave_room_for_those_that_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "MAX_CHANGES_BYTES", 2000)
+    changed = [chat("q", "a", f"and {number}?") for number in range(90)]
+    put(tmp_path, a_jsonl=jsonl(changed), b_jsonl=jsonl(chats(5)) + b"1\n" * 3)
+    prepared = prepare_run(tmp_path, QUARANTINE | {"evaluation": {"holdoutFraction": 0}})
+    *listed, last = prepared.decisions
+    assert Counter(each["action"] for each in listed)["drop"] == 3
+    assert 5 < len(listed) < 40
+    assert last == {"not_listed": {"end_left_out": 90 - (len(listed) - 3)}}
+    assert prepared.report["changed"] == {"end_left_out": 90}
 
 
 def test_reading_many_slow_rows_never_looks_like_standing_still(

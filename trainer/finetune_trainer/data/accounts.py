@@ -17,6 +17,7 @@ import orjson
 from finetune_api.status import DroppedRows
 
 MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
+MAX_CHANGES_BYTES = 64 * 2**20  # of them, so that changes of all rows leave room for those that are left out
 _LEAST_ROW_BYTES = len('{"text":"a"}')
 _BEAT_ROWS = 256
 _MAX_REASONS = 10
@@ -28,13 +29,15 @@ _MAX_FIELD_NAME = 32
 class FileAccount:
     """Rows of one file. rows_in = used + held_out + the sum of dropped.
 
-    most_bytes: what its rows cannot come to more than, unpacked; most_rows: how many it has, where that is known."""
+    most_bytes: what its rows cannot come to more than, unpacked; most_rows: how many it has, where that is known;
+    is_table: whether its columns fill in nulls for what a row does not have."""
 
     uri: str
     size_bytes: int
     etag: str
     most_bytes: int = 0
     most_rows: int | None = None
+    is_table: bool = False
     bytes_in: int = 0  # of the rows that were read, at least
     sha256: str | None = None
     rows_in: int = 0
@@ -76,7 +79,7 @@ class Ledger:
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
         self._decisions = path.open("wb")
-        self._written_bytes = 0
+        self._written_bytes = self._changes_bytes = 0
         self._unlisted: Counter[str] = Counter()
         self._on_rows = on_rows
 
@@ -97,13 +100,18 @@ class Ledger:
     def decide(
         self, file: int, number: int, stage: str, action: Action, reason: str, detail: str = "", ref: str = ""
     ) -> None:
-        """Write what was done to a row; beyond MAX_DECISIONS_BYTES it is counted and no longer listed."""
-        if self._written_bytes >= MAX_DECISIONS_BYTES:
+        """Write what was done to a row.
+
+        Beyond MAX_DECISIONS_BYTES, and as a change beyond MAX_CHANGES_BYTES, it is counted and no longer listed."""
+        is_change = action is Action.CHANGE
+        if self._written_bytes >= MAX_DECISIONS_BYTES or (is_change and self._changes_bytes >= MAX_CHANGES_BYTES):
             self._unlisted[reason] += 1
             return
         record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
         record |= {name: value for name, value in (("ref", ref), ("detail", detail)) if value}
-        self._written_bytes += self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        size_bytes = self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._written_bytes += size_bytes
+        self._changes_bytes += size_bytes * is_change
 
     def flush(self) -> None:
         """Make decisions so far readable, the last line telling how many rows are not listed."""
@@ -129,9 +137,11 @@ class Ledger:
             known = name in self.ignored_fields or len(self.ignored_fields) < _MAX_IGNORED_FIELDS
             self.ignored_fields[name if named and known else "(other)"] += rows
 
-    def change(self, reasons: Iterable[str]) -> None:
-        """A row was changed for these reasons so that it can be learned."""
-        self.changes.update(reasons)
+    def change(self, file: int, number: int, reasons: Iterable[str]) -> None:
+        """Row `number` of a file was changed for these reasons so that it can be learned."""
+        for reason in sorted(reasons):
+            self.changes[reason] += 1
+            self.decide(file, number, "read", Action.CHANGE, reason)
 
     @property
     def dropped(self) -> Counter[str]:

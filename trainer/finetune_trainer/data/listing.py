@@ -67,7 +67,13 @@ def find_files(store: Store, datasets: Sequence[DatasetSpec], ledger: Ledger) ->
         first = len(ledger.files)
         own = kinds[first : first + len(found.data)]
         ledger.files += [
-            FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=_most_bytes(info, kind))
+            FileAccount(
+                info.uri,
+                info.size_bytes,
+                info.etag,
+                most_bytes=_most_bytes(info, kind),
+                is_table=kind.notation is Notation.PARQUET,
+            )
             for info, kind in zip(found.data, own, strict=True)
         ]
         _tell(found)

@@ -6,10 +6,12 @@ the line that it would be in a JSONL file, so that the same limits hold for it; 
 with `!`, one of whose fields some cannot with `?`. Whatever takes more memory than MEMORY_BYTES ends the process.
 """
 
+import math
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from decimal import Decimal
 from itertools import accumulate
 from typing import Any
 
@@ -103,8 +105,9 @@ def rows_at_once(metadata: Any) -> int:
 
 def _lines(batch: Any) -> Iterator[bytes]:
     """Yield each row as a line of JSON, or what is wrong with it behind a `!`."""
+    floats = [field.name for field in batch.schema if pa.types.is_floating(field.type)]
     for value in _values(batch):
-        found = value if isinstance(value, Broken) else _line(value)
+        found = value if isinstance(value, Broken) else _line(value, floats)
         if isinstance(found, Broken):
             found = b"!" + orjson.dumps([found.problem.value, found.field, found.detail])
         yield found
@@ -121,23 +124,34 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
                 yield Broken(Problem.INVALID_UTF8)
 
 
-def _line(row: dict[str, Any]) -> bytes | Broken:
+def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:
+    """Return a row as a line of JSON. floats: the columns that may have NaN and infinity, which JSON has not."""
     try:
-        line = orjson.dumps(row)
+        if any(row[name] is not None and not math.isfinite(row[name]) for name in floats):
+            raise orjson.JSONEncodeError("not a number of JSON")  # orjson would write null
+        line = orjson.dumps(row, default=_number)
     except orjson.JSONEncodeError:
         problems = {name: _problem_of(value) for name, value in row.items()}
         sound = {name: value for name, value in row.items() if problems[name] is None}
-        line = b"?" + orjson.dumps([{name: problem for name, problem in problems.items() if problem}, sound])
+        named = {name: problem for name, problem in problems.items() if problem}
+        line = b"?" + orjson.dumps([named, sound], default=_number)
     return line if len(line) <= MAX_LINE_BYTES else Broken(Problem.LINE_TOO_LONG)
+
+
+def _number(value: object) -> float:
+    """Return a decimal as JSON has it. Raises TypeError for what is none."""
+    if not isinstance(value, Decimal):
+        raise TypeError
+    return float(value)
 
 
 def _problem_of(value: object) -> str | None:
     """Return why a field's value cannot be JSON."""
     try:
-        orjson.dumps(value)
+        orjson.dumps(value, default=_number)
     except orjson.JSONEncodeError as error:
         return Problem.TOO_DEEP if "ecursion" in str(error) else Problem.WRONG_TYPE
-    return None
+    return Problem.WRONG_TYPE if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def _answer(request: dict[str, Any]) -> None:

@@ -20,14 +20,14 @@ from finetune_api.errors import StageError
 from finetune_api.job import LossOn, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.accounts import Action, Ledger
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment, tree_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
-from finetune_trainer.data.taught import Taught, refused
+from finetune_trainer.data.taught import Taught, changes_of, refused
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, split
 from finetune_trainer.data.too_long import TooLongRows, from_turn, turns, without_beginning
@@ -189,6 +189,8 @@ class Pipeline:
         for index, result in zip(conversations, rendered, strict=True):
             if isinstance(result, Rendered):
                 self.taught.add(result.notes, [len(each.ids) for each in by_row[index]])
+                for reason, detail in changes_of(result.notes):
+                    self.ledger.decide(batch[index].file, batch[index].number, "render", Action.CHANGE, reason, detail)
         completions = [(index, item.row) for index, item in enumerate(batch) if isinstance(item.row, Completion)]
         if completions:
             require_end_token(self.model)
@@ -258,7 +260,7 @@ class Pipeline:
         tokens = _longest(sequences)
         if tokens > self.too_long.limit.tokens:
             self.too_long.drop(item.file, item.number, tokens)
-        elif item.row.weight == 0 or not any(part.labels.any() for part in sequences):
+        elif not any(part.labels.any() for part in sequences):
             self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
         else:
             self.model.tokenizer.special_words.count(item.row)

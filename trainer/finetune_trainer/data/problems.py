@@ -25,6 +25,7 @@ class Problem(StrEnum):
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"
     EMPTY = "empty"
+    OUT_OF_RANGE = "out_of_range"
     UNSUPPORTED_FIELD = "unsupported_field"
     UNKNOWN_FIELD = "unknown_field"
     TWO_FIELDS = "two_fields"

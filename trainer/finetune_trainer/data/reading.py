@@ -19,7 +19,7 @@ from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.listing import Inputs
-from finetune_trainer.data.problems import Broken, Drop, Problem, place
+from finetune_trainer.data.problems import Broken, Drop, place
 from finetune_trainer.data.rows import Conversation, Row, content_hash
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
@@ -160,14 +160,16 @@ def _checked(
     formats.append(data_format)
     for file, (number, value, size_bytes, held_bytes) in select(chain(_given_away(peeked), decoded)):
         ledger.count(file, size_bytes)
-        is_table = ledger.files[file].uri.lower().endswith(".parquet")
-        checked = _check(value, data_format, of_tables if is_table else choices)
+        checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
         elif not bad.failing:
             found, hashed = checked
             ledger.ignore_fields(found.passed_over)
-            ledger.change(found.changes)
+            ledger.change(file, number, found.changes)
+            if found.row.weight == 0:
+                ledger.drop(file, number, "read", Drop.NO_LABEL, "weight")
+                continue
             if isinstance(found.row, Conversation) and not any(found.row.learned):
                 ledger.drop(file, number, "read", Drop.NO_LABEL)
                 continue
@@ -184,8 +186,6 @@ def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tu
     found = read_row(value, data_format, choices)
     if isinstance(found, Broken):
         return found
-    if found.row.weight != 1:  # the loss takes weights, but no bound and no content hash counts a row's own yet
-        return Broken(Problem.UNSUPPORTED_FIELD, "weight")
     hashed = content_hash(found.row)
     return hashed if isinstance(hashed, Broken) else (found, hashed)
 

@@ -109,6 +109,14 @@ def shares(plan: BatchPlan, mix: Mix, examples: npt.NDArray[Any]) -> list[dict[s
     return found
 
 
+def weights(column: npt.NDArray[np.float32]) -> dict[str, float]:
+    """How many examples count otherwise than 1, and from what to what all of them; nothing where none does.
+
+    column: (examples,) of the training split."""
+    weighted = int(np.count_nonzero(column != 1))
+    return {"examples": weighted, "least": float(column.min()), "most": float(column.max())} if weighted else {}
+
+
 def packing(plan: BatchPlan, examples: Examples, longest_row: int, hyper: Hyperparameters) -> dict[str, Any]:
     """How full forward passes are, over the first steps."""
     if not hyper.packing:

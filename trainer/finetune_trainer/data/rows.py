@@ -48,7 +48,10 @@ Row = Conversation | Completion | Text
 
 
 def content_hash(row: Row) -> bytes | Broken:
-    """16 bytes over the row's canonical JSON: equal for rows that say the same, whatever file they are in."""
+    """16 bytes over the row's canonical JSON: equal for rows that say the same, whatever file they are in.
+
+    Its weight is no part of that: of rows that say the same with other weights one may be held out, and then none of
+    the others may be learned."""
     try:
         if isinstance(row, Text):
             content = row.text.encode()

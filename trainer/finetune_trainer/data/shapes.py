@@ -4,14 +4,13 @@ A shape reads one decoded row and nothing else, so that each can be understood, 
 are named is in `field_names`, how its messages are in `messages`, and what their order means in `order`.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from finetune_api.job import DatasetFormat, SameRoleMessages, SystemMessages
-from finetune_api.row_words import MAX_MESSAGES
+from finetune_api.row_words import MAX_MESSAGES, MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
 from finetune_trainer.data import toolcalls
 from finetune_trainer.data.field_names import (
     ANSWER,
@@ -34,6 +33,8 @@ JOINT = "\n\n"  # between an instruction and the input or context that belongs t
 
 # How a list of messages begins as text, as the cells of a table have it; also as Python writes one, which is refused.
 _MESSAGES_AS_TEXT = re.compile(rf"""\s*\[\s*\{{\s*(["'])({"|".join((*ROLE, *CONTENT))})\1\s*:""")
+
+_NUMBER = re.compile(r"[+-]?([0-9]{1,40}([.][0-9]{0,40})?|[.][0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
 # Names that the template gets from us. A row that sets one of them would not be rendered as it is served.
 _OF_THE_RENDERER = """
@@ -116,12 +117,19 @@ class _Reading:
         return values
 
     def weight(self) -> float:
-        """Return how much the row counts."""
+        """Return how much the row counts: a number, or the text of one, as a table of texts has it."""
         given = self.row.get("weight")
-        if given is None:
+        if says_nothing(given):
             return 1.0
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
-            raise RefusedError(Problem.WRONG_TYPE, "weight", "must be a number of 0 or more")
+        if isinstance(given, Broken):
+            raise RefusedError(given.problem, "weight", given.detail)
+        if isinstance(given, str) and _NUMBER.fullmatch(given.strip()):
+            given = float(given)
+        if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
+            raise RefusedError(Problem.WRONG_TYPE, "weight", "must be a number")
+        if given and not MIN_ROW_WEIGHT <= given <= MAX_ROW_WEIGHT:
+            bounds = f"{MIN_ROW_WEIGHT:f} to {MAX_ROW_WEIGHT:,.0f}"
+            raise RefusedError(Problem.OUT_OF_RANGE, "weight", f"it may be 0, or from {bounds}")
         return float(given)
 
     def history(self) -> list[Said]:

@@ -17,7 +17,7 @@ _FAULTS = {
     Problem.NO_REASONING: Fault.NO_REASONING,
 }
 # What was done with conversations, as ends of sentences about so many of them: "3 of 40 conversations, learned in …".
-NOTE_WORDS = {
+NOTE_WORDS: dict[str, str] = {
     Note.UNROLLED: "learned in one sequence for each answer, as the chat template writes an answer differently once "
     "others follow",
     Note.WITH_REASONING: "rendered by the template's form with reasoning, which a server must ask for",
@@ -32,6 +32,8 @@ NOTE_WORDS = {
     Note.MARKS_DIFFER: "of which {% generation %} marks another part than what a server is to get back, which is "
     "learned",
 }
+
+_PARTS = frozenset(Part)
 
 
 @dataclass
@@ -117,6 +119,12 @@ class Taught:
             "notes": {note: self.notes[note] for note in Note if self.notes[note]},
             "vanished": {part: self.notes[part] for part in Part if self.notes[part]},
         }
+
+
+def changes_of(notes: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what was done to a conversation, beside rendering it, as reason and detail of its decisions."""
+    for note in notes:
+        yield (Problem.VANISHES, note) if note in _PARTS else (note, "")
 
 
 def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageError:
