@@ -35,6 +35,7 @@ RESYNC_RETRY_S = 10.0
 CRD_RETRY_S = 5.0
 MISSING_CRD = f"the CRD {names.PLURAL}.{names.GROUP} is not installed: it is waited for"
 CHILD_DELAY_S = 0.5  # a pod is told of several times in its first second: one round for all
+HEAD_START_S = 30.0  # of a new job before others' further rounds, so that its prepare begins at once
 STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
 UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
 
@@ -112,7 +113,7 @@ class Engine:
                 return
         scope.names[namespace, uid] = (namespace, name)
         if not self._reconciler.has_written((namespace, uid), str(meta.get("resourceVersion"))):
-            self._queue.put((namespace, name))
+            self._queue.put((namespace, name), 0.0 if body.get("status") else -HEAD_START_S)
 
     def stop(self) -> None:
         """Start no more rounds, wait for those in work, then give the lease back.

@@ -42,7 +42,8 @@ class WorkQueue(Generic[Key]):
         self._closed = False
 
     def put(self, key: Key, delay_s: float = 0.0) -> None:
-        """Ask for one more round of `key`; the earlier of two requests counts."""
+        """Ask for one more round of `key`; the earlier of two requests counts. A delay below zero puts it before keys
+        that are due for a shorter time than that."""
         with self._changed:
             self._put(key, self._clock() + delay_s)
 

@@ -198,6 +198,26 @@ def test_no_round_is_begun_before_the_jobs_and_pods_of_its_namespace_are_known(e
     assert cluster.rounds_until("busy") == ["busy"]
 
 
+def test_a_job_that_nobody_has_looked_at_goes_before_more_rounds_of_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    rounds, go_on = list[str](), threading.Event()
+
+    def reconcile(key: tuple[str, str]) -> None:
+        rounds.append(key[1])
+        go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(engine._reconciler, "reconcile", reconcile)  # pyright: ignore[reportPrivateUsage]
+    assert engine.start()
+    for name in ("in work", "busy", "busier"):
+        engine.hear("MODIFIED", {**finetunejob(name), "status": {"phase": "Preparing"}})
+        until(lambda: bool(rounds), "the only worker is in work")
+    engine.hear("ADDED", finetunejob("new"))
+    go_on.set()
+    until(lambda: len(rounds) == 4, "all have had a round")
+    assert rounds == ["in work", "new", "busy", "busier"]
+
+
 def test_what_our_own_write_of_the_status_is_told_as_brings_no_round(
     engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
 ):

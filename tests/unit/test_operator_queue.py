@@ -60,6 +60,16 @@ def test_the_earlier_of_two_requests_counts(queue: WorkQueue[str], clock: Clock)
     assert drain(queue) == []
 
 
+@pytest.mark.parametrize(("waited_s", "order"), [(29.0, ["new", "old"]), (31.0, ["old", "new"])])
+def test_a_head_start_is_before_those_that_wait_for_less(
+    queue: WorkQueue[str], clock: Clock, waited_s: float, order: list[str]
+):
+    queue.put("old")
+    clock.now_s += waited_s
+    queue.put("new", -30)
+    assert drain(queue) == order
+
+
 def test_a_key_is_never_in_work_twice_and_a_change_meanwhile_is_not_lost(queue: WorkQueue[str]):
     queue.put("a")
     assert queue.get() == "a"
