@@ -103,12 +103,12 @@ class DataStatus(ApiModel):
 
 
 class ProgressStatus(ApiModel):
-    """The last known place of the training."""
+    """How far the running stage was when it last said so: prepare with the data, train with the steps."""
 
-    step: Count = Field(description="Finished optimizer steps.")
-    total_steps: Count = Field(description="Steps of the plan.")
-    percentage: int = Field(ge=0, le=100, description="step / totalSteps.")
-    text: Str64 = Field(description="step/totalSteps, for the printer column.")
+    step: Count = Field(description="Finished optimizer steps; 0 in prepare.")
+    total_steps: Count = Field(description="Steps of the plan; 0 in prepare.")
+    percentage: int = Field(ge=0, le=100, description="Of the steps; in prepare of the data's bytes.")
+    text: Str64 = Field(description="step/totalSteps, or in prepare such as '45% of data', for the printer column.")
     estimated_remaining_seconds: Count | None = Field(default=None, description="Time left at the present speed.")
     eta: Str64 | None = Field(default=None, description="Time left, for the printer column.")
     stale: bool = Field(default=False, description="Whether the pod has not answered for a while.")

@@ -46,6 +46,8 @@ def describe(progress: Progress) -> str:
     parts = [progress.activity.lower()]
     if progress.rows_read:
         parts.append(f"{progress.rows_read:,} rows")
+    if progress.bytes_total:
+        parts.append(f"{min(100, 100 * progress.bytes_read // progress.bytes_total)}% of data")
     if progress.total_steps:
         within = f" + {progress.step_tokens:,} tokens" if progress.step_tokens else ""
         parts.append(f"step {progress.step}/{progress.total_steps}{within}")
@@ -57,7 +59,7 @@ def describe(progress: Progress) -> str:
         parts.append(f"held-out loss {progress.eval_loss:.3f}")
     if progress.tokens_per_second is not None:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    if progress.eta_seconds is not None and progress.step < progress.total_steps:
+    if progress.eta_seconds is not None and (progress.bytes_total or progress.step < progress.total_steps):
         parts.append(f"{duration(progress.eta_seconds)} left")
     return ", ".join(parts)
 

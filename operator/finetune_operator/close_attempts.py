@@ -206,7 +206,7 @@ def _close(
         "usage": used(status, pods, finished, now),
     }
     if result is not None and entry.stage == Stage.PREPARE and outcome.attempt_class == "Succeeded":
-        update |= {"plan": result.plan, "data": result.data}
+        update |= {"plan": result.plan, "data": result.data, "progress": None}  # of the data: all is read
     if outcome.exit_code is not None and retry.is_prepared_again(entry.stage, outcome.exit_code):
         update |= {"plan": None, "data": None}  # so the next attempt prepares
     elif result is not None and entry.stage == Stage.TRAIN:

@@ -7,7 +7,6 @@ Kubernetes Jobs or the pods.
 from datetime import datetime, timedelta
 
 from finetune_api.job import FineTuneJobSpec
-from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, OperatorRecord, Phase
 from finetune_operator import attempt_steps, final_status
@@ -130,8 +129,6 @@ def _with_live_progress(
     if last is None or not pod_state.running:
         return status
     answer = observation.answer_of(last)
-    if last.stage != Stage.TRAIN:
-        return status
     if answer is not None and is_write_due(status, answer, interval_s):
         status = with_progress(status, answer)
     return with_age(status, answer, interval_s, now)

@@ -72,7 +72,7 @@ class Metrics:
         del figures["loss"]  # the same once more, as text
         figures |= {
             "failures": status.failures,
-            "step": progress.step if progress is not None else None,
+            "step": progress.step if progress is not None and progress.total_steps else None,
             "remaining_seconds": progress.estimated_remaining_seconds if progress is not None else None,
             "last_progress_timestamp_seconds": progress_at_s if progress is not None else None,
             "planned_steps": status.plan.steps if status.plan is not None else None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_api.base import finite
+from finetune_api.names import Stage
 from finetune_api.run import Progress, RunResult
 from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
 from finetune_operator.clock import format_time, parse_time
@@ -15,6 +16,8 @@ STALE_AFTER_S = 120
 def with_progress(status: FineTuneJobStatus, answer: PodAnswer) -> FineTuneJobStatus:
     """Return the status with the pod's answer in it; the newest attempt is the one that answered."""
     said = answer.progress
+    if said.stage is Stage.PREPARE:
+        return status.model_copy(update={"progress": progress_status(said, answer.at)})
     entry = status.attempts[-1].model_copy(update={"last_step": said.step, "resumed_from_step": said.resumed_from_step})
     return status.model_copy(
         update={
@@ -29,10 +32,14 @@ def with_progress(status: FineTuneJobStatus, answer: PodAnswer) -> FineTuneJobSt
 def is_write_due(status: FineTuneJobStatus, answer: PodAnswer, interval_s: float) -> bool:
     """Return True if a newer answer is worth a status write: live figures are rationed, transitions are not.
 
-    A pod that does not know its place yet must not wipe out how far the attempt before it has come."""
-    if answer.progress.total_steps == 0:
+    A pod that does not know its place yet must not wipe out how far the attempt before it has come. A preparation that
+    takes no longer than the interval is not worth a write."""
+    said = answer.progress
+    if not (said.bytes_total if said.stage is Stage.PREPARE else said.total_steps):
         return False
     last = parse_time(status.progress.last_updated_time) if status.progress else None
+    if last is None and said.stage is Stage.PREPARE:
+        last = parse_time(status.attempts[-1].started_at)
     return last is None or (answer.at - last).total_seconds() >= interval_s
 
 
@@ -63,14 +70,19 @@ def _stale_after_s(interval_s: float) -> float:
 
 
 def progress_status(said: Progress, at: datetime) -> ProgressStatus:
-    total = said.total_steps
+    """Return what the status shows of an answer: how much of the data is read, or of the steps done."""
+    done, total = said.step, said.total_steps
+    if said.stage is Stage.PREPARE:
+        done, total = said.bytes_read, said.bytes_total
+    percentage = min(100, 100 * done // total) if total else 0
+    text = f"{percentage}% of data" if said.stage is Stage.PREPARE else f"{done}/{total}"
     remaining = finite(said.eta_seconds)
     seconds = None if remaining is None else int(min(remaining, 10**9))
     return ProgressStatus(
         step=said.step,
-        total_steps=total,
-        percentage=min(100, 100 * said.step // total) if total else 0,
-        text=f"{said.step}/{total}"[:64] if total else "",
+        total_steps=said.total_steps,
+        percentage=percentage,
+        text=text[:64] if total else "",
         estimated_remaining_seconds=seconds,
         eta=None if seconds is None else human_seconds(seconds),
         last_updated_time=format_time(at),

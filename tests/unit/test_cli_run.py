@@ -337,6 +337,19 @@ def test_what_is_gone_at_once_after_it_was_prepared_ends_the_run(play: Play):
     assert play.played() == ["prepare-1", "train-1"]
 
 
+def test_while_data_are_read_a_person_sees_how_much_and_how_long_the_rest_takes() -> None:
+    seen = Progress(
+        stage=Stage.PREPARE,
+        attempt=1,
+        activity="Reading",
+        rows_read=7,
+        bytes_read=905,
+        bytes_total=2000,
+        eta_seconds=185,
+    )
+    assert show.describe(seen) == "reading, 7 rows, 45% of data, 3m05s left"
+
+
 def test_within_a_long_step_a_person_sees_that_it_moves() -> None:
     seen = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=0, total_steps=9, step_tokens=12_288)
     assert show.describe(seen) == "training, step 0/9 + 12,288 tokens"
