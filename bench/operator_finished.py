@@ -1,4 +1,7 @@
-"""Many finished jobs that are kept: what they cost an operator at its start, in memory, in metrics and at rest."""
+"""Many finished jobs that are kept: what they cost an operator at its start, in memory, in metrics and at rest.
+
+Memory, metrics and CPU at rest are taken once the operator counts all of them and is quiet, not before.
+"""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +15,16 @@ from bench.acted_kubelet import ARTIFACT, DATA, PLAN, RESOLVED
 from bench.api_server import ApiServer, Body
 from bench.operator_process import OperatorProcess, Release, install_crd
 from bench.operator_thousand import FINETUNEJOBS, finetunejob
+from bench.operator_waits import tell
 from finetune_api import names
+from finetune_api.status import Phase
 
 WORKERS = 8
 READY_S = 120.0
-SETTLED_S = 90.0  # for what the start leaves in the queue
+SETTLED_S = 180.0  # for its lists and what the start leaves in the queue
 SETTLED_CORES = 0.1
+QUIET_S = 3
+ASKED_EVERY_S = 2.0
 IDLE_S = 60.0
 TIME = "2026-01-01T00:00:00Z"
 
@@ -28,7 +35,9 @@ class FinishedRun:
 
     release: str
     ready_s: float
-    settled_s: float | None  # from its start until the queue is through; None: not within SETTLED_S
+    known: int | None  # finished jobs that it counts at the end; None: it does not say
+    known_s: float | None  # from its start until it counts all of them; None: not within SETTLED_S
+    settled_s: float | None  # from its start until it is quiet besides; None: not within SETTLED_S
     gets: int  # of single FineTuneJobs until then
     lists: int  # pages of lists of FineTuneJobs until then
     start_mib: float
@@ -38,38 +47,49 @@ class FinishedRun:
     peak_mib: float
 
 
-def fill(cluster: testbed.Cluster, release: Release, namespace: str, count: int) -> None:
-    """Create finished jobs, each by one write: while the CRD has no subresource, the status comes with the object."""
+def fill(cluster: testbed.Cluster, release: Release, namespaces: list[str], count: int) -> None:
+    """Create so many finished jobs, each by one write, in turns in each namespace.
+
+    While the CRD has no subresource, the status comes with the object."""
     crd: Body = yaml.safe_load((release.root / "crds/finetunejobs.yaml").read_text())
     for version in crd["spec"]["versions"]:
         version.pop("subresources", None)
     install_crd(cluster, yaml.safe_dump(crd))
-    cluster.kubectl("create", "namespace", namespace)
-    api, path = ApiServer(cluster.kubeconfig), f"{FINETUNEJOBS}/namespaces/{namespace}/{names.PLURAL}"
-    status = finished_status()
-    while True:  # until every part of the server has taken the CRD that keeps what is created
-        made = api.send("POST", path, {**finetunejob(namespace, f"first-{time.time_ns()}"), "status": status})
-        if made.get("status"):
-            break
+    for namespace in namespaces:
+        cluster.kubectl("create", "namespace", namespace)
+    api, status = ApiServer(cluster.kubeconfig), finished_status()
+
+    def create(number: int, name: str) -> Body:
+        namespace = namespaces[number % len(namespaces)]
+        path = f"{FINETUNEJOBS}/namespaces/{namespace}/{names.PLURAL}"
+        return api.send("POST", path, {**finetunejob(namespace, name), "status": status})
+
+    # Until every part of the server has taken the CRD that keeps what is created.
+    while not create(0, name := f"first-{time.time_ns()}").get("status"):
+        path = f"{FINETUNEJOBS}/namespaces/{namespaces[0]}/{names.PLURAL}"
+        api.send("DELETE", f"{path}/{name}")
         time.sleep(1)
-
-    def create(number: int) -> None:
-        api.send("POST", path, {**finetunejob(namespace, f"job-{number}"), "status": status})
-
     with ThreadPoolExecutor(WORKERS) as pool:
-        for done in [pool.submit(create, number) for number in range(count - 1)]:
+        for done in [pool.submit(create, number, f"job-{number}") for number in range(1, count)]:
             done.result()
+    tell(f"{count} finished jobs are created in {len(namespaces)} namespaces")
 
 
-def measure(cluster: testbed.Cluster, release: Release, namespace: str, folder: Path) -> FinishedRun:
+def measure(cluster: testbed.Cluster, release: Release, namespaces: list[str], count: int, folder: Path) -> FinishedRun:
     """Start an operator on what is there, let it come to rest, and watch it for a while."""
     release.install_crd(cluster)
     api = ApiServer(cluster.kubeconfig)
     before, begun_s = api.requests(), time.monotonic()
-    with OperatorProcess(release, cluster.kubeconfig, namespace, folder) as operator:
+    with OperatorProcess(release, cluster.kubeconfig, namespaces, folder) as operator:
         ready_s = operator.wait_until_ready(READY_S)
-        is_settled = _settle(operator, begun_s + SETTLED_S)
+        tell(f"{release.name}: ready after {ready_s:.1f} s")
+        deadline_s = begun_s + SETTLED_S
+        known = _wait_until_known(operator, count, deadline_s)
+        known_s = time.monotonic() - begun_s
+        tell(f"{release.name}: {known} of {count} finished jobs are known after {known_s:.0f} s")
+        is_settled = known == count and _settle(operator, deadline_s)
         settled_s, start_mib = time.monotonic() - begun_s, operator.memory_mib()
+        tell(f"{release.name}: {'quiet' if is_settled else 'not quiet'} after {settled_s:.0f} s")
         asked = api.requests() - before
         asked_s = time.monotonic()
         size = len(operator.get("/metrics"))
@@ -80,6 +100,8 @@ def measure(cluster: testbed.Cluster, release: Release, namespace: str, folder: 
         return FinishedRun(
             release=release.name,
             ready_s=ready_s,
+            known=known,
+            known_s=known_s if known == count else None,
             settled_s=settled_s if is_settled else None,
             gets=asked["GET", names.PLURAL],
             lists=asked["LIST", names.PLURAL],
@@ -91,10 +113,23 @@ def measure(cluster: testbed.Cluster, release: Release, namespace: str, folder: 
         )
 
 
+def _wait_until_known(operator: OperatorProcess, count: int, deadline_s: float) -> int | None:
+    """Wait until the operator counts all finished jobs; how many it counts then, or when that takes too long.
+
+    Metrics may take seconds to be asked for: most of the time the operator is left alone."""
+    while True:
+        asked_s = time.monotonic()
+        known = operator.jobs_in(Phase.SUCCEEDED)
+        now_s = time.monotonic()
+        if known == count or now_s > deadline_s:
+            return known
+        time.sleep(max(ASKED_EVERY_S, 4 * (now_s - asked_s)))
+
+
 def _settle(operator: OperatorProcess, deadline_s: float) -> bool:
-    """Wait until the operator does almost nothing for three seconds on end; False when that takes too long."""
+    """Wait until the operator does almost nothing for QUIET_S on end; False when that takes too long."""
     quiet = 0
-    while quiet < 3:
+    while quiet < QUIET_S:
         if time.monotonic() > deadline_s:
             return False
         cpu_s, begun_s = operator.cpu_s(), time.monotonic()
@@ -145,11 +180,14 @@ def table_rows(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
     def row(name: str, shown: list[str]) -> list[str]:
         return [name, *shown]
 
+    def in_time(moment_s: float | None) -> str:
+        return f"{moment_s:.0f}" if moment_s is not None else f"more than {SETTLED_S:.0f}"
+
     return ["", *(run.release for run in runs)], [
         row("ready after, s", [f"{run.ready_s:.1f}" for run in runs]),
-        row("through with its start after, s", [
-            f"{run.settled_s:.0f}" if run.settled_s is not None else f"more than {SETTLED_S:.0f}" for run in runs
-        ]),
+        row("knows all finished jobs after, s", [in_time(run.known_s) for run in runs]),
+        row("and is quiet after, s", [in_time(run.settled_s) for run in runs]),
+        row("finished jobs in its own gauge then", [str(run.known) if run.known is not None else "-" for run in runs]),
         row("GETs of FineTuneJobs until then", [str(run.gets) for run in runs]),
         row("pages of lists of FineTuneJobs until then", [str(run.lists) for run in runs]),
         row("resident memory then, MiB", [f"{run.start_mib:.0f}" for run in runs]),
@@ -157,4 +195,4 @@ def table_rows(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
         row("/metrics, s", [f"{run.metrics_s:.2f}" for run in runs]),
         row(f"CPU at rest, over {IDLE_S:.0f} s, % of a core", [f"{run.idle_percent:.1f}" for run in runs]),
         row("largest resident memory, MiB", [f"{run.peak_mib:.0f}" for run in runs]),
-    ]  # fmt: skip
+    ]

@@ -20,6 +20,7 @@ from testbed.instance import CHECKOUT, free_ports
 from testbed.processes import spawn
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_GAUGE = 'finetune_jobs{phase="%s"} '
 _WRITES = re.compile(r'^finetune_api_writes_total\{resource="([^"]+)".*\} ([0-9.e+]+)$', re.MULTILINE)
 
 
@@ -68,9 +69,9 @@ def install_crd(cluster: testbed.Cluster, text: str) -> None:
 
 
 class OperatorProcess:
-    """One operator that watches one namespace. Use as a context; it is ended by its pid."""
+    """One operator that watches these namespaces. Use as a context; it is ended by its pid."""
 
-    def __init__(self, release: Release, kubeconfig: Path, namespace: str, folder: Path) -> None:
+    def __init__(self, release: Release, kubeconfig: Path, namespaces: list[str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
         runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
@@ -81,8 +82,8 @@ class OperatorProcess:
             **os.environ,
             "PYTHONPATH": f"{release.root / 'api'}:{release.root / 'operator'}",
             "KUBECONFIG": str(kubeconfig),
-            "FINETUNE_NAMESPACE": namespace,
-            "FINETUNE_WATCH_NAMESPACES": namespace,
+            "FINETUNE_NAMESPACE": namespaces[0],
+            "FINETUNE_WATCH_NAMESPACES": ",".join(namespaces),
             "FINETUNE_IDENTITY": "bench",
             "FINETUNE_RUNTIMES_FILE": str(folder / "runtimes.yaml"),
             "FINETUNE_HTTP_PORT": str(self._port),
@@ -132,6 +133,14 @@ class OperatorProcess:
         for name, value in _WRITES.findall(self.get("/metrics").decode()):
             found[name] += int(float(value))
         return found
+
+    def jobs_in(self, phase: str) -> int | None:
+        """Return how many jobs it counts in that phase; None while it does not say, or where it has no such gauge."""
+        try:
+            lines = self.get("/metrics").decode().splitlines()
+        except OSError:
+            return None
+        return next((int(float(line.split()[-1])) for line in lines if line.startswith(_GAUGE % phase)), None)
 
     def cpu_s(self) -> float:
         """Seconds of CPU so far, in user space and in the kernel."""
