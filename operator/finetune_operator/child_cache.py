@@ -25,7 +25,7 @@ class ChildCache:
         self._lock = threading.Lock()
         self._jobs: dict[Owner, dict[str, ObservedK8sJob]] = {}  # by UID of the Job
         self._pods: dict[Owner, dict[str, ObservedPod]] = {}
-        self._keys: dict[str, Key] = {}  # UID of a child → its FineTuneJob
+        self._places: dict[str, tuple[Key, Owner]] = {}  # UID of a child → its FineTuneJob
 
     def of(self, owner: Owner) -> tuple[tuple[ObservedK8sJob, ...], tuple[ObservedPod, ...]]:
         with self._lock:
@@ -45,7 +45,7 @@ class ChildCache:
     def knows(self, uid: str) -> bool:
         """Whether this is the UID of a Kubernetes Job or pod of a FineTuneJob."""
         with self._lock:
-            return uid in self._keys
+            return uid in self._places
 
     def owners(self) -> set[Owner]:
         """The FineTuneJobs of which anything is kept."""
@@ -61,14 +61,19 @@ class ChildCache:
 
     def take(self, kind: str, event: str, body: Body) -> None:
         """One event of a watch."""
-        uid, key = job_uid(body), _key(body)
-        if uid is None or key is None:
-            return
-        owner = (key[0], uid)
+        place = _place(body)
+        touched: list[tuple[Key, Owner]] = []
         with self._lock:
-            changed = self._put(kind, owner, key, body, deleted=event == "DELETED")
-            self._drop_empty(owner)
-        if changed:
+            before = self._places.get(str(body["metadata"]["uid"]))
+            if before is not None and (place is None or place[1] != before[1]):
+                # Its labels were changed: for the job that it was of it is as if deleted.
+                touched += [before] if self._remove(kind, before[1], str(body["metadata"]["uid"])) else []
+                self._drop_empty(before[1])
+            if place is not None:
+                key, owner = place
+                touched += [place] if self._put(kind, owner, key, body, deleted=event == "DELETED") else []
+                self._drop_empty(owner)
+        for key, owner in touched:
             self._changed(key, owner)
 
     def keep_only(self, kind: str, namespace: str | None, listed: set[str]) -> None:
@@ -78,9 +83,9 @@ class ChildCache:
             store: dict[Owner, dict[str, Any]] = self._jobs if kind == "jobs" else self._pods
             for owner, by_uid in list(store.items()):
                 for uid in [u for u in by_uid if u not in listed and namespace in (None, owner[0])]:
-                    key = self._keys[uid]
-                    if self._remove(kind, owner, uid):
-                        vanished.add((key, owner))
+                    place = self._places.get(uid)
+                    if self._remove(kind, owner, uid) and place is not None:
+                        vanished.add((place[0], owner))
                 self._drop_empty(owner)
         for key, owner in vanished:
             self._changed(key, owner)
@@ -91,7 +96,7 @@ class ChildCache:
         child = observe_k8s_job(body) if kind == "jobs" else observe_pod(body)
         if child is None or (kind == "jobs" and deleted):
             return self._remove(kind, owner, uid)
-        self._keys[uid] = key
+        self._places[uid] = (key, owner)
         if isinstance(child, ObservedPod):
             pods = self._pods.setdefault(owner, {})
             before, pods[uid] = pods.get(uid), (as_gone(child) if deleted else child)
@@ -104,7 +109,7 @@ class ChildCache:
     def _remove(self, kind: str, owner: Owner, uid: str) -> bool:
         """Whether there was anything to remove."""
         if kind == "jobs":
-            self._keys.pop(uid, None)
+            self._forget_place(owner, uid)
             return self._jobs.get(owner, {}).pop(uid, None) is not None
         pod = self._pods.get(owner, {}).get(uid)
         if pod is None or pod.gone:
@@ -120,7 +125,13 @@ class ChildCache:
 
     def _drop_pod(self, owner: Owner, uid: str) -> None:
         del self._pods[owner][uid]
-        self._keys.pop(uid, None)
+        self._forget_place(owner, uid)
+
+    def _forget_place(self, owner: Owner, uid: str) -> None:
+        """It may be another's by now."""
+        place = self._places.get(uid)
+        if place is not None and place[1] == owner:
+            del self._places[uid]
 
     def _drop_empty(self, owner: Owner) -> None:
         for store in (self._jobs, self._pods):
@@ -128,7 +139,11 @@ class ChildCache:
                 del store[owner]
 
 
-def _key(body: Body) -> Key | None:
+def _place(body: Body) -> tuple[Key, Owner] | None:
+    """Return whose it is by its labels."""
     meta = body.get("metadata") or {}
-    name = (meta.get("labels") or {}).get(names.LABEL_JOB_NAME)
-    return (str(meta.get("namespace")), str(name)) if name else None
+    uid, name = job_uid(body), (meta.get("labels") or {}).get(names.LABEL_JOB_NAME)
+    if uid is None or not name:
+        return None
+    namespace = str(meta.get("namespace"))
+    return (namespace, str(name)), (namespace, uid)

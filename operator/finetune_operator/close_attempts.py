@@ -87,6 +87,12 @@ def _is_told_of(pods: Sequence[ObservedPod], now: datetime) -> bool:
     return any(not is_on_its_way(pod, now) for pod in begun)
 
 
+def running_job_uid(status: FineTuneJobStatus) -> str | None:
+    """Return the UID of the Kubernetes Job whose pods count now; None while none does."""
+    last = status.attempts[-1] if status.attempts else None
+    return last.job_uid if last is not None and is_open(last) else None
+
+
 def has_begun(status: FineTuneJobStatus) -> bool:
     """Return True once a pod of the job was seen to run."""
     return status.plan is not None or any(entry.started_at is not None for entry in status.attempts)

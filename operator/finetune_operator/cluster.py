@@ -18,6 +18,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
@@ -109,6 +110,7 @@ class Cluster:
         self._pool = self._client.rest_client.pool_manager
         self._metrics, self._selection, self._answered = metrics, selection, answered
         self._pages = threading.BoundedSemaphore(PAGES_AT_ONCE)
+        self._limits: dict[str, int] = {}  # of the next list, by path, where PAGE objects are too large
 
     def get(self, kind: Kind, namespace: str, name: str) -> Body | None:
         """None if it does not exist."""
@@ -244,9 +246,20 @@ class Cluster:
     def _list(self, path: str, query: dict[str, str]) -> "_Pages":
         return _Pages(self, path, query)
 
+    def limit_of(self, path: str) -> int:
+        """Return with how many objects in a page a list begins."""
+        return self._limits.get(path, PAGE)
+
+    def note_limit(self, path: str, limit: int) -> None:
+        """Begin the next list so."""
+        if limit < PAGE:
+            self._limits[path] = limit
+        else:
+            self._limits.pop(path, None)
+
     @contextlib.contextmanager
-    def page(self, path: str, query: dict[str, str]) -> Generator[Body | None]:
-        """One page of a list, for as long as it is looked at; None if it has more than MAX_PAGE_BYTES.
+    def page(self, path: str, query: dict[str, str]) -> Generator["_Page"]:
+        """One page of a list, for as long as it is looked at; without content if it has more than MAX_PAGE_BYTES.
 
         The server is waited for before a place in memory is taken: a list that it is slow with holds up no others."""
         answer = self._selecting(query, lambda asked: self._send("GET", path, asked, None, REQUEST_TIMEOUT_S))
@@ -295,18 +308,19 @@ class Cluster:
         body: Body | None = None,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> Body:
-        return cast(Body, self._content(self._send(method, path, query or {}, body, timeout_s), method, path, None))
+        answer = self._send(method, path, query or {}, body, timeout_s)
+        return cast(Body, self._content(answer, method, path, None).content)
 
-    def _content(self, answer: urllib3.BaseHTTPResponse, method: str, path: str, max_bytes: int | None) -> Body | None:
-        """Read an answer; None if it has more bytes."""
+    def _content(self, answer: urllib3.BaseHTTPResponse, method: str, path: str, max_bytes: int | None) -> "_Page":
+        """Read an answer, at most so many bytes."""
         try:
             text = answer.read(max_bytes + 1 if max_bytes is not None else None)
             if max_bytes is not None and len(text) > max_bytes:
                 answer.close()
-                return None
+                return _Page(None, len(text))
             content = cast(Body, json.loads(text))
             self._answered()
-            return content
+            return _Page(content, len(text))
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
         finally:
@@ -356,6 +370,14 @@ _CONTENT = {
 }
 
 
+@dataclass(frozen=True)
+class _Page:
+    """An answer as it was read. content: None if it has more bytes than may be read."""
+
+    content: Body | None
+    size_bytes: int
+
+
 class _Pages:
     """A list in pages; `version` is that of the whole list, known after the first page."""
 
@@ -364,19 +386,22 @@ class _Pages:
         self.version = ""
 
     def items(self) -> Iterator[Body]:
-        token, limit = "", PAGE
+        token, limit = "", self._cluster.limit_of(self._path)
         while True:
             query = {**self._query, "limit": str(limit)} | ({"continue": token} if token else {})
             with self._cluster.page(self._path, query) as page:
-                if page is None:
+                if page.content is None:
                     limit = max(1, limit // 10)
-                    continue
-                meta = cast(Mapping[str, Any], page.get("metadata") or {})
-                self.version = str(meta.get("resourceVersion", ""))
-                yield from cast(list[Body], page.get("items") or [])
+                else:
+                    meta = cast(Mapping[str, Any], page.content.get("metadata") or {})
+                    self.version, token = str(meta.get("resourceVersion", "")), str(meta.get("continue") or "")
+                    if page.size_bytes < MAX_PAGE_BYTES / 4:  # one large object must not slow down all that follow
+                        limit = min(PAGE, limit * 2)
+                    yield from cast(list[Body], page.content.get("items") or [])
+                is_last = page.content is not None and not token
             del page  # before the next one is read
-            token = str(meta.get("continue") or "")
-            if not token:
+            self._cluster.note_limit(self._path, limit)
+            if is_last:
                 return
 
 

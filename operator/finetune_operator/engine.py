@@ -111,7 +111,7 @@ class Engine:
             scope.finished.hear(event, body)
             if event != "DELETED":
                 return
-        scope.names[namespace, uid] = (namespace, name)
+        scope.hear((namespace, uid), (namespace, name))
         if not self._reconciler.has_written((namespace, uid), str(meta.get("resourceVersion"))):
             self._queue.put((namespace, name), 0.0 if body.get("status") else -HEAD_START_S)
 
@@ -216,6 +216,7 @@ class Engine:
     def _list(self, scope: Scope) -> Listed:
         """List the unfinished jobs; where the server cannot select, the others pass by unread."""
         found = Listed()
+        scope.begin_list()
         for body in self._cluster.list_unfinished(scope.namespace):
             self._resync_moved_s = time.monotonic()
             if verdict_at(body) is not None:

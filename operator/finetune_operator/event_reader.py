@@ -16,6 +16,7 @@ from finetune_operator.pod_waits import TELLING_EVENTS
 
 MAX_AGE_S = 10.0  # of what was read, when it is asked for
 MAX_WAIT_S = 10.0  # for what another round reads; rounds that stand still for long make the operator look stuck
+_KEPT = ("reason", "message", "lastTimestamp", "eventTime")
 MAX_READ = 10_000  # events of a namespace; where there are more, one object's are asked for alone
 
 
@@ -75,5 +76,6 @@ class EventReader:
                 return None
             uid = str((event.get("involvedObject") or {}).get("uid"))
             if event.get("reason") in TELLING_EVENTS and self._is_ours(uid):
-                by_uid[uid].append({key: event.get(key) for key in ("reason", "message", "lastTimestamp", "eventTime")})
+                made = (event.get("metadata") or {}).get("creationTimestamp")
+                by_uid[uid].append({key: event.get(key) for key in _KEPT} | {"metadata": {"creationTimestamp": made}})
         return dict(by_uid)

@@ -77,8 +77,11 @@ def start_policy(spec: FineTuneJobSpec) -> StartPolicy:
 
 
 def has_trained(status: FineTuneJobStatus) -> bool:
-    """Return True if an attempt of training was begun, for which the plan was approved."""
-    return any(entry.stage == Stage.TRAIN for entry in status.attempts)
+    """Return True if an attempt of training was begun, for which the plan was approved.
+
+    One that was suspended before it started is none: who suspends it may think again."""
+    trained = (entry for entry in status.attempts if entry.stage == Stage.TRAIN)
+    return any(entry.attempt_class != "Suspended" or entry.started_at is not None for entry in trained)
 
 
 def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> datetime | None:

@@ -1,6 +1,4 @@
-"""Kopf watches unfinished FineTuneJobs, and nothing else: no state, finalizer, annotation or event of its own.
-
-A server that cannot leave finished ones out answers 400, and is asked for all."""
+"""Kopf watches unfinished FineTuneJobs, and nothing else: no state, finalizer, annotation or event of its own."""
 
 import asyncio
 import itertools
@@ -12,11 +10,10 @@ import kopf
 
 from finetune_api import names
 from finetune_operator.engine import Engine
-from finetune_operator.object_watch import EXPIRED
-from finetune_operator.phase_selectors import BAD_REQUEST, PARAMETER, UNFINISHED, PhaseSelection
+from finetune_operator.kopf_requests import RETRY_AFTER_S, AskedAgain
+from finetune_operator.phase_selectors import UNFINISHED
 
 KOPF_PAGE = 25  # objects, which Kopf has in memory three times, however large they are
-RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 def registry(engine: Engine) -> kopf.OperatorRegistry:
@@ -59,33 +56,6 @@ class NoDifferences(kopf.DiffBaseStorage):
 
     def store(self, **_: Any) -> None:
         """Kopf keeps nothing on users' objects."""
-
-
-class AskedAgain:
-    """Asks again without the field selector what a server refuses that knows no such field, and lets a list of which
-    the server has forgotten the rest be begun anew.
-
-    Kopf ends as a whole when a request is refused so, and a CRD may change while it runs."""
-
-    def __init__(self, selection: PhaseSelection) -> None:
-        self._selection = selection
-
-    async def __call__(self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        answer = await send(request)
-        if PARAMETER not in request.url.query:
-            return answer
-        refused = answer.status == BAD_REQUEST
-        if refused:
-            answer.close()
-            request.url = request.url.without_query_params(PARAMETER)
-            answer = await send(request)
-        if answer.status == EXPIRED and "continue" in request.url.query:
-            answer.close()
-            await asyncio.sleep(RETRY_AFTER_S[0])
-            raise aiohttp.ClientPayloadError("the rest of the list is forgotten")  # as if it was cut: listed anew
-        if answer.ok:
-            self._selection.answered(selected=not refused)
-        return answer
 
 
 def session(info: kopf.ConnectionInfo, *middlewares: aiohttp.ClientMiddlewareType) -> kopf.AiohttpSession:

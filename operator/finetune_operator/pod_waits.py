@@ -11,9 +11,9 @@ from finetune_api.redact import shortened
 from finetune_api.retry import PATIENCE_S
 from finetune_api.status import AttemptStatus
 from finetune_operator.attempt_outcome import is_stopping
-from finetune_operator.clock import format_time
+from finetune_operator.clock import format_time, parse_time
 from finetune_operator.observation import Blocked
-from finetune_operator.observed import ObservedK8sJob, ObservedPod
+from finetune_operator.observed import EPOCH, ObservedK8sJob, ObservedPod
 
 # Waits that end the job after a while: its user has to fix something. What only the platform team can fix, such as an
 # image, is waited for as long as it takes.
@@ -25,6 +25,7 @@ REFUSED = (
 )  # fmt: skip
 SLOW_START_S = 15  # a pod that has not started by then is looked into, and told of
 SLOW_START = timedelta(seconds=SLOW_START_S)
+AHEAD = timedelta(minutes=5)  # that a node's clock may be
 
 _IMAGE_WAITS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable",
@@ -122,13 +123,18 @@ def needs_explanation(job: ObservedK8sJob | None, pods: Sequence[ObservedPod], n
     return pod.uid if stuck and (now - pod.created_at).total_seconds() >= SLOW_START_S else None
 
 
-def explain_events(events: Sequence[Mapping[str, Any]], namespace: str) -> Blocked | None:
+def explain_events(events: Sequence[Mapping[str, Any]], namespace: str, now: datetime) -> Blocked | None:
     """What the newest telling event of an object says that a person must fix.
 
-    None when the pod has come further since: a volume that was late must not be blamed for a long image pull."""
+    None when the pod has come further since: a volume that was late must not be blamed for a long image pull.
+    Who tells of an event writes its time. One beyond what a node's clock may be ahead was told when the server says
+    that it was made: else it would be the newest for ever."""
 
-    def order(event: Mapping[str, Any]) -> tuple[str, bool]:
-        return str(event.get("lastTimestamp") or event.get("eventTime") or ""), event.get("reason") in _FURTHER
+    def order(event: Mapping[str, Any]) -> tuple[datetime, bool]:
+        told = parse_time(event.get("lastTimestamp")) or parse_time(event.get("eventTime"))
+        if told is None or told > now + AHEAD:
+            told = parse_time((event.get("metadata") or {}).get("creationTimestamp")) or EPOCH
+        return told, event.get("reason") in _FURTHER
 
     for event in sorted(events, key=order, reverse=True):
         if event.get("reason") in _FURTHER:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 2.0
 MAX_HEADER_BYTES = 4096
 MAX_CONNECTIONS = 64
+MAX_PODS_OF_JOB = 4  # asked in a round; where one Kubernetes Job has more, they are made to look like its own
 MIN_WRITE_INTERVAL_S = 30.0
 WRITES_PER_S = 10.0
 
@@ -100,7 +101,7 @@ class _Heard:
 
 
 class ProgressPuller:
-    """Asks every running pod each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
+    """Asks each running pod that counts each `interval_s` and keeps the last answers. `due` gets the FineTuneJob whose
     answer should be looked at.
 
     They are kept by the UID of the pod's Kubernetes Job: a pod that somebody makes with the labels of a job can take
@@ -118,7 +119,8 @@ class ProgressPuller:
         self._children, self._metrics, self._due, self._now, self._port = children, metrics, due, now, port
         self._lock = threading.Lock()
         self._heard: dict[Owner, dict[str, _Heard]] = {}  # by UID of the Kubernetes Job
-        self._running = 0
+        self._followed: dict[Owner, str] = {}  # UID of the Kubernetes Job whose pods are asked
+        self._running = self._rounds = 0
         self._clock = clock
         self._round_at_s = clock()
         self._stop = threading.Event()
@@ -133,6 +135,24 @@ class ProgressPuller:
         with self._lock:
             return tuple(each.silence for each in self._heard.get(owner, {}).values() if each.silence is not None)
 
+    def follow(self, owner: Owner, job_uid: str | None) -> None:
+        """Ask from now on the pods of this Kubernetes Job of the FineTuneJob, and no others: they would not count."""
+        with self._lock:
+            if job_uid is None:
+                self._followed.pop(owner, None)
+            else:
+                self._followed[owner] = job_uid
+
+    def next_pods(self) -> list[tuple[Owner, ObservedPod]]:
+        """Return the pods to ask in the next round: of each Kubernetes Job a few, in turns."""
+        of_jobs: dict[Owner, list[ObservedPod]] = {}
+        with self._lock:
+            for owner, pod in self._children.running_pods():
+                if self._followed.get(owner) == pod.owner_uid:
+                    of_jobs.setdefault(owner, []).append(pod)
+        first, self._rounds = self._rounds * MAX_PODS_OF_JOB, self._rounds + 1
+        return [(owner, pod) for owner, pods in of_jobs.items() for pod in _some(pods, first)]
+
     def age_s(self) -> float:
         """Seconds since a round began or ended, or a pod of it was asked: it grows when the thread is dead or hangs."""
         return self._clock() - self._round_at_s
@@ -144,6 +164,7 @@ class ProgressPuller:
         """Forget all other FineTuneJobs, and Kubernetes Jobs of which nothing is known any more."""
         known = {owner: self._children.job_uids(owner) for owner in owners}
         with self._lock:
+            self._followed = {owner: uid for owner, uid in self._followed.items() if owner in known}
             self._heard = {
                 owner: {uid: each for uid, each in by_uid.items() if uid in known[owner]}
                 for owner, by_uid in self._heard.items()
@@ -155,7 +176,7 @@ class ProgressPuller:
         self._round_at_s = self._clock()
         while not self._stop.wait(interval_s):
             self._round_at_s = self._clock()
-            asyncio.run(self.pull(self._children.running_pods()))
+            asyncio.run(self.pull(self.next_pods()))
             self._round_at_s = self._clock()
 
     def stop(self) -> None:
@@ -216,6 +237,14 @@ class ProgressPuller:
 
     def _heard_of(self, owner: Owner, job_uid: str) -> _Heard:
         return self._heard.setdefault(owner, {}).setdefault(job_uid, _Heard())
+
+
+def _some(pods: list[ObservedPod], first: int) -> list[ObservedPod]:
+    """Return at most MAX_PODS_OF_JOB of them, from the one of that number on, as if they stood in a circle."""
+    if len(pods) <= MAX_PODS_OF_JOB:
+        return pods
+    pods.sort(key=lambda pod: (pod.created_at, pod.uid))
+    return [pods[(first + number) % len(pods)] for number in range(MAX_PODS_OF_JOB)]
 
 
 def _concerns(answer: PodAnswer | None) -> list[Concern]:

@@ -16,7 +16,7 @@ from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.child_creator import ChildCreator, Creation, LaterError, RefusedError
 from finetune_operator.clock import format_time
-from finetune_operator.close_attempts import digest_of_proof, wants_live_pods
+from finetune_operator.close_attempts import digest_of_proof, running_job_uid, wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
@@ -40,6 +40,7 @@ class Progresses(Protocol):
     def answers(self, owner: Owner) -> tuple[PodAnswer, ...]: ...
     def silences(self, owner: Owner) -> tuple[PodSilence, ...]: ...
     def interval_s(self) -> float: ...
+    def follow(self, owner: Owner, job_uid: str | None) -> None: ...
 
 
 class Reconciler:
@@ -98,6 +99,7 @@ class Reconciler:
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
         decision, stored = decide(job, observation, self._now()), job
+        self._progress.follow(job.owner, running_job_uid(decision.status))
         try:
             creation = self._creation(job, decision)
             if creation is not None:
@@ -158,7 +160,8 @@ class Reconciler:
         uid = needs_explanation(child, [p for p in observation.pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return observation
-        return replace(observation, blocked=explain_events(self._events.of(job.namespace, uid), job.namespace))
+        events = self._events.of(job.namespace, uid)
+        return replace(observation, blocked=explain_events(events, job.namespace, self._now()))
 
     def _store(self, job: FineTuneJob, decision: Decision) -> FineTuneJob:
         """Write the status if it differs, then tell what changed. Return the job as it is stored then."""

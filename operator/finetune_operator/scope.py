@@ -48,6 +48,8 @@ class Scope:
         self.namespace, self.finished = namespace, finished
         self.watch_lag = WatchLag()
         self.names: dict[Owner, Key] = {}  # of unfinished jobs, from the last list and from events
+        self._heard: dict[Owner, Key] = {}  # since the list began that goes on or was the last
+        self._names_lock = threading.Lock()
         self._phases: dict[Owner, str] = {}  # of unfinished jobs, from the last list
         self.resync_due_s = 0.0  # monotonic
         self.resync_wanted = False  # out of turn: rounds were put off until its Jobs and pods are known
@@ -86,8 +88,20 @@ class Scope:
         """Whether its finished FineTuneJobs are known."""
         return self._finished.listed.is_set()
 
+    def hear(self, owner: Owner, key: Key) -> None:
+        """A watch told of an unfinished job."""
+        with self._names_lock:
+            self.names[owner] = self._heard[owner] = key
+
+    def begin_list(self) -> None:
+        with self._names_lock:
+            self._heard = {}
+
     def take_list(self, found: Listed, now_s: float) -> None:
-        self.names, self._phases, self.closed, self.resynced_at_s = found.unfinished, found.phases, False, now_s
+        """Take what was listed since `begin_list`, beside the jobs that were heard of since: it may lack them."""
+        with self._names_lock:
+            self.names = found.unfinished | self._heard
+        self._phases, self.closed, self.resynced_at_s = found.phases, False, now_s
         self.watch_lag.listed(found.generations)
         self._trouble = self._deafness()
 

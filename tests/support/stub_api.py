@@ -34,6 +34,7 @@ class Trouble:
     status: int = 0  # answer so
     wait_s: float = 0.0  # before anything else
     but: tuple[str, ...] = ()
+    stream: str = ""  # a watch brings this line alone, and ends
 
     def meets(self, request: str) -> bool:
         return all(word in request for word in self.words) and not any(word in request for word in self.but)
@@ -147,6 +148,8 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
                     _sleep(stub, trouble.wait_s)
                     if trouble.status:
                         return self.refuse(trouble.status)
+                    if trouble.stream:
+                        return self.say_in_a_stream(trouble.stream)
             url = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             if (found := _discovery(url.path)) is not None:
@@ -182,11 +185,7 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
         def stream(self, resource: str, namespace: str | None, query: dict[str, str]) -> None:
             version, cuts = int(query.get("resourceVersion") or 0), stub._cuts  # pyright: ignore[reportPrivateUsage]
             end_s = time.monotonic() + float(query.get("timeoutSeconds") or 300)
-            self.close_connection = True
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
+            self.begin_stream()
             if version and version < stub.forgotten:  # told in the stream, as by Kubernetes
                 self.event("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "the stub forgot"})
                 return self.chunk(b"")
@@ -208,6 +207,18 @@ def _handler(stub: StubApi) -> type[BaseHTTPRequestHandler]:
                     time.sleep(_TICK_S)
                 self.chunk(b"")
             return None
+
+        def say_in_a_stream(self, line: str) -> None:
+            self.begin_stream()
+            self.chunk(f"{line}\n".encode())
+            self.chunk(b"")
+
+        def begin_stream(self) -> None:
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
 
         def event(self, kind: str, body: Body) -> None:
             self.chunk(json.dumps({"type": kind, "object": body}).encode() + b"\n")

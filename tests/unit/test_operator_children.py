@@ -42,6 +42,31 @@ def test_a_change_asks_for_a_round_of_its_job_and_a_repetition_does_not():
     assert children.of(OWNER) == ((), ())
 
 
+@pytest.mark.parametrize("kind", ["jobs", "pods"])
+@pytest.mark.parametrize(
+    "labels",
+    [{names.LABEL_JOB_UID: "job-2"}, {names.LABEL_JOB_UID: ""}, {names.LABEL_JOB_NAME: ""}, {names.LABEL_STAGE: "x"}],
+)
+def test_what_gets_other_labels_is_not_alive_for_ever_for_the_job_that_it_was_of(kind: str, labels: dict[str, str]):
+    """As when somebody takes a pod out of its Job to look into it. It would keep the next attempt from beginning."""
+    children, touched = cache()
+    children.take(kind, "ADDED", body(kind, "x"))
+    touched.clear()
+    other = body(kind, "x")
+    other["metadata"]["labels"] |= labels
+    children.take(kind, "MODIFIED", other)
+    jobs, pods = children.of(OWNER)
+    assert jobs == ()
+    assert not any(pod.active for pod in pods)
+    assert ("a", "bot") in touched
+    children.take(kind, "DELETED", other)
+    children.keep_only(kind, None, set())
+    for owner in (OWNER, ("a", "job-2")):
+        children.forget(owner)
+    assert children.owners() == set()
+    assert not children.knows("x")
+
+
 def test_a_deleted_pod_is_kept_in_its_last_state_until_its_job_is_forgotten():
     children, _ = cache()
     children.take("pods", "ADDED", body("pods", "p"))

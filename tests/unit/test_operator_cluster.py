@@ -227,7 +227,23 @@ def test_a_page_that_is_too_large_is_asked_for_again_with_fewer_objects(
     assert [body["metadata"]["name"] for body in cluster.list_unfinished("a")] == ["one", "two", "end"]
     queries = [parse_qs(urlsplit(path).query) for _, path, _ in server.asked]
     asked = [(query["limit"], query.get("continue")) for query in queries]
-    assert asked == [(["200"], None), (["200"], ["more"]), (["20"], ["more"]), (["20"], ["last"]), (["2"], ["last"])]
+    assert asked == [(["200"], None), (["200"], ["more"]), (["20"], ["more"]), (["40"], ["last"]), (["4"], ["last"])]
+
+
+def test_the_next_list_begins_with_as_many_objects_as_the_last_could_have(
+    cluster: Cluster, server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    """Each resync would else read megabytes for nothing first."""
+    monkeypatch.setattr(cluster_module, "MAX_PAGE_BYTES", 2000)
+    server.says(200, listed("x" * 2000, "y"))
+    server.says(200, listed("x" * 1000))
+    server.says(200, listed("x" * 1000))
+    for _ in range(6):
+        server.says(200, listed("one"))
+    for _ in range(8):
+        list(cluster.list_unfinished("a"))
+    limits = [parse_qs(urlsplit(path).query)["limit"] for _, path, _ in server.asked]
+    assert [limit for (limit,) in limits] == ["200", "20", "20", "20", "40", "80", "160", "200", "200"]
 
 
 def test_an_object_that_is_larger_than_a_page_may_be_is_read_alone(

@@ -1620,6 +1620,20 @@ def test_a_job_that_trains_is_not_held_back_by_asking_for_approval_then():
     assert world.created[-1] == "train-2"
 
 
+def test_training_that_was_suspended_before_it_started_needs_no_less_approval_than_before():
+    world = World().prepared()
+    assert world.created[-1] == "train-1"
+    world.spec["suspend"] = True
+    world.pod("train-1").step().gone("train-1").step()
+    assert world.phase == Phase.SUSPENDED
+    world.spec |= {"suspend": False, "startPolicy": "Manual"}
+    world.step(after_s=1000)
+    assert (world.phase, world.created[-1]) == (Phase.WAITING, "train-1")
+    world.spec["startPolicy"] = "Automatic"
+    world.step()
+    assert world.created[-1] == "train-2"
+
+
 def test_a_manual_job_that_is_suspended_while_it_waits_says_suspended_and_then_waits_again():
     world = World()
     world.spec |= {"startPolicy": "Manual"}

@@ -517,6 +517,22 @@ def test_a_job_whose_final_phase_is_mended_by_hand_is_not_taken_for_a_deleted_on
     assert scope.finished.phases() == {"Succeeded": 1}
 
 
+def test_a_job_that_is_told_of_while_a_list_goes_on_is_known_after_it(engine: Engine, cluster: QuietCluster):
+    """The list may have passed it by. Answers of its pod would be for nobody until the next one."""
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+
+    def listing(namespace: str | None) -> Iterator[dict[str, Any]]:
+        yield finetunejob("busy")
+        engine.hear("ADDED", finetunejob("new"))
+
+    cluster.list_unfinished = listing  # type: ignore[method-assign]
+    engine.resync()
+    assert set(scope.names.values()) == {("a", "busy"), ("a", "new")}
+    cluster.list_unfinished = lambda namespace: iter(())  # type: ignore[method-assign]
+    engine.resync()
+    assert scope.names == {}, "and no longer than it is listed"
+
+
 def test_a_job_that_is_told_of_while_a_resync_goes_on_ends_no_thread(engine: Engine, cluster: QuietCluster):
     (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
 

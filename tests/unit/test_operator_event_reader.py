@@ -91,7 +91,8 @@ def test_only_telling_events_of_our_own_children_are_kept(reader: EventReader, e
     events.add("a", "ours-1", "FailedMount", "volume")
     assert reader.of("a", "theirs") == []
     kept = reader.of("a", "ours-1")
-    assert kept == [{"reason": "FailedMount", "message": "volume", "lastTimestamp": "t", "eventTime": None}]
+    told = {"reason": "FailedMount", "message": "volume", "lastTimestamp": "t", "eventTime": None}
+    assert kept == [{**told, "metadata": {"creationTimestamp": None}}]
 
 
 def test_in_a_namespace_of_very_many_events_an_objects_own_are_asked_for(

@@ -205,6 +205,24 @@ def test_a_job_is_begun_as_soon_as_kopf_tells_of_it_also_after_its_watch_was_cut
     assert operator.process.poll() is None
 
 
+def test_a_job_is_begun_as_soon_as_kopf_tells_of_it_also_after_the_server_broke_off_its_watch(
+    api: StubApi, start: Start
+):
+    """With another error than that of a version which is forgotten, Kopf would never watch this namespace again."""
+    error = {"kind": "Status", "code": 500, "reason": "InternalError", "message": "etcdserver: no leader"}
+    operator = start("a", FINETUNE_RESYNC_INTERVAL_S="120")  # no resync hides that nobody watches
+    until(lambda: api.asked("watch=true", KOPFS), "Kopf watches")
+    api.troubles.append(Trouble(("watch=true", KOPFS), stream=json.dumps({"type": "ERROR", "object": error})))
+    watches = len(api.asked("watch=true", KOPFS))
+    api.cut_watches()
+    until(lambda: len(api.asked("watch=true", KOPFS)) > watches, "its watch is broken off")
+    api.troubles.clear()
+    api.submit("a", "bot", SPEC)
+    until(has_k8s_job(api, "a"), "the job is begun", timeout_s=100)
+    assert "500 InternalError; listing anew" in operator.log.read_text()
+    assert operator.process.poll() is None
+
+
 def test_an_operator_that_may_not_read_its_lease_lives_but_is_not_ready_and_says_why(api: StubApi, start: Start):
     api.troubles.append(Trouble(("/leases",), 403))
     operator = start("a", FINETUNE_LEASE_DURATION_S="2")

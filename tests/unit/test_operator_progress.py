@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,7 +20,14 @@ from finetune_operator.child_cache import ChildCache, Owner
 from finetune_operator.health import STALL_S
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import ObservedPod
-from finetune_operator.progress import ProgressError, ProgressPuller, fetch, parse, write_interval_s
+from finetune_operator.progress import (
+    MAX_PODS_OF_JOB,
+    ProgressError,
+    ProgressPuller,
+    fetch,
+    parse,
+    write_interval_s,
+)
 from hand_clock import Clock
 from waiting import PATIENCE_S
 
@@ -262,6 +270,39 @@ def test_pods_of_both_stages_are_asked_while_they_run(stage: Stage):
     status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [{"name": "trainer", "state": state}]}
     children.take("pods", "ADDED", {"metadata": meta, "spec": {}, "status": status})
     assert [(owner, pod.stage) for owner, pod in children.running_pods()] == [(("a", "uid-1"), stage)]
+
+
+def running(name: str, job_uid: str, created: str = "2026-01-01T00:00:00Z") -> dict[str, Any]:
+    meta = {
+        "name": name, "namespace": "a", "uid": name, "creationTimestamp": created,
+        "labels": names.child_labels("bot", OWNER[1], Stage.TRAIN, 1),
+        "ownerReferences": [{"kind": "Job", "uid": job_uid, "controller": True}],
+    }  # fmt: skip
+    state = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+    status = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [{"name": "trainer", "state": state}]}
+    return {"metadata": meta, "spec": {}, "status": status}
+
+
+def test_only_pods_of_the_kubernetes_job_in_the_status_are_asked_and_a_few_of_them_in_a_round():
+    """Else whoever makes thousands of silent pods with the labels of a job lets the answers of all others grow old."""
+    children = ChildCache(lambda _key, _owner: None)
+    puller = ProgressPuller(children, Metrics(CollectorRegistry()), lambda _: None, lambda: NOW)
+    children.take("pods", "ADDED", running("ours", "job-ours"))
+    for number in range(1000):
+        children.take("pods", "ADDED", running(f"forged-{number}", f"job-{number}"))
+    assert puller.next_pods() == [], "nothing counts before the status has the Job"
+    puller.follow(OWNER, "job-ours")
+    assert [pod.name for _, pod in puller.next_pods()] == ["ours"]
+    for number in range(10):
+        children.take("pods", "ADDED", running(f"also-{number}", "job-ours", "2026-01-02T00:00:00Z"))
+    rounds = [[pod.name for _, pod in puller.next_pods()] for _ in range(6)]
+    assert {len(each) for each in rounds} == {MAX_PODS_OF_JOB}
+    assert len({name for each in rounds for name in each}) == 11, "each has its turn"
+    puller.follow(OWNER, None)
+    assert puller.next_pods() == []
+    puller.follow(OWNER, "job-ours")
+    puller.retain(set())
+    assert puller.next_pods() == []
 
 
 def test_a_round_over_thousands_of_silent_pods_does_not_look_like_a_standstill(monkeypatch: pytest.MonkeyPatch):

@@ -112,6 +112,9 @@ class NoProgress:
     def interval_s(self) -> float:
         return 30
 
+    def follow(self, owner: Owner, job_uid: str | None) -> None:
+        """No pod is asked."""
+
 
 @pytest.fixture
 def cluster() -> FakeCluster:

@@ -460,7 +460,7 @@ def cluster_event(reason: str, second: int) -> dict[str, Any]:
 
 
 def test_a_volume_that_is_missing_now_is_named_whatever_was_told_before():
-    blocked = explain_events([cluster_event("FailedMount", 9), cluster_event("Scheduled", 1)], "a")
+    blocked = explain_events([cluster_event("FailedMount", 9), cluster_event("Scheduled", 1)], "a", NOW)
     assert blocked is not None
     assert "Secret a/s3" in blocked.message
 
@@ -468,7 +468,24 @@ def test_a_volume_that_is_missing_now_is_named_whatever_was_told_before():
 @pytest.mark.parametrize("pulled_at", [5, 9])
 def test_a_volume_that_was_late_is_not_blamed_for_a_long_pull_of_the_image(pulled_at: int):
     events = [cluster_event("Pulling", pulled_at), cluster_event("FailedMount", 5), cluster_event("Scheduled", 1)]
-    assert explain_events(events, "a") is None
+    assert explain_events(events, "a", NOW) is None
+
+
+@pytest.mark.parametrize("time", ["2126-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "zzz", "2026-01-01T00:06:00Z"])
+def test_an_event_that_claims_to_be_of_the_future_does_not_hide_what_comes_after_it(time: str):
+    """Whoever may create events could else let a job wait, and end, for what is not so, by one of them."""
+    forged = {**cluster_event("FailedMount", 1), "lastTimestamp": time}
+    forged["metadata"] = {"creationTimestamp": "2026-01-01T00:00:02Z"}
+    later = cluster_event("Pulling", 9)
+    assert explain_events([forged, later], "a", NOW) is None
+    assert explain_events([forged], "a", NOW) is not None, "a node's clock may be wrong"
+
+
+def test_a_node_whose_clock_is_ahead_is_read_in_the_order_of_its_own_times():
+    late = [{**cluster_event("FailedMount", 0), "lastTimestamp": f"2026-01-01T00:04:0{n}Z"} for n in range(2)]
+    late[1]["reason"] = "Pulling"
+    assert explain_events(late, "a", NOW) is None
+    assert explain_events(late[:1], "a", NOW) is not None
 
 
 def test_times_are_read_with_their_zone_or_not_at_all():
