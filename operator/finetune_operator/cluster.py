@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import urllib3
 from kubernetes import client, config
@@ -45,7 +45,7 @@ PAGE = 200  # objects; fewer where they are large
 MAX_PAGE_BYTES = 8 * 2**20  # of JSON, which takes five times that once it is read
 PAGES_AT_ONCE = 3  # of all lists together, in memory
 PAGE_WAIT_S = 30.0  # for others to be read, which takes parts of a second
-CREDENTIALS_S = 1.0  # between two looks at whether they are to be read again; the client's own bounds are minutes
+CREDENTIALS_S = 10.0  # between two looks at whether they are to be read again; the client's own bounds are minutes
 
 _PREFIX: dict[Kind, str] = {
     "jobs": "/apis/batch/v1",
@@ -105,10 +105,10 @@ class Cluster:
             config.load_kube_config(client_configuration=settings)
         settings.connection_pool_maxsize = pool_size
         settings.retries = urllib3.Retry(0, redirect=0)  # one retry loop, with back-off, is enough: the queue's
-        _space_hook(settings, CREDENTIALS_S)
         self._client = client.ApiClient(settings)
         self._pool = self._client.rest_client.pool_manager
         self._metrics, self._selection, self._answered = metrics, selection, answered
+        self._entry: tuple[float, str, dict[str, str]] = (float("-inf"), "", {})  # until when, address, headers
         self._pages = threading.BoundedSemaphore(PAGES_AT_ONCE)
         self._limits: dict[str, int] = {}  # of the next list, by path, where PAGE objects are too large
 
@@ -329,13 +329,11 @@ class Cluster:
     def _send(
         self, method: str, path: str, query: dict[str, str], body: Body | None, read_timeout_s: float
     ) -> urllib3.BaseHTTPResponse:
-        headers = {"Accept": "application/json", "User-Agent": FIELD_MANAGER, "Content-Type": _CONTENT.get(method, "")}
         waits = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s)
         try:
-            # Only the address and the credentials come from the client: it would copy each body, field by field.
-            _, url, headers, *_ = self._client.param_serialize(
-                method, path, query_params=list(query.items()), header_params=headers, auth_settings=["BearerToken"]
-            )
+            host, headers = self._credentials()
+            url = f"{host}{path}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
+            headers = {**headers, "Content-Type": _CONTENT[method]} if method in _CONTENT else headers
             content = None if body is None else json.dumps(body).encode()
             answer = self._pool.request(
                 method, url, body=content, headers=headers, timeout=waits, preload_content=False
@@ -347,6 +345,20 @@ class Cluster:
             self._metrics.api_errors.labels("unreachable").inc()
             raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
         return answer
+
+    def _credentials(self) -> tuple[str, dict[str, str]]:
+        """Return the server's address and the headers of each request, which the client is asked for once in a while.
+
+        Each time it sets all that it already has, looks through the whole environment for a proxy, and copies what it
+        is given, field by field."""
+        until_s, host, headers = self._entry
+        if time.monotonic() >= until_s:
+            given = {"Accept": "application/json", "User-Agent": FIELD_MANAGER}
+            _, host, headers, *_ = self._client.param_serialize(
+                "GET", "", header_params=given, auth_settings=["BearerToken"]
+            )
+            self._entry = (time.monotonic() + CREDENTIALS_S, host, headers)
+        return host, headers
 
     def _error(self, answer: urllib3.BaseHTTPResponse) -> ApiError:
         self._metrics.api_errors.labels(str(answer.status)).inc()
@@ -403,25 +415,6 @@ class _Pages:
             self._cluster.note_limit(self._path, limit)
             if is_last:
                 return
-
-
-def _space_hook(settings: client.Configuration, least_s: float) -> None:
-    """Let the client look at its credentials once in that time, where it does for each request.
-
-    Each time it sets all that it already has, and looks through the whole environment for a proxy."""
-    hook: Callable[[client.Configuration], None] | None = settings.refresh_api_key_hook
-    if hook is None:
-        return
-    due_s = 0.0
-
-    def spaced(settings: client.Configuration) -> None:
-        nonlocal due_s
-        if time.monotonic() >= due_s:
-            hook(settings)
-            setattr(settings, "refresh_api_key_hook", spaced)  # noqa: B010 - it puts itself back; typed as None
-            due_s = time.monotonic() + least_s
-
-    setattr(settings, "refresh_api_key_hook", spaced)  # noqa: B010 - the client types it as None
 
 
 def _path(kind: Kind, namespace: str | None, name: str | None = None) -> str:

@@ -282,14 +282,14 @@ def _gpus(meta: Body) -> int:
 
 def _dict(body: Body, key: str) -> Body:
     value = body.get(key)
-    return cast(Body, value) if isinstance(value, Mapping) else {}
+    return cast(Body, value) if isinstance(value, dict) else {}
 
 
 def _dicts(body: Body, key: str) -> list[Body]:
     value = body.get(key)
     if not isinstance(value, list):
         return []
-    return [cast(Body, item) for item in cast(list[object], value) if isinstance(item, Mapping)]
+    return [cast(Body, item) for item in cast(list[object], value) if isinstance(item, dict)]
 
 
 def _text(value: object) -> str | None:
@@ -301,4 +301,5 @@ def _int(value: object) -> int | None:
 
 
 def _cut(value: object) -> str:
-    return without_secrets(_text(value) or "")[:MAX_TEXT]
+    text = _text(value)
+    return without_secrets(text)[:MAX_TEXT] if text is not None else ""
