@@ -32,7 +32,8 @@ def stage_pid(pod: dict[str, Any]) -> int | None:
     By the pod's cgroup: the kubelet tells of a container up to a second late, and prepare may be over by then."""
     uid = pod["metadata"]["uid"]
     inside = {pid for pid in _pids() if uid in _proc(pid, "cgroup").replace("_", "-")}
-    return next((pid for pid in inside if _parent(pid) in inside), None)
+    children = {pid: parent for pid in inside if (parent := _parent(pid)) in inside}
+    return next((pid for pid, parent in children.items() if parent not in children), None)
 
 
 def _pids() -> list[int]:

@@ -182,9 +182,9 @@ class Submitted:
                 return pod
         return None
 
-    def progress(self) -> Body:
-        """What the training pod itself says now; empty while it says nothing."""
-        pod = self.running_pod(Stage.TRAIN)
+    def progress(self, stage: Stage = Stage.TRAIN) -> Body:
+        """What the stage's pod itself says now; empty while it says nothing."""
+        pod = self.running_pod(stage)
         text = fetch(f"http://{pod['status']['podIP']}:{names.HTTP_PORT}/progress") if pod else None
         return json.loads(text) if text else {}
 

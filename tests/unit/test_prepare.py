@@ -741,7 +741,7 @@ def test_a_template_that_rewrites_earlier_answers_is_learned_in_one_sequence_for
     assert answers["notes"] == {"unrolled": 1}
     assert (answers["conversations"], answers["sequences"]) == (2, 3)
     plan = {each.field: each for each in prepared.plan.resolved}
-    assert plan["answers"].value == "both"
+    assert plan["answers"].value == "whole conversations, or one sequence for each answer"
     assert "repeated beginnings" in plan["answers"].reason
     assert plan["answers.unrolled"].value == "1 of 2 conversations"
 

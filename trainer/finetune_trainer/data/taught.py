@@ -84,7 +84,8 @@ class Taught:
         unrolled = self.notes[Note.UNROLLED]
         if not unrolled:
             return "whole conversations"
-        return "one sequence for each answer" if unrolled == self.conversations else "both"
+        each = "one sequence for each answer"
+        return each if unrolled == self.conversations else f"whole conversations, or {each}"
 
     @property
     def cost(self) -> str:
