@@ -153,6 +153,8 @@ class Fault(StrEnum):
     ANSWER_NOT_AS_SERVED = "AnswerNotAsServed"
     NO_REASONING = "NoReasoning"
     NO_STOP_TOKEN = "NoStopToken"
+    STOP_TOKEN_SPLIT = "StopTokenSplit"
+    END_TOKEN_NO_STOP = "EndTokenNoStop"
     PART_VANISHES = "PartVanishes"
     UNROLLED_TOO_MUCH = "UnrolledTooMuch"
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
@@ -261,6 +263,18 @@ FAULTS: dict[Fault, FaultText] = {
         "{stops}, so that a server would never end its answers; if the template has an end token, name it as "
         "eos_token_id in the model's generation_config.json, which servers read; else set preprocessing.addEndToken: "
         "true, which ends each answer with {added}",
+    ),
+    Fault.STOP_TOKEN_SPLIT: FaultText(
+        Reason.CONFIG_INVALID,
+        "{file} row {row}: message {message} ends in the text of a token at which the model stops, which are {stops}, "
+        "but the tokenizer reads that text as other tokens, so that a server would never end its answers; name it "
+        "among the added tokens of tokenizer.json",
+    ),
+    Fault.END_TOKEN_NO_STOP: FaultText(
+        Reason.CONFIG_INVALID,
+        "the tokenizer of {uri} ends completions with {end}, at which the model does not stop, as it stops at {stops}, "
+        "so that a server would never end them; name it as eos_token_id in the model's generation_config.json, which "
+        "servers read, or one of those as eos_token in tokenizer_config.json",
     ),
     Fault.PART_VANISHES: FaultText(
         Reason.DATA_INVALID,

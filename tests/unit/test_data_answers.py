@@ -18,7 +18,7 @@ LONG = [each for n in range(100) for each in (user(f"Say number {n}."), answer(f
 
 @pytest.mark.parametrize("name", QUICK)
 def test_every_answer_follows_what_a_server_sends_and_ends_where_the_model_stops(name: str) -> None:
-    for shape in ("three turns", "tool", "reasoning, turns"):
+    for shape in ("three turns", "tool", "reasoning, turns", "words and call"):
         assert verdict(name, TEMPLATES[name], SHAPES[shape])[1] == []
 
 
@@ -34,6 +34,7 @@ def test_every_answer_follows_what_a_server_sends_and_ends_where_the_model_stops
         ("deepseek_r1_distill", "<think> inline", "whole, reasoning_placed"),
         ("llama3", "reasoning", "refused: vanishes messages[1].reasoning_content Reasoning"),
         ("lfm2", "tool", "refused: vanishes messages[1].tool_calls ToolCalls"),
+        ("gptoss", "words and call", "unrolled, 2, answer_of_short"),
         ("gptoss", "two calls", "refused: vanishes messages[1].tool_calls ToolCalls"),
         ("glm4moe", "one turn", "whole, end_of_next"),
         ("llava_next", "three turns", "whole"),
@@ -41,6 +42,24 @@ def test_every_answer_follows_what_a_server_sends_and_ends_where_the_model_stops
 )
 def test_what_becomes_of_conversations(name: str, shape: str, words: str) -> None:
     assert verdict(name, TEMPLATES[name], SHAPES[shape])[0] == words
+
+
+@pytest.mark.parametrize("said", [{"reasoning_content": "Look it up."}, {"content": "Look it up."}])
+def test_an_answer_after_a_call_is_learned_where_the_template_drops_the_reasoning_before_it(
+    said: dict[str, Any],
+) -> None:
+    """gpt-oss's keeps what is thought before a call only until there is an answer."""
+    template = ChatTemplate(TEMPLATES["gptoss"], {}, NOW)
+    question, called, result, last = SHAPES["tool"].messages
+    chat = Chat([question, {**called, **said}, result, last], (False, True, False, True))
+    found = learnable(template, chat, Ends(tuple(stops_of("gptoss"))))
+    first, second = ([text[begin:end] for begin, end in spans] for text, spans in found.sequences)
+    thought = "<|channel|>analysis<|message|>Look it up.<|end|>"
+    assert first == [
+        thought + '<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>{"town": "Oslo"}<|call|>'
+    ]
+    assert second == ["<|channel|>final<|message|>It rains.<|return|>"]
+    assert all(thought in text for text in found.texts), "it is sent as long as there is no answer"
 
 
 @pytest.mark.parametrize("name", ["glm4moe", "phi3"])

@@ -841,6 +841,30 @@ def test_the_models_end_token_is_added_where_that_was_asked_for(tmp_path: Path) 
     assert prepared.report["answers"]["notes"] == {"unrolled": 1, "end_added": 2}
 
 
+def test_a_stop_that_the_tokenizer_reads_as_other_tokens_is_refused(tmp_path: Path) -> None:
+    """As where generation_config.json names a token of the vocabulary that is no added one, and merges otherwise."""
+    stop, end = BPE.token_to_id("er"), "er"
+    template = CHATML.replace("<|im_end|>", end)
+    write_model(tmp_path / "model", template=template, config={"eos_token_id": stop})
+    put(tmp_path, a_jsonl=jsonl([chat("who?", "it is us")]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.STOP_TOKEN_SPLIT
+    assert "row 1: message 2 ends in the text of a token at which the model stops" in str(error)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": " a"}])
+def test_completions_that_end_in_a_token_at_which_the_model_does_not_stop_are_refused(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    write_model(tmp_path / "model", config={"eos_token_id": [BPE.token_to_id("<|endoftext|>")]})
+    put(tmp_path, a_jsonl=jsonl([row]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.END_TOKEN_NO_STOP
+    assert "ends completions with <|im_end|>, at which the model does not stop, as it stops at <|endoftext|>" in str(
+        error
+    )
+
+
 def test_rows_put_aside_for_such_a_prompt_are_reported_as_that(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=OPENS_REASONING)
     strings = [{"prompt": f"what is {i}", "completion": f" {i}."} for i in range(40)]

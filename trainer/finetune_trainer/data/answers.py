@@ -49,7 +49,7 @@ class Note(StrEnum):
     WITHOUT_REASONING = "without_reasoning"  # the template's form without reasoning, as the row has none
     REASONING_PLACED = "reasoning_placed"  # into the block that the prompt opens, where the template drops it
     OPENING_ADDED = "opening_added"  # of reasoning that is only closed, as the prompt opens it
-    ANSWER_OF_SHORT = "answer_of_short"  # the answer as it is written after its question alone
+    ANSWER_OF_SHORT = "answer_of_short"  # the answer as it is written after less than what comes before it
     END_OF_NEXT = "end_of_next"  # the answer ends with the token by which the template begins the next message
     END_ADDED = "end_added"
     MARKS_DIFFER = "marks_differ"  # {% generation %} marks another part than the rule
@@ -319,19 +319,20 @@ class _Judge:
     def _answer(self, index: int, context: str, variables: Mapping[str, Any]) -> str | None:
         """Return what is written for an answer after its prompt; None where it does not follow that.
 
-        Some templates write what comes before differently once there is an answer (Mistral moves the system prompt).
-        Then it is what is written after the question alone, if the conversation ends with just that."""
+        Some templates write what comes before differently once there is an answer: Mistral's moves the system prompt,
+        gpt-oss's drops the reasoning before calls. Then it is what is written after less, if the conversation ends with
+        just that: after the question alone, or without the reasoning of earlier answers."""
         finished = self._finished(index, variables)
         if finished.startswith(context):
             return finished[len(context) :]
-        begin = max((i for i in range(index) if self.chat.messages[i]["role"] == "user"), default=0)
-        prompt = self._render(self.chat.messages[begin:index], variables, prompt=True)
-        through = self._render(self.chat.messages[begin : index + 1], variables)
-        answer = through[len(prompt) :]
-        if begin == 0 or not answer or not through.startswith(prompt) or not finished.endswith(answer):
-            return None
-        self.notes.add(Note.ANSWER_OF_SHORT)
-        return answer
+        for before in _shorter(self.chat.messages[:index]):
+            prompt = self._render(before, variables, prompt=True)
+            through = self._render([*before, self.chat.messages[index]], variables)
+            answer = through[len(prompt) :]
+            if answer and through.startswith(prompt) and finished.endswith(answer):
+                self.notes.add(Note.ANSWER_OF_SHORT)
+                return answer
+        return None
 
     def _reasoned(self, index: int, context: str, opening: str, variables: Mapping[str, Any]) -> str | None:
         """Return reasoning and answer after a prompt that opens the block of reasoning.
@@ -403,6 +404,23 @@ class _Judge:
 
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+def _shorter(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the messages from the last question on, and all of them without reasoning, where that is less.
+
+    What is said beside calls is reasoning too: it is where gpt-oss's template writes it."""
+    begin = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
+    if begin:
+        yield messages[begin:]
+    bare = [_without_reasoning(message) for message in messages]
+    if bare != messages:
+        yield bare
+
+
+def _without_reasoning(message: Message) -> Message:
+    left_out = (*_REASONING_FIELDS, "content") if message.get("tool_calls") else _REASONING_FIELDS
+    return {name: value for name, value in message.items() if name not in left_out}
 
 
 def _empty_block(opening: str) -> re.Pattern[str]:

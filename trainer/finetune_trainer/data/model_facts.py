@@ -51,7 +51,8 @@ class Model:
     tokenizer: Tokenizer  # a process: to be closed
     special_tokens: dict[str, str]
     chat_template: str | None
-    stops: tuple[str, ...]  # the tokens at which the model stops, as text; by the tokenizer where the model names none
+    stop_ids: tuple[int, ...]  # the tokens at which the model stops; by the tokenizer where the model names none
+    stops: tuple[str, ...]  # the same as text
 
 
 def read_model(store: Store, uri: str) -> Model:
@@ -89,14 +90,16 @@ def read_model(store: Store, uri: str) -> Model:
     exported["tokenizer.json"] = content.decode()
     report = check_structure(folder, architecture, config, weights, exported)
     facts = _facts(folder, config, report, architecture, family, weights)
-    return Model(facts, family, tokenizer, tokens, template, _stops(tokenizer, ends))
+    stop_ids = _stop_ids(tokenizer, ends)
+    texts = [tokenizer.decode([each]) for each in stop_ids]
+    stops = tuple(dict.fromkeys(text for text in texts if text.strip()))
+    return Model(facts, family, tokenizer, tokens, template, stop_ids, stops)
 
 
-def _stops(tokenizer: Tokenizer, ends: list[int]) -> tuple[str, ...]:
+def _stop_ids(tokenizer: Tokenizer, ends: list[int]) -> tuple[int, ...]:
     if not ends and tokenizer.eos_id is not None:
         ends = [tokenizer.eos_id]
-    texts = [tokenizer.decode([each]) for each in ends if each < tokenizer.vocabulary_size]
-    return tuple(dict.fromkeys(text for text in texts if text.strip()))
+    return tuple(each for each in ends if each < tokenizer.vocabulary_size)
 
 
 def _require_numbers(folder: ModelFolder, value: Any, place: str = "") -> None:

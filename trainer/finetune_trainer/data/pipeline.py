@@ -27,9 +27,9 @@ from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
-from finetune_trainer.data.taught import Taught, changes_of, refused
+from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
-from finetune_trainer.data.tokens import Tokens, split
+from finetune_trainer.data.tokens import Tokens, all_end_in, split
 from finetune_trainer.data.too_long import TooLongRows, from_turn, turns, without_beginning
 
 _BATCH_ROWS = 512
@@ -46,6 +46,18 @@ def require_end_token(model: Model) -> None:
             Fault.BROKEN_MODEL,
             uri=place(model.facts.uri),
             problem="its tokenizer names no eos_token, which must end every text",
+        )
+
+
+def require_stop_at_end_token(model: Model) -> None:
+    """Raises END_TOKEN_NO_STOP when the model does not stop at the token that ends its completions."""
+    eos_id = model.tokenizer.eos_id
+    if eos_id is not None and eos_id not in model.stop_ids:
+        raise StageError(
+            Fault.END_TOKEN_NO_STOP,
+            uri=place(model.facts.uri),
+            end=model.tokenizer.decode([eos_id])[:64],
+            stops=", ".join(model.stops)[:200],
         )
 
 
@@ -188,12 +200,17 @@ class Pipeline:
             by_row.setdefault(index, []).append(sequence)
         for index, result in zip(conversations, rendered, strict=True):
             if isinstance(result, Rendered):
+                if not learn_all and not all_end_in(by_row[index], self.model.stop_ids):
+                    del by_row[index]
+                    self._broken(batch[index], stop_is_split(batch[index].row))
+                    continue
                 self.taught.add(result.notes, [len(each.ids) for each in by_row[index]])
                 for reason, detail in changes_of(result.notes):
                     self.ledger.decide(batch[index].file, batch[index].number, "render", Action.CHANGE, reason, detail)
         completions = [(index, item.row) for index, item in enumerate(batch) if isinstance(item.row, Completion)]
         if completions:
             require_end_token(self.model)
+            require_stop_at_end_token(self.model)
         tokens = tokenizer.completions([row for _, row in completions], learn_all)
         by_row.update((index, [row]) for (index, _), row in zip(completions, tokens, strict=True))
         documents = [(index, item.row.text) for index, item in enumerate(batch) if isinstance(item.row, Text)]

@@ -11,6 +11,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.answers import Note
 from finetune_trainer.data.containment import Part
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.rows import Conversation, Row
 
 _FAULTS = {
     Problem.GENERATION_PROMPT_NOT_KEPT: Fault.ANSWER_NOT_AS_SERVED,
@@ -25,8 +26,8 @@ NOTE_WORDS: dict[str, str] = {
     "a server must ask for, as they have none",
     Note.REASONING_PLACED: "with their reasoning put into the block that the prompt opens, as the template drops it",
     Note.OPENING_ADDED: "whose reasoning is only closed, as in a model's raw output, and opened by the prompt",
-    Note.ANSWER_OF_SHORT: "with answers as they are written after their question alone, as the template writes what "
-    "comes before differently once there is an answer",
+    Note.ANSWER_OF_SHORT: "with answers as they are written after their question alone or without earlier reasoning, "
+    "as the template writes what comes before differently once there is an answer",
     Note.END_OF_NEXT: "with answers that end with the token by which the template begins the next message",
     Note.END_ADDED: "with the model's end token added to their answers (preprocessing.addEndToken)",
     Note.MARKS_DIFFER: "of which {% generation %} marks another part than what a server is to get back, which is "
@@ -34,6 +35,7 @@ NOTE_WORDS: dict[str, str] = {
 }
 
 _PARTS = frozenset(Part)
+_SPLIT = "the tokenizer reads what ends it as other tokens"
 
 
 @dataclass
@@ -128,15 +130,25 @@ def changes_of(notes: Collection[str]) -> Iterator[tuple[str, str]]:
         yield (Problem.VANISHES, note) if note in _PARTS else (note, "")
 
 
+def stop_is_split(row: Row) -> Broken:
+    """Return what is wrong with a conversation whose answers end in the text of a stop token alone."""
+    assert isinstance(row, Conversation)
+    last = max(index for index, learned in enumerate(row.learned) if learned)
+    return Broken(Problem.NO_STOP_TOKEN, f"messages[{last}]", _SPLIT)
+
+
 def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageError:
     """Return why a row that the template renders cannot be learned from, with what to do.
 
-    Raises nothing itself: ANSWER_NOT_AS_SERVED, NO_REASONING, NO_STOP_TOKEN, PART_VANISHES."""
+    Raises nothing itself: ANSWER_NOT_AS_SERVED, NO_REASONING, NO_STOP_TOKEN, STOP_TOKEN_SPLIT, PART_VANISHES."""
     if broken.problem is Problem.VANISHES:
         accepted = f"accept that by preprocessing.acceptVanishing: [{broken.detail}]"
         remedy = accepted if broken.detail in set(Vanishing) else "change the chat template beside the model"
         return StageError(Fault.PART_VANISHES, file=file, row=row, field=broken.field, remedy=remedy)
     message = int(broken.field[9:-1]) + 1
+    if broken.detail == _SPLIT:
+        named = ", ".join(stops)[:200]
+        return StageError(Fault.STOP_TOKEN_SPLIT, file=file, row=row, message=message, stops=named)
     if broken.problem is Problem.NO_STOP_TOKEN:
         named = ", ".join(stops)[:200] or "none"
         added = stops[0][:64] if stops else "it, once the model names one"

@@ -6,7 +6,7 @@ prompt ends in the space, is learned, as in transformers' `return_assistant_toke
 would never be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -31,6 +31,15 @@ class Tokens(NamedTuple):
     ids: npt.NDArray[np.uint32]
     labels: npt.NDArray[np.uint8]
     prompt_tokens: int
+
+
+def all_end_in(sequences: Sequence[Tokens], stop_ids: Collection[int]) -> bool:
+    """Whether whatever is learned without a gap ends in one of these tokens."""
+    for ids, labels, _ in sequences:
+        ends = np.flatnonzero(labels > np.append(labels[1:], 0))
+        if not set(ids[ends].tolist()).issubset(stop_ids):
+            return False
+    return True
 
 
 def special_tokens(config: dict[str, Any], legacy_map: dict[str, Any]) -> dict[str, str]:
