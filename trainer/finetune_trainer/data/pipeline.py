@@ -56,8 +56,8 @@ def require_stop_at_end_token(model: Model) -> None:
         raise StageError(
             Fault.END_TOKEN_NO_STOP,
             uri=place(model.facts.uri),
-            end=model.tokenizer.decode([eos_id])[:64],
-            stops=", ".join(model.stops)[:200],
+            end=shortened(model.tokenizer.decode([eos_id]), 64),
+            stops=shortened(", ".join(model.stops), 200),
         )
 
 
