@@ -301,3 +301,10 @@ class Progress(WireModel):
     checkpoint: CheckpointStatus | None = None
     quality: KnownQuality = None  # None while there is nothing to say
     trouble: Trouble | None = None
+
+    @property
+    def percentage(self) -> int:
+        """How far the stage is: with the data's bytes in prepare, with the steps in train. 0 while it is not known."""
+        of_data = self.stage is Stage.PREPARE
+        done, total = (self.bytes_read, self.bytes_total) if of_data else (self.step, self.total_steps)
+        return min(100, 100 * done // total) if total else 0

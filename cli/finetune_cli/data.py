@@ -31,7 +31,7 @@ from finetune_cli.validate import problems
 
 if TYPE_CHECKING:
     from finetune_trainer.context import StageContext
-    from finetune_trainer.shown import ShownRow
+    from finetune_trainer.shown import ShownRow, Unrendered
 
 MAX_PLACES = 20
 _JOB_ENDINGS = (".yaml", ".yml")
@@ -121,7 +121,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
     return Exit.SUCCEEDED
 
 
-def _say_read(found: Any, ctx: "StageContext", console: Console) -> int:
+def _say_read(found: "Unrendered", ctx: "StageContext", console: Console) -> int:
     _say_rows(found.rows_in, found.dropped, len(found.ignored), ctx, console)
     console.print(f"shapes  {', '.join(dict.fromkeys(found.formats)) or 'none'}", soft_wrap=True)
     if found.error is not None:
@@ -131,7 +131,7 @@ def _say_read(found: Any, ctx: "StageContext", console: Console) -> int:
 
 
 def _say_rows(rows_in: int, dropped: Mapping[str, int], ignored: int, ctx: "StageContext", console: Console) -> None:
-    from finetune_trainer.shown import decisions
+    from finetune_trainer.shown import decisions, reason_of
 
     passed_over = f"; {count_files(ignored)} passed over" if ignored else ""
     console.print(f"rows    {rows_in:,}, {sum(dropped.values()):,} of them dropped{passed_over}", soft_wrap=True)
@@ -140,8 +140,7 @@ def _say_rows(rows_in: int, dropped: Mapping[str, int], ignored: int, ctx: "Stag
         reason = decision["reason"]
         said[reason] += decision["action"] == "drop"
         if decision["action"] == "drop" and said[reason] <= MAX_PLACES:
-            words = ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
-            line = f"dropped {decision['file']} row {decision['row']}: {_words(words)}"
+            line = f"dropped {decision['file']} row {decision['row']}: {_words(reason_of(decision))}"
             console.print(line, markup=False, soft_wrap=True)
     for reason, rows in dropped.items():
         if rows > MAX_PLACES:

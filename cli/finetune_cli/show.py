@@ -47,7 +47,7 @@ def describe(progress: Progress) -> str:
     if progress.rows_read:
         parts.append(f"{progress.rows_read:,} rows")
     if progress.bytes_total:
-        parts.append(f"{min(100, 100 * progress.bytes_read // progress.bytes_total)}% of data")
+        parts.append(f"{progress.percentage}% of data")
     if progress.total_steps:
         within = f" + {progress.step_tokens:,} tokens" if progress.step_tokens else ""
         parts.append(f"step {progress.step}/{progress.total_steps}{within}")

@@ -61,13 +61,13 @@ class ChildCache:
 
     def take(self, kind: str, event: str, body: Body) -> None:
         """One event of a watch."""
-        place = _place(body)
+        uid, place = str(body["metadata"]["uid"]), _place(body)
         touched: list[tuple[Key, Owner]] = []
         with self._lock:
-            before = self._places.get(str(body["metadata"]["uid"]))
+            before = self._places.get(uid)
             if before is not None and (place is None or place[1] != before[1]):
                 # Its labels were changed: for the job that it was of it is as if deleted.
-                touched += [before] if self._remove(kind, before[1], str(body["metadata"]["uid"])) else []
+                touched += [before] if self._remove(kind, before[1], uid) else []
                 self._drop_empty(before[1])
             if place is not None:
                 key, owner = place

@@ -108,7 +108,7 @@ class Cluster:
         self._client = client.ApiClient(settings)
         self._pool = self._client.rest_client.pool_manager
         self._metrics, self._selection, self._answered = metrics, selection, answered
-        self._entry: tuple[float, str, dict[str, str]] = (float("-inf"), "", {})  # until when, address, headers
+        self._entry: _Entry | None = None
         self._pages = threading.BoundedSemaphore(PAGES_AT_ONCE)
         self._limits: dict[str, int] = {}  # of the next list, by path, where PAGE objects are too large
 
@@ -331,9 +331,9 @@ class Cluster:
     ) -> urllib3.BaseHTTPResponse:
         waits = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s)
         try:
-            host, headers = self._credentials()
-            url = f"{host}{path}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
-            headers = {**headers, "Content-Type": _CONTENT[method]} if method in _CONTENT else headers
+            entry = self._current_entry()
+            url = f"{entry.host}{path}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
+            headers = entry.headers | ({"Content-Type": _CONTENT[method]} if method in _CONTENT else {})
             content = None if body is None else json.dumps(body).encode()
             answer = self._pool.request(
                 method, url, body=content, headers=headers, timeout=waits, preload_content=False
@@ -346,19 +346,19 @@ class Cluster:
             raise UnreachableError(f"{method} {path}: {type(error).__name__}") from error
         return answer
 
-    def _credentials(self) -> tuple[str, dict[str, str]]:
-        """Return the server's address and the headers of each request, which the client is asked for once in a while.
+    def _current_entry(self) -> "_Entry":
+        """Return what the client, which is asked once in a while, says of each request.
 
         Each time it sets all that it already has, looks through the whole environment for a proxy, and copies what it
         is given, field by field."""
-        until_s, host, headers = self._entry
-        if time.monotonic() >= until_s:
+        entry = self._entry
+        if entry is None or time.monotonic() >= entry.until_s:
             given = {"Accept": "application/json", "User-Agent": FIELD_MANAGER}
             _, host, headers, *_ = self._client.param_serialize(
                 "GET", "", header_params=given, auth_settings=["BearerToken"]
             )
-            self._entry = (time.monotonic() + CREDENTIALS_S, host, headers)
-        return host, headers
+            self._entry = entry = _Entry(host, headers, time.monotonic() + CREDENTIALS_S)
+        return entry
 
     def _error(self, answer: urllib3.BaseHTTPResponse) -> ApiError:
         self._metrics.api_errors.labels(str(answer.status)).inc()
@@ -380,6 +380,15 @@ _CONTENT = {
     "DELETE": "application/json",
     "PATCH": "application/merge-patch+json",
 }
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The server's address and the headers of each request, with the credentials. until_s: monotonic."""
+
+    host: str
+    headers: dict[str, str]
+    until_s: float
 
 
 @dataclass(frozen=True)

@@ -71,18 +71,17 @@ def _stale_after_s(interval_s: float) -> float:
 
 def progress_status(said: Progress, at: datetime) -> ProgressStatus:
     """Return what the status shows of an answer: how much of the data is read, or of the steps done."""
-    done, total = said.step, said.total_steps
     if said.stage is Stage.PREPARE:
-        done, total = said.bytes_read, said.bytes_total
-    percentage = min(100, 100 * done // total) if total else 0
-    text = f"{percentage}% of data" if said.stage is Stage.PREPARE else f"{done}/{total}"
+        text = f"{said.percentage}% of data" if said.bytes_total else ""
+    else:
+        text = f"{said.step}/{said.total_steps}" if said.total_steps else ""
     remaining = finite(said.eta_seconds)
     seconds = None if remaining is None else int(min(remaining, 10**9))
     return ProgressStatus(
         step=said.step,
         total_steps=said.total_steps,
-        percentage=percentage,
-        text=text[:64] if total else "",
+        percentage=said.percentage,
+        text=text[:64],
         estimated_remaining_seconds=seconds,
         eta=None if seconds is None else human_seconds(seconds),
         last_updated_time=format_time(at),

@@ -193,6 +193,7 @@ class _Planned:
     sized: Sizing
     batches: BatchPlan
     shares: list[dict[str, Any]]
+    weights: dict[str, float]
     resolved: list[ResolvedValue]
 
 
@@ -226,7 +227,8 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         shown = ", ".join(f"{share['reads_share']:.3g}" for share in shares)
         text = "as written: the share of the examples read that is of each dataset, in their order"
         stage.choices.note("datasets[].weight", shown, text)
-    if weights := report.weights(train.columns["weight"]):
+    weights = report.weights(train.columns["weight"])
+    if weights:
         text = f"of {weights['examples']:,} of {len(train):,} examples; their losses are multiplied with it"
         stage.choices.note("rows' weight", f"{weights['least']:g} to {weights['most']:g}", text)
     return _Planned(
@@ -236,6 +238,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         sized=sized,
         batches=plan,
         shares=shares,
+        weights=weights,
         resolved=first_to_change([*sized.resolved, *stage.choices.resolved]),
     )
 
@@ -251,7 +254,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "lengths": report.lengths(division, stage.ledger),
         "answers": stage.taught.report(),
         "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(datasets, planned.shares, strict=True)],
-        "weights": report.weights(planned.train.columns["weight"]),
+        "weights": planned.weights,
         "packing": report.packing(
             planned.batches, planned.train, int(train["longest"].max()), planned.sized.hyperparameters
         ),

@@ -1,6 +1,6 @@
 """`finetune data show`: single rows as they will be learned from, on the way that prepare takes, kept in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
@@ -215,7 +215,7 @@ def _with_decisions(ctx: StageContext, ledger: Ledger, rows: dict[tuple[int, int
     numbers = {account.uri: index for index, account in enumerate(ledger.files)}
     for decision in decisions(ctx):
         key = numbers[decision["file"]], int(decision["row"])
-        words = ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
+        words = reason_of(decision)
         if decision["action"] == Action.DROP:
             rows[key] = [ShownRow(file=decision["file"], row=key[1], dropped=words)]
         else:
@@ -230,6 +230,11 @@ def decisions(ctx: StageContext) -> Iterator[dict[str, Any]]:
             decision = orjson.loads(line)
             if "row" in decision:
                 yield decision
+
+
+def reason_of(decision: Mapping[str, Any]) -> str:
+    """Return why it was made, as a code of docs/data.md, the place or figures after a colon."""
+    return ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
 
 
 @dataclass(frozen=True)

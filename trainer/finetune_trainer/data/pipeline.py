@@ -27,7 +27,7 @@ from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import BadRows, Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
-from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_split
+from finetune_trainer.data.taught import Taught, changes_of, named, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, all_end_in, split
 from finetune_trainer.data.too_long import TooLongRows, from_turn, turns, without_beginning
@@ -57,7 +57,7 @@ def require_stop_at_end_token(model: Model) -> None:
             Fault.END_TOKEN_NO_STOP,
             uri=place(model.facts.uri),
             end=shortened(model.tokenizer.decode([eos_id]), 64),
-            stops=shortened(", ".join(model.stops), 200),
+            stops=named(model.stops),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from finetune_api.errors import StageError
 from finetune_api.job import Vanishing
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.answers import Note
 from finetune_trainer.data.containment import Part
 from finetune_trainer.data.problems import Broken, Problem
@@ -137,6 +138,11 @@ def stop_is_split(row: Row) -> Broken:
     return Broken(Problem.NO_STOP_TOKEN, f"messages[{last}]", _SPLIT)
 
 
+def named(stops: Sequence[str]) -> str:
+    """Return tokens at which a model stops as the argument of a fault."""
+    return shortened(", ".join(stops), 200)
+
+
 def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageError:
     """Return why a row that the template renders cannot be learned from, with what to do.
 
@@ -147,10 +153,9 @@ def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageE
         return StageError(Fault.PART_VANISHES, file=file, row=row, field=broken.field, remedy=remedy)
     message = int(broken.field[9:-1]) + 1
     if broken.detail == _SPLIT:
-        named = ", ".join(stops)[:200]
-        return StageError(Fault.STOP_TOKEN_SPLIT, file=file, row=row, message=message, stops=named)
+        return StageError(Fault.STOP_TOKEN_SPLIT, file=file, row=row, message=message, stops=named(stops))
     if broken.problem is Problem.NO_STOP_TOKEN:
-        named = ", ".join(stops)[:200] or "none"
-        added = stops[0][:64] if stops else "it, once the model names one"
-        return StageError(Fault.NO_STOP_TOKEN, file=file, row=row, message=message, stops=named, added=added)
+        added = shortened(stops[0], 64) if stops else "it, once the model names one"
+        said = named(stops) or "none"
+        return StageError(Fault.NO_STOP_TOKEN, file=file, row=row, message=message, stops=said, added=added)
     return StageError(_FAULTS[broken.problem], file=file, row=row, message=message)
