@@ -88,10 +88,12 @@ def test_the_command_line_works_with_what_its_lock_names_and_nothing_else(tmp_pa
     uv, python = Path(sys.executable).with_name("uv"), tmp_path / "venv/bin/python"
     for command in (
         ["venv", "--python", sys.executable, str(tmp_path / "venv")],
-        ["pip", "install", "--python", str(python), "--offline", "--require-hashes", "-r", "requirements/cli.txt"],
+        # Synced, as installing resolves, for which a machine needs more than `make venv` leaves in uv's cache.
+        ["pip", "sync", "--python", str(python), "--offline", "--require-hashes", "requirements/cli.txt"],
         # Not built in isolation: this project's own environment has the builder, by hash.
         ["build", "--wheel", "--offline", "--no-build-isolation", "--python", sys.executable, "-o", str(tmp_path)],
         ["pip", "install", "--python", str(python), "--offline", "--no-deps", "finetune-operator", "-f", str(tmp_path)],
+        ["pip", "check", "--python", str(python)],
     ):
         subprocess.run([str(uv), *command], cwd=ROOT, capture_output=True, timeout=PATIENCE_S, check=True)
     job = ROOT / "examples" / "quickstart.yaml"
