@@ -20,8 +20,11 @@ from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, 
 from finetune_trainer import prepare
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import structure
-from finetune_trainer.data.answers import Chat, Ends, RenderedSequence, everything, learnable
+from finetune_trainer.data.answers import everything, learnable
 from finetune_trainer.data.examples import Examples, open_examples
+from finetune_trainer.data.renders import Chat
+from finetune_trainer.data.sequences import RenderedSequence
+from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.structure import LoadReport
 from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.runplan import RunPlan, SplitFiles

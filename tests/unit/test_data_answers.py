@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.data import answers
-from finetune_trainer.data.answers import Chat, Ends, learnable
+from finetune_trainer.data.answers import learnable
+from finetune_trainer.data.renders import Chat
+from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.template import ChatTemplate
 from template_table import NOW, SHAPES, Shape, answer, stops_of, trl_templates, user, verdict
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from finetune_trainer.data.answers import Chat, Note
 from finetune_trainer.data.opened_reasoning import with_openings
+from finetune_trainer.data.renders import Chat
+from finetune_trainer.data.sequences import Note
 from finetune_trainer.data.template import ChatTemplate
 from template_table import NOW, SHAPES, Shape, answer, trl_templates, user, verdict, written
 

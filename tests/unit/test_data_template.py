@@ -9,11 +9,12 @@ import pytest
 
 from data_run import CHATML, ENDS, every_answer, one_sequence
 from finetune_trainer.data import renderer
-from finetune_trainer.data.answers import Ends, RenderedSequence
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Conversation
+from finetune_trainer.data.sequences import RenderedSequence
+from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.template import (
     ChatTemplate,
     find_template,

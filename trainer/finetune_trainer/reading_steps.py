@@ -30,7 +30,6 @@ from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer import sizing
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Ledger
-from finetune_trainer.data.answers import Ends
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.listing import Inputs, find_files
@@ -41,6 +40,7 @@ from finetune_trainer.data.progress import reading_figures
 from finetune_trainer.data.reading import BadRows, Checked, Select, checked_rows, every_row
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.shapes import RowChoices
+from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError

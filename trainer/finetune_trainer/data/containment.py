@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
 
-from finetune_trainer.data.answers import REASONING_BLOCKS, Chat, reasoning_of, words_of
+from finetune_trainer.data.reasoning import REASONING_BLOCKS, reasoning_of, words_of
+from finetune_trainer.data.renders import Chat
 from finetune_trainer.data.template import Message
 
 _MAX_TRIED_CALLS = 4  # of one message: more are written as these are

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import jinja2
 
-from finetune_trainer.data.answers import REASONING_BLOCKS, Chat, opened_by, reasoning_of
+from finetune_trainer.data.reasoning import REASONING_BLOCKS, opened_by, reasoning_of
+from finetune_trainer.data.renders import Chat
 from finetune_trainer.data.template import ChatTemplate, Message
 
 _QUESTION = "Hello"

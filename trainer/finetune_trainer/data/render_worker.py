@@ -18,24 +18,16 @@ import orjson
 
 from finetune_api.redact import shortened
 from finetune_api.row_words import MAX_LINE_BYTES
-from finetune_trainer.data.answers import (
-    AnswerError,
-    AnswerNotFoundError,
-    Chat,
-    Ends,
-    NoReasoningError,
-    NoStopError,
-    Note,
-    RenderedSequence,
-    everything,
-    learnable,
-    marks_differ,
-)
+from finetune_trainer.data.answers import everything, learnable, marks_differ
 from finetune_trainer.data.child import streams
 from finetune_trainer.data.containment import Dress, Lost, Part, dresses, lost, of_unique_words, shape_of
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.opened_reasoning import with_openings
 from finetune_trainer.data.problems import Problem
+from finetune_trainer.data.prompts import AnswerNotFoundError, NoReasoningError
+from finetune_trainer.data.renders import AnswerError, Chat
+from finetune_trainer.data.sequences import Note, RenderedSequence
+from finetune_trainer.data.stops import Ends, NoStopError
 from finetune_trainer.data.template import ChatTemplate
 
 MEMORY_BYTES = 512 * 2**20

@@ -8,10 +8,11 @@ from typing import Any
 import orjson
 
 from finetune_trainer.data import child
-from finetune_trainer.data.answers import Ends, RenderedSequence
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import MAX_MESSAGE_BYTES, MEMORY_BYTES, PIECE_TEXT
 from finetune_trainer.data.rows import Conversation
+from finetune_trainer.data.sequences import RenderedSequence
+from finetune_trainer.data.stops import Ends
 
 _MAX_KILLED = 5
 

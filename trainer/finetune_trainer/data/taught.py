@@ -9,10 +9,10 @@ from finetune_api.errors import StageError
 from finetune_api.job import Vanishing
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_trainer.data.answers import Note
 from finetune_trainer.data.containment import Part
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Conversation, Row
+from finetune_trainer.data.sequences import Note
 
 _FAULTS = {
     Problem.GENERATION_PROMPT_NOT_KEPT: Fault.ANSWER_NOT_AS_SERVED,

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import orjson
 
 from finetune_trainer.data import child
-from finetune_trainer.data.answers import Span
 from finetune_trainer.data.encoders import FAST, FAST_AFTER, HUGGING_FACE, Choice, FastDiffersError
 from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.sequences import Span
 from finetune_trainer.data.special_words import SpecialWords
 from finetune_trainer.data.tokenizer_worker import CPU_S_PER_MIB, NO_MEMORY
 from finetune_trainer.data.tokens import Tokens

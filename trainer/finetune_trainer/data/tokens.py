@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from finetune_trainer.data.encoders import Encoders
 
 if TYPE_CHECKING:  # the process that runs tokenizers must start fast
-    from finetune_trainer.data.answers import Span
+    from finetune_trainer.data.sequences import Span
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, and reads no vocabulary beside it
