@@ -97,7 +97,8 @@ def outcome_of(
     result = next((p.result for p in pods if p.exit_code == 0 and _completes(entry, p.result)), None)
     finished_at = (job and job.finished_at) or (pod and pod.finished_at) or None
     if result is not None:
-        return AttemptOutcome("Succeeded", Reason.COMMITTED, words(result.fault, result.args), 0, result, finished_at)
+        reason = Reason.PREPARED if result.stage == Stage.PREPARE else Reason.COMMITTED
+        return AttemptOutcome("Succeeded", reason, words(result.fault, result.args), 0, result, finished_at)
     if pod is None or pod.exit_code is None:
         attempt_class, reason, message = _without_container(entry, job, pod, earlier)
         return AttemptOutcome(attempt_class, reason, message, None, None, finished_at)
@@ -170,6 +171,8 @@ def _with_container(
     if is_prepared_again(entry.stage, code):
         told = told or "the plan is of another release of the trainer"
         return failure_class(entry.stage, code, earlier), by_code, told
+    if pod.deletion_due is not None and _was_killed(pod, result):
+        return "Failure", Reason.POD_LOST, _deleted_words(pod) + " and its trainer killed before it had stopped"
     if told:
         return "Failure", by_code, told
     if code > 128:
@@ -183,6 +186,17 @@ def _memory_words(entry: AttemptStatus, pod: ObservedPod) -> str:
 
 def _disk_words(entry: AttemptStatus, pod: ObservedPod) -> str:
     return f"pod {pod.name} used more disk than its limit; raise {DISK_FIELDS[Stage(entry.stage)]}"
+
+
+def _was_killed(pod: ObservedPod, result: RunResult | None) -> bool:
+    """Return True if the kubelet's last means ended the trainer, or what the trainer's supervisor had begun."""
+    if result is not None:
+        return result.fault == Fault.KILLED and result.args.get("signal") == signal.SIGKILL.name
+    return pod.exit_code == 128 + signal.SIGKILL
+
+
+def _deleted_words(pod: ObservedPod) -> str:
+    return f"pod {pod.name} was deleted, by whom is not known,"
 
 
 def _signal_name(number: int) -> str:
@@ -208,6 +222,8 @@ def _without_container(
         return "Failure", Reason.DISK_LIMIT, _disk_words(entry, pod)
     if job is None:
         return "Failure", Reason.JOB_LOST, "its Kubernetes Job was deleted by somebody else"
+    if pod is not None and (pod.gone or pod.deletion_due is not None):
+        return "Failure", Reason.POD_LOST, f"{_deleted_words(pod)} and left no result. {job.message}".strip()
     return "Failure", Reason.POD_LOST, f"its pod is gone without a result. {job.message}".strip()
 
 

@@ -191,7 +191,9 @@ def _close(
     progress = observation.answer_of(entry)
     finished = outcome.finished_at or now
     result = outcome.result
-    step = result.step if result is not None else None
+    last_step = result.step if result is not None else None
+    if last_step is None:
+        last_step = progress.progress.step if progress is not None else entry.last_step
     resumed_from = result.resumed_from_step if result is not None else None
     if resumed_from is None:  # a supervisor that reports a killed trainer does not know
         resumed_from = progress.progress.resumed_from_step if progress is not None else entry.resumed_from_step
@@ -202,7 +204,7 @@ def _close(
             "exit_code": outcome.exit_code,
             "finished_at": format_time(finished),
             "resumed_from_step": resumed_from,
-            "last_step": step if step is not None else (progress.progress.step if progress else entry.last_step),
+            "last_step": last_step if entry.stage == Stage.TRAIN else None,
             "lost_seconds": _lost_seconds(status, entry, outcome, progress, finished),
         }
     )

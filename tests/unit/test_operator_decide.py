@@ -326,12 +326,14 @@ def test_preparing_shows_once_the_pod_runs():
 
 
 def test_a_prepared_job_shows_plan_and_data_and_trains_what_was_prepared():
-    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA)
+    world = World().step().run("prepare-1").end("prepare-1", fault=Fault.PREPARED, plan=PLAN, data=DATA, step=0)
     made = decide(world.view, world.seen, world.now)
     assert made.actions == (CreateK8sJob(TRAIN, 1, DIGEST),)
     world.step()
     assert world.status["plan"]["steps"] == 100
     assert world.status["data"]["rowsUsed"] == 9
+    prepared = world.status["attempts"][0]
+    assert (prepared["class"], prepared["reason"], prepared.get("lastStep")) == ("Succeeded", "Prepared", None)
     assert world.condition(ConditionType.PLANNED) == ("True", "Prepared")
     assert "10 rows: 9 to train on, 1 held out" in world.message(ConditionType.PLANNED)
 
@@ -700,6 +702,37 @@ def test_a_pod_deleted_by_somebody_is_counted_and_resumes():
     world.step()
     assert world.status["attempts"][-2]["reason"] == "PodLost"
     assert world.created[-1] == "train-2"
+
+
+@pytest.mark.parametrize(
+    ("last_seen", "reason", "said"),
+    [
+        # Deleted by force, or not ended within its grace period: the kubelet kills it while the Job's finalizer keeps it.
+        ({"deletion_due": START, "exit_code": 137}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),
+        ({"deletion_due": START, "fault": Fault.KILLED}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),
+        ({"gone": True}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),
+        # Deleted, but that is not why it ended.
+        ({"deletion_due": START, "exit_code": 137, "oom_killed": True}, "HostOOM", "memory"),
+        ({"deletion_due": START, "fault": Fault.INTERRUPTED}, "Interrupted", "stopped on request"),
+        ({"deletion_due": START, "exit_code": 139}, "Unknown", "signal SIGSEGV"),
+        ({"exit_code": 137}, "Unknown", "signal SIGKILL"),
+        ({"fault": Fault.KILLED}, "Unknown", "signal SIGKILL"),
+    ],
+)  # fmt: skip
+def test_a_pod_that_somebody_deleted_by_force_is_told_as_deleted(last_seen: dict[str, Any], reason: str, said: str):
+    world = World().training()
+    fields, fault = dict(last_seen), last_seen.get("fault")
+    if fields.pop("fault", None) is not None:
+        told = report(TRAIN, 1, fault, args={"signal": "SIGKILL"})
+        fields |= {"result": told, "exit_code": told.exit_code}
+    if "exit_code" in fields:
+        fields |= {"phase": "Failed", "finished_at": world.now}
+    world.pod("train-1", **fields)
+    world.jobs["train-1"] = replace(world.jobs["train-1"], outcome="Failed", finished_at=world.now)
+    world.step()
+    assert world.status["attempts"][-2]["reason"] == reason
+    assert world.status["failures"] == 1
+    assert said in " ".join(event.message for event in world.events)
 
 
 @pytest.mark.parametrize("bad_result", [True, False])
