@@ -3,6 +3,7 @@
 Parsing is total. Whatever a field holds, the result is a value or None; objects that are not ours give None.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ MAX_TEXT = 256
 # Of a container that could not be begun; the kubelet says that it had started in 1970 (kubernetes#120331).
 NEVER_BEGUN = ("StartError", "ContainerCannotRun")
 UNSCHEDULABLE = ("Unschedulable", "SchedulingGated")
+# What a scheduler says after why no node fits: that to remove other pods would not help.
+_BEYOND_NEED = re.compile(r"\. (?:no new claims to deallocate|preemption: ).*", re.DOTALL)
 
 Body = Mapping[str, Any]
 
@@ -156,7 +159,7 @@ def observe_pod(body: Body) -> ObservedPod | None:
         scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if bound else None,
         node=_cut(_dict(body, "spec").get("nodeName")) or None,
         taken_at=parse_time(status.get("startTime")),
-        unschedulable=_cut(scheduled.get("message")) if scheduled.get("reason") in UNSCHEDULABLE else None,
+        unschedulable=_unschedulable(scheduled),
         disrupted=disrupted,
         evicted=status.get("reason") == "Evicted" and refused is None,
         refused=refused,
@@ -176,6 +179,12 @@ def observe_pod(body: Body) -> ObservedPod | None:
 
 def _suspended(conditions: Mapping[Any, Body]) -> str:
     return _cut(conditions.get("Suspended", {}).get("message")) or "spec.suspend is true"
+
+
+def _unschedulable(scheduled: Body) -> str | None:
+    if scheduled.get("reason") not in UNSCHEDULABLE:
+        return None
+    return _cut(_BEYOND_NEED.sub("", _text(scheduled.get("message")) or "", count=1))
 
 
 def _refused(status: Body, trainer: Body) -> str | None:

@@ -707,7 +707,7 @@ def test_a_pod_deleted_by_somebody_is_counted_and_resumes():
 @pytest.mark.parametrize(
     ("last_seen", "reason", "said"),
     [
-        # Deleted by force, or not ended within its grace period: the kubelet kills it while the Job's finalizer keeps it.
+        # By force, or not ended within its grace period: the kubelet kills it while the Job's finalizer keeps it.
         ({"deletion_due": START, "exit_code": 137}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),
         ({"deletion_due": START, "fault": Fault.KILLED}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),
         ({"gone": True}, "PodLost", "pod train-1-0 was deleted, by whom is not known"),

@@ -51,6 +51,45 @@ def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outc
     assert seen.outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [  # of schedulers from 1.18 to 1.36
+        (
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/1 nodes "
+            "are available: 1 No preemption victims found for incoming pod.",
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu",
+        ),
+        (
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. preemption: 0/1 nodes are available: 1 No preemption "
+            "victims found for incoming pod..",
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu",
+        ),
+        (
+            "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/unreachable: }. preemption: 0/1 "
+            "nodes are available: 1 Preemption is not helpful for scheduling.",
+            "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/unreachable: }",
+        ),
+        (
+            "0/2 nodes are available: 2 Insufficient cpu. preemption: not eligible due to preemptionPolicy=Never.",
+            "0/2 nodes are available: 2 Insufficient cpu",
+        ),
+        ("0/2 nodes are available: 2 Insufficient cpu.", "0/2 nodes are available: 2 Insufficient cpu."),
+        ("preemption: 0/1 nodes are available: 1 No victims.", "preemption: 0/1 nodes are available: 1 No victims."),
+        (
+            "0/9 nodes are available: " + "9 node(s) had untolerated taint {example.com/one: }, " * 3 + "1 node(s) had "
+            "untolerated taint {example.com/another: long}. no new claims to deallocate, preemption: 0/9 nodes",
+            "0/9 nodes are available: " + "9 node(s) had untolerated taint {example.com/one: }, " * 3 + "1 node(s) had "
+            "untolerated taint {example.com/another: long}",
+        ),
+    ],
+)
+def test_of_a_schedulers_words_those_on_preemption_and_claims_are_left_out(message: str, kept: str):
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    seen = observe_pod(pod_body(conditions=[condition]))
+    assert seen is not None
+    assert seen.unschedulable == kept
+
+
 def test_a_pod_tells_its_node_when_it_was_bound_and_when_the_kubelet_took_it():
     scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     body = pod_body(conditions=[scheduled], startTime="2026-01-01T00:00:02Z")
