@@ -55,18 +55,18 @@ def test_a_job_has_ended_only_when_all_its_pods_have(conditions: list[Any], outc
     ("message", "kept"),
     [  # of schedulers from 1.18 to 1.36
         (
-            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/1 nodes "
-            "are available: 1 No preemption victims found for incoming pod.",
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: 0/1 "
+            "nodes are available: 1 No preemption victims found for incoming pod.",
             "0/1 nodes are available: 1 Insufficient nvidia.com/gpu",
         ),
         (
-            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. preemption: 0/1 nodes are available: 1 No preemption "
-            "victims found for incoming pod..",
+            "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. preemption: 0/1 nodes are available: 1 No "
+            "preemption victims found for incoming pod..",
             "0/1 nodes are available: 1 Insufficient nvidia.com/gpu",
         ),
         (
-            "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/unreachable: }. preemption: 0/1 "
-            "nodes are available: 1 Preemption is not helpful for scheduling.",
+            "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/unreachable: }. preemption: "
+            "0/1 nodes are available: 1 Preemption is not helpful for scheduling.",
             "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/unreachable: }",
         ),
         (
