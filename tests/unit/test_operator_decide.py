@@ -721,8 +721,9 @@ def test_a_pod_deleted_by_somebody_is_counted_and_resumes():
 )  # fmt: skip
 def test_a_pod_that_somebody_deleted_by_force_is_told_as_deleted(last_seen: dict[str, Any], reason: str, said: str):
     world = World().training()
-    fields, fault = dict(last_seen), last_seen.get("fault")
-    if fields.pop("fault", None) is not None:
+    fields = dict(last_seen)
+    fault = fields.pop("fault", None)
+    if fault is not None:
         told = report(TRAIN, 1, fault, args={"signal": "SIGKILL"})
         fields |= {"result": told, "exit_code": told.exit_code}
     if "exit_code" in fields:
