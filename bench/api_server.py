@@ -27,7 +27,9 @@ class ApiServer:
         settings = json.loads(kubeconfig.read_text())
         place = settings["clusters"][0]["cluster"]
         self._url, self._token = place["server"], settings["users"][0]["user"]["token"]
-        self._pool = urllib3.PoolManager(maxsize=connections, ca_certs=place["certificate-authority"], retries=2)
+        # The server answers 429 with Retry-After for a second or two while it takes in another version of a CRD.
+        patience = urllib3.Retry(total=10, status_forcelist=(429,), allowed_methods=None, backoff_factor=0.2)
+        self._pool = urllib3.PoolManager(maxsize=connections, ca_certs=place["certificate-authority"], retries=patience)
 
     def send(self, method: str, path: str, body: Body | None = None) -> Body:
         """One request; a PATCH is a merge patch."""
@@ -83,7 +85,7 @@ class ApiServer:
 
 
 def at_even_rate(count: int, seconds: float, act: Callable[[int], None], workers: int = 8) -> None:
-    """Call `act` with 0 to count - 1, spread evenly; raises what it raises first."""
+    """Call `act` with 0 to count - 1, spread evenly; raises what it raises first, and then begins no others."""
     begun_s = time.monotonic()
 
     def act_in_time(number: int) -> None:
@@ -91,8 +93,11 @@ def at_even_rate(count: int, seconds: float, act: Callable[[int], None], workers
         act(number)
 
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(act_in_time, number) for number in range(count)]:
-            done.result()
+        try:
+            for done in [pool.submit(act_in_time, number) for number in range(count)]:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _lines(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
