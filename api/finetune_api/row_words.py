@@ -41,6 +41,8 @@ ROW_WORDS: dict[str, str] = {
     "generation_prompt_not_kept": "is rendered without text that the chat template's prompt for it has",
     "no_reasoning": "has no reasoning for the block of it that the chat template's prompt opens",
     "no_stop_token": "ends in no token at which the base model stops",
+    "stop_token_split": "ends in the text of a token at which the base model stops, which the tokenizer reads as other "
+    "tokens",
     "vanishes": "is not in what the chat template makes of the row",
     # Valid, but of no use.
     "too_long": "is longer than preprocessing.maxSequenceLength, or than the limit chosen for it",

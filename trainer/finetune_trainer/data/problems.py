@@ -40,6 +40,7 @@ class Problem(StrEnum):
     GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
     NO_REASONING = "no_reasoning"
     NO_STOP_TOKEN = "no_stop_token"
+    STOP_TOKEN_SPLIT = "stop_token_split"
     VANISHES = "vanishes"
 
 

@@ -7,6 +7,7 @@ from finetune_trainer.data.reasoning import (
     REASONING_BLOCKS,
     WITH_REASONING,
     WITHOUT_REASONING,
+    begin_of_empty_block,
     empty_block,
     opened_by,
     reasoning_of,
@@ -84,6 +85,8 @@ class Server:
         opened = opened_by(self._renders.template, context)
         if opened is None:
             answer = self._answer(index, context, variables)
+            if answer is None and not reasons:
+                answer = self._after_empty_block(index, context, variables)
         elif reasons:
             answer = self._reasoned(index, context, opened, variables)
         else:
@@ -110,6 +113,19 @@ class Server:
                 self._renders.notes.add(Note.ANSWER_OF_SHORT)
                 return answer
         return None
+
+    def _after_empty_block(self, index: int, context: str, variables: Mapping[str, Any]) -> str | None:
+        """Return what is written for an answer after a prompt that ends in an empty block of reasoning, where the
+        template leaves that block out of the answer itself (Gemma 4's does); None where it is otherwise."""
+        begin = begin_of_empty_block(self._renders.template, context)
+        finished = self._renders.finished(index, variables)
+        if begin is None or not finished.startswith(context[:begin]):
+            return None
+        answer = finished[begin:]
+        if answer.lstrip().startswith(tuple(REASONING_BLOCKS)):
+            return None
+        self._renders.notes.add(Note.EMPTY_BLOCK_SENT)
+        return answer
 
     def _reasoned(self, index: int, context: str, opening: str, variables: Mapping[str, Any]) -> str | None:
         """Return reasoning and answer after a prompt that opens the block of reasoning.

@@ -15,6 +15,7 @@ REASONING_BLOCKS = {
     "[THINK]": "[/THINK]",
     "<|START_THINKING|>": "<|END_THINKING|>",
     "◁think▷": "◁/think▷",
+    "<|channel>thought": "<channel|>",
 }
 # Variables by which published templates write their prompt with or without reasoning, and the value that says so.
 WITH_REASONING = (("enable_thinking", True), ("thinking", True), ("enable_reasoning", True))
@@ -22,6 +23,7 @@ WITHOUT_REASONING = (
     ("enable_thinking", False),
     ("thinking", False),
     ("enable_reasoning", False),
+    ("reasoning", False),
     ("reasoning_effort", "none"),
 )
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -55,6 +57,16 @@ def opened_by(template: ChatTemplate, context: str) -> str | None:
     bare = context.rstrip()
     tag = next((each for each in REASONING_BLOCKS if bare.endswith(each)), None)
     return tag if tag is not None and tag in template.source else None
+
+
+def begin_of_empty_block(template: ChatTemplate, context: str) -> int | None:
+    """Return where at the end of a prompt a block without reasoning begins, if the template itself has put it there."""
+    bare = context.rstrip()
+    for opening, closing in REASONING_BLOCKS.items():
+        inside = bare.removesuffix(closing).rstrip()
+        if bare.endswith(closing) and inside.endswith(opening) and opening in template.source:
+            return len(inside) - len(opening)
+    return None
 
 
 def without_fields(message: Message) -> Message:

@@ -14,6 +14,7 @@ class Note(StrEnum):
     WITHOUT_REASONING = "without_reasoning"  # the template's form without reasoning, as the row has none
     REASONING_PLACED = "reasoning_placed"  # into the block that the prompt opens, where the template drops it
     OPENING_ADDED = "opening_added"  # of reasoning that is only closed, as the prompt opens it
+    EMPTY_BLOCK_SENT = "empty_block_sent"  # which the prompt ends in, and the template leaves out of the answer
     ANSWER_OF_SHORT = "answer_of_short"  # the answer as it is written after less than what comes before it
     END_OF_NEXT = "end_of_next"  # the answer ends with the token by which the template begins the next message
     END_ADDED = "end_added"

@@ -45,7 +45,7 @@ def ended(renders: Renders, ends: Ends, index: int, context: str, answer: str, v
     if cut is not None:
         return cut
     message = renders.chat.messages[index]
-    said = "" if message.get("tool_calls") else reasoning_of(message)[2].strip()
+    said = _last_said(message, answer)
     for begin in _ends_of(said, answer):
         found = [(at + len(each)) for each in ends.stops if (at := answer.find(each, begin)) >= 0]
         if found and not _is_within_stop(ends.stops, said, begin, answer):
@@ -58,6 +58,13 @@ def ended(renders: Renders, ends: Ends, index: int, context: str, answer: str, v
         raise NoStopError(index)
     renders.notes.add(Note.END_ADDED)
     return answer.rstrip() + ends.added
+
+
+def _last_said(message: Message, answer: str) -> str:
+    """Return what of a message stands last in its answer, but for a call's arguments; a template may write no call."""
+    calls = message.get("tool_calls")
+    name: str = calls[-1]["function"]["name"] if calls else ""
+    return name if name and name in answer else reasoning_of(message)[2].strip()
 
 
 def _is_within_stop(stops: Sequence[str], said: str, end: int, answer: str) -> bool:

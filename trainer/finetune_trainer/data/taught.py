@@ -13,6 +13,7 @@ from finetune_trainer.data.containment import Part
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Conversation, Row
 from finetune_trainer.data.sequences import Note
+from finetune_trainer.runplan import ANSWERS_FIELD
 
 _FAULTS = {
     Problem.GENERATION_PROMPT_NOT_KEPT: Fault.ANSWER_NOT_AS_SERVED,
@@ -27,6 +28,8 @@ NOTE_WORDS: dict[str, str] = {
     "a server must ask for, as they have none",
     Note.REASONING_PLACED: "with their reasoning put into the block that the prompt opens, as the template drops it",
     Note.OPENING_ADDED: "whose reasoning is only closed, as in a model's raw output, and opened by the prompt",
+    Note.EMPTY_BLOCK_SENT: "with answers after the empty block of reasoning that the prompt ends in, though the "
+    "template leaves it out once there is an answer",
     Note.ANSWER_OF_SHORT: "with answers as they are written after their question alone or without earlier reasoning, "
     "as the template writes what comes before differently once there is an answer",
     Note.END_OF_NEXT: "with answers that end with the token by which the template begins the next message",
@@ -36,7 +39,6 @@ NOTE_WORDS: dict[str, str] = {
 }
 
 _PARTS = frozenset(Part)
-_SPLIT = "the tokenizer reads what ends it as other tokens"
 
 
 @dataclass
@@ -104,10 +106,14 @@ class Taught:
         """Yield what was done or lost: its name, of how many conversations, and words."""
         for note, words in NOTE_WORDS.items():
             if self.notes[note]:
-                yield f"answers.{note}", self._of_all(note), words
+                yield f"{ANSWERS_FIELD}{note}", self._of_all(note), words
         for part in Part:
             if self.notes[part]:
-                yield f"answers.vanished.{part}", self._of_all(part), "the template leaves it out, which was accepted"
+                yield (
+                    f"{ANSWERS_FIELD}vanished.{part}",
+                    self._of_all(part),
+                    "the template leaves it out, which was accepted",
+                )
 
     def _of_all(self, name: str) -> str:
         return f"{self.notes[name]:,} of {self.conversations:,} conversations"
@@ -135,7 +141,7 @@ def stop_is_split(row: Row) -> Broken:
     """Return what is wrong with a conversation whose answers end in the text of a stop token alone."""
     assert isinstance(row, Conversation)
     last = max(index for index, learned in enumerate(row.learned) if learned)
-    return Broken(Problem.NO_STOP_TOKEN, f"messages[{last}]", _SPLIT)
+    return Broken(Problem.STOP_TOKEN_SPLIT, f"messages[{last}]")
 
 
 def named(stops: Sequence[str]) -> str:
@@ -152,7 +158,7 @@ def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageE
         remedy = accepted if broken.detail in set(Vanishing) else "change the chat template beside the model"
         return StageError(Fault.PART_VANISHES, file=file, row=row, field=broken.field, remedy=remedy)
     message = int(broken.field[9:-1]) + 1
-    if broken.detail == _SPLIT:
+    if broken.problem is Problem.STOP_TOKEN_SPLIT:
         return StageError(Fault.STOP_TOKEN_SPLIT, file=file, row=row, message=message, stops=named(stops))
     if broken.problem is Problem.NO_STOP_TOKEN:
         added = shortened(stops[0], 64) if stops else "it, once the model names one"
