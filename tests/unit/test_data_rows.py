@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
+from finetune_trainer.data.kinds import content_hash
 from finetune_trainer.data.problems import Broken, Change, Drop, Problem
-from finetune_trainer.data.rows import Completion, Conversation, Row, Text, content_hash
+from finetune_trainer.data.rows import Completion, Conversation, Row, Text
 
 USER: dict[str, Any] = {"role": "user", "content": "q"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": "a"}

@@ -40,6 +40,7 @@ from finetune_trainer.data.progress import reading_figures
 from finetune_trainer.data.reading import BadRows, Checked, Select, checked_rows, every_row
 from finetune_trainer.data.renderer import Renderer
 from finetune_trainer.data.shapes import RowChoices
+from finetune_trainer.data.stages.chain import chain_of, through
 from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
@@ -142,7 +143,7 @@ def dataset_rows(
     system_messages, same_role = _message_choices(stage)
     for dataset, files in zip(spec.datasets, inputs, strict=True):
         choices = _row_choices(dataset, system_messages, same_role)
-        yield checked_rows(
+        checked = checked_rows(
             ctx.store,
             stage.ledger,
             bad,
@@ -154,6 +155,7 @@ def dataset_rows(
             stage.formats,
             select,
         )
+        yield through(chain_of(spec), checked, stage.ledger)
 
 
 def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:

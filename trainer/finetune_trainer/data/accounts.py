@@ -4,8 +4,8 @@ A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?
 field, ref the row that this one is a copy of, as FILE#ROW.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,17 @@ _BEAT_ROWS = 256
 _MAX_REASONS = 10
 _MAX_IGNORED_FIELDS = 50
 _MAX_FIELD_NAME = 32
+
+RowPlace = tuple[int, int]  # the index of a file, and the number of a row there
+
+
+@dataclass
+class StageAccount:
+    """Rows of one file at one stage. rows_in = rows_out + dropped; a row that is split goes out as one."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    dropped: int = 0
 
 
 @dataclass
@@ -44,6 +55,7 @@ class FileAccount:
     used: int = 0
     held_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
+    stages: defaultdict[str, StageAccount] = field(default_factory=lambda: defaultdict(StageAccount))
 
     @property
     def most_good_rows_to_come(self) -> int:
@@ -56,6 +68,11 @@ class FileAccount:
         accounted = self.used + self.held_out + self.dropped.total()
         if accounted != self.rows_in:
             raise AssertionError(f"{self.rows_in} rows read, {accounted} accounted for")
+        for name, stage in self.stages.items():
+            counted = stage.rows_in or stage.rows_out  # what drops rows besides the stages counts no others
+            if counted and stage.rows_in != stage.rows_out + stage.dropped:
+                told = f"{stage.rows_out} passed on and {stage.dropped} dropped"
+                raise AssertionError(f"{stage.rows_in} rows came to stage {name}, {told}")
 
 
 class Action(StrEnum):
@@ -78,6 +95,7 @@ class Ledger:
         self.file_read = 0  # of the last row
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
+        self.counted: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by stage, whatever it tells of its rows
         self._decisions = path.open("wb")
         self._written_bytes = self._changes_bytes = 0
         self._unlisted: Counter[str] = Counter()
@@ -95,7 +113,19 @@ class Ledger:
     def drop(self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "") -> None:
         """Row `number` of a file is left out."""
         self.files[file].dropped[reason] += 1
+        self.files[file].stages[stage].dropped += 1
         self.decide(file, number, stage, Action.DROP, reason, detail, ref)
+
+    def passed(
+        self, stage: str, given: Iterable[RowPlace], passed: Iterable[RowPlace], counters: Mapping[str, int]
+    ) -> None:
+        """Count the rows that came to a stage and those that it passed on, each once, and what else it counted."""
+        for file, _ in set(given):
+            self.files[file].stages[stage].rows_in += 1
+        for file, _ in set(passed):
+            self.files[file].stages[stage].rows_out += 1
+        if counters:
+            self.counted[stage].update(counters)
 
     def decide(
         self, file: int, number: int, stage: str, action: Action, reason: str, detail: str = "", ref: str = ""

@@ -8,12 +8,14 @@ from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
 from finetune_trainer.data.field_names import shown
+from finetune_trainer.data.kinds import KINDS_OF_METHOD
 from finetune_trainer.data.problems import RefusedError, place
 from finetune_trainer.data.shapes import SHAPES, RowChoices, renamed
 
+# The shapes that become a kind which the method takes, in the order of the CRD.
 FORMATS = {
-    MethodType.CPT: (DatasetFormat.TEXT,),
-    MethodType.SFT: tuple(each for each in DatasetFormat if each is not DatasetFormat.TEXT),
+    method: tuple(each for each in DatasetFormat if any(each in kind.formats for kind in kinds))
+    for method, kinds in KINDS_OF_METHOD.items()
 }
 _ASKED_AT = 0.1  # of the rows with the commonest shape: so many of another are no accident
 _MAX_FOUND = 128

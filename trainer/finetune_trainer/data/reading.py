@@ -18,9 +18,10 @@ from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
+from finetune_trainer.data.kinds import content_hash
 from finetune_trainer.data.listing import Inputs
-from finetune_trainer.data.problems import Broken, Drop, place
-from finetune_trainer.data.rows import Conversation, Row, content_hash
+from finetune_trainer.data.problems import Broken, place
+from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
 from finetune_trainer.data.unpacking import unpacked
@@ -167,12 +168,6 @@ def _checked(
             found, hashed = checked
             ledger.ignore_fields(found.passed_over)
             ledger.change(file, number, found.changes)
-            if found.row.weight == 0:
-                ledger.drop(file, number, "read", Drop.NO_LABEL, "weight")
-                continue
-            if isinstance(found.row, Conversation) and not any(found.row.learned):
-                ledger.drop(file, number, "read", Drop.NO_LABEL)
-                continue
             yield Checked(file, number, found.row, hashed, held_bytes)
         if bad.failing and bad.counted_enough:
             break

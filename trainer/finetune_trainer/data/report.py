@@ -34,12 +34,14 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
                 "rows_used": account.used,
                 "rows_held_out": account.held_out,
                 "dropped": dict(sorted(account.dropped.items())),
+                "dropped_by_stage": {name: stage.dropped for name, stage in account.stages.items() if stage.dropped},
             }
             for account in ledger.files
         ],
         "ignored_files": list(ignored[:_MAX_IGNORED]),
         "ignored_files_total": len(ignored),
         "changed": dict(sorted(ledger.changes.items())),
+        "counted": {stage: dict(sorted(counts.items())) for stage, counts in ledger.counted.items()},
         "ignored_fields": dict(ledger.ignored_fields.most_common()),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}

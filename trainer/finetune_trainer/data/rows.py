@@ -1,14 +1,9 @@
-"""What a row is once it has been read: a conversation, a completion or a text, and the hash of what it says."""
+"""What a row is once it has been read: a conversation, a completion or a text. `kinds` says what each has."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import orjson
-
-from finetune_trainer.data.problems import Broken, Problem
 
 Message = dict[str, Any]
 
@@ -45,22 +40,3 @@ class Text:
 
 
 Row = Conversation | Completion | Text
-
-
-def content_hash(row: Row) -> bytes | Broken:
-    """16 bytes over the row's canonical JSON: equal for rows that say the same, whatever file they are in.
-
-    Its weight is no part of that: of rows that say the same with other weights one may be held out, and then none of
-    the others may be learned."""
-    try:
-        if isinstance(row, Text):
-            content = row.text.encode()
-        elif isinstance(row, Completion):
-            content = orjson.dumps([row.prompt, row.completion])
-        else:
-            said = [row.messages, row.learned, row.tools, dict(row.template_kwargs)]
-            content = orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
-    except (orjson.JSONEncodeError, UnicodeEncodeError):
-        # Only Parquet can hold such values, in fields of a message that are no part of its words.
-        return Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
-    return hashlib.blake2b(content, digest_size=16).digest()

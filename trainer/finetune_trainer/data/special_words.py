@@ -6,11 +6,11 @@ for everybody who serves it.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable
 
 from finetune_api.redact import shortened
-from finetune_trainer.data.rows import Completion, Conversation, Row
+from finetune_trainer.data.kinds import texts
+from finetune_trainer.data.rows import Row
 
 MAX_NAMED = 16  # tokens in the report
 _MAX_SHOWN = 48  # characters of a token
@@ -31,7 +31,7 @@ class SpecialWords:
         if self._any is None:
             return
         found: set[str] = set()
-        for words in words_of(row):
+        for words in texts(row).values():
             if any(begin in words for begin in self._begins):
                 found.update(self._any.findall(words))
         self.rows.update(found)
@@ -40,23 +40,3 @@ class SpecialWords:
     def report(self) -> dict[str, int]:
         """Rows by token, those of most rows first."""
         return {shortened(token, _MAX_SHOWN): count for token, count in self.rows.most_common(MAX_NAMED)}
-
-
-def words_of(row: Row) -> Iterable[str]:
-    """Return all texts that a row's writer wrote."""
-    if isinstance(row, Conversation):
-        return _texts([row.messages, row.tools])
-    if isinstance(row, Completion):
-        return row.prompt, row.completion
-    return (row.text,)
-
-
-def _texts(value: Any) -> list[str]:
-    """Return the texts in a value of JSON, whose nesting is bounded."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(cast(Mapping[str, Any], value).values())
-    elif not isinstance(value, Sequence):
-        return []
-    return [text for each in cast(Sequence[Any], value) for text in _texts(each)]

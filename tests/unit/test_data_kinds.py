@@ -1,0 +1,142 @@
+"""Every kind of row is hashed, walked for its texts and kept as Arrow columns by one registry, and so is a new one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import orjson
+import pyarrow as pa
+import pytest
+
+from finetune_api.job import DatasetFormat, MethodType
+from finetune_trainer.data.detect import FORMATS
+from finetune_trainer.data.kinds import CHAT, COMPLETION, KINDS, TEXT, Kind, content_hash, from_arrow, texts, with_texts
+from finetune_trainer.data.rows import Completion, Conversation, Row, Text
+from finetune_trainer.data.special_words import SpecialWords
+
+USER: dict[str, Any] = {"role": "user", "content": "Rain in Oslo?"}
+CALLING: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "I look.",
+    "tool_calls": [
+        {
+            "id": "c1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": {"town": "Oslo", "days": [1, "x"]}},
+        }
+    ],
+}
+RESULT: dict[str, Any] = {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"z": 1, "a": {"type": "string"}}}}
+]
+CHATS = [
+    Conversation([USER, {"role": "assistant", "content": "Yes."}], (False, True)),
+    Conversation([USER, CALLING, RESULT, {"role": "assistant", "content": "é\U0001f600"}], (False, True, False, False)),
+    Conversation(
+        [USER, {"role": "assistant", "tool_calls": []}], (False, True), TOOLS, {"enable_thinking": False}, 0.1
+    ),
+    Conversation([{"content": "q", "role": "user"}, {"role": "assistant", "content": None}], (False, True), []),
+]
+ROWS: dict[str, tuple[Kind[Any], list[Any]]] = {
+    "chat": (CHAT, CHATS),
+    "completion": (COMPLETION, [Completion("q", "a"), Completion("", "\n", 2.5)]),
+    "text": (TEXT, [Text("Oslo\r\n"), Text("b", 1e-6)]),
+    "no row": (CHAT, []),
+}
+
+
+@pytest.mark.parametrize(("kind", "rows"), ROWS.values(), ids=ROWS)
+def test_rows_go_into_arrow_columns_and_come_back_equal_in_the_order_of_their_fields(
+    kind: Kind[Any], rows: list[Any]
+) -> None:
+    batch = kind.to_arrow(rows)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    (read,) = pa.ipc.open_stream(sink.getvalue())
+    found = from_arrow(read)
+    assert found == rows
+    assert orjson.dumps(found) == orjson.dumps(rows)
+    assert [content_hash(each) for each in found] == [content_hash(each) for each in rows]
+
+
+def test_the_texts_of_a_row_are_named_by_their_path_and_keys_that_may_be_data_by_their_place() -> None:
+    arguments = {"town": "Oslo", "a b@c.de": "x"}
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    row = Conversation([USER, {"role": "assistant", "tool_calls": [call]}], (False, True), TOOLS, {"style": "brief"})
+    call_path = "messages[1].tool_calls[0]"
+    assert texts(row) == {
+        "messages[0].content": "Rain in Oslo?",
+        f"{call_path}.id": "c1",
+        f"{call_path}.type": "function",
+        f"{call_path}.function.name": "weather",
+        f"{call_path}.function.arguments.town": "Oslo",
+        f"{call_path}.function.arguments.#1": "x",
+        "tools[0].type": "function",
+        "tools[0].function.name": "weather",
+        "tools[0].function.parameters.a.type": "string",
+        "chat_template_kwargs.style": "brief",
+    }
+
+
+@pytest.mark.parametrize("row", [CHATS[0], CHATS[1], CHATS[2], Completion("q", "a", 2.0), Text("t")])
+def test_every_text_of_a_row_can_be_replaced_and_nothing_else_changes(row: Row) -> None:
+    given = texts(row)
+    assert with_texts(row, {}) == row
+    for path in given:
+        changed = with_texts(row, {path: "other"})
+        assert texts(changed) == {**given, path: "other"}
+        assert with_texts(changed, {path: given[path]}) == row
+    with pytest.raises(KeyError, match="no text is at messages"):
+        with_texts(row, {"messages[9].content": "other"})
+
+
+def test_a_row_itself_is_never_changed_when_its_texts_are_replaced() -> None:
+    before = orjson.dumps(CHATS[1])
+    with_texts(CHATS[1], dict.fromkeys(texts(CHATS[1]), "other"))
+    assert orjson.dumps(CHATS[1]) == before
+
+
+def test_a_method_takes_the_shapes_that_become_its_kinds() -> None:
+    assert FORMATS[MethodType.CPT] == (DatasetFormat.TEXT,)
+    assert set(FORMATS[MethodType.SFT]) == set(DatasetFormat) - {DatasetFormat.TEXT}
+
+
+@dataclass(frozen=True, slots=True)
+class Verse:
+    """A toy kind: lines that are learned together."""
+
+    lines: list[str]
+    weight: float = 1.0
+
+
+def _with_lines(row: Verse, given: Mapping[str, str]) -> Verse:
+    return replace(row, lines=[given.get(f"lines[{at}]", line) for at, line in enumerate(row.lines)])
+
+
+VERSE = Kind[Verse](
+    name="verse",
+    formats=frozenset(),
+    texts=lambda row: {f"lines[{at}]": line for at, line in enumerate(row.lines)},
+    with_texts=_with_lines,
+    content=lambda row: row.lines,
+    has_answer=lambda row: bool(row.lines),
+    columns=pa.schema([("lines", pa.list_(pa.string())), ("weight", pa.float64())]),
+    to_columns=lambda row: {"lines": row.lines, "weight": row.weight},
+    from_columns=lambda columns: Verse(**columns),
+)
+
+
+def test_a_new_kind_is_served_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, Verse, VERSE)
+    verse: Row = cast(Row, Verse(["Roses are <|red|>", "Violets"], 0.5))
+    rows = Verse(["a", "b"]), Verse(["a", "b"], 2.0), Verse(["ab"])
+    one, copy, other = (content_hash(cast(Row, each)) for each in rows)
+    assert one == copy != other
+    assert texts(with_texts(verse, {"lines[1]": "Pansies"}))["lines[1]"] == "Pansies"
+    assert from_arrow(VERSE.to_arrow([cast(Verse, verse)])) == [verse]
+    words = SpecialWords(["<|red|>"])
+    words.count(verse)
+    assert words.report == {"<|red|>": 1}

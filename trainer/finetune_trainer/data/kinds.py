@@ -1,0 +1,208 @@
+"""The kinds of rows, each in one place: which fields are text, what equal rows have in common, its Arrow columns.
+
+Whatever looks at rows of any kind asks here, and never which kind it is. A new kind is a class of rows, a function
+that reads one (`shapes`), and an entry of KINDS; docs/architecture.md says how.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar, cast
+
+import orjson
+import pyarrow as pa
+
+from finetune_api.job import DatasetFormat, MethodType
+from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.rows import Completion, Conversation, Message, Row, Text
+from finetune_trainer.data.texts import texts_in, with_texts_in
+
+_NAME = b"kind"  # in the metadata of a schema
+_PLAIN_MESSAGE = ["role", "content"]
+_FIXED_WORDS = frozenset(("role",))  # of a message: no text of anybody's
+
+ArrowSchema = Any  # pyarrow.Schema and pyarrow.RecordBatch: it has no types
+ArrowBatch = Any
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind(Generic[R]):
+    """What is to be known of a kind of rows.
+
+    texts: what its writer wrote, by the path of the field; with_texts: the row with some of that replaced.
+    content: what rows that say the same have in common, as JSON or bytes. has_answer: whether any of it is to be
+    learned. to_columns, from_columns: the row as values of `columns`, and back."""
+
+    name: str
+    formats: frozenset[DatasetFormat]  # the shapes that become it
+    texts: Callable[[R], dict[str, str]]
+    with_texts: Callable[[R, Mapping[str, str]], R]
+    content: Callable[[R], object]
+    has_answer: Callable[[R], bool]
+    columns: ArrowSchema
+    to_columns: Callable[[R], dict[str, Any]]
+    from_columns: Callable[[Mapping[str, Any]], R]
+
+    @property
+    def schema(self) -> ArrowSchema:
+        """The columns, and by whose name `from_arrow` finds the way back."""
+        return self.columns.with_metadata({_NAME: self.name.encode()})
+
+    def to_arrow(self, rows: Sequence[R]) -> ArrowBatch:
+        """Return the rows as a batch of columns, equal rows for equal columns."""
+        return pa.RecordBatch.from_pylist([self.to_columns(row) for row in rows], schema=self.schema)
+
+
+def _texts_of_chat(row: Conversation) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for at, message in enumerate(row.messages):
+        found.update(texts_in(message, f"messages[{at}]", _FIXED_WORDS))
+    if row.tools:
+        found.update(texts_in(row.tools, "tools"))
+    if row.template_kwargs:
+        found.update(texts_in(row.template_kwargs, "chat_template_kwargs"))
+    return found
+
+
+def _chat_with_texts(row: Conversation, given: Mapping[str, str]) -> Conversation:
+    return replace(
+        row,
+        messages=with_texts_in(row.messages, "messages", given),
+        tools=with_texts_in(row.tools, "tools", given),
+        template_kwargs=with_texts_in(row.template_kwargs, "chat_template_kwargs", given),
+    )
+
+
+def _chat_columns(row: Conversation) -> dict[str, Any]:
+    return {
+        "messages": [_message_columns(each) for each in row.messages],
+        "learned": list(row.learned),
+        "tools": None if row.tools is None else orjson.dumps(row.tools).decode(),
+        "chat_template_kwargs": orjson.dumps(dict(row.template_kwargs)).decode() if row.template_kwargs else None,
+        "weight": row.weight,
+    }
+
+
+def _message_columns(message: Message) -> dict[str, Any]:
+    """Return a message's columns. fields: JSON of all that it has, in its order and with null for role and content;
+    nothing where it has these alone, as nearly all have."""
+    names = list(message)
+    bare = (
+        None if names == _PLAIN_MESSAGE else {**message, **{each: None for each in _PLAIN_MESSAGE if each in message}}
+    )
+    return {
+        "role": message["role"],
+        "content": message.get("content"),
+        "fields": None if bare is None else orjson.dumps(bare).decode(),
+    }
+
+
+def _chat_of_columns(columns: Mapping[str, Any]) -> Conversation:
+    tools, kwargs = columns["tools"], columns["chat_template_kwargs"]
+    return Conversation(
+        [_message_of_columns(each) for each in columns["messages"]],
+        tuple(columns["learned"]),
+        None if tools is None else orjson.loads(tools),
+        {} if kwargs is None else orjson.loads(kwargs),
+        columns["weight"],
+    )
+
+
+def _message_of_columns(columns: Mapping[str, Any]) -> Message:
+    said = {"role": columns["role"], "content": columns["content"]}
+    if columns["fields"] is None:
+        return said
+    fields: Message = orjson.loads(columns["fields"])
+    return fields | {name: each for name, each in said.items() if name in fields}
+
+
+CHAT = Kind[Conversation](
+    name="chat",
+    formats=frozenset(each for each in DatasetFormat if each is not DatasetFormat.TEXT),
+    texts=_texts_of_chat,
+    with_texts=_chat_with_texts,
+    content=lambda row: [row.messages, row.learned, row.tools, dict(row.template_kwargs)],
+    has_answer=lambda row: any(row.learned),
+    columns=pa.schema(
+        [
+            (
+                "messages",
+                pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("fields", pa.string())])),
+            ),
+            ("learned", pa.list_(pa.bool_())),
+            ("tools", pa.string()),
+            ("chat_template_kwargs", pa.string()),
+            ("weight", pa.float64()),
+        ]
+    ),
+    to_columns=_chat_columns,
+    from_columns=_chat_of_columns,
+)
+COMPLETION = Kind[Completion](
+    name="completion",
+    formats=frozenset((DatasetFormat.PROMPT_COMPLETION,)),
+    texts=lambda row: {"prompt": row.prompt, "completion": row.completion},
+    with_texts=lambda row, given: replace(row, **given),
+    content=lambda row: [row.prompt, row.completion],
+    has_answer=lambda _: True,
+    columns=pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("weight", pa.float64())]),
+    to_columns=lambda row: {"prompt": row.prompt, "completion": row.completion, "weight": row.weight},
+    from_columns=lambda columns: Completion(**columns),
+)
+TEXT = Kind[Text](
+    name="text",
+    formats=frozenset((DatasetFormat.TEXT,)),
+    texts=lambda row: {"text": row.text},
+    with_texts=lambda row, given: replace(row, **given),
+    content=lambda row: row.text.encode(),
+    has_answer=lambda _: True,
+    columns=pa.schema([("text", pa.string()), ("weight", pa.float64())]),
+    to_columns=lambda row: {"text": row.text, "weight": row.weight},
+    from_columns=lambda columns: Text(**columns),
+)
+
+KINDS: dict[type, Kind[Any]] = {Conversation: CHAT, Completion: COMPLETION, Text: TEXT}  # by the class of the row
+KINDS_OF_METHOD: dict[MethodType, tuple[Kind[Any], ...]] = {
+    MethodType.CPT: (TEXT,),
+    MethodType.SFT: (CHAT, COMPLETION),
+}
+
+
+def kind_of(row: Row) -> Kind[Any]:
+    """Return the kind of a row."""
+    return KINDS[type(row)]
+
+
+def texts(row: Row) -> dict[str, str]:
+    """Return all texts that a row's writer wrote, by the path of the field."""
+    return kind_of(row).texts(row)
+
+
+def with_texts(row: Row, given: Mapping[str, str]) -> Row:
+    """Return the row with the texts at these paths replaced. Raises KeyError for a path at which it has no text."""
+    unknown = given.keys() - texts(row).keys()
+    if unknown:
+        raise KeyError(f"no text is at {min(unknown)}")
+    return kind_of(row).with_texts(row, given)
+
+
+def from_arrow(batch: ArrowBatch) -> list[Row]:
+    """Return the rows of a batch that a kind's `to_arrow` made."""
+    name = (batch.schema.metadata or {})[_NAME].decode()
+    kind = next(each for each in KINDS.values() if each.name == name)
+    return [kind.from_columns(columns) for columns in cast(list[dict[str, Any]], batch.to_pylist())]
+
+
+def content_hash(row: Row) -> bytes | Broken:
+    """16 bytes over the row's canonical JSON: equal for rows that say the same, whatever file they are in.
+
+    Its weight is no part of that: of rows that say the same with other weights one may be held out, and then none of
+    the others may be learned."""
+    try:
+        said = kind_of(row).content(row)
+        content = said if isinstance(said, bytes) else orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+    except (orjson.JSONEncodeError, UnicodeEncodeError):
+        # Only Parquet can hold such values, in fields of a message that are no part of its words.
+        return Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,0 +1,59 @@
+"""The order of the stages, and the way of rows through them: in bounded batches of one kind, every row counted."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+
+from finetune_api.job import FineTuneJobSpec
+from finetune_trainer.data.accounts import Action, Ledger
+from finetune_trainer.data.reading import Checked
+from finetune_trainer.data.stages.stage import Stage
+from finetune_trainer.data.stages.unanswered import UNANSWERED
+from finetune_trainer.data.stages.weightless import WEIGHTLESS
+
+_MAX_ROWS = 256  # of a batch
+_MAX_BYTES = 2**20  # of a batch in memory, but for its last row
+
+
+def chain_of(spec: FineTuneJobSpec) -> tuple[Stage, ...]:
+    """Return the stages of a job, in order. It follows from the spec alone: every worker process has the same."""
+    del spec  # no stage is chosen yet: the two that there are serve every job
+    return (WEIGHTLESS, UNANSWERED)
+
+
+def through(chain: Sequence[Stage], rows: Iterable[Checked], ledger: Ledger) -> Iterator[Checked]:
+    """Yield the rows that all stages pass on, in order; decisions and counts go to the ledger."""
+    for batch in _batches(rows):
+        for stage in chain:
+            batch = _through_one(stage, batch, ledger)
+        yield from batch
+
+
+def _through_one(stage: Stage, batch: list[Checked], ledger: Ledger) -> list[Checked]:
+    passed: list[Checked] = []
+    for _, group in groupby(batch, key=lambda item: type(item.row)):
+        given = list(group)
+        staged = stage.run(given)
+        for each in staged.decisions:
+            take = ledger.drop if each.action is Action.DROP else partial(ledger.decide, action=each.action)
+            take(each.file, each.row, stage.name, reason=each.reason, detail=each.detail, ref=each.ref)
+        ledger.passed(stage.name, map(_place, given), map(_place, staged.rows), staged.counters)
+        passed += staged.rows
+    return passed
+
+
+def _place(item: Checked) -> tuple[int, int]:
+    return item.file, item.number
+
+
+def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
+    batch: list[Checked] = []
+    held_bytes = 0
+    for item in rows:
+        batch.append(item)
+        held_bytes += item.held_bytes
+        if len(batch) >= _MAX_ROWS or held_bytes >= _MAX_BYTES:
+            yield batch
+            batch, held_bytes = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,52 @@
+"""A stage that rows go through between reading and rendering: a pure map, and what it gives back besides the rows."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from finetune_trainer.data.accounts import Action
+from finetune_trainer.data.reading import Checked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What a stage did to a row. detail: a path or figures, never the data; ref: FILE#ROW of a row that it copies."""
+
+    file: int
+    row: int
+    action: Action
+    reason: str
+    ref: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What a stage made of a batch: the rows that go on, in order, its decisions, and what else it counted."""
+
+    rows: list[Checked]
+    decisions: list[Decision] = field(default_factory=list[Decision])
+    counters: Counter[str] = field(default_factory=Counter[str])
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A pure map from some rows of one kind; each row that it does not pass on has a decision that says so.
+
+    run: a function of a module, or a `functools.partial` of one, so that a worker process can have the stage too."""
+
+    name: str
+    description: str  # the end of a sentence that begins with its name
+    run: Callable[[Sequence[Checked]], Staged]
+
+
+def dropping(rows: Sequence[Checked], is_dropped: Callable[[Checked], bool], reason: str, detail: str = "") -> Staged:
+    """Return the rows without those that are to be dropped for this reason."""
+    staged = Staged([])
+    for item in rows:
+        if is_dropped(item):
+            decision = Decision(file=item.file, row=item.number, action=Action.DROP, reason=reason, detail=detail)
+            staged.decisions.append(decision)
+        else:
+            staged.rows.append(item)
+    return staged
