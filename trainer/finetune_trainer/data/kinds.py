@@ -57,7 +57,11 @@ class Kind(Generic[R]):
 def _texts_of_chat(row: Conversation) -> dict[str, str]:
     found: dict[str, str] = {}
     for at, message in enumerate(row.messages):
-        found.update(texts_in(message, f"messages[{at}]", _FIXED_WORDS))
+        content = message.get("content")
+        if type(content) is str and len(message) == len(_PLAIN_MESSAGE):  # the only other field is its role
+            found[f"messages[{at}].content"] = content
+        else:
+            found.update(texts_in(message, f"messages[{at}]", _FIXED_WORDS))
     if row.tools:
         found.update(texts_in(row.tools, "tools"))
     if row.template_kwargs:
