@@ -77,12 +77,14 @@ def test_preparing_that_is_killed_in_the_middle_twice_ends_with_the_bits_of_one_
     def kill(pod: Pod) -> None:
         send(pod, signal.SIGKILL)
 
-    for number, fault in enumerate((delete, kill), start=1):
+    deleted = "was deleted, by whom is not known, and its trainer killed before it had stopped"
+    faults = ((delete, "PodLost", deleted), (kill, "Unknown", "the trainer was killed by signal SIGKILL"))
+    for number, (fault, reason, told) in enumerate(faults, start=1):
         _hit_while_reading(cut_off, fault)
         closed = cut_off.until_attempt_closed(number, Stage.PREPARE)
-        assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", "Unknown", 137)
+        assert (closed["class"], closed["reason"], closed["exitCode"]) == ("Failure", reason, 137)
         assert "plan" not in cut_off.status()
-        words = f"the trainer was killed by signal SIGKILL; trying again ({number} failed so far)"
+        words = f"{told}; trying again ({number} failed so far)"
         cut_off.until(
             lambda said=words: any(said in event["message"] for event in cut_off.events()), "the event tells it"
         )
