@@ -78,7 +78,9 @@ def test_packed_rows_have_the_logprobs_and_gradients_of_rows_alone(family: str, 
     assert gradients.keys() == alone_gradients.keys()
     assert any("lora_B" in name for name in gradients)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, alone_gradients[name], atol=1e-4, rtol=1e-3, msg=name)
+        # Sums in another order: what they are off by follows from the largest summands, which differ by CPU.
+        atol = 1e-4 * max(1.0, float(alone_gradients[name].abs().max()))
+        torch.testing.assert_close(gradient, alone_gradients[name], atol=atol, rtol=1e-3, msg=name)
 
 
 ORIGINAL = 8  # rows of LENGTHS lie on both sides of it, and none beyond the context length

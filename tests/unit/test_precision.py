@@ -35,8 +35,19 @@ def speedup(monkeypatch: pytest.MonkeyPatch, times: float, of_pass: float | None
             return replace(found, seconds=1.0)
         return precision.FirstPass(found.loss * loss_ratio, 1.0 / (of_pass or times))
 
+    monkeypatch.setattr(precision, "_WORTH_FLOPS", 0.0)
     monkeypatch.setattr(world, "bf16_speedup", lambda: times)
     monkeypatch.setattr(precision, "first_pass", timed)
+
+
+def test_a_small_run_is_in_fp32_on_every_cpu_so_that_equal_jobs_have_equal_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speedup(monkeypatch, 5.0)
+    monkeypatch.setattr(precision, "_WORTH_FLOPS", 1e9)
+    run = make_run(tmp_path, steps=2)
+    train.run(context(run), StopFlag(60))
+    assert computed_in(run) == "fp32"
 
 
 @pytest.mark.parametrize(("times", "expected"), [(5.0, "bf16"), (1.1, "fp32")])

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 ComputedIn = Literal["fp32", "bf16", "bf16, then fp32"]  # the latter: it went on where bf16 is slow
 _FASTER = 1.3  # to begin in bf16
 _SLOWER = 0.8  # to leave it: two measurements on one node differ by less than these two bounds
+_WORTH_FLOPS = 1e13  # of a whole run: with less, it is over before trying both has paid, and chance would choose
 _SAME_LOSS_RATIO = 0.01  # of the first step: bf16 rounds each product by up to 0.4 %, a mean over tokens by far less
 
 
@@ -62,10 +63,11 @@ def load_for_training(
     """Return the base model in the precision that training computes in.
 
     earlier: what the steps before the resumed checkpoint were computed in, which is kept unless it is slow here; None:
-    training begins. Raises as `load_base`.
+    training begins, and in fp32 where the whole run is small. Raises as `load_base`.
     """
     exact = world.weight_dtype(device)
-    if exact != torch.float32 or earlier not in (None, "bf16"):
+    is_small = 4 * plan.model.parameters * plan.train_tokens < _WORTH_FLOPS  # as in flops.py, by its largest part
+    if exact != torch.float32 or earlier not in (None, "bf16") or (earlier is None and is_small):
         return load_base(folder, plan, device, exact)
     if world.bf16_speedup() < (_FASTER if earlier is None else _SLOWER):
         if earlier is not None:
