@@ -286,13 +286,14 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
             name: _upload_split(ctx, each, join(folder, name), planned.examples[name]) for name, each in written.items()
         }
         batches_record = _upload_batches(ctx, folder)
+    stop_token_ids = sorted(model.tokenizer.stop_ids)[:16]
     run_plan = RunPlan(
         method=spec.method.type,
         loss_on=stage.loss_on,
         formats=stage.formats,
         chat_template=stage.template,
-        stop_token_ids=sorted(model.tokenizer.stop_ids)[:16],
-        stop_tokens=[shortened(model.tokenizer.decode([each]), 64) for each in sorted(model.tokenizer.stop_ids)[:16]],
+        stop_token_ids=stop_token_ids,
+        stop_tokens=[shortened(model.tokenizer.decode([each]), 64) for each in stop_token_ids],
         model=model.facts,
         hyperparameters=sized.hyperparameters,
         train=splits["train"],

@@ -141,6 +141,7 @@ def dataset_rows(
     """Yield the valid rows of each dataset, all of which are to be taken before the next."""
     ctx, spec = stage.ctx, stage.ctx.config.spec
     system_messages, same_role = _message_choices(stage)
+    chain = chain_of(spec)
     for dataset, files in zip(spec.datasets, inputs, strict=True):
         choices = _row_choices(dataset, system_messages, same_role)
         checked = checked_rows(
@@ -155,7 +156,7 @@ def dataset_rows(
             stage.formats,
             select,
         )
-        yield through(chain_of(spec), checked, stage.ledger)
+        yield through(chain, checked, stage.ledger)
 
 
 def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:

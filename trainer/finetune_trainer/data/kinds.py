@@ -91,14 +91,13 @@ def _chat_columns(row: Conversation) -> dict[str, Any]:
 def _message_columns(message: Message) -> dict[str, Any]:
     """Return a message's columns. fields: JSON of all that it has, in its order and with null for role and content;
     nothing where it has these alone, as nearly all have."""
-    names = list(message)
-    bare = (
-        None if names == _PLAIN_MESSAGE else {**message, **{each: None for each in _PLAIN_MESSAGE if each in message}}
-    )
+    fields = None
+    if list(message) != _PLAIN_MESSAGE:
+        fields = {name: None if name in _PLAIN_MESSAGE else value for name, value in message.items()}
     return {
         "role": message["role"],
         "content": message.get("content"),
-        "fields": None if bare is None else orjson.dumps(bare).decode(),
+        "fields": None if fields is None else orjson.dumps(fields).decode(),
     }
 
 
