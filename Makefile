@@ -62,7 +62,7 @@ assets: $(READY)  ## Make the real model and conversations of demo, tests and be
 	$(BIN)/python -m demo.assets
 
 .PHONY: images
-images: testbed  ## Build both images; unchanged layers are reused
+images:  ## Build both images; unchanged layers are reused
 	$(PYTHON) -m testbed build-image operator $(FINETUNE_OPERATOR_IMAGE)
 	$(PYTHON) -m testbed build-image trainer $(FINETUNE_TRAINER_IMAGE)
 
@@ -87,7 +87,7 @@ templates: $(READY)  ## Write bench/results/templates.md: what becomes of conver
 	PYTHONPATH=tests/support $(BIN)/python -m template_table > bench/results/templates.md
 
 .PHONY: demo
-demo: assets images  ## From nothing to a committed adapter on a real cluster; leaves the cluster up
+demo: assets testbed images  ## From nothing to a committed adapter on a real cluster; leaves the cluster up
 	$(BIN)/python -m demo run
 
 .PHONY: demo-down
@@ -95,7 +95,7 @@ demo-down:  ## Stop the demo's cluster
 	$(PYTHON) -m testbed down
 
 .PHONY: bench
-bench: assets images  ## Write the tables in bench/results
+bench: assets testbed images  ## Write the tables in bench/results
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.startup

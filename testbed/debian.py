@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from testbed.instance import TestbedError
+from testbed.instance import TestbedError, cache_dir, file_lock
 from testbed.processes import run
 
 # Package → a file that proves it is there. Debian's crun 1.8 is too old for containerd 2; runc 1.1 works.
@@ -29,6 +29,7 @@ NODE = {
     "mmdebstrap": "/usr/bin/mmdebstrap",
     "prometheus": "/usr/bin/promtool",
 }
+_LOCK_TIMEOUT_S = 2400.0  # both installations and the refresh of the lists
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _POLICY_TEXT = (
     "#!/bin/sh\n# Written by finetune-operator's testbed for the time of one installation; safe to delete.\nexit 101\n"
@@ -42,9 +43,16 @@ def missing(*, node: bool) -> list[str]:
 
 
 def ensure_packages(*, node: bool) -> None:
-    wanted = missing(node=node)
-    if not wanted:
+    if not missing(node=node):
         return
+    # One at a time: programs and images are made side by side, and both need packages.
+    lock = cache_dir() / "packages.lock"
+    with file_lock(lock, _LOCK_TIMEOUT_S, f"packages are being installed (lock {lock})"):
+        if wanted := missing(node=node):
+            _install(wanted)
+
+
+def _install(wanted: list[str]) -> None:
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *wanted]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise TestbedError(f"packages are missing; as root on Debian 12 or newer: {' '.join(command)}")

@@ -17,6 +17,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from testbed import debian
 from testbed.binaries import binary
 from testbed.components import CONTAINERD_SOCKET
 from testbed.instance import TestbedError, cache_dir, containerd_root, file_lock
@@ -172,6 +173,7 @@ def is_room_for(new_bytes: int, free_bytes: int) -> bool:
 
 def ensure_base_image() -> str:
     """Debian bookworm with python3 and CA certificates in buildah's store: no image registry is needed."""
+    debian.ensure_packages(node=True)
     if run(["buildah", "images", "-q", BASE_IMAGE], timeout_s=60, check=False).stdout.strip():
         return BASE_IMAGE
     print(f"making {BASE_IMAGE} with mmdebstrap (once)", flush=True)
