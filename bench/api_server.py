@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import urllib3
 
 Body = dict[str, Any]
 TIMEOUT_S = 30.0
+WATCH_PAUSE_S = 0.2
 JOBS = "/apis/batch/v1"
 CORE = "/api/v1"
 _REQUESTS = re.compile(r"^apiserver_request_total\{(.*)\} ([0-9.e+]+)$", re.MULTILINE)
@@ -39,27 +41,41 @@ class ApiServer:
         return json.loads(answer.data)
 
     def follow(self, path: str, on_event: Callable[[str, Body], None], ended: threading.Event) -> threading.Thread:
-        """Watch a list of objects from now on, in a thread, until `ended` is set or half an hour is over."""
-        version = self.send("GET", f"{path}?limit=1")["metadata"]["resourceVersion"]
-        query = f"{path}?watch=true&resourceVersion={version}&timeoutSeconds=1800"
-        answer = self._ask("GET", query, None, "application/json", 1900.0, preload=False)
+        """Watch a list of objects from now on, in a thread, until `ended` is set.
+
+        A busy server ends a watch that it is ahead of: it is gone on with where it ended. What ends the thread before,
+        is raised in it."""
+        first = str(self.send("GET", f"{path}?limit=1")["metadata"]["resourceVersion"])
+        opened = self._watch(path, first)
 
         def read() -> None:
-            try:
-                for line in _lines(answer):
-                    if ended.is_set():
-                        return
-                    event = json.loads(line)
-                    on_event(event["type"], event["object"])
-            except (urllib3.exceptions.HTTPError, OSError, ValueError):
-                if not ended.is_set():
-                    raise
-            finally:
-                answer.close()
+            version, answer = first, opened
+            while not ended.is_set():
+                try:
+                    for line in _lines(answer):
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            raise RuntimeError(f"watch {path}: {event['object'].get('message')}")
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        if ended.is_set():
+                            return
+                        if event["type"] != "BOOKMARK":
+                            on_event(event["type"], event["object"])
+                except (urllib3.exceptions.HTTPError, OSError) as error:
+                    if not ended.is_set():
+                        print(f"watch {path}: {type(error).__name__}, gone on with", file=sys.stderr, flush=True)
+                finally:
+                    answer.close()
+                if not ended.wait(WATCH_PAUSE_S):
+                    answer = self._watch(path, version)
 
         thread = threading.Thread(target=read, name=f"watch {path}", daemon=True)
         thread.start()
         return thread
+
+    def _watch(self, path: str, version: str) -> urllib3.BaseHTTPResponse:
+        query = f"watch=true&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds=1800"
+        return self._ask("GET", f"{path}?{query}", None, "application/json", 1900.0, preload=False)
 
     def requests(self) -> Counter[tuple[str, str]]:
         """Requests that the server has answered so far, of everybody, by (verb, resource with subresource)."""

@@ -18,6 +18,7 @@ from finetune_operator.finished_jobs import FinishedJobs
 from finetune_operator.health import Health, problems
 from finetune_operator.job_reader import read_job, verdict_at
 from finetune_operator.job_series import JobSeries
+from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
 from finetune_operator.phase_selectors import PhaseSelection
@@ -35,7 +36,7 @@ RESYNC_RETRY_S = 10.0
 CRD_RETRY_S = 5.0
 MISSING_CRD = f"the CRD {names.PLURAL}.{names.GROUP} is not installed: it is waited for"
 CHILD_DELAY_S = 0.5  # a pod is told of several times in its first second: one round for all
-HEAD_START_S = 30.0  # of a new job before others' further rounds, so that its prepare begins at once
+HEAD_START_S = 60.0  # of a new job before others' further rounds, so that its prepare begins at once
 STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
 UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
 
@@ -61,14 +62,17 @@ class Engine:
                 name,
                 cluster=cluster,
                 children=self._children,
-                finished=FinishedJobs(self._children, self._series, self._queue.put),
+                finished=FinishedJobs(self._children, self._series, self._read_again),
                 metrics=metrics,
                 on_listed=self._wake.set,
             )
             for name in namespaces
         }
         runtimes = Runtimes(settings.runtimes_file)
-        self._reconciler = Reconciler(cluster, self._children, self._progress, runtimes, metrics, self._series, utcnow)
+        self._known = KnownJobs()
+        self._reconciler = Reconciler(
+            cluster, self._children, self._progress, runtimes, metrics, self._series, self._known, utcnow
+        )
         self._lease = Lease(
             cluster, settings.namespace, settings.lease_name, settings.identity, settings.lease_duration_s
         )
@@ -112,7 +116,9 @@ class Engine:
             if event != "DELETED":
                 return
         scope.hear((namespace, uid), (namespace, name))
-        if not self._reconciler.has_written((namespace, uid), str(meta.get("resourceVersion"))):
+        version = str(meta.get("resourceVersion"))
+        if not self._known.has_written((namespace, name), version):
+            self._known.hear((namespace, name), version)
             self._queue.put((namespace, name), 0.0 if body.get("status") else -HEAD_START_S)
 
     def stop(self) -> None:
@@ -206,7 +212,7 @@ class Engine:
                 if (k[0], uid) not in found.unfinished and (k[0], uid) not in scope.finished
             ]
             for key in (*found.unfinished.values(), *lost, *scope.finished.wanting_rounds()):
-                self._queue.put(key)
+                self._read_again(key)
         self._resync_moved_s = time.monotonic()
         self._count_phases()
         times_s = [each.resynced_at_s for each in self._scopes.values() if each.well()]
@@ -282,6 +288,10 @@ class Engine:
         key: Key | None = getattr(self._in_work, "key", None)
         if key is not None:
             self._queue.moved(key)
+
+    def _read_again(self, key: Key) -> None:
+        self._known.hear(key, None)
+        self._queue.put(key)
 
     def _child_changed(self, key: Key, owner: Owner) -> None:
         scope = self._scope_of(owner[0])

@@ -23,6 +23,7 @@ from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8s
 from finetune_operator.event_reader import EventReader
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.job_series import JobSeries
+from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import with_live_pods
@@ -54,25 +55,23 @@ class Reconciler:
         runtimes: Runtimes,
         metrics: Metrics,
         series: JobSeries,
+        known: KnownJobs,
         now: Callable[[], datetime],
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
-        self._written: dict[Owner, str] = {}  # version of each unfinished job that our last write of its status made
-        self._events, self._series = EventReader(cluster, children.knows), series
+        self._events, self._series, self._known = EventReader(cluster, children.knows), series, known
 
     def reconcile(self, key: tuple[str, str]) -> float | None:
         """Bring one job on its way; seconds until it wants another round, if any.
 
         Raises ApiError or UnreachableError (try again later), LaterError, and RefusedError once the status says so."""
-        namespace, name = key
         for _ in range(MAX_CONFLICTS):
-            body = self._cluster.get("finetunejobs", namespace, name)
-            if body is None:
+            job = self._known.take(key) or self._read(key)
+            if job is None:
                 self.forget(key)
                 return None
-            job = read_job(body)
             if self._series.uid_of(key) not in (None, job.uid):
                 self.forget(key)  # another had the name
             try:
@@ -82,18 +81,16 @@ class Reconciler:
                     raise
         raise LaterError(f"{MAX_CONFLICTS} conflicts in a row")
 
-    def has_written(self, owner: Owner, version: str) -> bool:
-        """Return True for the version of a job that our own write of its status made.
-
-        Its round knows all that is in it, as the write was conditional, and what it did not end it does once more."""
-        return self._written.get(owner) == version
+    def _read(self, key: tuple[str, str]) -> FineTuneJob | None:
+        body = self._cluster.get("finetunejobs", *key)
+        return read_job(body) if body is not None else None
 
     def forget(self, key: tuple[str, str]) -> None:
         """The job is deleted."""
+        self._known.forget(key)
         uid = self._series.forget(key)
         if uid is not None:
             self._created.pop((key[0], uid), None)
-            self._written.pop((key[0], uid), None)
             self._children.forget((key[0], uid))
 
     def _round(self, job: FineTuneJob) -> float | None:
@@ -113,8 +110,10 @@ class Reconciler:
             return self._round(stored)  # its verdict is stored: now it is tidied up
         if stored.finished:
             self._created.pop(stored.owner, None)
-            self._written.pop(stored.owner, None)
+            self._known.forget(stored.key)
             self._children.forget(stored.owner)
+        else:
+            self._known.keep(stored)
         return decision.requeue_after_s
 
     def _creation(self, job: FineTuneJob, decision: Decision) -> Creation | None:
@@ -168,7 +167,7 @@ class Reconciler:
         patch = status_patch(_dump(job.status), _dump(decision.status))
         if patch:
             job = read_job(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
-            self._written[job.owner] = job.resource_version
+            self._known.wrote(job)
             for event in decision.events:
                 self._tell(job, event)
         self._series.show(job)

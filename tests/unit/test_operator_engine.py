@@ -221,10 +221,10 @@ def test_a_job_that_nobody_has_looked_at_goes_before_more_rounds_of_others(
 def test_what_our_own_write_of_the_status_is_told_as_brings_no_round(
     engine: Engine, cluster: QuietCluster, monkeypatch: pytest.MonkeyPatch
 ):
-    def written(owner: tuple[str, str], version: str) -> bool:
-        return (owner, version) == (("a", "uid-ours"), "7")
+    def written(key: tuple[str, str], version: str) -> bool:
+        return (key, version) == (("a", "ours"), "7")
 
-    monkeypatch.setattr(engine._reconciler, "has_written", written)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(engine._known, "has_written", written)  # pyright: ignore[reportPrivateUsage]
     assert engine.start()
     engine.hear("MODIFIED", finetunejob("ours", version="7"))
     engine.hear("MODIFIED", finetunejob("another", version="7"))

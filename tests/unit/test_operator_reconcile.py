@@ -18,6 +18,7 @@ from finetune_operator.child_creator import LaterError, RefusedError
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.job_series import JobSeries
+from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CONFLICTS, Reconciler
@@ -41,7 +42,9 @@ class FakeCluster:
         self.dropped: tuple[str, ...] = ()  # what the CRD's schema of a status record does not know
         self.pods: list[dict[str, Any]] = []
         self.lists_of_pods = 0
+        self.reads_of_jobs = 0
         self.ttls: list[str] = []
+        self.known = KnownJobs()
 
     def submit(self, uid: str = UID, **spec: Any) -> None:
         meta = {"name": "bot", "namespace": "a", "uid": uid, "generation": 1, "resourceVersion": "1"}
@@ -51,6 +54,10 @@ class FakeCluster:
     def status(self) -> dict[str, Any]:
         return self.objects["finetunejobs", "bot"]["status"]
 
+    def changed_by_another_hand(self) -> None:
+        """The watch tells of a version that the operator did not write."""
+        self.known.hear(KEY, "of another hand")
+
     def condition(self, kind: str) -> tuple[str, str]:
         return next((c["status"], c["reason"]) for c in self.status["conditions"] if c["type"] == kind)
 
@@ -59,6 +66,7 @@ class FakeCluster:
 
     def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         self._may_fail(f"get {kind}")
+        self.reads_of_jobs += kind == "finetunejobs"
         return self.objects.get((kind, name))
 
     def list_children(self, namespace: str, job_uid: str) -> list[dict[str, Any]]:
@@ -144,7 +152,7 @@ def children() -> ChildCache:
 def reconciler(cluster: FakeCluster, metrics: Metrics, runtimes: Path, children: ChildCache) -> Reconciler:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     shell = (cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes))
-    return Reconciler(*shell, metrics, JobSeries(metrics), lambda: now)
+    return Reconciler(*shell, metrics, JobSeries(metrics), cluster.known, lambda: now)
 
 
 FIRST = names.child_name("bot", UID, Stage.PREPARE, 1)
@@ -241,15 +249,43 @@ def test_nothing_is_created_beside_a_living_job_that_the_watch_has_not_shown_yet
     assert cluster.jobs() == [other]
 
 
-def test_a_round_knows_the_version_that_its_own_write_made_and_no_other(reconciler: Reconciler, cluster: FakeCluster):
+def test_rounds_that_follow_our_own_writes_read_the_job_once(reconciler: Reconciler, cluster: FakeCluster):
     reconciler.reconcile(KEY)
     version = cluster.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"]
-    assert reconciler.has_written(("a", UID), version)
-    assert not reconciler.has_written(("a", UID), str(int(version) + 1))
-    assert not reconciler.has_written(("a", "of-another"), version)
-    del cluster.objects["finetunejobs", "bot"]
+    assert cluster.known.has_written(KEY, version)
+    cluster.known.hear(KEY, version)
     reconciler.reconcile(KEY)
-    assert not reconciler.has_written(("a", UID), version)
+    reconciler.reconcile(KEY)
+    assert cluster.reads_of_jobs == 1
+
+
+def test_a_job_that_another_hand_changed_is_read_again(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    cluster.objects["finetunejobs", "bot"]["spec"]["suspend"] = True
+    cluster.changed_by_another_hand()
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Suspended")[0] == "True"
+
+
+def test_a_job_that_is_deleted_while_the_watch_is_cut_is_read_again_once_a_write_fails(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    cluster.fail["create jobs"] = [UnreachableError("cut")]
+    with pytest.raises(UnreachableError):
+        reconciler.reconcile(KEY)
+    cluster.objects.clear()
+    reconciler.reconcile(KEY)
+    assert cluster.reads_of_jobs == 2
+    assert cluster.jobs() == []
+
+
+def test_of_a_deleted_job_no_version_is_known(reconciler: Reconciler, cluster: FakeCluster):
+    reconciler.reconcile(KEY)
+    version = cluster.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"]
+    del cluster.objects["finetunejobs", "bot"]
+    cluster.changed_by_another_hand()
+    reconciler.reconcile(KEY)
+    assert not cluster.known.has_written(KEY, version)
 
 
 def test_the_round_that_stores_the_verdict_gives_the_ended_jobs_their_time_to_live(
@@ -261,6 +297,7 @@ def test_the_round_that_stores_the_verdict_gives_the_ended_jobs_their_time_to_li
     children.take("jobs", "MODIFIED", {**cluster.objects["jobs", FIRST], "status": {"conditions": [failed]}})
     cluster.status["record"]["acceptedAt"] = "2025-01-01T00:00:00Z"
     cluster.objects["finetunejobs", "bot"]["spec"]["activeDeadlineSeconds"] = 60
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
     assert cluster.condition("Finished") == ("True", "DeadlineExceeded")
     assert cluster.ttls == [FIRST]
@@ -353,6 +390,7 @@ def test_a_configuration_of_another_version_is_waited_for_once_steps_were_traine
     del cluster.objects["jobs", FIRST]
     of_the_future(cluster)
     cluster.status["progress"] = PROGRESS
+    cluster.changed_by_another_hand()
     with pytest.raises(RefusedError, match="bring that version back"):
         reconciler.reconcile(KEY)
     assert cluster.condition("Degraded") == ("True", "InvalidManifest")
@@ -368,6 +406,7 @@ def test_a_configuration_that_an_earlier_release_wrote_in_other_words_is_used_ag
     data[names.CONFIG_FILE] = json.dumps(json.loads(data[names.CONFIG_FILE]), indent=1)
     cluster.status["record"]["runDigest"] = digest_of(data)
     cluster.status["progress"] = PROGRESS
+    cluster.changed_by_another_hand()
     for _ in range(2):
         del cluster.objects["jobs", FIRST]
         reconciler.reconcile(KEY)
@@ -382,6 +421,7 @@ def of_the_future(cluster: FakeCluster) -> None:
     body["data"][names.CONFIG_FILE] = '{"of_the_future": 1}'
     cluster.objects["configmaps", "of-the-future"] = body
     cluster.status["record"] |= {"runConfig": "of-the-future", "runDigest": digest_of(body["data"])}
+    cluster.changed_by_another_hand()
 
 
 def test_a_mended_runtime_replaces_the_one_of_before_until_a_step_was_trained(
@@ -402,6 +442,7 @@ def test_every_attempt_runs_in_the_image_of_the_first_step_whatever_the_runtime_
     reconciler.reconcile(KEY)
     first = cluster.objects.pop(("jobs", FIRST))
     cluster.status["progress"] = PROGRESS
+    cluster.changed_by_another_hand()
     runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
     reconciler.reconcile(KEY)
     assert cluster.objects["jobs", FIRST] == first
@@ -421,8 +462,10 @@ def test_a_job_begun_by_the_release_before_keeps_its_image_and_configuration(
     cluster.objects["configmaps", run["metadata"]["name"]] = run
     del cluster.status["record"]["runDigest"], cluster.status["record"]["runConfig"]
     cluster.status["progress"] = PROGRESS
+    cluster.changed_by_another_hand()
     earlier = {"number": 1, "stage": "prepare", "class": "Failure", "startedAt": "2026-01-01T00:00:00Z"}
     cluster.status["attempts"] = [earlier]
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
     (job,) = cluster.jobs()
     pod = cluster.objects["jobs", job]["spec"]["template"]["spec"]
@@ -454,13 +497,16 @@ def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
     figures = {"job_namespace": "a", "job_name": "bot"}
     reconciler.reconcile(KEY)
     cluster.status["metrics"] = {"trainLoss": 1.5}
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
     assert metrics.registry.get_sample_value("finetune_job_train_loss", figures) == 1.5
     cluster.objects.clear()
     cluster.submit(uid="5e6f7a8b-0000")
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
     assert metrics.registry.get_sample_value("finetune_job_train_loss", figures) is None
     cluster.objects.clear()
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
     assert metrics.registry.get_sample_value("finetune_job_failures", figures) is None
 
@@ -468,11 +514,12 @@ def test_a_new_job_under_the_name_of_a_deleted_one_begins_with_no_figures(
 def test_of_a_job_that_another_replaced_under_its_name_nothing_is_kept(reconciler: Reconciler, cluster: FakeCluster):
     reconciler.reconcile(KEY)
     version = cluster.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"]
-    assert reconciler.has_written(("a", UID), version)
+    assert cluster.known.has_written(KEY, version)
     cluster.objects.clear()
     cluster.submit(uid="5e6f7a8b-0000")
+    cluster.changed_by_another_hand()
     reconciler.reconcile(KEY)
-    assert not reconciler.has_written(("a", UID), version)
+    assert not cluster.known.has_written(KEY, version)
     assert set(reconciler._created) == {("a", "5e6f7a8b-0000")}  # pyright: ignore[reportPrivateUsage]
 
 
