@@ -84,6 +84,15 @@ def test_a_key_in_a_text_or_in_another_object_is_not_repeated(line: bytes) -> No
     assert decode(line) == json.loads(line)
 
 
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, -(2**63), 2**64, -(2**63) - 1, 10**30 + 1, 0.1234567890123456789])
+def test_a_number_is_read_as_it_is_written(number: float) -> None:
+    """orjson makes a float of a whole number beyond 64 bits (orjson#517)."""
+    found = decode(json.dumps({"a": [number], "b": "1" * 30, "c": 1.5}).encode())
+    assert found == {"a": [number], "b": "1" * 30, "c": 1.5}
+    assert isinstance(found, dict)
+    assert type(found["a"][0]) is type(number)
+
+
 def test_many_brackets_are_not_deep() -> None:
     assert decode(b"[" + b"[]," * 200 + b"[]]") == [[]] * 201
 
@@ -298,6 +307,28 @@ def test_parquet_numbers_of_every_kind_are_numbers_and_those_that_json_has_not_b
         {"decimal": 2.0, "float": odd, "text": "b"},
         {"decimal": None, "float": odd, "text": "c"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([Decimal("12345678901234567")], pa.decimal128(20, 0)), 12345678901234567),
+        (pa.array([Decimal("1234567890123.45")], pa.decimal128(20, 2)), 1234567890123.45),
+        (pa.array([Decimal("12345678901234567.89")], pa.decimal128(20, 2)), None),
+        (pa.array([Decimal(10**30)], pa.decimal128(38, 0)), None),
+        (pa.array([[1.5, None]]), [1.5, None]),
+        (pa.array([[float("nan")]]), None),
+        (pa.array([{"a": {"b": [{"c": float("inf")}]}}]), None),
+        (pa.array([[("a", float("nan"))]], pa.map_(pa.string(), pa.float64())), None),
+        (pa.array([float("nan")]).dictionary_encode(), None),
+    ],
+)
+def test_a_parquet_number_never_becomes_another_one_or_none(
+    decoder: ParquetDecoder, tmp_path: Path, column: Any, expected: object
+) -> None:
+    (found,) = decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"n": column, "text": ["a"]})), "a")
+    odd = Broken(Problem.WRONG_TYPE, "n", "holds a value that is not JSON")
+    assert found.value == {"n": odd if expected is None else expected, "text": "a"}
 
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from finetune_api.job import DatasetFormat, MethodType
 from finetune_trainer.data.detect import FORMATS
 from finetune_trainer.data.kinds import CHAT, COMPLETION, KINDS, TEXT, Kind, content_hash, from_arrow, texts, with_texts
+from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
 from finetune_trainer.data.special_words import SpecialWords
 
@@ -127,6 +128,33 @@ VERSE = Kind[Verse](
     to_columns=lambda row: {"lines": row.lines, "weight": row.weight},
     from_columns=lambda columns: Verse(**columns),
 )
+
+
+def calling(number: int) -> Conversation:
+    call = {"type": "function", "function": {"name": "pay", "arguments": {"to": [True, number]}}}
+    return Conversation([USER, {"role": "assistant", "tool_calls": [call]}], (False, True))
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (calling(2**64), "messages[1].tool_calls[0].function.arguments.to[1]"),
+        (calling(-(2**63) - 1), "messages[1].tool_calls[0].function.arguments.to[1]"),
+        (Conversation([USER], (False,), [{"maximum": 10**30, "a b": 1}]), "tools[0].maximum"),
+        (Conversation([USER], (False,), [{"a secret": 10**30}]), "tools[0].#0"),
+        (Conversation([USER], (False,), None, {"most": 10**30}), "chat_template_kwargs.most"),
+        (calling(2**64 - 1), None),
+        (calling(-(2**63)), None),
+    ],
+)
+def test_a_number_that_a_server_would_not_give_back_is_refused_by_its_place(row: Row, field: str | None) -> None:
+    found = content_hash(row)
+    if field is None:
+        assert isinstance(found, bytes)
+        return
+    assert isinstance(found, Broken)
+    assert (found.problem, found.field) == (Problem.OUT_OF_RANGE, field)
+    assert "beyond 64 bits" in found.words
 
 
 def test_a_new_kind_is_served_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:

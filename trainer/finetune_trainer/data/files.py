@@ -23,6 +23,8 @@ _DENSE_BYTES = 12  # a line with fewer for each value takes many times its size 
 VALUE_BYTES = 100  # that Python takes for a value of JSON, on the mean over objects, lists and numbers
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(rb'"\s*:')
+_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
+_MANY_DIGITS = b"0" * 19  # a whole number that has fewer is within 64 bits
 
 
 class Decoded(NamedTuple):
@@ -138,7 +140,8 @@ def decode(line: bytes) -> object:
     # orjson keeps the last of two equal keys. Texts may hold `":` too, so only a second reading is sure.
     if len(_KEY.findall(line)) > _keys(value) and _repeats_a_key(line):
         return Broken(Problem.REPEATED_FIELD)
-    return value
+    # orjson makes a float of a whole number beyond 64 bits, and of its digits only the first 16 are kept.
+    return json.loads(line) if _MANY_DIGITS in line.translate(_AS_ZEROS) else value
 
 
 def _keys(value: object) -> int:

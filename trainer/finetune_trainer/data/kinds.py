@@ -15,7 +15,7 @@ import pyarrow as pa
 from finetune_api.job import DatasetFormat, MethodType
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Message, Row, Text
-from finetune_trainer.data.texts import texts_in, with_texts_in
+from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
 
 _NAME = b"kind"  # in the metadata of a schema
 _PLAIN_MESSAGE = ["role", "content"]
@@ -206,6 +206,19 @@ def content_hash(row: Row) -> bytes | Broken:
         said = kind_of(row).content(row)
         content = said if isinstance(said, bytes) else orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, UnicodeEncodeError):
+        large = _beyond_64_bits(row)
+        if large is not None:
+            detail = "a whole number beyond 64 bits, which a server would not give back; write it as a text"
+            return Broken(Problem.OUT_OF_RANGE, large, detail)
         # Only Parquet can hold such values, in fields of a message that are no part of its words.
         return Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _beyond_64_bits(row: Row) -> str | None:
+    """Return the path of a whole number that is too large for what reads and writes JSON here."""
+    if not isinstance(row, Conversation):
+        return None
+    parts = {"messages": row.messages, "tools": row.tools, "chat_template_kwargs": row.template_kwargs}
+    numbers = (each for name, value in parts.items() for each in whole_numbers_in(value, name))
+    return next((path for path, number in numbers if not -(2**63) <= number < 2**64), None)

@@ -105,7 +105,7 @@ def rows_at_once(metadata: Any) -> int:
 
 def _lines(batch: Any) -> Iterator[bytes]:
     """Yield each row as a line of JSON, or what is wrong with it behind a `!`."""
-    floats = [field.name for field in batch.schema if pa.types.is_floating(field.type)]
+    floats = [field.name for field in batch.schema if _has_floats(field.type)]
     for value in _values(batch):
         found = value if isinstance(value, Broken) else _line(value, floats)
         if isinstance(found, Broken):
@@ -127,7 +127,7 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
 def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:
     """Return a row as a line of JSON. floats: the columns that may have NaN and infinity, which JSON has not."""
     try:
-        if any(row[name] is not None and not math.isfinite(row[name]) for name in floats):
+        if not all(_is_finite(row[name]) for name in floats):
             raise orjson.JSONEncodeError("not a number of JSON")  # orjson would write null
         line = orjson.dumps(row, default=_number)
     except orjson.JSONEncodeError:
@@ -138,11 +138,29 @@ def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:
     return line if len(line) <= MAX_LINE_BYTES else Broken(Problem.LINE_TOO_LONG)
 
 
-def _number(value: object) -> float:
-    """Return a decimal as JSON has it. Raises TypeError for what is none."""
+def _has_floats(kind: Any) -> bool:
+    """Whether values of an Arrow type are floats, or hold some."""
+    if pa.types.is_dictionary(kind):
+        return _has_floats(kind.value_type)
+    return pa.types.is_floating(kind) or any(_has_floats(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value holds no NaN and no infinity."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return all(_is_finite(each) for each in inner)
+
+
+def _number(value: object) -> float | int:
+    """Return a decimal as JSON has it. Raises TypeError for what is none, or would become another number."""
     if not isinstance(value, Decimal):
         raise TypeError
-    return float(value)
+    number = int(value) if value.as_tuple().exponent == 0 else float(value)
+    if Decimal(repr(number)) != value:
+        raise TypeError
+    return number
 
 
 def _problem_of(value: object) -> str | None:
@@ -151,7 +169,7 @@ def _problem_of(value: object) -> str | None:
         orjson.dumps(value, default=_number)
     except orjson.JSONEncodeError as error:
         return Problem.TOO_DEEP if "ecursion" in str(error) else Problem.WRONG_TYPE
-    return Problem.WRONG_TYPE if isinstance(value, float) and not math.isfinite(value) else None
+    return None if _is_finite(value) else Problem.WRONG_TYPE
 
 
 def _answer(request: dict[str, Any]) -> None:

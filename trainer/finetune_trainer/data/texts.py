@@ -32,6 +32,18 @@ def texts_in(value: object, path: str, besides: Collection[str] = NOTHING) -> It
             yield from texts_in(each, f"{path}[{at}]")
 
 
+def whole_numbers_in(value: object, path: str) -> Iterator[tuple[str, int]]:
+    """Yield all whole numbers in a value, each with the path of its field."""
+    if isinstance(value, int):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for at, (name, each) in enumerate(cast(Mapping[str, Any], value).items()):
+            yield from whole_numbers_in(each, _field(path, name, at))
+    elif isinstance(value, list):
+        for at, each in enumerate(cast(list[Any], value)):
+            yield from whole_numbers_in(each, f"{path}[{at}]")
+
+
 def with_texts_in(value: Any, path: str, given: Mapping[str, str]) -> Any:
     """Return the value with the texts at these paths replaced; parts without any are not copied."""
     if isinstance(value, str):
