@@ -56,6 +56,21 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f", "description": "d"}}]])
+def test_of_templates_by_name_the_one_that_transformers_takes_is_rendered(tmp_path: Path, tools: Any) -> None:
+    named = {"default": BLOCKS, "rag": "r", "tool_use": "{{ bos_token }}{{ tools | tojson }}\n" + LLAMA3 + "\n"}
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    uri = write_model(tmp_path / "model", template=None, tokenizer_config={"chat_template": listed})
+    model = read_model(open_store(StorageConfig()), uri)
+    model.tokenizer.close()
+    assert model.chat_template is not None
+    text = ChatTemplate(model.chat_template, model.special_tokens, datetime.now(UTC)).render(
+        CONVERSATIONS[0], True, tools
+    )
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "model"))
+    assert text == theirs.apply_chat_template(CONVERSATIONS[0], tools=tools, tokenize=False, add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, BLOCKS, plain_template(False), plain_template(True)])
 def test_text_and_tokens_equal_those_of_transformers(tmp_path: Path, source: str) -> None:
     uri = write_model(tmp_path / "model", template=source)

@@ -65,3 +65,17 @@ def test_a_call_that_the_template_does_not_write_has_vanished_and_its_words_end_
     source = _TURNS + "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
     turns = Shape([user("q"), answer("Look.", tool_calls=[call("weather", 1, town="Oslo")])])
     assert verdict("chatml", source, turns)[0] == "refused: vanishes messages[1].tool_calls ToolCalls"
+
+
+# As Hermes's: the last result ends otherwise than one that an answer follows.
+_RESULTS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% if m.role == 'tool' and not loop.last %}{{ '\\n' }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("shape", ["tool", "words and call", "two calls"])
+def test_an_answer_after_results_that_end_otherwise_without_it_is_learned_after_what_is_sent(shape: str) -> None:
+    assert verdict("chatml", _RESULTS, SHAPES[shape]) == ("unrolled, 2, answer_of_short", [])

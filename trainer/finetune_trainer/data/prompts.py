@@ -100,8 +100,9 @@ class Server:
         """Return what is written for an answer after its prompt; None where it does not follow that.
 
         Some templates write what comes before differently once there is an answer: Mistral's moves the system prompt,
-        gpt-oss's drops the reasoning before calls. Then it is what is written after less, if the conversation ends with
-        just that: after the question alone, or without the reasoning of earlier answers."""
+        gpt-oss's drops the reasoning before calls, Hermes's ends results otherwise. Then it is what is written after
+        less, if the conversation ends with just that: after the last question and what follows it, without the
+        reasoning of earlier answers, or after the question alone."""
         finished = self._renders.finished(index, variables)
         if finished.startswith(context):
             return finished[len(context) :]
@@ -151,12 +152,15 @@ class Server:
 
 
 def _shorter(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the messages from the last question on, and all of them without reasoning, where that is less.
+    """Yield the messages from the last question on, all of them without reasoning, where that is less, and the
+    question alone, without calls and their results: some templates end a result otherwise once there is an answer.
 
     What is said beside calls is reasoning too: it is where gpt-oss's template writes it."""
-    begin = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
-    if begin:
-        yield messages[begin:]
+    question = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if question:
+        yield messages[question:]
     bare = [without_reasoning(message) for message in messages]
     if bare != messages:
         yield bare
+    if question is not None and question < len(messages) - 1:
+        yield [messages[question]]

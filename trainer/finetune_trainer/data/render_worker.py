@@ -38,6 +38,7 @@ PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of
 _PIECE_CPU_S = 2.0
 _MAX_SHAPES = 4096  # of conversations that are remembered; others are tried again
 _FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+_NOT_ALLOWED = "it does what transformers' sandbox refuses too (SecurityError)"
 _PROBLEMS: dict[type[AnswerError], Problem] = {
     AnswerNotFoundError: Problem.GENERATION_PROMPT_NOT_KEPT,
     NoReasoningError: Problem.NO_REASONING,
@@ -58,6 +59,8 @@ def safe_words(error: Exception, constants: Collection[str]) -> str:
     """Return what a template says when it refuses a row, if that is all of a constant in its code.
 
     Other words, also those in its comments, may be the row's."""
+    if isinstance(error, jinja2.exceptions.SecurityError):
+        return _NOT_ALLOWED
     said = str(error)
     return shortened(said, _MAX_WORDS) if said in constants and "\n" not in said else type(error).__name__
 

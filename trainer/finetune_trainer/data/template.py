@@ -7,6 +7,7 @@ untrusted templates must stay small.
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
@@ -20,6 +21,8 @@ from jinja2.utils import Namespace
 
 MAX_TEMPLATE_BYTES = 65536
 _MARK, _MARKS = 3, frozenset("<[{|")  # characters that such a text has at least, and one of which it has
+_NEWLINE_AT_END = re.compile(r"(\r\n|\r|\n)\Z")
+_SPACE_AT_BEGIN = re.compile(r"\A[ \t]+(?=\{[%#](?!\+))")
 Message = dict[str, Any]
 
 # Readable tags that no base model's tokenizer treats specially; an answer ends with the tokenizer's own end token.
@@ -171,11 +174,33 @@ def _with_reasoning(message: Message) -> Message:
 
 
 def find_template(config: dict[str, Any], jinja_file: str | None) -> str | None:
-    """The model's template: chat_template.jinja, else that of tokenizer_config.json (of a list, `default`)."""
+    """The model's template: chat_template.jinja, else that of tokenizer_config.json.
+
+    Of a list it is `default`, and `tool_use` where tools are offered, as in transformers."""
     if jinja_file is not None:
         return jinja_file
     found = config.get("chat_template")
     if isinstance(found, list):
-        entries = [cast(dict[str, Any], entry) for entry in cast(list[Any], found) if isinstance(entry, dict)]
-        found = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+        listed = [cast(dict[str, Any], each) for each in cast(list[Any], found) if isinstance(each, dict)]
+        found, with_tools = (_named(listed, name) for name in ("default", "tool_use"))
+        if found and with_tools:
+            return _by_tools(with_tools, found)
     return found if isinstance(found, str) and found else None
+
+
+def _named(listed: Sequence[dict[str, Any]], name: str) -> str | None:
+    """Return the last template of that name."""
+    template = next((each.get("template") for each in reversed(listed) if each.get("name") == name), None)
+    return template if isinstance(template, str) else None
+
+
+def _by_tools(with_tools: str, without: str) -> str:
+    """Return one template that writes what the first does where tools are offered, else what the second does.
+
+    So it is one file of the adapter too. The signs keep what jinja2 would strip around its own lines."""
+    return f"{{% if tools +%}}{_part(with_tools)}{{%+ else +%}}{_part(without)}{{%+ endif %}}"
+
+
+def _part(template: str) -> str:
+    """Return a template as it is to stand inside another: without what jinja2 strips where one begins and ends."""
+    return _NEWLINE_AT_END.sub("", _SPACE_AT_BEGIN.sub("", template))
