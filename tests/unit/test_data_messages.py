@@ -45,6 +45,8 @@ def refused(item: object) -> tuple[Problem, str]:
         ({"from": "bing", "value": "a"}, answer()),
         ({"role": "model", "content": "a"}, answer()),
         ({"role": "system", "content": ""}, {"role": "system", "content": ""}),
+        ({"role": "system", "content": None}, {"role": "system", "content": ""}),
+        ({"role": "developer"}, {"role": "developer", "content": ""}),
         ({"role": "developer", "content": "s"}, {"role": "developer", "content": "s"}),
         (answer(tool_calls=[], function_call=None, refusal=None, annotations=[], audio=None), answer()),
         (answer(id="m1", timestamp=3, metadata={"a": 1}), answer()),
@@ -253,6 +255,27 @@ def test_messages_may_be_the_json_text_of_a_list() -> None:
     assert [(each.message, each.learned) for each in said] == [(USER, None), (answer(), False)]
 
 
+def test_messages_may_be_one_list_for_each_of_their_fields() -> None:
+    """`datasets` makes such columns of a Sequence of messages."""
+    fields = {"role": ["user", "assistant"], "content": ["q", None], "tool_calls": [None, [CALL]]}
+    assert [each.message for each in MessageReader((), {}).read(fields, "messages")] == [
+        USER,
+        {"role": "assistant", "tool_calls": [CALL]},
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"weight": 0}, {"train": False}, {"masked": True}])
+def test_a_message_that_is_not_to_be_learned_is_none_where_the_job_learns_everything(fields: Message) -> None:
+    reader = MessageReader((), {}, learns_all=True)
+    assert reader.read([USER | {"weight": 0}, answer(weight=1), answer(masked=False)], "messages")
+    with pytest.raises(RefusedError) as caught:
+        reader.read([USER, answer(**fields)], "messages")
+    assert (caught.value.broken.problem, caught.value.broken.field) == (
+        Problem.MASK_AND_ALL,
+        f"messages[1].{next(iter(fields))}",
+    )
+
+
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
@@ -260,6 +283,11 @@ def test_messages_may_be_the_json_text_of_a_list() -> None:
         ([], Problem.EMPTY),
         ("secret", Problem.WRONG_TYPE),
         ('{"role": "user"}', Problem.WRONG_TYPE),
+        ({"role": ["user", "assistant"], "content": ["q"]}, Problem.WRONG_TYPE),
+        ({"role": ["user", "assistant"], "content": "q"}, Problem.WRONG_TYPE),
+        ({"texts": ["q", "a"]}, Problem.WRONG_TYPE),
+        ({"role": [], "content": []}, Problem.EMPTY),
+        ({"role": ["user"] * 513, "content": ["q"] * 513}, Problem.TOO_MANY_MESSAGES),
         ("[{'role': 'user'}]", Problem.WRONG_TYPE),
         ([USER] * 513, Problem.TOO_MANY_MESSAGES),
         ('[{"role": "user", "content": "kept", "content": "secret"}]', Problem.REPEATED_FIELD),

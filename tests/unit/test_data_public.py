@@ -248,6 +248,12 @@ TRAINED: list[tuple[str, Row, DatasetFormat, str]] = [
     ("WizardLM", {"conversations": [HUMAN, GPT], "idx": "x"}, SHARE, "uA"),
     ("Alpaca cleaned", {"instruction": "q", "input": "i", "output": "a"}, ALPACA, "uA"),
     ("Platypus", {"instruction": "q", "input": "", "output": "a", "data_source": "x"}, ALPACA, "uA"),
+    (
+        "Alpaca, all of the question in the input (LLaMA-Factory joins what there is)",
+        {"instruction": "", "input": "q", "output": "a"},
+        ALPACA,
+        "uA",
+    ),
     ("Evol-Instruct", {"instruction": "q", "output": "a"}, ALPACA, "uA"),
     ("Dolly", {"instruction": "q", "context": "", "response": "a", "category": "open_qa"}, DOLLY, "uA"),
     ("OpenOrca", {"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, QA, "suA"),
@@ -268,6 +274,18 @@ TRAINED: list[tuple[str, Row, DatasetFormat, str]] = [
         "suA",
     ),
     ("Bedrock", {"system": "s", "messages": [Q, A]}, M, "suA"),
+    (
+        "a Sequence of datasets, which is a list for each field",
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"], "weight": [None, 1.0]}},
+        SHARE,
+        "uA",
+    ),
+    (
+        "Guanaco (axolotl sharegpt.load_guanaco)",
+        {"conversations": [{"from": "prompter", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        SHARE,
+        "uA",
+    ),
     ("messages as text, as tables have them", {"messages": json.dumps([Q, A])}, M, "uA"),
     (
         "a table that fills in null",

@@ -69,6 +69,7 @@ def with_messages(*messages: Message, **beside: Any) -> Row:
         ({"instruction": "q", "output": "a"}, [USER, ANSWER]),
         ({"instruction": "q", "input": " ", "output": "a"}, [USER, ANSWER]),
         ({"instruction": "q", "input": "i", "output": "a"}, [{**USER, "content": "q\n\ni"}, ANSWER]),
+        ({"instruction": " ", "input": "q", "output": "a"}, [USER, ANSWER]),
         ({"instruction": "q", "input": "", "output": "a", "system": "s"}, [SYSTEM, USER, ANSWER]),
         ({"instruction": "q", "output": "a", "history": [["q", "a"]]}, [USER, ANSWER, USER, ANSWER]),
         ({"instruction": "q", "output": "a", "history": []}, [USER, ANSWER]),
@@ -265,6 +266,9 @@ def test_what_would_be_lost_is_refused_by_name(row: Row, problem: Problem, field
     ("shape", "row", "problem", "field"),
     [
         (ALPACA, {"instruction": "q", "output": ""}, Problem.EMPTY, "output"),
+        (ALPACA, {"instruction": "", "input": " ", "output": "a"}, Problem.EMPTY, "instruction"),
+        (ALPACA, {"instruction": "", "input": 3, "output": "a"}, Problem.WRONG_TYPE, "input"),
+        (DOLLY, {"instruction": "", "context": "c", "response": "a"}, Problem.EMPTY, "instruction"),
         (ALPACA, {"instruction": "q", "input": 3, "output": "a"}, Problem.WRONG_TYPE, "input"),
         (ALPACA, {"instruction": "q", "output": "a", "context": "c"}, Problem.UNKNOWN_FIELD, "context"),
         (ALPACA, {"instruction": "q", "output": "a", "history": "x"}, Problem.WRONG_TYPE, "history"),

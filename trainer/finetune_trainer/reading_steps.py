@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -141,9 +141,10 @@ def dataset_rows(
     """Yield the valid rows of each dataset, all of which are to be taken before the next."""
     ctx, spec = stage.ctx, stage.ctx.config.spec
     system_messages, same_role = _message_choices(stage)
+    learns_all = spec.method.sft is not None and spec.method.sft.loss_on is LossOn.ALL
     chain = chain_of(spec)
     for dataset, files in zip(spec.datasets, inputs, strict=True):
-        choices = _row_choices(dataset, system_messages, same_role)
+        choices = replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all)
         checked = checked_rows(
             ctx.store,
             stage.ledger,

@@ -40,6 +40,8 @@ _MASKS = frozenset((*LEARNED, *NOT_LEARNED))
 _REASONING = frozenset(REASONING)
 _CALLS = frozenset(("tool_calls", "function_call"))
 _NAMES = frozenset(("tool_call_id", "call_id", "name"))
+_SYSTEMS = frozenset(("system", "developer"))
+_MAY_BE_EMPTY = _SYSTEMS | {"tool"}
 _READ = frozenset((*ROLE, *CONTENT)) | _REASONING | _MASKS | _CALLS | _NAMES
 
 
@@ -57,8 +59,15 @@ class Said:
 class MessageReader:
     """Reads the messages of one row; keeps what it changed in them, and the fields that it passed over."""
 
-    def __init__(self, ignored: Collection[str], columns: Mapping[str, str], nulls_are_absent: bool = False) -> None:
+    def __init__(
+        self,
+        ignored: Collection[str],
+        columns: Mapping[str, str],
+        nulls_are_absent: bool = False,
+        learns_all: bool = False,
+    ) -> None:
         self._ignored = ignored
+        self._learns_all = learns_all
         self._nulls_are_absent = nulls_are_absent
         self._names = {theirs: ours for theirs, ours in columns.items() if ours in ("role", "content")}
         self.changes: set[Change] = set()
@@ -69,6 +78,8 @@ class MessageReader:
         if value is None:
             raise RefusedError(Problem.MISSING_FIELD, field)
         found = toolcalls.from_json(value, field, "a list of messages")
+        if isinstance(found, dict):
+            found = _of_lists(cast(dict[str, Any], found))
         if not isinstance(found, list):
             raise RefusedError(Problem.WRONG_TYPE, field, "must be a list of messages, or the JSON text of one")
         items = cast(list[object], found)
@@ -126,9 +137,11 @@ class MessageReader:
             content, reasoning = self._parts(cast(list[object], content), place)
         elif role == "tool":
             content = self._result(content, place)
+        elif role in _SYSTEMS and content is None:
+            content = ""
         reasoning = self._reasoning(item, role, reasoning or before_call, field)
         if not (called or reasoning) or not says_nothing(content):
-            message["content"] = text(content, place, may_be_empty=role in ("system", "developer", "tool"))
+            message["content"] = text(content, place, may_be_empty=role in _MAY_BE_EMPTY)
         if reasoning is not None:
             message.setdefault("content", "")
             message["reasoning_content"] = reasoning
@@ -244,7 +257,19 @@ class MessageReader:
             is_said = is_said or value is True or not learned
             if value is True and learned and role != "assistant":
                 raise RefusedError(Problem.MASK_OF_OTHERS, f"{field}.{name}")
+            if self._learns_all and not learned and role == "assistant":
+                raise RefusedError(Problem.MASK_AND_ALL, f"{field}.{name}")
         return found if is_said and role == "assistant" else None
+
+
+def _of_lists(item: Message) -> object:
+    """Return messages that stand as one list for each of their fields, which `datasets` makes of a Sequence of them; a
+    value of another kind as it is."""
+    lists = [cast(list[Any], each) for each in item.values() if isinstance(each, list)]
+    lengths = {len(each) for each in lists}
+    if len(lists) < len(item) or len(lengths) != 1 or not any(name in item for name in ROLE):
+        return item
+    return [dict(zip(item, each, strict=True)) for each in zip(*lists, strict=True)]
 
 
 def _reasoning_before(content: object) -> tuple[str | None, object]:

@@ -32,6 +32,7 @@ class Problem(StrEnum):
     NOT_TEXT = "not_text"
     MASK_NOT_CLEAR = "mask_not_clear"
     MASK_OF_OTHERS = "mask_of_others"
+    MASK_AND_ALL = "mask_and_all"
     UNKNOWN_ROLE = "unknown_role"
     ORDER = "order"
     NO_ASSISTANT = "no_assistant_message"

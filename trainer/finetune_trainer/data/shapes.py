@@ -46,13 +46,15 @@ _OURS = frozenset(_OF_THE_RENDERER.split())
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowChoices:
     """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
-    nulls_are_absent: whether a null inside tools and calls is what a table fills in."""
+    nulls_are_absent: whether a null inside tools and calls is what a table fills in. learns_all: whether the job learns
+    every token, so that no message can be kept from it."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: frozenset[str] = frozenset()
     system_messages: SystemMessages = SystemMessages.KEEP
     same_role: SameRoleMessages = SameRoleMessages.KEEP
     nulls_are_absent: bool = False
+    learns_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class _Reading:
     def __init__(self, row: Mapping[str, Any], choices: RowChoices) -> None:
         self.row = row
         self._choices = choices
-        self.messages = MessageReader(choices.ignored, choices.columns, choices.nulls_are_absent)
+        self.messages = MessageReader(choices.ignored, choices.columns, choices.nulls_are_absent, choices.learns_all)
         self.changes: set[Change] = set()
 
     def one_of(self, names: tuple[str, ...]) -> str | None:
@@ -165,9 +167,13 @@ def _answered(reading: _Reading, question: str, where: str, *answer: str) -> Con
 
 
 def _with_input(reading: _Reading, name: str) -> str:
-    """Return the instruction, and after an empty line what it is about, where there is something."""
-    instruction = reading.text("instruction")
+    """Return the instruction, and after an empty line what it is about, where there is something.
+
+    Many of Alpaca's form have all of the question in `input`."""
     about = reading.row.get(name)
+    if name == "input" and says_nothing(reading.row.get("instruction")) and not says_nothing(about):
+        return text(about, name)
+    instruction = reading.text("instruction")
     if says_nothing(about):
         return instruction
     return instruction + JOINT + text(about, name, may_be_empty=True) if str(about).strip() else instruction
@@ -261,8 +267,8 @@ SHAPES: dict[DatasetFormat, Shape] = {
         needs=(("instruction",), ("output",)),
         reads=_BESIDE | {"instruction", "input", "output", "history"},
         to_row=_alpaca,
-        meaning="A question that is `instruction` and, after an empty line, `input` where it is not empty; the answer "
-        "is `output`. Pairs in `history` are earlier turns, whose answers are learned too.",
+        meaning="A question that is `instruction` and, after an empty line, `input`, or one of them where the other is "
+        "empty; the answer is `output`. Pairs in `history` are earlier turns, whose answers are learned too.",
         examples=(
             '{"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"}',
             '{"instruction": "And 4?", "input": "", "output": "9", "history": [["Add 2 and 3.", "5"]]}',
