@@ -33,8 +33,7 @@ ROW_WORDS: dict[str, str] = {
     "not_text": "has a part that is no text; only text can be learned, so leave such rows out",
     "mask_not_clear": "does not say clearly whether the message is learned; write true or false, or 1 or 0",
     "mask_of_others": "asks to learn a message that is not an assistant's; leave it out, or see method.sft.lossOn",
-    "mask_and_all": "asks not to learn its message, while method.sft.lossOn: All learns all of a row; leave one of them "
-    "out",
+    "mask_and_all": "asks not to learn its message, while method.sft.lossOn: All learns all of a row; leave one out",
     "unknown_role": "is no role that is known; write system, user, assistant or tool",
     "order": "breaks the order of a conversation",
     "no_assistant_message": "has no assistant message to learn from",

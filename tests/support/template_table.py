@@ -30,8 +30,8 @@ from finetune_trainer.data.tokens import RowTokenizer
 
 Messages = list[dict[str, Any]]
 BOS, EOS = "<s>", "</s>"
-# At which token the models of a template stop, by the generation_config.json of these models: that of Gemma 4 is made by
-# transformers' convert_gemma4_weights.py of the tokenizer's eos_token, eot_token and str_token.
+# At which token the models of a template stop, by the generation_config.json of these models: that of Gemma 4 is
+# made by transformers' convert_gemma4_weights.py of the tokenizer's eos_token, eot_token and str_token.
 STOPS = {
     "cohere": ["<|END_OF_TURN_TOKEN|>"],
     "deepseek": ["<｜end▁of▁sentence｜>"],  # noqa: RUF001 - as it is
