@@ -15,6 +15,7 @@ PLANS = f"{JOB}/plans"  # DIGEST.json: what train reads, so that no later prepar
 REPORT = f"{JOB}/report.json"
 DECISIONS = f"{JOB}/decisions.jsonl"
 PREPARED = f"{JOB}/prepared"
+PARTS = f"{JOB}/parts"  # KEY: partitions of rows that a prepare stage has finished, until there is a plan
 CHECKPOINTS = f"{JOB}/checkpoints"
 LOGS = f"{JOB}/logs"
 METRICS = f"{JOB}/metrics.jsonl"

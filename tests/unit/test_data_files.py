@@ -22,10 +22,11 @@ from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import Notation, Packing
-from finetune_trainer.data.files import decode
+from finetune_trainer.data.files import Decoded, decode
 from finetune_trainer.data.parquet import ParquetDecoder
 from finetune_trainer.data.parquet_worker import rows_at_once
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.raw_rows import decode_row
 from finetune_trainer.data.shapes import RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
 from finetune_trainer.data.unpacking import unpacked
@@ -36,7 +37,10 @@ def chunks(content: bytes, size: int = 7) -> Iterator[bytes]:
 
 
 def rows(content: bytes, size: int = 2**20) -> list[tuple[int, object]]:
-    return [(item.number, item.value) for item in text_rows(chunks(content, size), Notation.LINES, "f.jsonl")]
+    return [
+        (item.number, item.value)
+        for item in map(decode_row, text_rows(chunks(content, size), Notation.LINES, "f.jsonl"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,10 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
         list(text_rows(unpacked(chunks(bytes(content)), Packing.GZIP, "f", 2**20), Notation.LINES, "f"))
 
 
+def decoded_by(decoder: ParquetDecoder, path: Path, file: str) -> Generator[Decoded]:
+    return (decode_row(row) for row in decoder.rows(path, file))
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Generator[ParquetDecoder]:
     with ParquetDecoder(METADATA) as opened:
@@ -148,7 +156,7 @@ def test_parquet_rows_have_all_fields_but_those_that_may_be_passed_over(
 ) -> None:
     messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]] * 300
     table = pa.table({"messages": messages, "note": ["n"] * 300, "source": ["s"] * 300})
-    found = list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+    found = list(decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a.parquet"))
     assert [item.number for item in found] == list(range(1, 301))
     assert found[-1].value == {"messages": messages[0], "note": "n"}
 
@@ -158,7 +166,7 @@ def test_a_parquet_file_without_a_known_field_has_all_its_rows_with_the_fields_i
     decoder: ParquetDecoder, tmp_path: Path, rows: int
 ) -> None:
     path = parquet(tmp_path / "a.parquet", pa.table({"source": pa.array(["q"] * rows, pa.string())}))
-    found = list(decoder.rows(path, "a.parquet"))
+    found = list(decoded_by(decoder, path, "a.parquet"))
     assert [item.number for item in found] == list(range(1, rows + 1))
     assert all(item.value == {"source": None} for item in found)
 
@@ -166,7 +174,7 @@ def test_a_parquet_file_without_a_known_field_has_all_its_rows_with_the_fields_i
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table([pa.array(["kept"]), pa.array(["lost"])], names=["text", "text"])
     with pytest.raises(StageError, match="two columns have the same name"):
-        list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a.parquet"))
+        list(decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,7 @@ def test_a_parquet_file_with_two_columns_of_one_name_is_refused(decoder: Parquet
 )
 def test_parquet_texts_of_every_arrow_type_are_texts(decoder: ParquetDecoder, tmp_path: Path, kind: Any) -> None:
     table = pa.table({"text": pa.array(["a", None, "b"], pa.string()).cast(kind)})
-    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
+    found = [item.value for item in decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a")]
     assert found == [{"text": "a"}, {"text": None}, {"text": "b"}]
 
 
@@ -192,12 +200,12 @@ def test_rows_that_do_not_fit_into_memory_together_are_decoded_one_by_one(tmp_pa
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([text]))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
     with ParquetDecoder(METADATA) as decoder:
-        found = decoder.rows(tmp_path / "a.parquet", "a.parquet")
+        found = decoded_by(decoder, tmp_path / "a.parquet", "a.parquet")
         assert [next(found).value for _ in range(3)] == [{"text": text}] * 3
         found.close()
-        assert [item.value for item in decoder.rows(parquet(tmp_path / "b", pa.table({"text": ["b"]})), "b")] == [
-            {"text": "b"}
-        ], "the rest of the other file is not taken for this one"
+        assert [
+            item.value for item in decoded_by(decoder, parquet(tmp_path / "b", pa.table({"text": ["b"]})), "b")
+        ] == [{"text": "b"}], "the rest of the other file is not taken for this one"
 
 
 def test_a_parquet_file_whose_pages_hold_fewer_rows_than_it_counts_is_refused(
@@ -208,7 +216,7 @@ def test_a_parquet_file_whose_pages_hold_fewer_rows_than_it_counts_is_refused(
     begin, of_file, *of_column, of_group = path.read_bytes().split(rows)
     path.write_bytes(begin + more_rows + of_file + rows + rows.join(of_column) + more_rows + of_group)
     with pytest.raises(StageError, match="its row groups count 98 rows, their pages 97"):
-        list(decoder.rows(path, "a.parquet"))
+        list(decoded_by(decoder, path, "a.parquet"))
 
 
 def test_a_parquet_file_with_a_row_group_of_less_than_nothing_is_refused(
@@ -223,12 +231,12 @@ def test_a_parquet_file_with_a_row_group_of_less_than_nothing_is_refused(
     assert content.count(of_both) == 1
     path.write_bytes((begin + less + end).replace(of_both, of_less))
     with pytest.raises(StageError, match="its footer counts 903 rows, its row groups 903"):
-        list(decoder.rows(path, "a.parquet"))
+        list(decoded_by(decoder, path, "a.parquet"))
 
 
 def test_of_very_many_columns_with_long_names_a_bounded_part_is_told(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({f"{number}" + "n" * 100: ["a"] for number in range(1100)})
-    assert len(list(decoder.rows(parquet(tmp_path / "a.parquet", table), "a"))) == 1
+    assert len(list(decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a"))) == 1
     assert len(decoder.facts.names) == 1000
     assert max(map(len, decoder.facts.names)) == 64
 
@@ -237,7 +245,7 @@ def test_a_decoder_that_is_killed_from_outside_is_not_the_fault_of_the_file(tmp_
     path = parquet(tmp_path / "a.parquet", pa.table({"text": [f"{i}" + "x" * 2**20 for i in range(50)]}))
     others = children()
     with ParquetDecoder(METADATA) as decoder:
-        found = decoder.rows(path, "a.parquet")
+        found = decoded_by(decoder, path, "a.parquet")
         next(found)
         (child,) = children() - others
         os.kill(int(child), signal.SIGKILL)
@@ -262,7 +270,7 @@ def test_the_memory_of_the_process_that_decodes_parquet_is_not_taken_by_threads_
             os.sched_setaffinity(0, processors)
             others = children()
             with ParquetDecoder(METADATA) as decoder:
-                assert len(list(decoder.rows(path, "a"))) == 1
+                assert len(list(decoded_by(decoder, path, "a"))) == 1
                 (child,) = children() - others
                 status = Path(f"/proc/{child}/status").read_text().splitlines()
                 threads += [line for line in status if line.startswith("Threads:")]
@@ -273,7 +281,9 @@ def test_the_memory_of_the_process_that_decodes_parquet_is_not_taken_by_threads_
 
 def test_a_parquet_string_that_is_not_utf8_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:
     texts = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).cast(pa.string(), safe=False)
-    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")]
+    found = [
+        item.value for item in decoded_by(decoder, parquet(tmp_path / "a.parquet", pa.table({"text": texts})), "a")
+    ]
     assert found == [{"text": "good"}, Broken(Problem.INVALID_UTF8), {"text": "fine"}]
 
 
@@ -285,7 +295,7 @@ def test_a_parquet_value_that_no_json_has_breaks_rows_that_need_its_field_alone(
         {"role": "assistant", "content": "a", "image": None},
     ]
     table = pa.table({"text": ["words"], "messages": [messages], "prompt": [b"q"], "completion": ["a"]})
-    (found,) = decoder.rows(parquet(tmp_path / "a.parquet", table), "a")
+    (found,) = decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a")
     odd = Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
     assert isinstance(found.value, dict)
     assert found.value["text"] == "words"
@@ -300,7 +310,7 @@ def test_parquet_numbers_of_every_kind_are_numbers_and_those_that_json_has_not_b
     decimals = pa.array([Decimal("0.5"), Decimal("2"), None], pa.decimal128(9, 3))
     floats = pa.array([0.5, float("nan"), float("inf")], pa.float32())
     table = pa.table({"decimal": decimals, "float": floats, "text": ["a", "b", "c"]})
-    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", table), "a")]
+    found = [item.value for item in decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a")]
     odd = Broken(Problem.WRONG_TYPE, "float", "holds a value that is not JSON")
     assert found == [
         {"decimal": 0.5, "float": 0.5, "text": "a"},
@@ -326,14 +336,14 @@ def test_parquet_numbers_of_every_kind_are_numbers_and_those_that_json_has_not_b
 def test_a_parquet_number_never_becomes_another_one_or_none(
     decoder: ParquetDecoder, tmp_path: Path, column: Any, expected: object
 ) -> None:
-    (found,) = decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"n": column, "text": ["a"]})), "a")
+    (found,) = decoded_by(decoder, parquet(tmp_path / "a.parquet", pa.table({"n": column, "text": ["a"]})), "a")
     odd = Broken(Problem.WRONG_TYPE, "n", "holds a value that is not JSON")
     assert found.value == {"n": odd if expected is None else expected, "text": "a"}
 
 
 def test_a_parquet_string_above_the_limit_is_one_broken_row(decoder: ParquetDecoder, tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "x" * (MAX_LINE_BYTES + 1)]})
-    short, long = decoder.rows(parquet(tmp_path / "a.parquet", table), "a")
+    short, long = decoded_by(decoder, parquet(tmp_path / "a.parquet", table), "a")
     assert (short.value, long.value) == ({"text": "a"}, Broken(Problem.LINE_TOO_LONG))
     assert long.size_bytes == MAX_LINE_BYTES, "it counts against what a file may unpack to"
 
@@ -349,4 +359,4 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_named_end(
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with named_end():
-        list(decoder.rows(path, "a.parquet"))
+        list(decoded_by(decoder, path, "a.parquet"))

@@ -16,6 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.file_kinds import Notation
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.raw_rows import decode_row
 from finetune_trainer.data.text_rows import text_rows
 
 MIB = 2**20
@@ -26,7 +27,7 @@ def chunks(content: bytes, size: int) -> Iterator[bytes]:
 
 
 def rows(content: bytes, notation: Notation, size: int = MIB) -> list[tuple[int, Any]]:
-    found = text_rows(chunks(content, size), notation, "f")
+    found = map(decode_row, text_rows(chunks(content, size), notation, "f"))
     return [(row.number, row.value.problem if isinstance(row.value, Broken) else row.value) for row in found]
 
 

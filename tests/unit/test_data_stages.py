@@ -2,13 +2,15 @@
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import orjson
 import pytest
 
+from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec
+from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
@@ -108,6 +110,22 @@ def test_a_stage_gets_bounded_batches_of_one_kind(ledger: Ledger, held_bytes: in
     assert list(through([Stage("counts", "counts rows", run)], rows, ledger)) == rows
     assert max(sizes) == most
     assert ledger.counted == {"counts": {"seen": 605}}
+
+
+def test_rows_before_what_ends_the_reading_go_through_all_stages(tmp_path: Path, ledger: Ledger) -> None:
+    masked, learned = Conversation(MESSAGES, (False, False)), Conversation(MESSAGES, (False, True))
+
+    def until_it_fails() -> Iterator[Checked]:
+        yield from checked(learned, masked, learned)
+        raise StageError(Fault.BROKEN_FILE, file="a", row=4, problem="it is cut off")
+
+    passed: list[int] = []
+    with pytest.raises(StageError, match="it is cut off"):
+        passed.extend(each.number for each in through(chain_of(SPEC), until_it_fails(), ledger))
+    assert passed == [1, 3]
+    ledger.flush()
+    decisions = [orjson.loads(line) for line in (tmp_path / "decisions.jsonl").read_bytes().splitlines()]
+    assert [(each["row"], each["stage"]) for each in decisions] == [(2, "unanswered")]
 
 
 def split(rows: Sequence[Checked]) -> Staged:

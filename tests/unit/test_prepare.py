@@ -41,8 +41,8 @@ from data_run import (
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import MAX_RESULT_BYTES, Progress
-from finetune_trainer import prepare, reading_steps, serve
-from finetune_trainer.data import accounts
+from finetune_trainer import prepare, serve
+from finetune_trainer.data import accounts, partition_work
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.pipeline import Pipeline
 from finetune_trainer.data.renderer import Renderer
@@ -923,7 +923,7 @@ def test_a_template_that_fails_on_any_conversation_is_not_blamed_on_a_row(
 def test_a_template_that_needs_too_much_for_many_rows_is_told_with_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading_steps, "Renderer", partial(Renderer, row_cpu_s=0.2))
+    monkeypatch.setattr(partition_work, "Renderer", partial(Renderer, row_cpu_s=0.2))
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     write_model(tmp_path / "model", template="{% if messages[0].content == 'much' %}" + loop + "{% endif %}" + CHATML)
     put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 5, *chats(20)]))

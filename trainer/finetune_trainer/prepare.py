@@ -44,7 +44,8 @@ from finetune_trainer.data.spool import (
     write_split,
 )
 from finetune_trainer.patience import best_effort
-from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, read_datasets, with_model
+from finetune_trainer.reading_partitions import read_in_partitions
+from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts, Sizing
 from finetune_trainer.standstill import ended_by_standstill
@@ -94,7 +95,7 @@ def check(ctx: StageContext) -> Findings:
 def _check(model: Model, ctx: StageContext) -> Findings:
     with opened(ctx, model) as stage:
         try:
-            division = _read(stage)
+            division = _read(stage, None)
             content = _report(stage, division, _plan(stage, division))
         except StageError as error:
             return Findings(_failure(stage), error, ctx.work_dir / DECISIONS_FILE)
@@ -104,7 +105,7 @@ def _check(model: Model, ctx: StageContext) -> Findings:
 def _prepare(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
     with opened(ctx, model) as stage:
         try:
-            division = _read(stage)
+            division = _read(stage, fence)
         except StageError as error:
             if error.reason is Reason.DATA_INVALID:
                 _upload_failure(stage, fence)
@@ -116,10 +117,10 @@ def _spool_dir(stage: PrepareStage) -> Path:
     return stage.ctx.work_dir / "spool"
 
 
-def _read(stage: PrepareStage) -> Division:
-    """Read all rows into the spool and say what each is for."""
+def _read(stage: PrepareStage, fence: Fence | None) -> Division:
+    """Read all rows into the spool and say what each is for. fence: None where nothing is written to the output."""
     with Spool(_spool_dir(stage)) as spool:
-        read_datasets(stage, spool)
+        read_in_partitions(stage, spool, fence)
     return _divide(stage)
 
 
@@ -168,6 +169,8 @@ def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
     ctx = stage.ctx
     content = _failure(stage)
+    if stage.kept is not None:
+        stage.kept.tidy()
     with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
         stage.ledger.flush()
         fence.check()
@@ -250,6 +253,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
     return {
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
+        "kept_rows": stage.kept_rows,
         "tokenizer": model.tokenizer.choice._asdict(),
         "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, stage.ledger),
@@ -322,6 +326,8 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     fence.check()  # again: all decisions may have taken long
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
     store.put(join(run_uri, PLAN), plan_bytes)
+    if stage.kept is not None:
+        stage.kept.tidy()
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
     return _result(ctx, run_plan, plan, ledger, digest)
 

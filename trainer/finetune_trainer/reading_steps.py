@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
@@ -30,22 +30,23 @@ from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer import sizing
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.listing import Inputs, find_files
 from finetune_trainer.data.model_facts import Model, read_model
+from finetune_trainer.data.partition_work import renderer_of
 from finetune_trainer.data.pipeline import Pipeline, Sink, Timings, require_end_token
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.progress import reading_figures
-from finetune_trainer.data.reading import BadRows, Checked, Select, checked_rows, every_row
-from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.reading import Checked, Select, checked_rows, every_row
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.stages.chain import chain_of, through
-from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
+from finetune_trainer.kept_partitions import KeptPartitions
 from finetune_trainer.sizing import Choices
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class PrepareStage(RowsStage):
     template: str | None = None  # the chat template, if any conversation was rendered
     taught: Taught = field(default_factory=Taught)
     timings: Timings = field(default_factory=Timings)
+    kept: KeptPartitions | None = None  # parts that are to be removed once there is a plan
+    kept_rows: int = 0  # read by an earlier attempt, whose parts were taken
 
 
 def with_model(ctx: StageContext, work: Callable[[Model], Result]) -> Result:
@@ -140,11 +143,8 @@ def dataset_rows(
 ) -> Iterator[Iterator[Checked]]:
     """Yield the valid rows of each dataset, all of which are to be taken before the next."""
     ctx, spec = stage.ctx, stage.ctx.config.spec
-    system_messages, same_role = _message_choices(stage)
-    learns_all = spec.method.sft is not None and spec.method.sft.loss_on is LossOn.ALL
     chain = chain_of(spec)
-    for dataset, files in zip(spec.datasets, inputs, strict=True):
-        choices = replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all)
+    for dataset, choices, files in zip(spec.datasets, dataset_choices(stage), inputs, strict=True):
         checked = checked_rows(
             ctx.store,
             stage.ledger,
@@ -163,26 +163,31 @@ def dataset_rows(
 def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:
     """Read, check, render and tokenise all datasets, and hand the rows on to the sink."""
     ctx, ledger, method = stage.ctx, stage.ledger, stage.ctx.config.spec.method.type
-    stage.loss_on = _loss_on(stage)
+    stage.loss_on = loss_on(stage)
     bad = bad_rows(stage)
     if method is MethodType.CPT:
         require_end_token(stage.model)
     inputs = find_inputs(stage)
     with ExitStack() as stack:
-        found = _renderer(stage) if method is MethodType.SFT else None
-        source, renderer = found or (None, None)
+        found = rendering(stage)
+        renderer = None if found is None else renderer_of(found)
         if renderer is not None:
             stack.callback(renderer.close)
-        too_long = _too_long(stage)
+        too_long = too_long_rows(stage)
         pipeline = Pipeline(stage.model, stage.loss_on, too_long, renderer, ledger, bad, sink, stage.timings)
         for rows in dataset_rows(stage, inputs, bad, select):
             for _ in pipeline.run(rows):
                 ctx.reporter.update(rows_read=ledger.rows_read)
                 ctx.reporter.touch()
-        if renderer is not None and renderer.used:
-            stage.template = source
+        if found is not None and renderer is not None and renderer.used:
+            stage.template = found["source"]
+    judge(stage, bad, too_long, pipeline.taught)
+
+
+def judge(stage: PrepareStage, bad: BadRows, too_long: TooLongRows, taught: Taught) -> None:
+    """Say what all rows came to. Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS."""
     bad.check()
-    _require_taught(stage, pipeline.taught)
+    _require_taught(stage, taught)
     _choose_too_long(stage, too_long)
     choose_formats(stage)
 
@@ -194,7 +199,7 @@ def choose_formats(stage: RowsStage) -> None:
         stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
 
 
-def _loss_on(stage: PrepareStage) -> LossOn:
+def loss_on(stage: PrepareStage) -> LossOn:
     method = stage.ctx.config.spec.method
     if method.type is MethodType.CPT:
         return LossOn.ALL
@@ -237,6 +242,17 @@ def _message_choices(stage: RowsStage) -> tuple[SystemMessages, SameRoleMessages
     )
 
 
+def dataset_choices(stage: RowsStage) -> list[RowChoices]:
+    """Choose how the rows of each dataset are read."""
+    method = stage.ctx.config.spec.method
+    learns_all = method.sft is not None and method.sft.loss_on is LossOn.ALL
+    system_messages, same_role = _message_choices(stage)
+    return [
+        replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all)
+        for dataset in stage.ctx.config.spec.datasets
+    ]
+
+
 def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_role: SameRoleMessages) -> RowChoices:
     columns = dataset.columns.model_dump(exclude_none=True) if dataset.columns else {}
     return RowChoices(
@@ -247,7 +263,8 @@ def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_rol
     )
 
 
-def _too_long(stage: PrepareStage) -> TooLongRows:
+def too_long_rows(stage: PrepareStage) -> TooLongRows:
+    """Choose what becomes of rows that are too long."""
     given, fraction = stage.preprocessing.too_long, stage.preprocessing.max_too_long_fraction
     cpt = stage.ctx.config.spec.method.type is MethodType.CPT
     policy = given or TooLong(defaults.CPT_TOO_LONG if cpt else defaults.SFT_TOO_LONG)
@@ -267,9 +284,11 @@ def _choose_too_long(stage: PrepareStage, too_long: TooLongRows) -> None:
         stage.choices.pick("preprocessing.maxTooLongFraction", spec.max_too_long_fraction, fraction, reason)
 
 
-def _renderer(stage: PrepareStage) -> tuple[str, Renderer] | None:
-    """The chat template and the process that runs it; None when there is no template."""
+def rendering(stage: PrepareStage) -> dict[str, Any] | None:
+    """Return the chat template and how it is used, as plain values; None where there is none, or no conversation."""
     model = stage.model
+    if stage.ctx.config.spec.method.type is MethodType.CPT:
+        return None
     tokens, source = dict(model.special_tokens), model.chat_template
     if stage.preprocessing.chat_template == "plain":
         require_end_token(model)
@@ -278,10 +297,15 @@ def _renderer(stage: PrepareStage) -> tuple[str, Renderer] | None:
         source = plain_template(begins_with_bos=bool(model.tokenizer.prefix_ids) and "bos_token" in tokens)
     if source is None:
         return None
-    now = stage.ctx.config.job.created_at or datetime.now(UTC)
-    ends = Ends(model.stops, model.stops[0] if stage.preprocessing.add_end_token and model.stops else None)
-    accepted = stage.preprocessing.accept_vanishing or ()
-    return source, Renderer(source, tokens, now, ends=ends, learn_all=stage.loss_on is LossOn.ALL, accepted=accepted)
+    return {
+        "source": source,
+        "special_tokens": tokens,
+        "now": (stage.ctx.config.job.created_at or datetime.now(UTC)).isoformat(),
+        "stops": model.stops,
+        "added_end": model.stops[0] if stage.preprocessing.add_end_token and model.stops else None,
+        "learn_all": stage.loss_on is LossOn.ALL,
+        "accepted": sorted(stage.preprocessing.accept_vanishing or ()),
+    }
 
 
 def _require_taught(stage: PrepareStage, taught: Taught) -> None:

@@ -11,9 +11,10 @@ from finetune_api.errors import StageError
 from finetune_api.job import OnBadRow, PreprocessingSpec, TooLong
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
+from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.reading import BadRows, DecodedRows, Select
+from finetune_trainer.data.reading import DecodedRows, Select
 from finetune_trainer.data.rows import Completion, Conversation, Message, Row
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import orjson
 
@@ -23,8 +23,14 @@ _BEAT_ROWS = 256
 _MAX_REASONS = 10
 _MAX_IGNORED_FIELDS = 50
 _MAX_FIELD_NAME = 32
+_CHANGED = b'"action":"change"'  # in a line of decisions; within a text its quotes would be written otherwise
 
-RowPlace = tuple[int, int]  # the index of a file, and the number of a row there
+
+class RowPlace(NamedTuple):
+    """Where a row is: the index of its file, and its number there."""
+
+    file: int
+    number: int
 
 
 @dataclass
@@ -34,6 +40,22 @@ class StageAccount:
     rows_in: int = 0
     rows_out: int = 0
     dropped: int = 0
+
+    def add(self, other: "StageAccount") -> None:
+        """Add what was counted of other rows of the file."""
+        self.rows_in += other.rows_in
+        self.rows_out += other.rows_out
+        self.dropped += other.dropped
+
+
+@dataclass(kw_only=True)
+class FileRows:
+    """What was counted of some rows of one file. bytes_in: of the rows, at least; dropped: rows by reason."""
+
+    rows_in: int
+    bytes_in: int
+    dropped: dict[str, int]
+    stages: dict[str, StageAccount]
 
 
 @dataclass
@@ -56,6 +78,18 @@ class FileAccount:
     held_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
     stages: defaultdict[str, StageAccount] = field(default_factory=lambda: defaultdict(StageAccount))
+
+    @property
+    def rows(self) -> FileRows:
+        """What was counted of its rows so far."""
+        return FileRows(
+            rows_in=self.rows_in, bytes_in=self.bytes_in, dropped=dict(self.dropped), stages=dict(self.stages)
+        )
+
+    @property
+    def most_rows_by_size(self) -> int:
+        """How many rows a file can have at most of which nothing was read."""
+        return self.most_bytes // _LEAST_ROW_BYTES
 
     @property
     def most_good_rows_to_come(self) -> int:
@@ -134,14 +168,33 @@ class Ledger:
 
         Beyond MAX_DECISIONS_BYTES, and as a change beyond MAX_CHANGES_BYTES, it is counted and no longer listed."""
         is_change = action is Action.CHANGE
-        if self._written_bytes >= MAX_DECISIONS_BYTES or (is_change and self._changes_bytes >= MAX_CHANGES_BYTES):
+        if self._is_full(is_change):
             self._unlisted[reason] += 1
             return
+        self._list(file, number, self._line(file, number, stage, action, reason, detail, ref), is_change)
+
+    def _line(self, file: int, number: int, stage: str, action: Action, reason: str, detail: str, ref: str) -> bytes:
         record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
         record |= {name: value for name, value in (("ref", ref), ("detail", detail)) if value}
-        size_bytes = self._decisions.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+    def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002 (of the interface)
+        size_bytes = self._decisions.write(line)
         self._written_bytes += size_bytes
         self._changes_bytes += size_bytes * is_change
+
+    def take_decisions(self, path: Path) -> None:
+        """Add the decisions of a partition, which `PartLedger` wrote, under the same bounds."""
+        with path.open("rb") as file:
+            for line in file:
+                is_change = _CHANGED in line
+                if self._is_full(is_change):
+                    self._unlisted[orjson.loads(line)["reason"]] += 1
+                else:
+                    self._list(0, 0, line, is_change)
+
+    def _is_full(self, is_change: bool) -> bool:
+        return self._written_bytes >= MAX_DECISIONS_BYTES or (is_change and self._changes_bytes >= MAX_CHANGES_BYTES)
 
     def flush(self) -> None:
         """Make decisions so far readable, the last line telling how many rows are not listed."""
@@ -159,6 +212,21 @@ class Ledger:
         self.file_read = file
         if self.rows_read % _BEAT_ROWS == 0:
             self._on_rows(self.rows_read)
+
+    def take(self, file: int, rows: FileRows) -> None:
+        """Add what a partition counted of a file."""
+        account = self.files[file]
+        account.rows_in, account.bytes_in = account.rows_in + rows.rows_in, account.bytes_in + rows.bytes_in
+        account.dropped.update(rows.dropped)
+        for name, stage in rows.stages.items():
+            account.stages[name].add(stage)
+        self.rows_read += rows.rows_in
+        self.file_read = file
+
+    def take_counted(self, counted: Mapping[str, Mapping[str, int]]) -> None:
+        """Add what the stages of a partition told of their rows."""
+        for stage, counts in counted.items():
+            self.counted[stage].update(counts)
 
     def ignore_fields(self, names: Iterable[str], rows: int = 1) -> None:
         """Fields that `rows` rows have, and that are not read. Only names that look like names: a key may be data."""
@@ -188,3 +256,26 @@ class Ledger:
         return [DroppedRows(reason=reason, rows=rows) for reason, rows in shown] + (
             [DroppedRows(reason="other", rows=rest)] if rest else []
         )
+
+
+class PartLedger(Ledger):
+    """The ledger of one partition, whose decisions are written in the order of its rows once they are flushed.
+
+    So decisions.jsonl is the same, however rows are cut into partitions and batches."""
+
+    def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__(path, on_rows)
+        self._held: list[tuple[int, int, bytes]] = []
+
+    def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002
+        self._held.append((file, number, line))
+
+    def _is_full(self, is_change: bool) -> bool:  # noqa: ARG002 (the rows of a partition are bounded)
+        return False
+
+    def flush(self) -> None:
+        """Write what is held."""
+        held, self._held = sorted(self._held, key=lambda each: each[:2]), []
+        for _, _, line in held:
+            self._decisions.write(line)
+        self._decisions.flush()

@@ -4,15 +4,16 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
 import orjson
 
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data import child
-from finetune_trainer.data.files import Decoded, damaged, decoded
+from finetune_trainer.data.files import damaged
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.raw_rows import Cut, RawRow, raw_broken, raw_line
 
 _MODULE = "finetune_trainer.data.parquet_worker"
 MEMORY_BYTES = 2**30  # the child's address space, of which Python and the libraries take a quarter
@@ -56,7 +57,7 @@ class ParquetDecoder:
     ) -> None:
         self._end()
 
-    def rows(self, path: Path, file: str) -> Generator[Decoded]:
+    def rows(self, path: Path, file: str) -> Generator[RawRow]:
         """Yield the rows of a file, each as the line that it would be in a JSONL file.
 
         Of a file without such a column every row comes with the names of its columns. Raises BROKEN_FILE, and
@@ -122,17 +123,11 @@ class ParquetDecoder:
             child.end(process)
 
 
-def _row(number: int, line: bytes) -> Decoded:
+def _row(number: int, line: bytes) -> RawRow:
     if line.startswith(b"!"):
         problem, field, detail = orjson.loads(line[1:])
         broken = Broken(Problem(problem), field, detail)
-        return Decoded(number, broken, MAX_LINE_BYTES if broken.problem is Problem.LINE_TOO_LONG else len(line), 0)
+        return raw_broken(number, broken, MAX_LINE_BYTES if broken.problem is Problem.LINE_TOO_LONG else len(line))
     if line.startswith(b"?"):
-        problems, sound = orjson.loads(line[1:])
-        details = {Problem.WRONG_TYPE: "holds a value that is not JSON"}
-        broken = {name: Broken(Problem(code), name, details.get(Problem(code), "")) for name, code in problems.items()}
-        row = decoded(number, orjson.dumps(sound))
-        if isinstance(row.value, dict):
-            return row._replace(value=cast(dict[str, Any], row.value) | broken)
-        return row
-    return decoded(number, line)
+        return RawRow(number, Cut.COLUMNS, line[1:], len(line))
+    return raw_line(number, line)

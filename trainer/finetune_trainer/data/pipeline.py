@@ -20,11 +20,12 @@ from finetune_api.errors import StageError
 from finetune_api.job import LossOn, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_trainer.data.accounts import Action, Ledger
+from finetune_trainer.data.accounts import Action, Ledger, RowPlace
+from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment, tree_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
-from finetune_trainer.data.reading import BadRows, Checked
+from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
 from finetune_trainer.data.taught import Taught, changes_of, named, refused, stop_is_split
@@ -76,6 +77,17 @@ class Timings:
             self.seconds[stage] += time.monotonic() - begin
 
 
+def template_failed(model: Model, file_uri: str, number: int, problem: str) -> StageError:
+    """Return what a row ends the job with that the chat template refuses."""
+    return StageError(
+        Fault.TEMPLATE_FAILED,
+        uri=place(model.facts.uri),
+        file=place(file_uri),
+        row=number,
+        problem=shortened(problem, 200),
+    )
+
+
 class Sink(Protocol):
     """Takes every row that is not left out, in order."""
 
@@ -106,21 +118,26 @@ class Pipeline:
     sink: Sink
     timings: Timings
     taught: Taught = field(default_factory=Taught)
+    killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
 
     def run(self, rows: Iterator[Checked]) -> Iterator[None]:
         """Take all rows of one dataset; yields whenever some were stored.
 
-        Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, what `refused` names, BROKEN_MODEL, and
-        TokenizerFailedError.
+        What ends the rows is raised once all before it were taken, so that of several errors the first in the order
+        of the rows is told. Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, TEMPLATE_INVALID, what `refused` names,
+        BROKEN_MODEL, and TokenizerFailedError.
         """
         pending: deque[tuple[Batch, Future[list[Rendered | Broken]]]] = deque()
+        until_end = _UntilEnd(rows)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            for batch in self._batches(rows):
+            for batch in self._batches(until_end):
                 pending.append((batch, pool.submit(self._render, batch)))
                 if len(pending) > 1:
                     yield from self._finish(pool, *pending.popleft())
             while pending:
                 yield from self._finish(pool, *pending.popleft())
+        if until_end.error is not None:
+            raise until_end.error
 
     def _batches(self, rows: Iterator[Checked]) -> Iterator[Batch]:
         while True:
@@ -298,6 +315,8 @@ class Pipeline:
         fails_always = self.renderer.fails_always if self.renderer is not None else None
         if broken.problem is Problem.TEMPLATE_FAILED and fails_always is not None:
             raise self._template_invalid(fails_always)
+        if self.renderer is not None and broken.detail == self.renderer.too_much:
+            self.killed.append(RowPlace(item.file, item.number))
         if self.bad.quarantine:
             self.bad.add(item.file, item.number, "render", broken)
         elif broken.problem is Problem.TEMPLATE_FAILED:
@@ -309,13 +328,24 @@ class Pipeline:
         return StageError(Fault.TEMPLATE_INVALID, uri=place(self.model.facts.uri), problem=shortened(problem, 200))
 
     def _template_failed(self, item: Checked, problem: str) -> StageError:
-        return StageError(
-            Fault.TEMPLATE_FAILED,
-            uri=place(self.model.facts.uri),
-            file=place(self.ledger.files[item.file].uri),
-            row=item.number,
-            problem=shortened(problem, 200),
-        )
+        return template_failed(self.model, self.ledger.files[item.file].uri, item.number, problem)
+
+
+class _UntilEnd(Iterator[Checked]):
+    """The rows before what ends them. error: that, if anything did."""
+
+    def __init__(self, rows: Iterator[Checked]) -> None:
+        self._rows = rows
+        self.error: StageError | None = None
+
+    def __next__(self) -> Checked:
+        if self.error is not None:
+            raise StopIteration
+        try:
+            return next(self._rows)
+        except StageError as error:
+            self.error = error
+            raise StopIteration from None
 
 
 def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:

@@ -1,6 +1,7 @@
 """How much of a job's files is read, and how long the rest will take. Pure."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from finetune_trainer.data.accounts import FileAccount
 
@@ -35,11 +36,44 @@ def reading_figures(files: Sequence[FileAccount], current: int, rows: int, secon
     """Return the fields of Progress that tell of reading. current: the file of the last row; seconds: since the first.
 
     The time left is that at the mean speed so far; None before anything is read."""
-    read, total = bytes_read(files, current), sum(each.size_bytes for each in files)
+    return _figures(bytes_read(files, current), sum(each.size_bytes for each in files), rows, seconds)
+
+
+def _figures(
+    read: int, total: int, rows: int, seconds: float, known_bytes: int = 0, known_rows: int = 0
+) -> dict[str, object]:
+    """Return the fields of Progress. known_bytes, known_rows: of earlier attempts, which say nothing of the speed."""
+    new_bytes = read - known_bytes
     return {
         "rows_read": rows,
         "bytes_read": read,
         "bytes_total": total,
-        "rows_per_second": rows / max(1e-9, seconds),
-        "eta_seconds": seconds * (total - read) / read if read else None,
+        "rows_per_second": (rows - known_rows) / max(1e-9, seconds),
+        "eta_seconds": seconds * (total - read) / new_bytes if new_bytes > 0 else None,
     }
+
+
+@dataclass
+class ReadSoFar:
+    """How much of a job's bytes is read where partitions are worked on at once. Never tells less than before."""
+
+    total_bytes: int
+    began_s: float
+    _merged_bytes: int = 0
+    _known_bytes: int = 0
+    _known_rows: int = 0
+    _told_bytes: int = 0
+
+    def add(self, stored_bytes: int, rows: int, *, is_known: bool) -> None:
+        """Add a partition. is_known: whether an earlier attempt had worked on it."""
+        self._merged_bytes += stored_bytes
+        if is_known:
+            self._known_bytes += stored_bytes
+            self._known_rows += rows
+
+    def figures(self, rows: int, in_flight_bytes: int, now_s: float) -> dict[str, object]:
+        """Return the fields of Progress. rows: read so far; in_flight_bytes: read of partitions that are worked on."""
+        read = max(self._told_bytes, self._merged_bytes + in_flight_bytes)
+        self._told_bytes = min(read, self.total_bytes)
+        seconds = now_s - self.began_s
+        return _figures(self._told_bytes, self.total_bytes, rows, seconds, self._known_bytes, self._known_rows)

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune_api.data_files import MAX_UNPACKED_BYTES
-from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, MethodType
-from finetune_api.reasons import Fault
-from finetune_api.redact import shortened
-from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
+from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.kinds import content_hash
 from finetune_trainer.data.listing import Inputs
-from finetune_trainer.data.problems import Broken, place
+from finetune_trainer.data.problems import Broken
+from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
@@ -31,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _PEEK_ROWS = 1000
 _PEEK_BYTES = 32 * 2**20
-_MAX_BROKEN = 1000
-_MAX_ROWS_AFTER_BROKEN = 100_000  # how far a failing job counts on: a few seconds
 
 
 DecodedRows = Iterator[tuple[int, files.Decoded]]  # each with the index of its file
@@ -54,68 +50,6 @@ class Checked(NamedTuple):
     held_bytes: int
 
 
-class BadRows:
-    """Broken rows are put aside and counted, or end the job."""
-
-    def __init__(self, ledger: Ledger, quarantine: bool, max_broken_fraction: float) -> None:
-        self._ledger = ledger
-        self.quarantine = quarantine
-        self._max_fraction = max_broken_fraction
-        self._first: tuple[str, int, Broken] | None = None
-        self._first_at = 0
-        self._count = 0
-
-    def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
-        """Row `number` of a file is broken.
-
-        Raises BROKEN_ROW once more are than will be allowed, were all rows that are still to come good."""
-        self._ledger.drop(file, number, stage, broken.problem, broken.field)
-        self._count += 1
-        if self._first is None:
-            self._first = (self._ledger.files[file].uri, number, broken)
-            self._first_at = self._ledger.rows_read
-        if self.quarantine and self._count % _MAX_BROKEN == 0:
-            most_rows = self._ledger.rows_read + sum(each.most_good_rows_to_come for each in self._ledger.files)
-            if self._count > self._max_fraction * most_rows:
-                raise self.error()
-
-    @property
-    def failing(self) -> bool:
-        return self._first is not None and not self.quarantine
-
-    @property
-    def counted_enough(self) -> bool:
-        """Whether a failing job has read on far enough to say how many rows are broken."""
-        return self._count >= _MAX_BROKEN or self._ledger.rows_read - self._first_at >= _MAX_ROWS_AFTER_BROKEN
-
-    def check(self) -> None:
-        """Raises BROKEN_ROW when more rows are broken than allowed."""
-        allowed = self._max_fraction * self._ledger.rows_read if self.quarantine else 0
-        if self._count > allowed:
-            raise self.error()
-
-    def error(self) -> StageError:
-        """The first broken row, and how many there are. There must be one."""
-        assert self._first is not None
-        file, number, broken = self._first
-        return StageError(
-            Fault.BROKEN_ROW,
-            file=place(file),
-            row=number,
-            field=f", field {shortened(broken.field, 200)}" if broken.field else "",
-            problem=shortened(broken.words, MAX_ARG_CHARS),
-            broken=self._count,
-            rows=self._ledger.rows_read,
-            remedy=self._remedy(),
-        )
-
-    def _remedy(self) -> str:
-        """Return how to go on without the broken rows."""
-        if not self.quarantine:
-            return "go on without them by preprocessing.onBadRow: Quarantine and preprocessing.maxBrokenFraction"
-        return f"raise preprocessing.maxBrokenFraction, which allows {self._max_fraction:g} of all rows"
-
-
 def checked_rows(
     store: Store,
     ledger: Ledger,
@@ -134,32 +68,50 @@ def checked_rows(
 
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
-    unread = METADATA.union(choices.ignored).difference(choices.columns)
-    with closing(_decoded_rows(store, ledger, inputs, unread, work_dir)) as decoded:
-        yield from _checked(ledger, bad, decoded, given, method, choices, formats, select)
+    with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir).rows()) as rows:
+        peeked = list(peek(rows))
+        data_format = given or detect_format(ledger, peeked, method, choices)
+        if data_format is None:
+            _count_broken(ledger, bad, peeked, method, choices)
+            raise bad.error()
+        formats.append(data_format)
+        decoded = ((file, decode_row(row)) for file, row in chain(_given_away(peeked), rows))
+        yield from valid_rows(ledger, bad, select(decoded), data_format, choices)
 
 
-def _checked(
-    ledger: Ledger,
-    bad: BadRows,
-    decoded: DecodedRows,
-    given: DatasetFormat | None,
-    method: MethodType,
-    choices: RowChoices,
-    formats: list[DatasetFormat],
-    select: Select,
-) -> Iterator[Checked]:
-    peeked: list[tuple[int, files.Decoded]] = []
+def unread_columns(choices: RowChoices) -> Collection[str]:
+    """Return the names of columns that are passed over."""
+    return METADATA.union(choices.ignored).difference(choices.columns)
+
+
+def peek(rows: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
+    """Yield the first rows, by which a dataset's format is told."""
     peeked_bytes = 0
-    for item in decoded:
-        peeked.append(item)
-        peeked_bytes += item[1].held_bytes
-        if len(peeked) >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
-            break
+    for count, item in enumerate(rows, 1):
+        yield item
+        peeked_bytes += decode_row(item.row).held_bytes
+        if count >= _PEEK_ROWS or peeked_bytes >= _PEEK_BYTES:
+            return
+
+
+def _count_broken(
+    ledger: Ledger, bad: BadRows, peeked: list[PlacedRow], method: MethodType, choices: RowChoices
+) -> None:
+    """Count the first rows of a dataset, none of which is an object."""
+    for file, row in peeked:
+        item = decode_row(row)
+        ledger.count(file, item.size_bytes)
+        broken = _check(item.value, detect.FORMATS[method][0], choices)
+        assert isinstance(broken, Broken)
+        bad.add(file, item.number, "read", broken)
+
+
+def valid_rows(
+    ledger: Ledger, bad: BadRows, rows: DecodedRows, data_format: DatasetFormat, choices: RowChoices
+) -> Iterator[Checked]:
+    """Yield the valid rows and count all. Raises BROKEN_ROW."""
     of_tables = replace(choices, nulls_are_absent=True)
-    data_format = given or _detect(ledger, bad, peeked, method, choices)
-    formats.append(data_format)
-    for file, (number, value, size_bytes, held_bytes) in select(chain(_given_away(peeked), decoded)):
+    for file, (number, value, size_bytes, held_bytes) in rows:
         ledger.count(file, size_bytes)
         checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
@@ -185,71 +137,71 @@ def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tu
     return hashed if isinstance(hashed, Broken) else (found, hashed)
 
 
-def _detect(
-    ledger: Ledger,
-    bad: BadRows,
-    peeked: list[tuple[int, files.Decoded]],
-    method: MethodType,
-    choices: RowChoices,
-) -> DatasetFormat:
-    """The dataset's format; when no row is an object, what is wrong with the first."""
+def detect_format(
+    ledger: Ledger, peeked: list[PlacedRow], method: MethodType, choices: RowChoices
+) -> DatasetFormat | None:
+    """Return the dataset's format; None when no row is an object. Raises WRONG_FORMAT."""
     if not peeked:
         return detect.FORMATS[method][0]  # no rows, so it does not matter
-    if not any(isinstance(item.value, dict) for _, item in peeked):
-        for file, item in peeked:
-            ledger.count(file, item.size_bytes)
-            broken = _check(item.value, detect.FORMATS[method][0], choices)
-            assert isinstance(broken, Broken)
-            bad.add(file, item.number, "read", broken)
-        raise bad.error()
-    rows = [(ledger.files[file].uri, item.number, item.value) for file, item in peeked]
-    return detect.detect(rows, method, choices)
+    rows = [(file, decode_row(row)) for file, row in peeked]
+    if not any(isinstance(item.value, dict) for _, item in rows):
+        return None
+    return detect.detect([(ledger.files[file].uri, item.number, item.value) for file, item in rows], method, choices)
 
 
-def _decoded_rows(
-    store: Store, ledger: Ledger, inputs: Inputs, unread: Collection[str], work_dir: Path
-) -> Generator[tuple[int, files.Decoded]]:
-    """Rows of the files in order, each file at one version. Only Parquet, which needs seeking, goes to disk."""
-    with parquet.ParquetDecoder(unread) as decoder:
-        for index, kind in zip(inputs.files, inputs.kinds, strict=True):
-            account = ledger.files[index]
-            size_bytes = 0
-            if kind.notation is Notation.PARQUET:
-                rows = _parquet_rows(store, ledger, account, decoder, work_dir / "input.parquet")
-            else:
-                rows = _text_rows(store, account, kind)
-            for item in rows:
-                size_bytes += item.size_bytes
-                yield index, item
-            account.most_bytes = size_bytes
+class RawReader:
+    """Reads the files of a dataset in order, each at one version. Only Parquet, which needs seeking, goes to disk.
+
+    unread: names of columns that are passed over."""
+
+    def __init__(self, store: Store, ledger: Ledger, inputs: Inputs, unread: Collection[str], work_dir: Path) -> None:
+        self._store, self._ledger, self._inputs = store, ledger, inputs
+        self._unread, self._path = unread, work_dir / "input.parquet"
+        self.row_bytes = 0  # of the rows so far, unpacked
+        self._whole_bytes = 0  # of the files that are read to their end
+        self._within: Callable[[], float] = lambda: 0.0
+
+    @property
+    def stored_bytes(self) -> int:
+        """How much of the files, as they lie in the bucket, was read so far."""
+        return self._whole_bytes + int(self._within())
+
+    def rows(self) -> Generator[PlacedRow]:
+        """Yield the rows, each with the index of its file."""
+        with parquet.ParquetDecoder(self._unread) as decoder:
+            for index, kind in zip(self._inputs.files, self._inputs.kinds, strict=True):
+                account = self._ledger.files[index]
+                is_parquet = kind.notation is Notation.PARQUET
+                for row in self._parquet(account, decoder) if is_parquet else self._text(account, kind):
+                    self.row_bytes += row.size_bytes
+                    yield PlacedRow(index, row)
+                self._whole_bytes, self._within = self._whole_bytes + account.size_bytes, lambda: 0.0
+
+    def _parquet(self, account: FileAccount, decoder: parquet.ParquetDecoder) -> Iterator[RawRow]:
+        account.sha256 = self._store.download(account.uri, self._path)
+        account.size_bytes = self._path.stat().st_size
+        rows = 0
+        self._within = lambda: account.size_bytes * rows / max(1, decoder.facts.rows)
+        for item in decoder.rows(self._path, account.uri):
+            account.most_rows = decoder.facts.rows
+            rows += 1
+            yield item
+        if rows:
+            self._ledger.ignore_fields([name for name in decoder.facts.names if name in decoder.unread], rows)
+        self._path.unlink()
+
+    def _text(self, account: FileAccount, kind: FileKind) -> Iterator[RawRow]:
+        with self._store.open(account.uri) as stream:
+            reader = files.HashingReader(stream)
+            self._within = lambda: reader.size_bytes
+            chunks = iter(reader)
+            if kind.packing is not Packing.NONE:
+                chunks = unpacked(chunks, kind.packing, account.uri, MAX_UNPACKED_BYTES)
+            yield from text_rows(chunks, kind.notation, account.uri)
+            account.sha256, account.size_bytes = reader.digest, reader.size_bytes
 
 
-def _parquet_rows(
-    store: Store, ledger: Ledger, account: FileAccount, decoder: parquet.ParquetDecoder, path: Path
-) -> Iterator[files.Decoded]:
-    account.sha256 = store.download(account.uri, path)
-    account.size_bytes = path.stat().st_size
-    rows = 0
-    for item in decoder.rows(path, account.uri):
-        account.most_rows = decoder.facts.rows
-        rows += 1
-        yield item
-    if rows:
-        ledger.ignore_fields([name for name in decoder.facts.names if name in decoder.unread], rows)
-    path.unlink()
-
-
-def _text_rows(store: Store, account: FileAccount, kind: FileKind) -> Iterator[files.Decoded]:
-    with store.open(account.uri) as stream:
-        reader = files.HashingReader(stream)
-        chunks = iter(reader)
-        if kind.packing is not Packing.NONE:
-            chunks = unpacked(chunks, kind.packing, account.uri, MAX_UNPACKED_BYTES)
-        yield from text_rows(chunks, kind.notation, account.uri)
-        account.sha256, account.size_bytes = reader.digest, reader.size_bytes
-
-
-def _given_away(items: list[tuple[int, files.Decoded]]) -> DecodedRows:
+def _given_away(items: list[PlacedRow]) -> Iterator[PlacedRow]:
     """Yield the items and hold none that was taken: they may be large."""
     items.reverse()
     while items:

@@ -14,7 +14,7 @@ from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.sequences import RenderedSequence
 from finetune_trainer.data.stops import Ends
 
-_MAX_KILLED = 5
+MAX_KILLED = 5
 
 # What a template may take in all. The first part bounds what a bad one costs; the rest is a few times what the
 # longest conversations need with the slowest templates of published models.
@@ -104,21 +104,21 @@ class Renderer:
             "row_cpu_s": row_cpu_s,
         }
         self._row_cpu_s = row_cpu_s
-        self._too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
+        self.too_much = f"it took more than {row_cpu_s} s of CPU or {MEMORY_BYTES // 2**20} MiB"
         self.fails_always: str | None = None  # how it fails on any conversation; known once something was rendered
-        self._killed = 0  # rows that the child died of
+        self.begin()
         self._spent = Spent()
         self._child: child.Process | None = None
 
-    @property
-    def used(self) -> bool:
-        """Whether anything was rendered."""
-        return self._child is not None
+    def begin(self) -> None:
+        """Begin with a partition, of which nothing is rendered yet."""
+        self.used = False  # whether anything was rendered
+        self.killed = 0  # rows that the child died of
 
     def _start(self) -> child.Process:
         process = child.start("finetune_trainer.data.render_worker")
         reply = _ask(process, orjson.dumps(self._setup))
-        problem = self._too_much if reply is None else reply["problem"]
+        problem = self.too_much if reply is None else reply["problem"]
         if problem is not None:
             child.end(process)
             raise TemplateInvalidError(problem)
@@ -131,6 +131,7 @@ class Renderer:
 
         A row that kills the child is found by rendering one by one. Raises TemplateInvalidError when the template
         cannot be compiled, when too many rows kill the child, and when it takes too much for all rows so far."""
+        self.used = True
         results = self._try(rows)
         if results is not None:
             return results
@@ -148,11 +149,11 @@ class Renderer:
         results = self._try([row])
         if results is not None:
             return results[0]
-        self._killed += 1
+        self.killed += 1
         self._spent.cpu_s += self._row_cpu_s
-        if self._killed > _MAX_KILLED:
-            raise TemplateInvalidError(f"{self._too_much}, as {_MAX_KILLED} rows before it", index)
-        return Broken(Problem.TEMPLATE_FAILED, detail=self._too_much)
+        if self.killed > MAX_KILLED:
+            raise TemplateInvalidError(f"{self.too_much}, as {MAX_KILLED} rows before it", index)
+        return Broken(Problem.TEMPLATE_FAILED, detail=self.too_much)
 
     def _try(self, rows: list[Conversation]) -> list[Rendered | Broken] | None:
         """The child's reply, or None when it died; then there is a new one."""

@@ -34,15 +34,17 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
                 "rows_used": account.used,
                 "rows_held_out": account.held_out,
                 "dropped": dict(sorted(account.dropped.items())),
-                "dropped_by_stage": {name: stage.dropped for name, stage in account.stages.items() if stage.dropped},
+                "dropped_by_stage": {
+                    name: stage.dropped for name, stage in sorted(account.stages.items()) if stage.dropped
+                },
             }
             for account in ledger.files
         ],
         "ignored_files": list(ignored[:_MAX_IGNORED]),
         "ignored_files_total": len(ignored),
         "changed": dict(sorted(ledger.changes.items())),
-        "counted": {stage: dict(sorted(counts.items())) for stage, counts in ledger.counted.items()},
-        "ignored_fields": dict(ledger.ignored_fields.most_common()),
+        "counted": {stage: dict(sorted(counts.items())) for stage, counts in sorted(ledger.counted.items())},
+        "ignored_fields": dict(sorted(ledger.ignored_fields.items(), key=lambda item: (-item[1], item[0]))),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}
             for stage, spent in seconds.items()

@@ -34,7 +34,7 @@ class SpecialWords:
         for words in texts(row).values():
             if any(begin in words for begin in self._begins):
                 found.update(self._any.findall(words))
-        self.rows.update(found)
+        self.rows.update(sorted(found))
 
     @property
     def report(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ Memory: a few MiB of buffers, and about 100 bytes per row while dividing.
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ EXAMPLE = np.dtype(
 )
 _SEGMENT = np.dtype([("length", "<u4"), ("parent", "<u4")])
 _COPY_BYTES = 2**20
-_FILES = ("tokens", "labels", "segments", "rows", "examples")
+FILES = ("tokens", "labels", "segments", "rows", "examples")
 
 
 class Spool:
@@ -52,7 +53,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._files = {name: (folder / name).open("wb") for name in _FILES}
+        self._files = {name: (folder / name).open("wb") for name in FILES}
 
     def __enter__(self) -> Self:
         return self
@@ -62,6 +63,17 @@ class Spool:
     ) -> None:
         for file in self._files.values():
             file.close()
+
+    def take(self, part: Path, first_file: int) -> None:
+        """Add the rows of a partition that another spool wrote. first_file: what its file 0 is here."""
+        for name, file in self._files.items():
+            if name == "rows":
+                rows = np.fromfile(part / name, dtype=ROW)
+                rows["file"] += first_file
+                file.write(rows.tobytes())
+                continue
+            with (part / name).open("rb") as source:
+                shutil.copyfileobj(source, file, _COPY_BYTES)
 
     def append(
         self,

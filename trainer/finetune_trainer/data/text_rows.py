@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator
 
+import orjson
+
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.csv_rows import csv_rows
 from finetune_trainer.data.file_kinds import Notation
-from finetune_trainer.data.files import Decoded, decoded, lines
+from finetune_trainer.data.files import lines
 from finetune_trainer.data.json_values import Way, values, way_of
 from finetune_trainer.data.problems import Broken
+from finetune_trainer.data.raw_rows import Cut, RawRow, raw_broken, raw_line
 
 
-def text_rows(chunks: Iterator[bytes], notation: Notation, file: str) -> Iterator[Decoded]:
-    """Yield the rows of a stream of text, each with its number: its line in JSON Lines, else its place among the rows.
+def text_rows(chunks: Iterator[bytes], notation: Notation, file: str) -> Iterator[RawRow]:
+    """Yield the rows of a stream of text, not decoded yet.
+
+    Each comes with its number: its line in JSON Lines, else its place among the rows.
 
     Raises BROKEN_FILE with the row from which on the file cannot be read."""
     number = 0
@@ -27,10 +31,14 @@ def text_rows(chunks: Iterator[bytes], notation: Notation, file: str) -> Iterato
         raise
 
 
-def _rows(chunks: Iterator[bytes], notation: Notation, file: str) -> Iterator[Decoded]:
+def _rows(chunks: Iterator[bytes], notation: Notation, file: str) -> Iterator[RawRow]:
     if notation in (Notation.CSV, Notation.TSV):
-        yield from csv_rows(chunks, notation, file)
+        for number, value, size_bytes, held_bytes in csv_rows(chunks, notation, file):
+            if isinstance(value, Broken):
+                yield raw_broken(number, value, size_bytes)
+            else:
+                yield RawRow(number, Cut.CELLS, orjson.dumps([value, held_bytes]), size_bytes)
         return
     way, chunks = way_of(chunks, notation)
     for number, row in lines(chunks) if way is Way.LINES else values(chunks, way, file):
-        yield Decoded(number, row, MAX_LINE_BYTES, 0) if isinstance(row, Broken) else decoded(number, row)
+        yield raw_broken(number, row) if isinstance(row, Broken) else raw_line(number, row)

@@ -77,6 +77,14 @@ class Tokenizer:
         # (vocabulary,) whether a token contains a newline: where a text is best split
         self.breaks: npt.NDArray[np.bool_] = np.frombuffer(breaks, dtype=np.bool_)
 
+    @property
+    def restartable(self) -> tuple[dict[str, Any], bytes]:
+        """What another process starts the same tokenizer with: names of arguments, and tokenizer.json."""
+        slow_reason = self.choice.reason if self._setup["fast_after"] is None else None
+        return {"eos_token": self._setup["eos_token"], "eos_id": self._setup["eos_id"], "slow_reason": slow_reason}, (
+            self._content
+        )
+
     def close(self) -> None:
         """End the process; nothing can be asked of it then."""
         self._close()

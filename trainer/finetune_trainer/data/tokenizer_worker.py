@@ -102,6 +102,7 @@ def _encoded(rows: RowTokenizer, request: dict[str, Any]) -> list[Tokens]:
 def _reply(replies: IO[bytes], rows: RowTokenizer, request: dict[str, Any]) -> None:
     """Write the tokens of a request's texts: their numbers, and ids and labels of all, one after another."""
     found: list[Tokens] = []
+    rows.stop_ids.clear()  # told are those of this request
     try:
         found = _encoded(rows, request)
         _require_measured(request["texts"], [each.ids for each in found])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,14 +47,22 @@ class SequenceLimit:
                 return "raise resources.memory, or write preprocessing.maxSequenceLength"
 
 
+class LongRow(NamedTuple):
+    """A row with more tokens than a sequence may have."""
+
+    file: int
+    number: int
+    tokens: int
+
+
 class TooLongRows:
     """Counts and reports rows that are too long. max_fraction: of all rows that are read."""
 
     def __init__(self, policy: TooLong, limit: SequenceLimit, max_fraction: float, ledger: Ledger) -> None:
         self.policy, self.limit = policy, limit
         self._max_fraction, self._ledger = max_fraction, ledger
-        self._first: tuple[int, int, int] | None = None
-        self.dropped = self._longest = 0
+        self.first: LongRow | None = None
+        self.dropped = self.longest = 0
         self.met = False  # whether any row was too long
 
     def drop(self, file: int, number: int, tokens: int) -> None:
@@ -62,10 +71,19 @@ class TooLongRows:
         Raises TOO_MANY_LONG_ROWS where the policy is to fail."""
         self._ledger.drop(file, number, "length", Drop.TOO_LONG, f"{tokens} tokens")
         self.met = True
-        self._first = self._first or (file, number, tokens)
+        self.first = self.first or LongRow(file, number, tokens)
         self.dropped += 1
-        self._longest = max(self._longest, tokens)
-        if self.policy is TooLong.FAIL:
+        self.longest = max(self.longest, tokens)
+        self.check_none()
+
+    def take(self, first: LongRow | None, dropped: int, longest: int, met: bool) -> None:
+        """Add the rows of a partition that are too long."""
+        self.first = self.first or first
+        self.dropped, self.longest, self.met = self.dropped + dropped, max(self.longest, longest), self.met or met
+
+    def check_none(self) -> None:
+        """Raises TOO_MANY_LONG_ROWS where a row was left out and the policy is to fail."""
+        if self.policy is TooLong.FAIL and self.dropped:
             raise self._error("or write preprocessing.tooLong: Truncate or Drop")
 
     def changed(self, file: int, number: int, detail: str) -> None:
@@ -87,8 +105,8 @@ class TooLongRows:
             raise self._error(f"{shorter}or {more}")
 
     def _error(self, remedy: str) -> StageError:
-        assert self._first is not None
-        file, number, tokens = self._first
+        assert self.first is not None
+        file, number, tokens = self.first
         return StageError(
             Fault.TOO_MANY_LONG_ROWS,
             file=place(self._ledger.files[file].uri),
@@ -98,7 +116,7 @@ class TooLongRows:
             source=self.limit.source,
             dropped=self.dropped,
             rows=self._ledger.rows_read,
-            longest=self._longest,
+            longest=self.longest,
             remedy=f"{self.limit.remedy}, {remedy}",
         )
 

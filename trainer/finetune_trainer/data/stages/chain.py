@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 
+from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec
-from finetune_trainer.data.accounts import Action, Ledger
+from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.data.stages.unanswered import UNANSWERED
@@ -42,18 +43,25 @@ def _through_one(stage: Stage, batch: list[Checked], ledger: Ledger) -> list[Che
     return passed
 
 
-def _place(item: Checked) -> tuple[int, int]:
-    return item.file, item.number
+def _place(item: Checked) -> RowPlace:
+    return RowPlace(item.file, item.number)
 
 
 def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
+    """Yield the rows in batches; what ends them is raised behind those that came before it."""
     batch: list[Checked] = []
     held_bytes = 0
-    for item in rows:
-        batch.append(item)
-        held_bytes += item.held_bytes
-        if len(batch) >= _MAX_ROWS or held_bytes >= _MAX_BYTES:
-            yield batch
-            batch, held_bytes = [], 0
+    error: StageError | None = None
+    try:
+        for item in rows:
+            batch.append(item)
+            held_bytes += item.held_bytes
+            if len(batch) >= _MAX_ROWS or held_bytes >= _MAX_BYTES:
+                yield batch
+                batch, held_bytes = [], 0
+    except StageError as caught:
+        error = caught
     if batch:
         yield batch
+    if error is not None:
+        raise error

@@ -1,0 +1,352 @@
+"""Prepare in partitions: what comes out is the same, however rows are cut and however many processes work on them."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_run import CHATML, GIB, chat, chats, context, jsonl, put, write_model
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_api.run import Progress, RunResources
+from finetune_trainer import kept_partitions, prepare
+from finetune_trainer.data import partitions, worker_pool
+from finetune_trainer.serve import Reporter
+
+BROKEN = b"not json\n" + jsonl([{"messages": [{"role": "user", "content": "no answer"}]}])
+QUARANTINE = {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}
+LONG = [chat("long " * 400, "short"), chat("why? " * 150, "so", "again " * 200, "end")]
+TEXTS = [{"text": f"{i} is a number.\n" * (1 + i % 90)} for i in range(200)]
+PAIRS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "weight": 1 + i % 3} for i in range(300)]
+
+
+def chat_files(folder: Path) -> None:
+    rows = jsonl(chats(150)) + BROKEN + jsonl(chats(150, 140)) + jsonl(LONG) + jsonl(chats(50, 1000))
+    put(folder, a_jsonl=rows, b_jsonl=jsonl(chats(20, 5)))
+
+
+def mixed_files(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(chats(200))))
+    pq.write_table(pa.Table.from_pylist(chats(150, 100)), folder / "data" / "b.parquet")
+    (folder / "data" / "c.json").write_text(json.dumps(chats(100, 400)))
+
+
+def text_files(folder: Path) -> None:
+    put(folder, a_jsonl=jsonl(TEXTS))
+
+
+def pair_files(folder: Path) -> None:
+    lines = "".join(f'"{row["prompt"]}","{row["completion"]}",{row["weight"]}\n' for row in PAIRS)
+    put(folder, a_jsonl=jsonl(PAIRS), b_csv=("prompt,completion,weight\n" + lines).encode())
+
+
+def datasets(folder: Path, *names: str) -> list[dict[str, Any]]:
+    return [{"uri": (folder / "data" / name).as_uri(), "weight": 1 + i} for i, name in enumerate(names)]
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
+    "chat, quarantined, dropped": (chat_files, {"preprocessing": {**QUARANTINE, "maxTooLongFraction": 0.5}}, []),
+    "chat, truncated": (chat_files, {"preprocessing": {**QUARANTINE, "tooLong": "Truncate"}}, []),
+    "text, split": (text_files, {"method": {"type": "CPT"}}, []),
+    "completions with weights": (pair_files, {}, []),
+    "gz, Parquet and a list, with weights": (mixed_files, {}, ["a.jsonl.gz", "b.parquet", "c.json"]),
+}
+SMALL, LARGE = 8_000, 30_000
+
+
+def left(folder: Path) -> dict[str, str]:
+    """Digests of the arrays, the decisions and the counts of the report, by name."""
+    job = folder / "out" / "bot-1a2b3" / ".job"
+    files = [path for path in sorted(job.rglob("*")) if path.is_file() and path.name != "report.json"]
+    found = {str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    report = json.loads((job / "report.json").read_bytes())
+    del report["stages"]
+    report.pop("kept_rows", None)
+    return found | {"report": json.dumps(report)}
+
+
+def run(
+    folder: Path, spec: dict[str, Any], workers: int, attempt: int = 1, born: datetime | None = None
+) -> prepare.RunResult:
+    ctx = context(folder, spec, attempt)
+    granted = RunResources(cpu_count=workers, memory_bytes=64 * GIB, disk_bytes=10 * GIB, gpus=0)
+    job = ctx.config.job.model_copy(update={"created_at": born})
+    config = ctx.config.model_copy(update={"prepare_resources": granted, "job": job})
+    return prepare.run(replace(ctx, config=config))
+
+
+def four_cores(process: int) -> set[int]:
+    return set(range(4))
+
+
+@pytest.fixture
+def sized(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let so many cores be usable, and partitions have so many bytes."""
+
+    def size(size_bytes: int) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", four_cores)
+        monkeypatch.setattr(partitions, "MIN_PARTITION_BYTES", size_bytes)
+        monkeypatch.setattr(partitions, "MAX_PARTITION_BYTES", size_bytes)
+
+    return size
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_prepared_does_not_depend_on_workers_or_partitions(case: str, tmp_path: Path, sized: Any) -> None:
+    files, spec, names = CASES[case]
+    files(tmp_path)
+    spec = {**spec, "datasets": datasets(tmp_path, *names)} if names else spec
+    sized(64 * 2**20)
+    run(tmp_path, spec, 1)
+    whole = left(tmp_path)
+    for workers, size_bytes in ((1, SMALL), (2, SMALL), (4, LARGE)):
+        sized(size_bytes)
+        run(tmp_path, spec, workers)
+        assert left(tmp_path) == whole, f"{workers} workers, {size_bytes} bytes"
+
+
+def refuse(word: str) -> str:
+    return (
+        "{% for m in messages %}{% if '" + word + "' in m.content %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "fault", "row"),
+    [
+        (jsonl(chats(90)) + jsonl([chat("refused", "a")]) + jsonl(chats(20)) + b"1\n", Fault.TEMPLATE_FAILED, 91),
+        (jsonl(chats(90)) + b"1\n" + jsonl([chat("refused", "a")]), Fault.BROKEN_ROW, 91),
+        (jsonl(chats(200)) + b"1\n" + jsonl(chats(100)) + b"2\n" + jsonl(chats(100)), Fault.BROKEN_ROW, 201),
+        (jsonl(chats(300)) + jsonl(LONG[:1]) + jsonl(chats(100)), Fault.TOO_MANY_LONG_ROWS, 301),
+    ],
+)
+def test_the_first_row_in_order_is_named_however_many_workers_there_are(
+    content: bytes, fault: Fault, row: int, tmp_path: Path, sized: Any
+) -> None:
+    write_model(tmp_path / "model", template=refuse("refused") + CHATML)
+    put(tmp_path, a_jsonl=content)
+    found: list[str] = []
+    for workers, size_bytes in ((1, 64 * 2**20), (1, SMALL), (2, SMALL), (4, LARGE)):
+        sized(size_bytes)
+        with pytest.raises(StageError) as raised:
+            run(tmp_path, {"preprocessing": {"tooLong": "Fail"}}, workers)
+        assert (raised.value.fault, raised.value.args_by_name["row"]) == (fault, row)
+        found.append(str(raised.value))
+    if fault is not Fault.TOO_MANY_LONG_ROWS:  # which tells the rows that were read by then
+        assert len(set(found)) == 1, "in the same words, with the same numbers of rows"
+
+
+def test_a_file_that_breaks_off_soon_behind_a_broken_row_is_told_however_many_workers_there_are(
+    tmp_path: Path, sized: Any
+) -> None:
+    rows = jsonl(chats(100)) + b"1\n" + jsonl(chats(600))
+    put(tmp_path, a_jsonl_gz=gzip.compress(rows)[:-20], b_jsonl=b"1\n")
+    found: set[str] = set()
+    for workers, size_bytes in ((1, 64 * 2**20), (1, SMALL), (2, SMALL), (4, LARGE)):
+        sized(size_bytes)
+        with pytest.raises(StageError) as raised:
+            run(tmp_path, {}, workers)
+        assert raised.value.fault is Fault.BROKEN_FILE
+        found.add(str(raised.value))
+    assert len(found) == 1
+
+
+def test_too_many_broken_rows_end_the_job_at_the_same_row_however_many_workers_there_are(
+    tmp_path: Path, sized: Any
+) -> None:
+    refused = jsonl([chat("refused", "a")]) * 800
+    broken = b"1\n" * 800
+    write_model(tmp_path / "model", template=refuse("refused") + CHATML)
+    put(tmp_path, a_jsonl=jsonl(chats(300)) + broken + refused, b_jsonl=broken * 4)
+    found: list[object] = []
+    for workers, size_bytes in ((1, 64 * 2**20), (1, SMALL), (2, SMALL), (4, LARGE)):
+        sized(size_bytes)
+        with pytest.raises(StageError) as raised:
+            run(tmp_path, {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}, workers)
+        report = report_of(tmp_path)
+        decisions = (tmp_path / "out" / "bot-1a2b3" / ".job" / "decisions.jsonl").read_bytes()
+        told = raised.value.args_by_name
+        assert (report["rows_in"], sum(report["dropped"].values())) == (told["rows"], told["broken"])
+        found.append((told, decisions))
+    assert found[0] == found[1] == found[2] == found[3]
+    assert 1000 <= int(told["broken"]) < 4800, "not all rows are read in vain"
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"), [(signal.SIGKILL, MemoryError), (signal.SIGSEGV, RuntimeError), (signal.SIGSTOP, RuntimeError)]
+)
+def test_a_worker_that_is_killed_or_says_nothing_ends_the_attempt_and_no_process_is_left(
+    sent: signal.Signals, error: type[Exception], tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(600)))
+    sized(SMALL)
+    before = below(os.getpid())
+    begin = worker_pool.Worker.begin
+
+    def signalled(self: Any, job: Any) -> None:
+        begin(self, job)
+        self.process.send_signal(sent)
+
+    monkeypatch.setattr(worker_pool, "SILENCE_S", 1.0)
+    monkeypatch.setattr(worker_pool.Worker, "begin", signalled)
+    with pytest.raises(error, match="partition_worker"):
+        run(tmp_path, {}, 2)
+    gone(below(os.getpid()) - before)
+
+
+SCRIPT = """
+import sys, pathlib
+sys.path[:0] = [{support!r}]
+import test_prepare_partitions as tests
+from finetune_trainer.data import partitions
+from finetune_trainer import kept_partitions
+partitions.MIN_PARTITION_BYTES = partitions.MAX_PARTITION_BYTES = tests.SMALL
+keep = kept_partitions.KeptPartitions.keep
+kept = []
+def told(self, *given):
+    keep(self, *given)
+    kept.append(1)
+    if len(kept) == 3:
+        print("kept", flush=True)
+        sys.stdin.read()
+kept_partitions.KeptPartitions.keep = told
+tests.run(pathlib.Path({folder!r}), tests.STARTED, {workers})
+"""
+STARTED: dict[str, Any] = {"method": {"type": "CPT"}}
+
+
+def killed_in_the_middle(folder: Path, workers: int) -> set[int]:
+    """Prepare in a process of its own, kill it once three partitions are kept; return its children."""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")])
+    script = SCRIPT.format(support=str(Path(__file__).parent), folder=str(folder), workers=workers)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([paths, os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "kept\n"
+    children = below(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return children
+
+
+def gone(processes: set[int]) -> None:
+    """Wait until none of the processes is there any more."""
+    deadline_s = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline_s:
+        os.sched_yield()
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()], "children end with their parents"
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "bot-1a2b3" / ".job" / "report.json").read_bytes())
+
+
+def below(pid: int) -> set[int]:
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            found |= {child} | below(child)
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_prepare_that_is_killed_goes_on_where_it_was(workers: int, tmp_path: Path, sized: Any) -> None:
+    text_files(tmp_path)
+    write_model(tmp_path / "model")
+    sized(SMALL)
+    run(tmp_path, STARTED, 1)
+    whole = left(tmp_path)
+    gone(killed_in_the_middle(tmp_path, workers))
+    run(tmp_path, STARTED, 2, attempt=2)
+    report = report_of(tmp_path)
+    assert 0 < report["kept_rows"] < report["rows_in"]
+    assert left(tmp_path) == whole, "and its parts are gone"
+
+
+def stay(_: kept_partitions.KeptPartitions) -> None:
+    """Leave the parts where they are, as a store may that does not delete them."""
+
+
+def made(folder: Path) -> dict[str, str]:
+    """Return what is left, but for the parts, which tell of the time that they took."""
+    return {name: digest for name, digest in left(folder).items() if not name.startswith("parts/")}
+
+
+BORN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_parts_are_known_by_their_rows_and_by_what_reads_them_and_not_by_the_time(tmp_path: Path, sized: Any) -> None:
+    rows = chats(400)
+    put(tmp_path, a_jsonl=jsonl(rows))
+    sized(SMALL)
+
+    def kept(spec: dict[str, Any], born: datetime) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+            run(tmp_path, spec, 1, born=born)
+        return report_of(tmp_path)["kept_rows"]
+
+    assert kept({}, BORN) == 0
+    assert kept({}, BORN + timedelta(days=40)) == 400, "the time of the job's creation is told by no row"
+    assert kept({"preprocessing": {"maxSequenceLength": 64}}, BORN) == 0, "another limit may make other rows"
+    put(tmp_path, a_jsonl=jsonl([*rows[:390], *chats(10, 5000)]))
+    assert 0 < kept({}, BORN) < 390, "what was written meanwhile is read"
+    taken = made(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    assert kept({}, BORN) == 0
+    assert made(tmp_path).items() <= taken.items(), "as if nothing had been kept"
+
+
+def test_parts_of_a_template_that_tells_the_time_are_known_by_it(tmp_path: Path, sized: Any) -> None:
+    write_model(tmp_path / "model", template="{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    put(tmp_path, a_jsonl=jsonl(chats(200)))
+    sized(SMALL)
+    found: list[int] = []
+    for born in (BORN, BORN, BORN + timedelta(days=40)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+            run(tmp_path, {}, 1, born=born)
+        found.append(report_of(tmp_path)["kept_rows"])
+    assert found == [0, 200, 0]
+
+
+def test_how_far_several_workers_have_come_is_told(tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [{"text": f"{i} is a number.\n" * 600} for i in range(360)]
+    put(tmp_path, a_jsonl=jsonl(pages[:180]), b_jsonl=jsonl(pages[180:]))
+    sized(400_000)
+    heard: list[Progress] = []
+    update = Reporter.update
+
+    def update_and_listen(self: Reporter, **fields: object) -> None:
+        update(self, **fields)
+        heard.append(self.progress())
+
+    monkeypatch.setattr(Reporter, "update", update_and_listen)
+    run(tmp_path, STARTED, 2)
+    total = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
+    reading = [each for each in heard if each.activity == "Reading" and each.bytes_total]
+    for name in ("bytes_read", "rows_read"):
+        told = [getattr(each, name) for each in reading]
+        assert told == sorted(told), f"{name} does not fall"
+        assert len(set(told)) >= 4
+    for each in reading:
+        assert each.bytes_total == total
+        assert (each.eta_seconds is not None) == (each.bytes_read > 0)
+        assert each.rows_per_second is not None
+    assert (reading[-1].rows_read, reading[-1].bytes_read, reading[-1].eta_seconds) == (360, total, 0)

@@ -1,0 +1,127 @@
+"""One partition from its raw rows to a part of the spool: check, render, tokenise, and count what became of each."""
+
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import StageError
+from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, TooLong
+from finetune_api.reasons import Fault
+from finetune_trainer.data.accounts import FileAccount, PartLedger, RowPlace
+from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.partition_messages import PartResult, Rules, Task
+from finetune_trainer.data.pipeline import Pipeline, Timings
+from finetune_trainer.data.problems import Broken
+from finetune_trainer.data.raw_rows import decode_row, read_rows
+from finetune_trainer.data.reading import Checked, DecodedRows, valid_rows
+from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.stages.chain import chain_of, through
+from finetune_trainer.data.stops import Ends
+from finetune_trainer.data.too_long import LimitSource, SequenceLimit, TooLongRows
+
+DECISIONS = "decisions"  # beside the files of the spool
+
+
+class PartitionWork:
+    """Works on one partition after another, with a tokenizer and a renderer that stay."""
+
+    def __init__(self, rules: Rules, model: Model) -> None:
+        self._rules, self._model = rules, model
+        self._renderer = None if rules.renderer is None else renderer_of(rules.renderer)
+        self._chain = chain_of(FineTuneJobSpec.model_validate(rules.spec))
+
+    def close(self) -> None:
+        """End the renderer's process; the tokenizer's is the caller's."""
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def work(self, task: Task, told: Callable[[int], None]) -> PartResult:
+        """Write the part of one partition into `task.out` and return what it came to.
+
+        told: called with the rows that were read so far, now and then. Raises TokenizerFailedError, FastDiffersError,
+        MemoryError and OSError; any other known end is in the result."""
+        rules, tokenizer, out = self._rules, self._model.tokenizer, Path(task.out)
+        tokenizer.special_words.rows.clear()
+        tokenizer.stop_ids.clear()
+        if self._renderer is not None:
+            self._renderer.begin()
+        error: StageError | None = None
+        with Spool(out) as spool, PartLedger(out / DECISIONS, told) as ledger:
+            ledger.files = [
+                FileAccount(uri, 0, "", is_table=table) for uri, table in zip(task.files, task.tables, strict=True)
+            ]
+            bad = _BadRows(ledger, rules.quarantine, max_broken_fraction=1.0)
+            limit = SequenceLimit(rules.limit_tokens, LimitSource(rules.limit_source))
+            too_long = TooLongRows(TooLong(rules.too_long), limit, 1.0, ledger)
+            loss_on = LossOn(rules.loss_on)
+            pipeline = Pipeline(self._model, loss_on, too_long, self._renderer, ledger, bad, spool, Timings())
+            rows = through(self._chain, _checked(task, ledger, bad), ledger)
+            try:
+                for _ in pipeline.run(rows):
+                    told(ledger.rows_read)
+            except StageError as caught:
+                error = caught
+        if bad.failing and error is not None and error.fault is Fault.BROKEN_ROW:
+            error = None  # which rows are broken is in the result; what ends the job is told of all partitions
+        return self._result(pipeline, sorted(bad.places), error)
+
+    def _result(self, pipeline: Pipeline, broken: list[RowPlace], error: StageError | None) -> PartResult:
+        ledger, bad, too_long, tokenizer = pipeline.ledger, pipeline.bad, pipeline.too_long, self._model.tokenizer
+        return PartResult(
+            files=[each.rows for each in ledger.files],
+            counted={stage: dict(counts) for stage, counts in ledger.counted.items()},
+            changes=dict(ledger.changes),
+            ignored_fields=dict(ledger.ignored_fields),
+            broken=broken,
+            first_broken=bad.first,
+            first_broken_at=bad.first_at,
+            first_long=too_long.first,
+            long_dropped=too_long.dropped,
+            longest=too_long.longest,
+            met_long=too_long.met,
+            taught=pipeline.taught,
+            special_words=dict(tokenizer.special_words.rows),
+            stop_ids=sorted(tokenizer.stop_ids),
+            choice=tokenizer.choice,
+            rendered=self._renderer is not None and self._renderer.used,
+            killed=pipeline.killed,
+            seconds=dict(pipeline.timings.seconds),
+            fault=None if error is None else error.fault.value,
+            args={} if error is None else dict(error.args_by_name),
+        )
+
+
+class _BadRows(BadRows):
+    """Those of one partition, which lists them; whether they end the job is judged where all partitions are known."""
+
+    def __init__(self, ledger: PartLedger, quarantine: bool, max_broken_fraction: float) -> None:
+        super().__init__(ledger, quarantine, max_broken_fraction)
+        self.places: list[RowPlace] = []
+
+    def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
+        self.places.append(RowPlace(file, number))
+        super().add(file, number, stage, broken)
+
+
+def _checked(task: Task, ledger: PartLedger, bad: BadRows) -> Iterator[Checked]:
+    """Yield a partition's valid rows."""
+    with Path(task.rows).open("rb") as stream:
+        rows = islice(read_rows(stream), task.most_rows)
+        decoded: DecodedRows = ((file, decode_row(row)) for file, row in rows)
+        yield from valid_rows(ledger, bad, decoded, DatasetFormat(task.data_format), task.choices)
+
+
+def renderer_of(given: Mapping[str, Any]) -> Renderer:
+    """Return the chat template's renderer. given: as Rules.renderer."""
+    return Renderer(
+        given["source"],
+        given["special_tokens"],
+        datetime.fromisoformat(given["now"]),
+        ends=Ends(tuple(given["stops"]), given["added_end"]),
+        learn_all=given["learn_all"],
+        accepted=given["accepted"],
+    )

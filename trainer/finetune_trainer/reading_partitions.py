@@ -1,0 +1,132 @@
+"""Read all datasets in partitions, on as many cores as there are, and merge what they come to in the order of rows."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+
+import orjson
+
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_trainer.commit import Fence
+from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.partition_messages import PartResult, Rules, Task, rules_of_model
+from finetune_trainer.data.partition_runner import InProcess, NoRowsError, Runner, workers_for
+from finetune_trainer.data.partition_work import PartitionWork
+from finetune_trainer.data.partitions import Partition
+from finetune_trainer.data.pipeline import require_end_token
+from finetune_trainer.data.spool import Spool
+from finetune_trainer.data.worker_pool import WorkerPool
+from finetune_trainer.job_partitions import FEW, JobPartitions
+from finetune_trainer.kept_partitions import KeptPartitions
+from finetune_trainer.merging_partitions import Merged, Merging
+from finetune_trainer.reading_steps import (
+    PrepareStage,
+    bad_rows,
+    find_inputs,
+    judge,
+    loss_on,
+    rendering,
+    too_long_rows,
+)
+
+_TELLS_TIME = "strftime_now"  # of a chat template that does
+
+
+def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -> None:
+    """Read, check, render and tokenise all datasets into the spool, keeping parts until there is a plan.
+
+    fence: None where nothing may be written to the job's output. Raises what `read_datasets` does."""
+    ctx, model = stage.ctx, stage.model
+    stage.loss_on = loss_on(stage)
+    bad = bad_rows(stage)
+    if ctx.config.spec.method.type is MethodType.CPT:
+        require_end_token(model)
+    inputs = find_inputs(stage)
+    found = rendering(stage)
+    too_long = too_long_rows(stage)
+    rules = Rules(
+        **rules_of_model(model),
+        spec=ctx.config.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+        loss_on=stage.loss_on,
+        limit_tokens=stage.limit.tokens,
+        limit_source=stage.limit.source,
+        too_long=too_long.policy,
+        quarantine=bad.quarantine,
+        renderer=found,
+    )
+    merged = Merged(bad, too_long)
+    resources = ctx.config.prepare_resources or ctx.config.resources
+    workers = workers_for(resources.cpu_count, resources.memory_bytes)
+    job = JobPartitions(stage, inputs, bad, workers)
+    with ExitStack() as stack:
+        partitions = stack.enter_context(closing(job.partitions()))
+        is_large, every = _begun(partitions)
+        frames = _frames(stage, rules)
+        if is_large and fence is not None:
+            stage.kept = KeptPartitions(ctx.store, ctx.config.run_uri, fence, _identity(stage, rules), ctx.work_dir)
+        runner: Runner
+        if is_large and workers > 1:
+            runner = WorkerPool(min(workers, job.most_partitions), frames)
+        else:
+            runner = InProcess(PartitionWork(rules, model))
+        stack.callback(runner.close)
+        merging = Merging(
+            stage=stage,
+            spool=spool,
+            partitions=job,
+            merged=merged,
+            runner=runner,
+            again=partial(_work_here, rules, model),
+            kept=stage.kept,
+        )
+        merging.run(every)
+    model.tokenizer.special_words.rows.clear()  # of the last partition that was worked on here
+    model.tokenizer.special_words.rows.update(merged.special_words)
+    model.tokenizer.stop_ids = merged.stop_ids
+    if merged.choice is not None:
+        model.tokenizer.choice = merged.choice
+    if found is not None and merged.rendered:
+        stage.template = found["source"]
+    judge(stage, bad, too_long, merged.taught)
+
+
+def _begun(partitions: Iterator[Partition]) -> tuple[bool, Iterator[Partition]]:
+    """Return whether there is more than one partition of a dataset, and all; what ends them is raised in its turn."""
+    first: list[Partition] = []
+    error: StageError | NoRowsError | None = None
+    try:
+        for partition in partitions:
+            first.append(partition)
+            if len(first) == FEW:
+                break
+    except (StageError, NoRowsError) as caught:
+        error = caught
+
+    def every() -> Iterator[Partition]:
+        yield from first
+        if error is not None:
+            raise error
+        yield from partitions
+
+    is_large = len(first) == FEW and first[0].dataset == first[1].dataset
+    return is_large, every()
+
+
+def _work_here(rules: Rules, model: Model, task: Task) -> PartResult:
+    with closing(PartitionWork(rules, model)) as work:
+        return work.work(task, lambda _: None)
+
+
+def _frames(stage: PrepareStage, rules: Rules) -> list[bytes]:
+    """Return what a worker is told first."""
+    setup, content = stage.model.tokenizer.restartable
+    return [orjson.dumps({"rules": rules, **setup}), content]
+
+
+def _identity(stage: PrepareStage, rules: Rules) -> bytes:
+    """Return all that is made of rows depends on, beside the rows: the time only where the template tells it."""
+    if rules.renderer is not None and _TELLS_TIME not in rules.renderer["source"]:
+        rules = replace(rules, renderer=rules.renderer | {"now": None})
+    return b"".join(_frames(stage, rules))
