@@ -134,6 +134,9 @@ def _build_one(tool: Tool, timeout_s: float) -> None:
         "GOBIN": str(partial),
         "GOCACHE": str(_go_caches() / "objects"),
         "GOMODCACHE": str(_go_caches() / "modules"),
+        # Collecting the compiler's garbage less often is a fifth less work; the limit holds for each of two compilers.
+        "GOGC": "400",
+        "GOMEMLIMIT": "2GiB",
         # -modcacherw: without it, modules are read-only and only root could remove them.
         "GOFLAGS": "-buildvcs=false -p=2 -modcacherw",
     }
