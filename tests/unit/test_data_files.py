@@ -88,6 +88,15 @@ def test_a_key_in_a_text_or_in_another_object_is_not_repeated(line: bytes) -> No
     assert decode(line) == json.loads(line)
 
 
+def test_numbers_that_python_alone_takes_for_json_are_told() -> None:
+    found = decode(b'{"score": NaN, "text": "a"}')
+    assert isinstance(found, Broken)
+    assert "column 11, where NaN or Infinity may stand, which are no JSON; write null" in found.words
+    broken = decode(b'{"score": 1, "text": "a}')
+    assert isinstance(broken, Broken)
+    assert "NaN" not in broken.words
+
+
 @pytest.mark.parametrize("number", [2**63, 2**64 - 1, -(2**63), 2**64, -(2**63) - 1, 10**30 + 1, 0.1234567890123456789])
 def test_a_number_is_read_as_it_is_written(number: float) -> None:
     """orjson makes a float of a whole number beyond 64 bits (orjson#517)."""
@@ -317,6 +326,14 @@ def test_parquet_numbers_of_every_kind_are_numbers_and_those_that_json_has_not_b
         {"decimal": 2.0, "float": odd, "text": "b"},
         {"decimal": None, "float": odd, "text": "c"},
     ]
+
+
+def test_a_parquet_map_is_an_object_and_one_that_names_a_key_twice_is_a_broken_row(
+    decoder: ParquetDecoder, tmp_path: Path
+) -> None:
+    maps = pa.array([[("a", "x"), ("b", None)], [("a", "x"), ("a", "y")], []], pa.map_(pa.string(), pa.string()))
+    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"m": maps})), "a")]
+    assert found == [{"m": {"a": "x", "b": None}}, Broken(Problem.REPEATED_FIELD), {"m": {}}]
 
 
 @pytest.mark.parametrize(

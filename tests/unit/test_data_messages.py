@@ -65,6 +65,15 @@ def refused(item: object) -> tuple[Problem, str]:
         (answer(thinking="r", reasoning_content="r"), answer(reasoning_content="r")),
         (answer(thinking="", reasoning=None), answer()),
         (answer(content="<think>r</think>a"), answer(content="<think>r</think>a")),
+        (answer(content="<think>\nr\n</think>\n\n  a", reasoning="r"), answer(content="  a", reasoning_content="r")),
+        (answer(content="<think>\n\n</think>\n\na", reasoning="r"), answer(reasoning_content="r")),
+        (answer(content="r\n</think>\na", thinking=" r"), answer(reasoning_content=" r")),
+        (answer(content="r</think>", thinking="r"), answer(content="", reasoning_content="r")),
+        (answer(content="of </think>", thinking="r"), answer(content="of </think>", reasoning_content="r")),
+        (
+            answer(content=[{"type": "thinking", "thinking": "r"}, {"text": "<think>r</think>a"}]),
+            answer(reasoning_content="r"),
+        ),
         (
             answer(content=[{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}]),
             answer(reasoning_content="r"),
@@ -75,6 +84,8 @@ def refused(item: object) -> tuple[Problem, str]:
         ),
         (answer(content="", reasoning_content="r"), answer(content="", reasoning_content="r")),
         # Calls.
+        (answer(function_call={"name": None, "arguments": None}), answer()),
+        ({**USER, "tool_calls": [{"id": None, "function": {"name": None, "arguments": None}}]}, USER),
         (answer(tool_calls=[CALL]), answer(tool_calls=[CALL])),
         (answer(content=None, tool_calls=[CALL]), {"role": "assistant", "tool_calls": [CALL]}),
         (answer(content="", tool_calls=[CALL]), {"role": "assistant", "tool_calls": [CALL]}),
@@ -147,6 +158,8 @@ def test_a_message_means_the_same_in_every_spelling(item: Message, expected: Mes
         ({"role": "user", "content": "a", "value": "b"}, Problem.TWO_FIELDS, ".value"),
         (answer(thinking="r", reasoning="s"), Problem.TWO_FIELDS, ".thinking"),
         ({**USER, "reasoning": "r"}, Problem.WRONG_TYPE, ".reasoning"),
+        (answer(content="<think>s</think>a", reasoning="r"), Problem.TWO_FIELDS, ".content"),
+        (answer(tool_calls=[{"id": "c", "function": {"name": None}}]), Problem.MISSING_FIELD, ".tool_calls[0].name"),
         (answer(reasoning=[{"text": "r"}]), Problem.WRONG_TYPE, ".reasoning"),
         (answer(note="b"), Problem.UNKNOWN_FIELD, ".note"),
         (answer(refusal="No."), Problem.UNKNOWN_FIELD, ".refusal"),

@@ -130,6 +130,7 @@ def test_json_that_is_to_be_written_after_words_is_learned_as_it_stands(completi
         [TOOL],
         [FUNCTION],
         [{"type": "function", **FUNCTION}],
+        [{"name": "weather", "input_schema": {"type": "object"}, "parameters": None}],
         json.dumps([TOOL]),
         json.dumps([FUNCTION]),
         TOOL,
@@ -242,6 +243,7 @@ def test_a_weight_that_is_no_number_or_too_small_or_too_large_is_refused(given: 
         (with_messages(system=3), Problem.WRONG_TYPE, "system"),
         (with_messages(tools="weather: tells the weather"), Problem.WRONG_TYPE, "tools"),
         (with_messages(tools=[3]), Problem.WRONG_TYPE, "tools[0]"),
+        (with_messages(tools=[{**FUNCTION, "input_schema": {"a": 1}}]), Problem.TWO_FIELDS, "tools[0].input_schema"),
         (with_messages(tools=[{"type": "function", "function": {}}]), Problem.WRONG_TYPE, "tools[0]"),
         (
             with_messages(tools=[{"type": "search", "function": {"a": 1}}]),
@@ -457,6 +459,11 @@ def test_rows_of_no_shape_are_refused_with_what_is_needed_and_what_was_found() -
     assert "found the fields chosen, rejected and 1 more" in words
     assert "secret" not in words
     assert all(len(str(each)) <= 256 for each in caught.value.args_by_name.values())
+
+
+def test_rows_none_of_whose_names_is_shown_are_told_to_have_some() -> None:
+    with pytest.raises(StageError, match="found the fields 2, none of whose names is shown as it may be data"):
+        shape_of({"Question Text": "a", "Model Answer": "b"})
 
 
 def test_changes_of_messages_and_of_their_order_are_told_together() -> None:

@@ -92,4 +92,5 @@ def _names(value: dict[str, Any]) -> str:
     text = ", ".join(sorted(names))
     others = len(value) - len(names)
     text = f"{text} and {others} more" if others and text else text or "none"
+    text = text if names or not others else f"{others}, none of whose names is shown as it may be data"
     return text if len(text) <= _MAX_FOUND else text[: _MAX_FOUND - 1] + "…"

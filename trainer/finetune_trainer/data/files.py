@@ -132,7 +132,8 @@ def decode(line: bytes) -> object:
             return Broken(Problem.TOO_DEEP)
         if "surrogate" in error.msg and _SURROGATE.search(line):
             return Broken(Problem.LONE_SURROGATE)
-        return Broken(Problem.NOT_JSON, detail=f"column {error.colno}")
+        words = ", where NaN or Infinity may stand, which are no JSON; write null" if _is_json_of_python(line) else ""
+        return Broken(Problem.NOT_JSON, detail=f"column {error.colno}{words}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_too_deep(value):
         return Broken(Problem.TOO_DEEP)
     if _most_values(line) > MAX_VALUES and _has_too_many_values(value):
@@ -142,6 +143,15 @@ def decode(line: bytes) -> object:
         return Broken(Problem.REPEATED_FIELD)
     # orjson makes a float of a whole number beyond 64 bits, and of its digits only the first 16 are kept.
     return json.loads(line) if _MANY_DIGITS in line.translate(_AS_ZEROS) else value
+
+
+def _is_json_of_python(line: bytes) -> bool:
+    """Whether Python reads a line that is no JSON: its `json` writes NaN and Infinity, and reads them."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _keys(value: object) -> int:

@@ -19,6 +19,7 @@ from finetune_trainer.data.field_names import (
     shown,
 )
 from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
+from finetune_trainer.data.reasoning import REASONING_BLOCKS, reasoning_of
 
 Message = dict[str, Any]
 
@@ -140,6 +141,8 @@ class MessageReader:
         elif role in _SYSTEMS and content is None:
             content = ""
         reasoning = self._reasoning(item, role, reasoning or before_call, field)
+        if reasoning is not None and isinstance(content, str):
+            content = _without_block(content, reasoning, place)
         if not (called or reasoning) or not says_nothing(content):
             message["content"] = text(content, place, may_be_empty=role in _MAY_BE_EMPTY)
         if reasoning is not None:
@@ -183,7 +186,7 @@ class MessageReader:
     def _calls(self, item: Message, role: str, field: str) -> list[dict[str, Any]]:
         called: list[dict[str, Any]] = []
         for name in sorted(_CALLS.intersection(item), reverse=True):
-            if not says_nothing(item[name]):
+            if not says_nothing(item[name]) and not _is_all_null(item[name]):
                 called += toolcalls.calls(self.filled(item[name]), f"{field}.{name}")
         if called and role != "assistant":
             raise RefusedError(Problem.WRONG_TYPE, f"{field}.tool_calls", "only an assistant's message may call tools")
@@ -278,6 +281,30 @@ def _reasoning_before(content: object) -> tuple[str | None, object]:
         reasoning, _, call = content.lstrip().removeprefix(_OPENING).partition(_CLOSING)
         return reasoning.strip() or None, call.strip()
     return None, content
+
+
+def _without_block(content: str, reasoning: str, field: str) -> str:
+    """Return a content without the block of reasoning that it begins with, where a field says the same.
+
+    Raises RefusedError where it says something else."""
+    inside, closing, after = reasoning_of({"content": content})
+    for each in REASONING_BLOCKS.values() if not closing else ():  # raw output of a model, whose prompt opens the block
+        before, found, rest = content.partition(each)
+        if found and before.strip() == reasoning.strip():
+            return rest.lstrip("\r\n")
+    if not closing:
+        return content
+    if inside.strip() not in ("", reasoning.strip()):
+        raise RefusedError(Problem.TWO_FIELDS, field, "it begins with other reasoning")
+    return after.lstrip("\r\n")
+
+
+def _is_all_null(value: object) -> bool:
+    """Whether a value holds nulls alone, at any depth: what a table fills in where there is none."""
+    if isinstance(value, dict | list) and value:
+        inner = cast(Message, value).values() if isinstance(value, dict) else cast(list[object], value)
+        return all(map(_is_all_null, inner))
+    return value is None
 
 
 def _is_plain(item: Message) -> bool:

@@ -115,13 +115,15 @@ def _lines(batch: Any) -> Iterator[bytes]:
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError):
         for index in range(batch.num_rows):
             try:
-                yield from batch.slice(index, 1).to_pylist()
+                yield from batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")
             except UnicodeDecodeError:
                 yield Broken(Problem.INVALID_UTF8)
+            except KeyError:  # of a map
+                yield Broken(Problem.REPEATED_FIELD)
 
 
 def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:

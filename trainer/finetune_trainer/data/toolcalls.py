@@ -56,7 +56,17 @@ def _tool(value: object, field: str) -> dict[str, Any]:
             raise RefusedError(Problem.UNKNOWN_FIELD, f"{field}.{shown(unknown[0])}")
     if not isinstance(function, dict) or not _is_name(cast(dict[str, Any], function).get("name")):
         raise RefusedError(Problem.WRONG_TYPE, field, "must be a function: an object with a name")
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": _as_openai(cast(dict[str, Any], function), field)}
+
+
+def _as_openai(function: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return a function with its schema under OpenAI's name, as templates read it; Anthropic's is `input_schema`."""
+    if says_nothing(function.get("input_schema")):
+        return function
+    if not says_nothing(function.get("parameters")):
+        raise RefusedError(Problem.TWO_FIELDS, f"{field}.input_schema")
+    named = ((name, each) for name, each in function.items() if name != "parameters")
+    return {"parameters" if name == "input_schema" else name: each for name, each in named}
 
 
 def _is_name(value: object) -> bool:
