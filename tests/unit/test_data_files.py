@@ -332,7 +332,7 @@ def test_a_parquet_map_is_an_object_and_one_that_names_a_key_twice_is_a_broken_r
     decoder: ParquetDecoder, tmp_path: Path
 ) -> None:
     maps = pa.array([[("a", "x"), ("b", None)], [("a", "x"), ("a", "y")], []], pa.map_(pa.string(), pa.string()))
-    found = [item.value for item in decoder.rows(parquet(tmp_path / "a.parquet", pa.table({"m": maps})), "a")]
+    found = [item.value for item in decoded_by(decoder, parquet(tmp_path / "a.parquet", pa.table({"m": maps})), "a")]
     assert found == [{"m": {"a": "x", "b": None}}, Broken(Problem.REPEATED_FIELD), {"m": {}}]
 
 
