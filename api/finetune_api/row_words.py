@@ -87,6 +87,6 @@ CHANGE_WORDS: dict[str, str] = {
 
 
 def row_words(code: str) -> str:
-    """Return what a row is whose field is not named; the code itself where it is that of a newer trainer."""
-    words = ROW_WORDS.get(code, code)
+    """Return what a row is whose field is not named, or what was done to it; of a newer trainer's code, the code."""
+    words = ROW_WORDS.get(code) or CHANGE_WORDS.get(code, code)
     return f"has a field that {words}" if code in _OF_A_FIELD else words

@@ -6,9 +6,9 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from finetune_api.base import first_problem
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.names import API_VERSION, KIND, Stage
-from finetune_api.row_words import row_words
+from finetune_api.row_words import ROW_WORDS, row_words
 from finetune_cli import local
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.load import load_job
@@ -37,6 +37,14 @@ MAX_PLACES = 20
 _JOB_ENDINGS = (".yaml", ".yml")
 _LEARNED = "bold green"
 _NO_MODEL = "without a model: no chat template, tokens or lengths; name a base model by --model, or a job's file"
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Files that are passed over: the URIs of the first of them, and how many there are."""
+
+    uris: Sequence[str]
+    files: int
 
 
 def show(
@@ -86,8 +94,14 @@ def _show_row(row: "ShownRow", console: Console) -> None:
 
 
 def _words(code: str) -> str:
+    """Return a sentence on what was done to a row: of the field or part that the code names, else of the row."""
+    from finetune_trainer.data.problems import Problem
+    from finetune_trainer.data.taught import NOTE_WORDS
+
     reason, colon, detail = code.partition(": ")
-    return f"it {row_words(reason)} ({reason}){colon}{detail}"
+    if detail and reason in {*Problem}:
+        return f"{detail} {ROW_WORDS[reason]} ({reason})"
+    return f"{NOTE_WORDS.get(reason) or f'it {row_words(reason)}'} ({reason}){colon}{detail}"
 
 
 def check(target: str, model: str | None, method: MethodType, console: Console) -> int:
@@ -102,7 +116,8 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
         except StageError as error:
             raise CommandError(str(error), error.exit_code) from error
         found = findings.report
-        _say_rows(found["rows_in"], found["dropped"], found["ignored_files_total"], ctx, console)
+        ignored = Ignored(found["ignored_files"], found["ignored_files_total"])
+        _say_rows(found["rows_in"], found["dropped"], found["changed"], ignored, ctx, console)
         console.print(f"files   {count_files(len(found['files']))}", soft_wrap=True)
         if findings.error is not None:
             raise CommandError(str(findings.error), findings.error.exit_code)
@@ -122,7 +137,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
 
 
 def _say_read(found: "Unrendered", ctx: "StageContext", console: Console) -> int:
-    _say_rows(found.rows_in, found.dropped, len(found.ignored), ctx, console)
+    _say_rows(found.rows_in, found.dropped, found.changed, Ignored(found.ignored, len(found.ignored)), ctx, console)
     console.print(f"shapes  {', '.join(dict.fromkeys(found.formats)) or 'none'}", soft_wrap=True)
     if found.error is not None:
         raise CommandError(str(found.error), found.error.exit_code)
@@ -130,11 +145,21 @@ def _say_read(found: "Unrendered", ctx: "StageContext", console: Console) -> int
     return Exit.SUCCEEDED
 
 
-def _say_rows(rows_in: int, dropped: Mapping[str, int], ignored: int, ctx: "StageContext", console: Console) -> None:
+def _say_rows(
+    rows_in: int,
+    dropped: Mapping[str, int],
+    changed: Mapping[str, int],
+    ignored: Ignored,
+    ctx: "StageContext",
+    console: Console,
+) -> None:
     from finetune_trainer.shown import decisions, reason_of
 
-    passed_over = f"; {count_files(ignored)} passed over" if ignored else ""
-    console.print(f"rows    {rows_in:,}, {sum(dropped.values()):,} of them dropped{passed_over}", soft_wrap=True)
+    passed_over = f"; {count_files(ignored.files)} passed over" if ignored.files else ""
+    left_out = f"{sum(dropped.values()):,}" if dropped else "none"
+    console.print(f"rows    {rows_in:,}, {left_out} of them dropped{passed_over}", soft_wrap=True)
+    for uri in ignored.uris[:MAX_PLACES]:
+        console.print(f"passed over {uri}", markup=False, soft_wrap=True)
     said = Counter[str]()
     for decision in decisions(ctx):
         reason = decision["reason"]
@@ -145,6 +170,8 @@ def _say_rows(rows_in: int, dropped: Mapping[str, int], ignored: int, ctx: "Stag
     for reason, rows in dropped.items():
         if rows > MAX_PLACES:
             console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
+    for reason, rows in changed.items():
+        console.print(f"changed {rows:,} of {rows_in:,} rows: {_words(reason)}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
     data.show(str(tmp_path / "job.yaml"), 2, None, False, None, SFT, cleaned(Console(file=output, width=200)))
     said = output.getvalue()
     assert "user\nHi\ufffd<|im_end|>\n<|im_start|>assistant\n⟦Höllo\ufffd<|im_end|>⟧" in said
-    assert "a.jsonl row 2\ndropped: it" in said
+    assert "a.jsonl row 2\ndropped: messages is empty (empty)\n" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -110,6 +110,51 @@ def test_each_sequence_of_an_unrolled_row_is_shown(tmp_path: Path):
     assert [(each["row"], each["sequence"], each["sequences"]) for each in rows] == [(1, 1, 2), (1, 2, 2)]
     learned = [[part["text"] for part in each["segments"] if part["learned"]] for each in rows]
     assert learned == [["b<|im_end|>"], ["d<|im_end|>"]]
+
+
+WITHOUT_TOOLS = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [{"function": {"name": "weather"}}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        (
+            chat("a", "b", "Thanks")["messages"],
+            "it ends with messages that no answer follows, which are left out (end_left_out)",
+        ),
+        (
+            chat("a", "b", "c", "d")["messages"],
+            "learned in one sequence for each answer, as the chat template writes an answer differently once others "
+            "follow (unrolled)",
+        ),
+        (WITHOUT_TOOLS, "ToolCalls is not in what the chat template makes of the row (vanishes)"),
+        (chat("a " * 3000, "b", "c", "d")["messages"], "it is longer than preprocessing.maxSequenceLength"),
+    ],
+    ids=["its end is left out", "unrolled", "a part that may vanish", "cut"],
+)
+def test_what_was_done_to_a_row_is_said_in_words(tmp_path: Path, messages: list[dict[str, Any]], says: str):
+    put(tmp_path, a_jsonl=jsonl([{"messages": messages}]))
+    choices = {"acceptVanishing": ["ToolCalls"], "tooLong": "Truncate", "maxSequenceLength": 256}
+    path = job(tmp_path, {"preprocessing": choices})
+    (tmp_path / "model" / "chat_template.jinja").write_text(UNROLLED)
+    output = io.StringIO()
+    data.show(path, 1, None, False, None, SFT, cleaned(Console(file=output)))
+    assert f"changed: {says}" in output.getvalue()
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_check_names_the_files_that_are_passed_over_and_says_what_rows_are_changed(tmp_path: Path, with_model: bool):
+    put(tmp_path, a_jsonl=jsonl([*chats(3), {"messages": chat("a", "b", "c")["messages"]}]))
+    (tmp_path / "data" / ".hidden.jsonl").write_text("{")
+    _, said = check(job(tmp_path) if with_model else str(tmp_path / "data"))
+    assert "rows    4, none of them dropped; 1 file passed over\n" in said
+    assert f"passed over {(tmp_path / 'data' / '.hidden.jsonl').as_uri()}\n" in said
+    assert (
+        "changed 1 of 4 rows: it ends with messages that no answer follows, which are left out (end_left_out)" in said
+    )
 
 
 def test_without_a_model_the_messages_are_shown_and_said_to_be_all_that_can_be_told(tmp_path: Path):
@@ -145,7 +190,7 @@ def test_check_says_what_prepare_would_and_writes_nothing(tmp_path: Path):
     code, said = check(job(tmp_path, quarantine))
     assert code == Exit.SUCCEEDED
     assert "rows    31, 1 of them dropped" in said
-    assert "a.jsonl row 31: it" in said
+    assert "a.jsonl row 31: messages is empty (empty)\n" in said
     assert "datasets[].format: Messages" in said
     code, said = check(job(tmp_path))
     assert code == 11

@@ -238,12 +238,13 @@ def reason_of(decision: Mapping[str, Any]) -> str:
     return ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unrendered:
     """What reading alone tells of the data. error: why it would fail, if it would."""
 
     rows_in: int
     dropped: dict[str, int]
+    changed: dict[str, int]
     formats: list[str]
     ignored: list[str]
     error: StageError | None
@@ -261,5 +262,11 @@ def check_unrendered(ctx: StageContext) -> Unrendered:
                     pass
         except StageError as caught:
             error = caught
-    dropped = dict(sorted(ledger.dropped.items()))
-    return Unrendered(ledger.rows_read, dropped, [str(each) for each in stage.formats], stage.ignored, error)
+    return Unrendered(
+        rows_in=ledger.rows_read,
+        dropped=dict(sorted(ledger.dropped.items())),
+        changed=dict(sorted(ledger.changes.items())),
+        formats=[str(each) for each in stage.formats],
+        ignored=stage.ignored,
+        error=error,
+    )
