@@ -34,8 +34,12 @@ SIZES = 8  # the smaller size is so many times as small
 _TIMEOUT_S = 3600
 _SAMPLE_S = 0.1
 _MAX_LENGTH = 2048
-_PARTS = {"render_worker": "render", "tokenizer_worker": "tokenise"}
-_OWN = "read, check, label, write"
+_PARTS = {
+    "render_worker": "render",
+    "tokenizer_worker": "tokenise",
+    "partition_worker": "check, label, write, where several processes do it",
+}
+_OWN = "prepare itself: read and merge, and the rest where one process does all"
 
 
 def write_rows(path: Path, size_bytes: int) -> None:

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "gz, Parquet and a list, with weights": (mixed_files, {}, ["a.jsonl.gz", "b.parquet", "c.json"]),
 }
 SMALL, LARGE = 8_000, 30_000
+MIB = 2**20
 
 
 def left(folder: Path) -> dict[str, str]:
@@ -75,6 +76,7 @@ def left(folder: Path) -> dict[str, str]:
     found = {str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     report = json.loads((job / "report.json").read_bytes())
     del report["stages"]
+    report.pop("disk_bytes", None)
     report.pop("kept_rows", None)
     return found | {"report": json.dumps(report)}
 
@@ -87,6 +89,47 @@ def run(
     job = ctx.config.job.model_copy(update={"created_at": born})
     config = ctx.config.model_copy(update={"prepare_resources": granted, "job": job})
     return prepare.run(replace(ctx, config=config))
+
+
+@pytest.mark.parametrize(
+    ("stored_bytes", "workers", "disk_bytes", "expected"),
+    [
+        (MIB, 2, 100 * GIB, 4 * MIB),  # never smaller
+        (80 * MIB, 2, 100 * GIB, 10 * MIB),  # four for each worker
+        (80 * GIB, 2, 100 * GIB, 64 * MIB),  # never larger
+        (80 * GIB, 2, 2 * GIB, 8 * MIB),  # six of them, with what they become, in an eighth of the disk
+        (80 * GIB, 2, 2 * GIB + 100 * MIB, 8 * MIB),
+        (80 * GIB, 16, 2 * GIB, 4 * MIB),
+    ],
+)
+def test_partitions_are_sized_by_the_data_the_workers_and_the_disk(
+    stored_bytes: int, workers: int, disk_bytes: int, expected: int
+) -> None:
+    size_bytes = partitions.partition_bytes(stored_bytes, workers, disk_bytes)
+    assert size_bytes == expected
+    assert partitions.in_flight_bytes(size_bytes, workers) <= max(
+        disk_bytes / 8, partitions.in_flight_bytes(4 * MIB, workers)
+    )
+
+
+def test_a_small_dataset_before_a_large_one_keeps_nobody_from_working(
+    tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(10)), b_jsonl=jsonl(chats(400, 10)))
+    sized(SMALL)
+    begun: list[object] = []
+    begin = worker_pool.Worker.begin
+
+    def told(self: Any, job: Any) -> None:
+        begun.append(self)
+        begin(self, job)
+
+    monkeypatch.setattr(worker_pool.Worker, "begin", told)
+    run(tmp_path, {"datasets": datasets(tmp_path, "a.jsonl", "b.jsonl")}, 2)
+    assert len(set(begun)) == 2
+    used = report_of(tmp_path)["disk_bytes"]
+    assert used["partitions"] == partitions.in_flight_bytes(SMALL, 2)
+    assert used["most"] >= used["rows"] + used["partitions"]
 
 
 def four_cores(process: int) -> set[int]:

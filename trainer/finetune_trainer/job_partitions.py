@@ -11,7 +11,7 @@ from finetune_trainer.data.detect import FORMATS
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
 from finetune_trainer.data.partition_runner import NoRowsError
-from finetune_trainer.data.partitions import MAX_PARTITION_BYTES, Partition, cut, partition_bytes
+from finetune_trainer.data.partitions import MAX_PARTITION_BYTES, Partition, cut, in_flight_bytes, partition_bytes
 from finetune_trainer.data.raw_rows import PlacedRow, decode_row, read_rows, read_sizes
 from finetune_trainer.data.reading import (
     DecodedRows,
@@ -29,14 +29,15 @@ FEW = 2  # partitions for which more than one process, and keeping parts, may pa
 class JobPartitions:
     """Cuts all datasets into partitions, as files in the work folder."""
 
-    def __init__(self, stage: PrepareStage, inputs: list[Inputs], bad: BadRows, workers: int) -> None:
+    def __init__(self, stage: PrepareStage, inputs: list[Inputs], bad: BadRows, workers: int, disk_bytes: int) -> None:
         self._stage, self._inputs, self._bad = stage, inputs, bad
         self._cut = 0  # the dataset that is cut
         self.folder = stage.ctx.work_dir / "partitions"
         rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         self.total_bytes = sum(each.size_bytes for each in stage.ledger.files)
-        self._size_bytes = partition_bytes(self.total_bytes, workers)
+        self._size_bytes = partition_bytes(self.total_bytes, workers, disk_bytes)
+        self.in_flight_bytes = in_flight_bytes(self._size_bytes, workers)
         most_bytes = sum(each.most_bytes for each in stage.ledger.files)
         self.most_partitions = FEW + most_bytes // self._size_bytes
         self._choices = dataset_choices(stage)

@@ -254,6 +254,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
         "kept_rows": stage.kept_rows,
+        "disk_bytes": report.disk_bytes(stage.in_flight_bytes, prepared_bytes(division.examples), stage.ledger),
         "tokenizer": model.tokenizer.choice._asdict(),
         "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, stage.ledger),

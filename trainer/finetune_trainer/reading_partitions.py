@@ -59,11 +59,12 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
     merged = Merged(bad, too_long)
     resources = ctx.config.prepare_resources or ctx.config.resources
     workers = workers_for(resources.cpu_count, resources.memory_bytes)
-    job = JobPartitions(stage, inputs, bad, workers)
+    job = JobPartitions(stage, inputs, bad, workers, resources.disk_bytes)
     with ExitStack() as stack:
         partitions = stack.enter_context(closing(job.partitions()))
         is_large, every = _begun(partitions)
         frames = _frames(stage, rules)
+        stage.in_flight_bytes = job.in_flight_bytes if is_large else 0
         if is_large and fence is not None:
             stage.kept = KeptPartitions(ctx.store, ctx.config.run_uri, fence, _identity(stage, rules), ctx.work_dir)
         runner: Runner
@@ -93,7 +94,7 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
 
 
 def _begun(partitions: Iterator[Partition]) -> tuple[bool, Iterator[Partition]]:
-    """Return whether there is more than one partition of a dataset, and all; what ends them is raised in its turn."""
+    """Return whether there are many partitions, and all of them; what ends them is raised in its turn."""
     first: list[Partition] = []
     error: StageError | NoRowsError | None = None
     try:
@@ -110,8 +111,7 @@ def _begun(partitions: Iterator[Partition]) -> tuple[bool, Iterator[Partition]]:
             raise error
         yield from partitions
 
-    is_large = len(first) == FEW and first[0].dataset == first[1].dataset
-    return is_large, every()
+    return len(first) == FEW and any(each.is_full for each in first), every()
 
 
 def _work_here(rules: Rules, model: Model, task: Task) -> PartResult:

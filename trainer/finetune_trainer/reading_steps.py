@@ -83,6 +83,7 @@ class PrepareStage(RowsStage):
     taught: Taught = field(default_factory=Taught)
     timings: Timings = field(default_factory=Timings)
     kept: KeptPartitions | None = None  # parts that are to be removed once there is a plan
+    in_flight_bytes: int = 0  # of disk, that partitions took at most while rows were read
     kept_rows: int = 0  # read by an earlier attempt, whose parts were taken
 
 

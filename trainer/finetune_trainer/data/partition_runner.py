@@ -9,7 +9,6 @@ from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
 
 MAX_WORKERS = 32
-AHEAD = 2  # partitions that are cut and wait for a worker
 PARENT_BYTES = 2**30  # what prepare takes beside its workers
 WORKER_BYTES = 5 * 2**28  # of one, with the processes that run the tokenizer (0.5 GiB) and the template
 

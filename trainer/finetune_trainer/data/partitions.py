@@ -16,7 +16,10 @@ from finetune_trainer.data.reading import RawReader
 MIN_PARTITION_BYTES = 4 * 2**20
 MAX_PARTITION_BYTES = 64 * 2**20
 MAX_PARTITION_ROWS = 100_000  # what a partition's decisions, and the rows that are broken in vain, are bounded by
+AHEAD = 2  # partitions that are cut and wait for a worker
 _PER_WORKER = 4  # partitions of a job, so that the last of them do not leave workers idle for long
+_DISK_RATIO = 3  # of a partition in flight to its rows: these, and the tokens, labels and decisions made of them
+_DISK_SHARE = 8  # of the disk; the rest is for all rows' tokens and arrays
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,26 @@ class Partition:
     stored_bytes: int
     sha256: str
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is as large as partitions are, so that there may be more of its dataset."""
+        return self.rows >= MAX_PARTITION_ROWS or self.path.stat().st_size >= MIN_PARTITION_BYTES
 
-def partition_bytes(stored_bytes: int, workers: int) -> int:
-    """Return how large partitions are. stored_bytes: of all files of the job."""
-    return max(MIN_PARTITION_BYTES, min(MAX_PARTITION_BYTES, stored_bytes // (_PER_WORKER * workers)))
+
+def partition_bytes(stored_bytes: int, workers: int, disk_bytes: int) -> int:
+    """Return how large partitions are. stored_bytes: of all files of the job; disk_bytes: that the pod has.
+
+    A little more or less disk changes nothing, so that another attempt finds the parts of the one before."""
+    by_disk = disk_bytes // (_DISK_SHARE * in_flight_bytes(1, workers))
+    most = min(MAX_PARTITION_BYTES, 2 ** max(0, by_disk.bit_length() - 1))
+    return max(MIN_PARTITION_BYTES, min(most, stored_bytes // (_PER_WORKER * workers)))
+
+
+def in_flight_bytes(size_bytes: int, workers: int) -> int:
+    """Return what partitions of that size take on disk from when they are cut until they are merged and kept.
+
+    Beside those at work and those that wait, one is being cut and one merged."""
+    return (workers + AHEAD + 2) * _DISK_RATIO * size_bytes
 
 
 class _Writing:

@@ -52,6 +52,16 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
     }
 
 
+def disk_bytes(in_flight_bytes: int, prepared_bytes: int, ledger: Ledger) -> dict[str, int]:
+    """Return what prepare took of its disk, by what it was, and in all at most.
+
+    in_flight_bytes: of partitions that are worked on; prepared_bytes: of the arrays of all rows that were read."""
+    tables = max((account.size_bytes for account in ledger.files if account.is_table), default=0)
+    found = {"partitions": in_flight_bytes, "table": tables, "rows": prepared_bytes, "arrays": prepared_bytes}
+    # Arrays are written once all rows are read, and the partitions are gone.
+    return found | {"most": prepared_bytes + max(in_flight_bytes + tables, prepared_bytes)}
+
+
 def lengths(division: Division, ledger: Ledger) -> dict[str, Any]:
     """How long the used examples are, in tokens of their longest sequence, and where the longest rows lie.
 

@@ -14,8 +14,9 @@ from finetune_trainer.data import child
 from finetune_trainer.data.encoders import FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.partition_messages import PartResult
-from finetune_trainer.data.partition_runner import AHEAD, Done, Job, NoRowsError
+from finetune_trainer.data.partition_runner import Done, Job, NoRowsError
 from finetune_trainer.data.partition_worker import MAX_FRAME_BYTES
+from finetune_trainer.data.partitions import AHEAD
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 
 _MODULE = "finetune_trainer.data.partition_worker"
