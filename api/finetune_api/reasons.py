@@ -150,6 +150,10 @@ class Fault(StrEnum):
     NO_CHAT_TEMPLATE = "NoChatTemplate"
     TEMPLATE_FAILED = "TemplateFailed"
     TEMPLATE_INVALID = "TemplateInvalid"
+    TEMPLATE_RANDOM = "TemplateRandom"
+    OTHER_TEXT = "OtherText"
+    OTHER_IDS = "OtherIds"
+    TOKENIZER_CLASS_DIFFERS = "TokenizerClassDiffers"
     ANSWER_NOT_AS_SERVED = "AnswerNotAsServed"
     NO_REASONING = "NoReasoning"
     NO_STOP_TOKEN = "NoStopToken"
@@ -243,6 +247,33 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "the chat template of {uri} cannot be used, whatever the rows are: {problem}; fix the template beside the "
         "model, or set preprocessing.chatTemplate: plain for a base model",
+    ),
+    Fault.TEMPLATE_RANDOM: FaultText(
+        Reason.CONFIG_INVALID,
+        "the chat template of {uri} writes {file} row {row} differently each time (token {token} of its sequence "
+        "{sequence}), so that no server sends what would be learned; write the template beside the model without "
+        "random choices, or set preprocessing.chatTemplate: plain",
+    ),
+    Fault.OTHER_TEXT: FaultText(
+        Reason.CONFIG_INVALID,
+        "the chat template of {uri} was rendered otherwise than by transformers' apply_chat_template: {file} row {row} "
+        "differs from token {token} of its sequence {sequence} on, so what would be learned is not what servers send; "
+        "this is an error of finetune-operator, so please report it with the template; until then, set "
+        "preprocessing.chatTemplate: plain",
+    ),
+    Fault.OTHER_IDS: FaultText(
+        Reason.CONFIG_INVALID,
+        "the tokenizer of {uri} gave other ids than transformers' apply_chat_template for the same text: {file} row "
+        "{row} differs from token {token} of its sequence {sequence} on; load the tokenizer with AutoTokenizer and "
+        "save it again with save_pretrained, and if that does not help, please report it: this is then an error of "
+        "finetune-operator",
+    ),
+    Fault.TOKENIZER_CLASS_DIFFERS: FaultText(
+        Reason.CONFIG_INVALID,
+        "{name}, which transformers loads for {uri}, does not read tokenizer.json as it is: {file} row {row} differs "
+        "from token {token} of its sequence {sequence} on, so servers would send other ids than would be learned; name "
+        "PreTrainedTokenizerFast as tokenizer_class in the model's tokenizer_config.json, or load the tokenizer with "
+        "AutoTokenizer and save it again with save_pretrained",
     ),
     Fault.ANSWER_NOT_AS_SERVED: FaultText(
         Reason.DATA_INVALID,

@@ -76,6 +76,7 @@ def _run(case: Case, of_template: "LoadReport") -> dict[str, Any]:
     from finetune_trainer import prepare, results
     from finetune_trainer.data import structure
 
+    data_run.use_own_process()
     if case.template is not None:
         structure.load_without_values = lambda _request: of_template
     for name, value in case.limits.items():

@@ -11,14 +11,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import spec_cases
-from data_run import chat, chats, jsonl, put, write_model
+from data_run import HIDDEN, LAYERS, chat, chats, jsonl, put, write_model
 from finetune_api.job import MethodType
 from finetune_cli import data
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.main import app
 from finetune_cli.screen import cleaned
+from finetune_trainer.data.structure import LoadReport
 
 SFT = MethodType.SFT
+SIZES_OF_THE_FAMILY = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "max_position_embeddings": 2048}
 UNROLLED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and not loop.last %}{{ 'old ' }}{% endif %}"
@@ -155,6 +157,26 @@ def test_check_names_the_files_that_are_passed_over_and_says_what_rows_are_chang
     assert (
         "changed 1 of 4 rows: it ends with messages that no answer follows, which are left out (end_left_out)" in said
     )
+
+
+def test_rows_are_shown_without_building_the_model_where_its_configuration_says_how_large_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put(tmp_path, a_jsonl=jsonl([chat("Hi", "Hello " * 100), *chats(2)]))
+    path, asked = job(tmp_path), list[bytes]()
+
+    def judged(request: bytes) -> LoadReport:
+        asked.append(request)
+        return LoadReport(architecture="LlamaForCausalLM", sizes={**SIZES_OF_THE_FAMILY, "vocab_size": 600})
+
+    monkeypatch.setattr("finetune_trainer.data.structure.load_without_values", judged)
+    assert [row["dropped"] is None for row in shown(path)] == [False, True, True], "the first is too long"
+    assert not asked
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["max_position_embeddings"]  # then it is for transformers to say what the family's is
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert [row["dropped"] for row in shown(path)] == [None, None, None]
+    assert len(asked) == 1
 
 
 def test_without_a_model_the_messages_are_shown_and_said_to_be_all_that_can_be_told(tmp_path: Path):

@@ -25,6 +25,7 @@ from finetune_trainer import identity, inputs, prepare, reading_steps, sizing, t
 from finetune_trainer.commit import raise_epoch
 from finetune_trainer.data.listing import changed_files
 from finetune_trainer.data.model_facts import Model, read_model
+from finetune_trainer.data.structure import Judge
 from finetune_trainer.identity import Evidence, evidence, is_other, sample_of, sample_places
 from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.runplan import (
@@ -403,9 +404,9 @@ def _begin_to_train_meanwhile(run_uri: str, patch: pytest.MonkeyPatch) -> None:
     """Let an attempt to train begin after the next prepare stage has begun."""
     original = reading_steps.read_model
 
-    def begin_to_train(store: Store, uri: str) -> Model:
+    def begin_to_train(store: Store, uri: str, judge: Judge) -> Model:
         raise_epoch(store, run_uri, 1, "the training pod")
-        return original(store, uri)
+        return original(store, uri, judge)
 
     patch.setattr(reading_steps, "read_model", begin_to_train)
 

@@ -259,6 +259,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, stage.ledger),
         "answers": stage.taught.report(),
+        "same_ids": None if stage.same_ids is None else stage.same_ids.report(),
         "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(datasets, planned.shares, strict=True)],
         "weights": planned.weights,
         "packing": report.packing(

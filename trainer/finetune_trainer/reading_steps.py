@@ -40,8 +40,10 @@ from finetune_trainer.data.pipeline import Pipeline, Sink, Timings, require_end_
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.progress import reading_figures
 from finetune_trainer.data.reading import Checked, Select, checked_rows, every_row
+from finetune_trainer.data.same_ids import OwnIds, Probe, SameIds
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.stages.chain import chain_of, through
+from finetune_trainer.data.structure import Judge, check_structure
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError
@@ -81,13 +83,14 @@ class PrepareStage(RowsStage):
     loss_on: LossOn = LossOn.ALL
     template: str | None = None  # the chat template, if any conversation was rendered
     taught: Taught = field(default_factory=Taught)
+    same_ids: SameIds | None = None  # once conversations were compared
     timings: Timings = field(default_factory=Timings)
     kept: KeptPartitions | None = None  # parts that are to be removed once there is a plan
     in_flight_bytes: int = 0  # of disk, that partitions took at most while rows were read
     kept_rows: int = 0  # read by an earlier attempt, whose parts were taken
 
 
-def with_model(ctx: StageContext, work: Callable[[Model], Result]) -> Result:
+def with_model(ctx: StageContext, work: Callable[[Model], Result], judge: Judge = check_structure) -> Result:
     """Judge the job's model and do the work with it; all of it once more where the faster library gave other ids.
 
     Raises what `read_model` does, CONFIG_UNREADABLE, and UNSUPPORTED_MODEL for a tokenizer that fails."""
@@ -95,7 +98,7 @@ def with_model(ctx: StageContext, work: Callable[[Model], Result]) -> Result:
     for index, dataset in enumerate(spec.datasets):
         check_given(dataset.format, spec.method.type, index)
     ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
-    model = read_model(ctx.store, spec.model.uri)
+    model = read_model(ctx.store, spec.model.uri, judge)
     ctx.reporter.update(activity="Reading")
     try:
         with closing(model.tokenizer):
@@ -191,6 +194,21 @@ def judge(stage: PrepareStage, bad: BadRows, too_long: TooLongRows, taught: Taug
     _require_taught(stage, taught)
     _choose_too_long(stage, too_long)
     choose_formats(stage)
+
+
+def require_same_ids(stage: PrepareStage, own_ids: OwnIds, probe: Probe, found: dict[str, Any]) -> None:
+    """Say of how many conversations transformers gives the same ids. Raises what `SameIds.error` names.
+
+    found: as `rendering` has it."""
+    unnamed = {name: each for name, each in found["special_tokens"].items() if name not in stage.model.special_tokens}
+    with stage.timings.of("compare"):
+        answer = own_ids.compare(probe.rows, renderer_of(found).setup, unnamed)
+    stage.same_ids = SameIds(len(probe.rows), answer)
+    difference = stage.same_ids.difference
+    if difference is not None:
+        row = probe.rows[difference.row]
+        file = place(stage.ledger.files[row.file].uri)
+        raise stage.same_ids.error(difference, place(stage.model.facts.uri), file, row.number)
 
 
 def choose_formats(stage: RowsStage) -> None:

@@ -16,6 +16,7 @@ from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.reading import DecodedRows, Select
 from finetune_trainer.data.rows import Completion, Conversation, Message, Row
+from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
     RowsStage,
@@ -158,7 +159,7 @@ def show(ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
     given = spec.preprocessing or PreprocessingSpec()
     spec = spec.model_copy(update={"preprocessing": _letting_through(given)})
     lenient = replace(ctx, config=ctx.config.model_copy(update={"spec": spec}))
-    return with_model(lenient, lambda model: _show(model, lenient, wanted))
+    return with_model(lenient, lambda model: _show(model, lenient, wanted), sizes_alone)
 
 
 def _letting_through(given: PreprocessingSpec) -> PreprocessingSpec:
@@ -171,7 +172,7 @@ def _letting_through(given: PreprocessingSpec) -> PreprocessingSpec:
 def _show(model: Model, ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
     with opened(ctx, model) as stage:
         shown = _Shown(model, stage.ledger.files)
-        read_datasets(stage, shown, wanted.select(stage.ledger.files))
+        read_datasets(stage, shown, wanted.select(stage.ledger.files), compared_rows=0)
     return _with_decisions(ctx, stage.ledger, shown.rows)
 
 

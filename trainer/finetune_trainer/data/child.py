@@ -54,14 +54,16 @@ def start(module: str, environment: Mapping[str, str] | None = None) -> Process:
     )
 
 
-def exchange(child: Process, *frames: bytes, replies: int = 1, max_bytes: int) -> list[bytes] | None:
+def exchange(
+    child: Process, *frames: bytes, replies: int = 1, max_bytes: int, timeout_s: float = REPLY_TIMEOUT_S
+) -> list[bytes] | None:
     """Send frames, return the `replies` frames that answer them, each of at most `max_bytes`.
 
     None when the child died, sends something else, or did not answer in time and was killed.
     """
     assert child.stdin is not None
     assert child.stdout is not None
-    deadline = threading.Timer(REPLY_TIMEOUT_S, child.kill)
+    deadline = threading.Timer(timeout_s, child.kill)
     deadline.daemon = True
     deadline.start()
     try:

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.model_folder import SMALL_FILES, ModelFolder
 from finetune_trainer.data.problems import place
-from finetune_trainer.data.structure import LoadReport, check_structure
+from finetune_trainer.data.structure import Judge, LoadReport, check_structure
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
 from finetune_trainer.data.tokenizer import Tokenizer, TokenizerFailedError
 from finetune_trainer.data.tokenizer_worker import MAX_TOKEN_ID
@@ -53,10 +54,11 @@ class Model:
     chat_template: str | None
     stop_ids: tuple[int, ...]  # the tokens at which the model stops; by the tokenizer where the model names none
     stops: tuple[str, ...]  # the same as text
+    files: Mapping[str, bytes]  # by name, those that transformers' AutoTokenizer reads
 
 
-def read_model(store: Store, uri: str) -> Model:
-    """Read and judge the model at `uri`.
+def read_model(store: Store, uri: str, judge: Judge = check_structure) -> Model:
+    """Read and judge the model at `uri`, the structure of its weights by `judge`.
 
     Raises OBJECT_NOT_FOUND, PICKLE_ONLY, NO_SAFETENSORS, REMOTE_CODE, BROKEN_MODEL, UNSUPPORTED_MODEL, and
     INPUT_CHANGED for a file that is written while it is read.
@@ -88,12 +90,14 @@ def read_model(store: Store, uri: str) -> Model:
     exported = {name: json.dumps(other) for name, other in others.items() if other is not None}
     exported["tokenizer_config.json"] = json.dumps(tokenizer_config | {"tokenizer_class": TOKENIZER_CLASS})
     exported["tokenizer.json"] = content.decode()
-    report = check_structure(folder, architecture, config, weights, exported)
+    report = judge(folder, architecture, config, weights, exported)
     facts = _facts(folder, config, report, architecture, family, weights)
     stop_ids = _stop_ids(tokenizer, ends)
     texts = [tokenizer.decode([each]) for each in stop_ids]
     stops = tuple(dict.fromkeys(text for text in texts if text.strip()))
-    return Model(facts, family, tokenizer, tokens, template, stop_ids, stops)
+    named = others | {"config.json": config, "tokenizer_config.json": tokenizer_config}
+    files = {name: json.dumps(other).encode() for name, other in named.items() if other is not None}
+    return Model(facts, family, tokenizer, tokens, template, stop_ids, stops, files=files | {"tokenizer.json": content})
 
 
 def _stop_ids(tokenizer: Tokenizer, ends: list[int]) -> tuple[int, ...]:

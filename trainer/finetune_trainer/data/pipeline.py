@@ -28,6 +28,7 @@ from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Completion, Conversation, Text
+from finetune_trainer.data.same_ids import Probe
 from finetune_trainer.data.taught import Taught, changes_of, named, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, all_end_in, split
@@ -107,7 +108,8 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Where rows go on their way to the sink. renderer: None when no row is a conversation's."""
+    """Where rows go on their way to the sink. renderer: None when no row is a conversation's; probe: keeps the first
+    that go there."""
 
     model: Model
     loss_on: LossOn
@@ -117,6 +119,7 @@ class Pipeline:
     bad: BadRows
     sink: Sink
     timings: Timings
+    probe: Probe
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
 
@@ -193,7 +196,7 @@ class Pipeline:
     ) -> Iterable[tuple[Checked, list[Tokens]]]:
         try:
             found = self._sequences(batch, rendered)
-            return [(item, self._shortened(pool, item, sequences)) for item, sequences in found]
+            return [self._shortened(pool, item, sequences) for item, sequences in found]
         except TokenizerFailedError as error:
             file = place(self.ledger.files[batch[0].file].uri)
             raise TokenizerFailedError(f"{error}, at row {batch[0].number} of {file} or soon after") from error
@@ -235,31 +238,35 @@ class Pipeline:
             by_row[index] = [_text_tokens(ids)]
         return [(batch[index], by_row[index]) for index in sorted(by_row)]
 
-    def _shortened(self, pool: ThreadPoolExecutor, item: Checked, sequences: list[Tokens]) -> list[Tokens]:
+    def _shortened(
+        self, pool: ThreadPoolExecutor, item: Checked, sequences: list[Tokens]
+    ) -> tuple[Checked, list[Tokens]]:
         """Make a row that is too long shorter, as far as the job's choice allows; else it stays as long as it is."""
         limit, policy, row = self.too_long.limit.tokens, self.too_long.policy, item.row
         tokens = _longest(sequences)
         if tokens <= limit:
-            return sequences
+            return item, sequences
         if isinstance(row, Text) and policy is TooLong.SPLIT:
             pieces = split(sequences[0].ids, limit, self.model.tokenizer.breaks)
             self.too_long.split(item.file, item.number, len(pieces))
-            return [_text_tokens(piece) for piece in pieces]
+            return item, [_text_tokens(piece) for piece in pieces]
         if policy is not TooLong.TRUNCATE:
-            return sequences
+            return item, sequences
         if isinstance(row, Conversation):
-            return self._from_later_turn(pool, item, row) or sequences
+            return self._from_later_turn(pool, item, row) or (item, sequences)
         if isinstance(row, Text):
             shorter = _text_tokens(sequences[0].ids[:limit])
         else:
             shorter = without_beginning(sequences[0], limit, len(self.model.tokenizer.prefix_ids))
         if shorter is None:
-            return sequences
+            return item, sequences
         self.too_long.changed(item.file, item.number, f"{limit} of {tokens} tokens are kept")
-        return [shorter]
+        return item, [shorter]
 
-    def _from_later_turn(self, pool: ThreadPoolExecutor, item: Checked, row: Conversation) -> list[Tokens] | None:
-        """Return a conversation's sequences without its oldest turns, as few as do; None where none are enough."""
+    def _from_later_turn(
+        self, pool: ThreadPoolExecutor, item: Checked, row: Conversation
+    ) -> tuple[Checked, list[Tokens]] | None:
+        """Return a conversation without its oldest turns, as few as do; None where none are enough."""
         begins = turns(row)
         tried: dict[int, list[Tokens]] = {}
 
@@ -278,9 +285,10 @@ class Pipeline:
         if place == len(begins):
             return None
         begin = begins[place]
-        dropped = len(row.messages) - len(from_turn(row, begin).messages)
+        later = from_turn(row, begin)
+        dropped = len(row.messages) - len(later.messages)
         self.too_long.changed(item.file, item.number, f"the oldest {dropped} messages are left out")
-        return tried[begin]
+        return item._replace(row=later), tried[begin]
 
     def _store(self, item: Checked, sequences: list[Tokens]) -> None:
         """Hand on one row, or record why it is left out."""
@@ -298,6 +306,7 @@ class Pipeline:
             self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
         else:
             self.model.tokenizer.special_words.count(item.row)
+            self.probe.take(item.file, item.number, item.row, item.held_bytes, sequences)
             runs = [TokenRun(part.ids, part.labels) for part in sequences]
             # The pieces of a text that is split are examples of their own: a step need not read all of a book.
             examples = [one_segment(*run) for run in runs] if isinstance(item.row, Text) else [tree_of(runs)]

@@ -80,7 +80,8 @@ class Spent:
 class Renderer:
     """One template and its child process, started with the first batch. Not thread-safe.
 
-    ends: how answers are to end; accepted: the parts of rows, as `Part` names them, that the template may leave out."""
+    ends: how answers are to end; accepted: the parts of rows, as `Part` names them, that the template may leave out.
+    setup: what the process is told before any row, as JSON takes it."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Renderer:
         accepted: Collection[str] = (),
         row_cpu_s: float = 5,
     ) -> None:
-        self._setup = {
+        self.setup: dict[str, Any] = {
             "source": source,
             "special_tokens": special_tokens,
             "now": now.isoformat(),
@@ -117,7 +118,7 @@ class Renderer:
 
     def _start(self) -> child.Process:
         process = child.start("finetune_trainer.data.render_worker")
-        reply = _ask(process, orjson.dumps(self._setup))
+        reply = _ask(process, orjson.dumps(self.setup))
         problem = self.too_much if reply is None else reply["problem"]
         if problem is not None:
             child.end(process)
@@ -159,7 +160,7 @@ class Renderer:
         """The child's reply, or None when it died; then there is a new one."""
         if self._child is None:
             self._child = self._start()
-        sent = [_request(row) for row in rows]
+        sent = [request_of(row) for row in rows]
         reply = _ask(self._child, b"[" + b",".join(sent) + b"]")
         if reply is None:
             child.end(self._child)
@@ -178,7 +179,8 @@ class Renderer:
             child.end(self._child)
 
 
-def _request(row: Conversation) -> bytes:
+def request_of(row: Conversation) -> bytes:
+    """Return a conversation as JSON, as a process that renders it is sent it."""
     sent: dict[str, Any] = {"messages": row.messages, "learned": row.learned}
     if row.tools:
         sent["tools"] = row.tools

@@ -26,6 +26,8 @@ from finetune_trainer.data.weights import FLOATS, Weights
 
 log = logging.getLogger(__name__)
 
+Judge = Callable[[ModelFolder, str, dict[str, Any], Weights, Mapping[str, str]], "LoadReport"]  # as `check_structure`
+
 READY = b"ready\n"  # what the child says once its imports are done
 TOO_LARGE, MACHINE_FAILED = 70, 71  # the child's exit codes; the second where the model is not to blame
 MEMORY_BYTES = 4 * 2**30  # of data that the child may have
@@ -156,6 +158,17 @@ def check_structure(
     if report.not_exported is not None:
         raise folder.broken(report.not_exported)
     return report
+
+
+def sizes_alone(
+    folder: ModelFolder, architecture: str, config: dict[str, Any], weights: Weights, exported: Mapping[str, str]
+) -> LoadReport:
+    """Return the sizes that config.json names, where nobody will load the weights; where it leaves some to the family,
+    what `check_structure` does."""
+    sizes = {name: size for name in SIZES if type(size := config.get(name)) is int and size > 0}
+    if len(sizes) == len(SIZES):
+        return LoadReport(architecture=architecture, sizes=sizes)
+    return check_structure(folder, architecture, config, weights, exported)
 
 
 def load_without_values(request: bytes) -> LoadReport:

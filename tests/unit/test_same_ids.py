@@ -1,0 +1,196 @@
+"""The ids of a job's first conversations are those of transformers' own `apply_chat_template`, or the job ends."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import normalizers
+
+from data_run import CHATML, Prepared, byte_bpe, chat, chats, jsonl, prepare_run, put, use_own_process, write_model
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data import same_ids
+from finetune_trainer.data.same_ids import Cause, OwnIds, ProbedRow, Untold
+
+RANDOM = "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}" + CHATML
+DATED = "{{ strftime_now('%d %B %Y') + '\n' }}" + CHATML
+UNROLLED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ 'old ' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Qwen3's: the prompt opens nothing, but a form without reasoning closes a block at once.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n' + m.reasoning_content | default('') + '\n</think>\n\n' }}"
+    "{% endif %}"
+    "{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
+NULLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['content'] is none %}{{ m['tool_calls'][0]['function'] | tojson }}{% else %}"
+    "{{ m['content'] | trim }}{% endif %}{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REASONED = {
+    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
+}
+CALLING = {
+    "messages": [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "yes"},
+    ]
+}
+
+
+def compared(prepared: Prepared) -> tuple[dict[str, Any], str]:
+    """Return what report and plan say."""
+    (noted,) = [each for each in prepared.plan.resolved if each.field == "ids"]
+    return prepared.report["same_ids"], f"{noted.value} {noted.reason}"
+
+
+def test_every_chat_job_says_on_how_many_rows_its_ids_are_those_of_transformers(tmp_path: Path) -> None:
+    use = OwnIds.begin, OwnIds.ask
+    use_own_process()
+    try:
+        put(tmp_path, a_jsonl=jsonl(chats(50)))
+        report, words = compared(prepare_run(tmp_path))
+    finally:
+        OwnIds.begin, OwnIds.ask = use
+    assert report == {"rows": 32, "not_compared": {}, "tokenizer_class": "TokenizersBackend"}
+    assert words == "equal on 32 rows to transformers' apply_chat_template by TokenizersBackend"
+
+
+@pytest.mark.parametrize(
+    ("template", "rows"),
+    [
+        (DATED, chats(3)),
+        (UNROLLED, [chat("a", "b", "c", "d")]),
+        (THINKING, [chat("a", "b"), REASONED]),
+        (PARTS, chats(3)),
+        ("{{ extra }}" + CHATML, [chat("a", "b") | {"chat_template_kwargs": {"extra": "x"}}]),
+    ],
+)  # fmt: skip
+def test_ids_are_compared_in_whatever_way_an_answer_is_learned(
+    tmp_path: Path, template: str, rows: list[dict[str, Any]]
+) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl(rows))
+    report, _ = compared(prepare_run(tmp_path))
+    assert report["rows"] == len(rows)
+
+
+def test_a_conversation_is_compared_as_it_was_shortened(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([chat(*["a long turn of many words"] * 20), *chats(2)]))
+    found = prepare_run(tmp_path, {"preprocessing": {"maxSequenceLength": 64, "tooLong": "Truncate"}})
+    assert compared(found)[0]["rows"] == 3
+    assert found.report["rows_in"] == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "untold", "words"),
+    [
+        (CHATML, chat("a", "b") | {"chat_template_kwargs": {"padding": True}}, "variable", "names of its own"),
+        (NULLS, CALLING, "null", "must be null"),
+    ],
+)
+def test_rows_that_transformers_cannot_be_handed_are_told_and_end_nothing(
+    tmp_path: Path, template: str, row: dict[str, Any], untold: str, words: str
+) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([row, *chats(2)]))
+    report, told = compared(prepare_run(tmp_path))
+    assert (report["rows"], report["not_compared"]) == (2, {untold: 1})
+    assert "equal on 2 of 3 rows" in told
+    assert words in told
+
+
+def test_a_template_that_writes_otherwise_each_time_ends_the_job_with_the_row(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=RANDOM)
+    put(tmp_path, a_jsonl=jsonl(chats(9)))
+    with pytest.raises(StageError, match=r"a\.jsonl row \d differently each time") as caught:
+        prepare_run(tmp_path)
+    assert caught.value.fault is Fault.TEMPLATE_RANDOM
+    assert "the answer is" not in str(caught.value)
+
+
+def test_a_class_that_reads_tokenizer_json_otherwise_ends_the_job_until_it_is_named_plainly(tmp_path: Path) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    write_model(tmp_path / "model", tokenizer=tokenizer, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    put(tmp_path, a_jsonl=jsonl([chat("THE quick", "FOX"), *chats(2)]))
+    with pytest.raises(StageError, match=r"GPT2Tokenizer, which transformers loads") as caught:
+        prepare_run(tmp_path)
+    assert caught.value.fault is Fault.TOKENIZER_CLASS_DIFFERS
+    config = tmp_path / "model" / "tokenizer_config.json"
+    named = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(named))
+    assert compared(prepare_run(tmp_path, attempt=2))[0]["rows"] == 3
+
+
+def test_where_ids_differ_row_sequence_and_token_are_told_and_why(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(2)))
+    write_model(tmp_path / "model")
+    seen: list[tuple[list[ProbedRow], dict[str, Any]]] = []
+    compare = OwnIds.compare
+
+    def see(self: OwnIds, rows: Sequence[ProbedRow], setup: Any, given: Any) -> Any:
+        seen.append((list(rows), dict(setup)))
+        return compare(self, rows, setup, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnIds, "compare", see)
+        prepare_run(tmp_path)
+    ((rows, setup),) = seen
+    files = {
+        name: (tmp_path / "model" / name).read_bytes()
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json")
+    }
+    own = OwnIds(files)
+    rows[1].ids[0][7] += 1
+    other = own.compare(rows, setup, {})
+    assert other is not None
+    assert other.difference is not None
+    assert (other.equal, other.difference.row, other.difference.sequence, other.difference.token) == (1, 1, 1, 8)
+    assert other.difference.cause is Cause.TOKENS
+    renders_otherwise = setup | {"source": "{{ bos_token }}" + CHATML, "special_tokens": {"bos_token": "the"}}
+    other = own.compare(rows[:1], renders_otherwise, {})
+    assert other is not None
+    assert other.difference is not None
+    assert other.difference.cause is Cause.TEXT
+    refused = own.compare(rows[:1], setup | {"source": "{{ raise_exception('no') }}"}, {})
+    assert refused is not None
+    assert refused.untold == {Untold.REFUSED: 1}
+
+
+def test_a_process_that_gives_no_answer_is_told_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_nothing(_self: OwnIds, _request: bytes, _files: Sequence[bytes]) -> None:
+        return
+
+    monkeypatch.setattr(OwnIds, "ask", told_nothing)
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    report, words = compared(prepare_run(tmp_path))
+    assert report["not_compared"] == {"no_answer": 3}
+    assert words.startswith("not compared transformers gave no answer within")
+
+
+def test_rows_without_a_template_are_not_compared(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([{"prompt": f"{n} and", "completion": " one"} for n in range(3)]))
+    assert prepare_run(tmp_path).report["same_ids"] is None
+
+
+def test_no_more_is_kept_of_rows_than_their_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(same_ids, "MAX_BYTES", 2000)
+    put(tmp_path, a_jsonl=jsonl([chat("q " * 200, "a"), *chats(9)]))
+    report, _ = compared(prepare_run(tmp_path))
+    assert 0 < report["rows"] < 9

@@ -1,0 +1,192 @@
+"""Compare the ids of a job's first conversations with those that transformers itself gives, in a child process.
+
+Rows are rendered and tokenised without transformers (`renderer`, `tokenizer`). So that a bug there, or in the base's
+files, cannot train other ids than servers send, the first rows that are kept go through the base tokenizer's own
+`apply_chat_template(tokenize=True)` (`finetune_trainer.own_ids`). The process starts with the first of them, and takes
+about 3 s of CPU beside the rest: what is waited for at the end is what it has not done by then.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data import child
+from finetune_trainer.data.renderer import request_of
+from finetune_trainer.data.rows import Conversation, Row
+from finetune_trainer.data.tokens import Tokens
+
+MAX_ROWS = 32
+MAX_BYTES = 2**20  # of their texts and ids, roughly; a row that is larger than what is left of it is passed over
+MAX_MESSAGE_BYTES = 256 * 2**20
+MEMORY_BYTES = 4 * 2**30  # a tokenizer of 64 MiB is loaded by transformers in less than 2
+_TIMEOUT_S = 300  # of the wall clock, for the answer once the rows are read
+_ID_BYTES = 8
+_MODULE = "finetune_trainer.own_ids"
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Cause(StrEnum):
+    """Why ids differ."""
+
+    RANDOM = "random"  # the template writes another text each time
+    TEXT = "text"  # transformers renders another text than we do
+    TOKENIZER_CLASS = "tokenizer_class"  # the class that the base names does not read tokenizer.json as it is
+    TOKENS = "tokens"  # transformers reads the same text as other tokens
+
+
+class Untold(StrEnum):
+    """Why a row cannot be compared."""
+
+    REFUSED = "refused"  # transformers does not render it
+    VARIABLE = "variable"  # its chat_template_kwargs have a name that apply_chat_template takes for itself
+    NULL = "null"  # the template takes a content of null, which transformers leaves out
+
+
+class Difference(BaseModel):
+    """Where ids differ: the place of the row among those that were sent; sequence and token from 1."""
+
+    row: int
+    sequence: int
+    token: int
+    cause: Cause
+
+
+class Found(BaseModel):
+    """What the child tells: rows with equal ids, rows that cannot be compared by reason, and the first that differs."""
+
+    equal: int = 0
+    untold: dict[Untold, int] = {}
+    difference: Difference | None = None
+    tokenizer_class: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedRow:
+    """A row that is compared: where it is from, what it says, and the ids of its sequences."""
+
+    file: int
+    number: int
+    conversation: Conversation
+    ids: list[list[int]]
+
+
+class Probe:
+    """Keeps the first conversations that it is given, with what they are learned by."""
+
+    def __init__(self, most_rows: int = MAX_ROWS) -> None:
+        self.rows: list[ProbedRow] = []
+        self._most_rows = most_rows
+        self._left_bytes = MAX_BYTES
+
+    def take(self, file: int, number: int, row: Row, held_bytes: int, sequences: Sequence[Tokens]) -> None:
+        """Keep a row, if it is a conversation and there is room for it. held_bytes: in memory, roughly."""
+        if len(self.rows) >= self._most_rows or not isinstance(row, Conversation):
+            return
+        held_bytes += _ID_BYTES * sum(len(each.ids) for each in sequences)
+        if held_bytes <= self._left_bytes:
+            self._left_bytes -= held_bytes
+            self.rows.append(ProbedRow(file, number, row, [each.ids.tolist() for each in sequences]))
+
+
+_FAULTS = {
+    Cause.RANDOM: Fault.TEMPLATE_RANDOM,
+    Cause.TEXT: Fault.OTHER_TEXT,
+    Cause.TOKENIZER_CLASS: Fault.TOKENIZER_CLASS_DIFFERS,
+    Cause.TOKENS: Fault.OTHER_IDS,
+}
+_UNTOLD_WORDS = {
+    Untold.REFUSED: "that transformers does not render",
+    Untold.VARIABLE: "whose chat_template_kwargs have names of its own",
+    Untold.NULL: "whose content must be null for the template",
+}
+
+
+@dataclass(frozen=True)
+class SameIds:
+    """What was compared: of so many rows, what transformers found; None where it told nothing."""
+
+    rows: int
+    found: Found | None
+
+    @property
+    def difference(self) -> Difference | None:
+        return None if self.found is None else self.found.difference
+
+    @property
+    def value(self) -> str:
+        """The outcome, in words for the plan."""
+        if self.found is None:
+            return "not compared"
+        of_all = f"{self.found.equal}" if self.found.equal == self.rows else f"{self.found.equal} of {self.rows}"
+        return f"equal on {of_all} rows"
+
+    @property
+    def words(self) -> str:
+        """What that means, in words for the plan."""
+        if self.found is None:
+            return f"transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB"
+        untold = [f"{count} {_UNTOLD_WORDS[each]}" for each, count in sorted(self.found.untold.items())]
+        besides = f"; not compared: {', '.join(untold)}" if untold else ""
+        return f"to transformers' apply_chat_template by {self.found.tokenizer_class}{besides}"
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts for report.json."""
+        found = self.found or Found()
+        return {
+            "rows": found.equal,
+            "not_compared": dict(sorted(found.untold.items())) if self.found else {"no_answer": self.rows},
+            "tokenizer_class": found.tokenizer_class,
+        }
+
+    def error(self, difference: Difference, uri: str, file: str, row: int) -> StageError:
+        """Return TEMPLATE_RANDOM, OTHER_TEXT, TOKENIZER_CLASS_DIFFERS or OTHER_IDS."""
+        assert self.found is not None
+        place = {"file": file, "row": row, "sequence": difference.sequence, "token": difference.token}
+        named = {"name": self.found.tokenizer_class} if difference.cause is Cause.TOKENIZER_CLASS else {}
+        return StageError(_FAULTS[difference.cause], uri=uri, **place, **named)
+
+
+class OwnIds:
+    """The process that reads rows by transformers alone. files: the base's that AutoTokenizer reads, by name."""
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._files = files
+        self._child: child.Process | None = None
+
+    def begin(self) -> None:
+        """Start the process, once: it imports transformers while rows are read."""
+        if self._child is None:
+            self._child = child.start(_MODULE, _ENVIRONMENT)
+
+    def compare(self, rows: Sequence[ProbedRow], setup: Mapping[str, Any], given: Mapping[str, str]) -> Found | None:
+        """Return what transformers says to the rows; None where the process tells nothing in its time and memory.
+
+        setup: the renderer's; given: special tokens that the template sees and the base does not name."""
+        sent = [{"chat": orjson.Fragment(request_of(row.conversation)), "ids": row.ids} for row in rows]
+        request = orjson.dumps({"files": list(self._files), "setup": setup, "given": given, "rows": sent})
+        reply = self.ask(request, list(self._files.values()))
+        try:
+            return None if reply is None else Found.model_validate_json(reply)
+        except ValidationError:
+            return None
+
+    def ask(self, request: bytes, files: Sequence[bytes]) -> bytes | None:
+        """Return the process's reply; None where there is none."""
+        self.begin()
+        assert self._child is not None
+        limits = orjson.dumps({"memory_bytes": MEMORY_BYTES})
+        replies = child.exchange(
+            self._child, limits, request, *files, max_bytes=MAX_MESSAGE_BYTES, timeout_s=_TIMEOUT_S
+        )
+        return None if replies is None else replies[0]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            child.end(self._child)
