@@ -87,12 +87,12 @@ def use_own_process() -> None:
 _OWN_PROCESS = OwnIds.begin, OwnIds.ask
 
 
-def _asked_here(self: OwnIds, request: bytes, files: Sequence[bytes]) -> bytes:  # noqa: ARG001 (of the class)
+def _asked_here(self: OwnIds, request: bytes, files: Sequence[bytes]) -> bytes:
     """What that process says, without its start, which takes seconds."""
     return own_ids.judged(request, *files)
 
 
-OwnIds.begin, OwnIds.ask = lambda self: None, _asked_here  # noqa: ARG005 (of the class)
+OwnIds.begin, OwnIds.ask = lambda self: None, _asked_here
 
 
 def llama_weights(vocabulary: int) -> dict[str, Any]:

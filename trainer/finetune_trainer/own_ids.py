@@ -12,7 +12,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ import orjson
 
 from finetune_trainer.data.child import limit_data, streams
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.render_worker import Writer
+from finetune_trainer.data.render_worker import FAILURES, Writer
 from finetune_trainer.data.same_ids import MAX_MESSAGE_BYTES, Cause, Difference, Found, Untold
 from finetune_trainer.data.template import ChatTemplate, Message
 
-_TRIES = 4  # renders of a row that comes out otherwise, to tell a template that is random
+_TRIES = 4  # renders of a row that is not the same, to tell a template that is random
 
 Ids = list[list[int]]  # of each sequence of a row
 
@@ -102,12 +102,16 @@ class Judge:
                 ids = None if texts is None else [self._template.ids(text) for text in texts]
                 if ids == row["ids"]:
                     found.equal += 1
-                elif self._template.untaken is not None or ids is None or texts is None:
+                    continue
+                if self._is_random(row["chat"]):
+                    found.difference = _difference(place, row["ids"], ids or [], Cause.RANDOM)
+                    break
+                if self._template.untaken is not None or ids is None or texts is None:
                     untold = self._template.untaken or Untold.REFUSED
                     found.untold[untold] = found.untold.get(untold, 0) + 1
-                else:
-                    found.difference = _difference(place, row["ids"], ids, self._cause(row, texts))
-                    break
+                    continue
+                found.difference = _difference(place, row["ids"], ids, self._cause(row, texts))
+                break
         return found
 
     def _texts(self, template: ChatTemplate, chat: dict[str, Any]) -> list[str] | None:
@@ -117,11 +121,17 @@ class Judge:
         sequences, _ = Writer(template, self._setup).write(chat)
         return None if sequences is None else [text for text, _ in sequences]
 
-    def _cause(self, row: dict[str, Any], texts: list[str]) -> Cause:
+    def _is_random(self, chat: dict[str, Any]) -> bool:
+        """Whether the template writes a conversation otherwise each time."""
+        texts: set[str] = set()
+        variables = chat.get("template_kwargs")
         for seed in range(_TRIES):
             random.seed(seed)
-            if self._texts(self._template, row["chat"]) != texts:
-                return Cause.RANDOM
+            with suppress(*FAILURES):
+                texts.add(self._template.render(chat["messages"], False, chat.get("tools"), variables))
+        return len(texts) > 1
+
+    def _cause(self, row: dict[str, Any], texts: list[str]) -> Cause:
         now = datetime.fromisoformat(self._setup["now"])
         if self._texts(ChatTemplate(self._setup["source"], self._setup["special_tokens"], now), row["chat"]) != texts:
             return Cause.TEXT

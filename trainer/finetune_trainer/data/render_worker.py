@@ -37,7 +37,7 @@ MAX_TEXT = MAX_LINE_BYTES + 2 * 2**20  # characters of a row: what the longest l
 PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of one are held, and tokenised, at once
 _PIECE_CPU_S = 2.0
 _MAX_SHAPES = 4096  # of conversations that are remembered; others are tried again
-_FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 _NOT_ALLOWED = "it does what transformers' sandbox refuses too (SecurityError)"
 _PROBLEMS: dict[type[AnswerError], Problem] = {
     AnswerNotFoundError: Problem.GENERATION_PROMPT_NOT_KEPT,
@@ -87,7 +87,7 @@ class Writer:
             return self._written(opened, {Note.OPENING_ADDED} if opened is not chat else set())
         except AnswerError as error:
             return [None, [_PROBLEMS[type(error)], f"messages[{error.message}]", ""]]
-        except _FAILURES as error:
+        except FAILURES as error:
             return [None, [Problem.TEMPLATE_FAILED, "", safe_words(error, self._template.constants)]]
         except (MemoryError, RecursionError) as error:
             return [None, [Problem.TEMPLATE_FAILED, "", type(error).__name__]]
@@ -139,7 +139,7 @@ class Writer:
                     best = Shape(dress, tuple(gone), self._marks(dressed))
                 if not gone:
                     break
-            except (AnswerError, *_FAILURES):
+            except (AnswerError, *FAILURES):
                 continue  # the row itself tells how it fails
         return best or Shape(Dress(), (), frozenset())
 
