@@ -128,6 +128,8 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
             f"examples, {lengths['label_tokens']:,} learned; {percentiles}",
             soft_wrap=True,
         )
+        if found["same_ids"] is not None:
+            console.print(f"ids     {found['same_ids']['words']}", markup=False, soft_wrap=True)
         for name, rows in found["special_tokens_in_words"].items():
             console.print(f"special {rows:,} rows have {name} in their own words", markup=False, soft_wrap=True)
         for each in found["resolved"]:

@@ -53,8 +53,10 @@ CALLING = {
 
 def compared(prepared: Prepared) -> tuple[dict[str, Any], str]:
     """Return what report and plan say."""
-    (noted,) = [each for each in prepared.plan.resolved if each.field == "ids"]
-    return prepared.report["same_ids"], f"{noted.value} {noted.reason}"
+    assert prepared.plan.same_ids is not None
+    report = dict(prepared.report["same_ids"])
+    assert report.pop("words") == prepared.plan.same_ids
+    return report, prepared.plan.same_ids
 
 
 def test_every_chat_job_says_on_how_many_rows_its_ids_are_those_of_transformers(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_a_conversation_is_compared_as_it_was_shortened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "row", "untold", "words"),
     [
-        (CHATML, chat("a", "b") | {"chat_template_kwargs": {"padding": True}}, "variable", "names of its own"),
+        (CHATML, chat("a", "b") | {"chat_template_kwargs": {"padding": True}}, "variable", "of its own names"),
         (NULLS, CALLING, "null", "must be null"),
     ],
 )
@@ -181,7 +183,7 @@ def test_a_process_that_gives_no_answer_is_told_and_ends_nothing(
     put(tmp_path, a_jsonl=jsonl(chats(3)))
     report, words = compared(prepare_run(tmp_path))
     assert report["not_compared"] == {"no_answer": 3}
-    assert words.startswith("not compared transformers gave no answer within")
+    assert words.startswith("not compared: transformers gave no answer within")
 
 
 def test_rows_without_a_template_are_not_compared(tmp_path: Path) -> None:

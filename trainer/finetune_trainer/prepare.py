@@ -299,6 +299,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         formats=stage.formats,
         chat_template=stage.template,
         stop_token_ids=stop_token_ids,
+        same_ids=None if stage.same_ids is None else stage.same_ids.words,
         stop_tokens=[shortened(model.tokenizer.decode([each]), 64) for each in stop_token_ids],
         model=model.facts,
         hyperparameters=sized.hyperparameters,

@@ -171,6 +171,7 @@ class RunPlan(StoredModel):
     chat_template: str | None = Field(default=None, max_length=65536)  # None: rows are plain text
     stop_token_ids: list[int] = Field(max_length=16)  # trained ends: of an answer (SFT), of a text (CPT)
     stop_tokens: list[Str64] = Field(default=[], max_length=16)  # the same as text
+    same_ids: Str256 | None = None  # on how many rows ids are those of transformers; None where none is a conversation
     model: ModelFacts
     hyperparameters: Hyperparameters
     train: SplitFiles

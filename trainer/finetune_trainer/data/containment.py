@@ -89,7 +89,7 @@ def _with_arguments_text(call: dict[str, Any]) -> dict[str, Any]:
 def shape_of(chat: Chat) -> Any:
     """Return what is the same for conversations that a template treats alike."""
     messages = [_shape(message, learned) for message, learned in zip(chat.messages, chat.learned, strict=True)]
-    variables = json.dumps(dict(chat.variables), sort_keys=True)
+    variables = json.dumps(dict(chat.variables), sort_keys=True) if chat.variables else ""
     return tuple(messages), len(chat.tools or ()), variables
 
 

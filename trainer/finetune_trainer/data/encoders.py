@@ -54,8 +54,8 @@ class Encoded:
         """Return the tokens that hold any of the characters begin … end - 1, as a half-open range."""
         if self.starts is not None:
             begin, end = (self._byte(character) for character in (begin, end))
-        first = int(np.searchsorted(self.ends, begin, side="right"))
-        return first, max(first, int(np.searchsorted(self.begins, end, side="left")))
+        first = int(self.ends.searchsorted(begin, side="right"))
+        return first, max(first, int(self.begins.searchsorted(end, side="left")))
 
     def _byte(self, character: int) -> int:
         assert self.starts is not None
@@ -87,8 +87,10 @@ class FastEncoder:
         self._native = fastokens.Tokenizer.from_json_str(fused(content))
         self._native.no_truncation()
         self._native.no_padding()
-        self._pieces = pieces_of(tokenizer)
-        self._lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        pieces = pieces_of(tokenizer)
+        self._spelled = np.frombuffer(b"".join(pieces), dtype=np.uint8)  # all pieces, one after another
+        self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        self._begins = np.cumsum(self._lengths) - self._lengths
 
     def encode(self, texts: Sequence[str]) -> list[Encoded | None]:
         """Encode texts; None for one whose tokens do not spell it byte by byte, or that has a byte of no token."""
@@ -97,24 +99,29 @@ class FastEncoder:
         except ValueError:
             return [None] if len(texts) == 1 else [each for text in texts for each in self.encode([text])]
         ids = np.frombuffer(flat, dtype=np.uint32)
-        cuts = np.frombuffer(bounds, dtype=np.uint64).astype(np.int64)
-        return [
-            self._by_bytes(text, ids[first:last])
-            for text, first, last in zip(texts, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
-        ]
-
-    def _by_bytes(self, text: str, ids: Ids) -> Encoded | None:
-        content = text.encode()
-        if any(character in text for character in _FOLDED):
-            return None
-        if b"".join(map(self._pieces.__getitem__, ids.tolist())) != content:
-            return None
+        cuts = np.frombuffer(bounds, dtype=np.uint64).astype(np.int64).tolist()
         lengths = self._lengths[ids]
         ends = np.cumsum(lengths)
-        if len(content) == len(text):
-            return Encoded(ids, ends - lengths, ends)
-        starts = np.flatnonzero((np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80)
-        return Encoded(ids, ends - lengths, ends, starts)
+        begins = ends - lengths
+        places = np.arange(int(lengths.sum())) + np.repeat(self._begins[ids] - begins, lengths)
+        spelled = self._spelled[places]  # by the bytes that the tokens of all texts stand for
+        found: list[Encoded | None] = []
+        before = 0  # bytes
+        for text, first, last in zip(texts, cuts[:-1], cuts[1:], strict=True):
+            after = int(ends[last - 1]) if last > first else before
+            content = spelled[before:after].tobytes()
+            here = slice(first, last)
+            is_spelled = content == text.encode() and not any(character in text for character in _FOLDED)
+            starts = None if len(content) == len(text) else _starts(content)
+            one = Encoded(ids[here], begins[here] - before, ends[here] - before, starts)
+            found.append(one if is_spelled else None)
+            before = after
+        return found
+
+
+def _starts(content: bytes) -> Positions:
+    """Return where each character of a text begins in its bytes."""
+    return np.flatnonzero((np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80)
 
 
 def fused(content: str) -> str:

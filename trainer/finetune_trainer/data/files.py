@@ -25,6 +25,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(rb'"\s*:')
 _AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MANY_DIGITS = b"0" * 19  # a whole number that has fewer is within 64 bits
+_KEY_END = b'":'
+_ESCAPED = (rb"\u0022", rb"\u003a", rb"\u003A")  # a quote, and a colon
+_BEFORE_COLON = (b" :", b"\t:", b"\n:", b"\r:")
+_TOO_DEEP = b"\n" + MAX_DEPTH * b"  "  # begins the line of what is so deep, as indented
 
 
 class Decoded(NamedTuple):
@@ -88,18 +92,12 @@ def lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Broken]]:
         yield number + 1, rest
 
 
-def _is_too_deep(value: object) -> bool:
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (cast(dict[str, Any], item).values() if isinstance(item, dict) else cast(list[Any], item))
-        ]
-        if not level:
-            return False
-    return True
+def _indented(value: object) -> bytes | None:
+    """Return a value as JSON whose indent shows its depth; None where it is deeper than orjson goes."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_INDENT_2)
+    except orjson.JSONEncodeError:
+        return None
 
 
 def _most_values(line: bytes) -> int:
@@ -121,6 +119,10 @@ def _has_too_many_values(value: object) -> bool:
 
 def decode(line: bytes) -> object:
     """The line's JSON value, or Broken with the most telling name."""
+    return _decoded(line, _most_values(line))
+
+
+def _decoded(line: bytes, most_values: int) -> object:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -134,12 +136,13 @@ def decode(line: bytes) -> object:
             return Broken(Problem.LONE_SURROGATE)
         words = ", where NaN or Infinity may stand, which are no JSON; write null" if _is_json_of_python(line) else ""
         return Broken(Problem.NOT_JSON, detail=f"column {error.colno}{words}")
-    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_too_deep(value):
-        return Broken(Problem.TOO_DEEP)
-    if _most_values(line) > MAX_VALUES and _has_too_many_values(value):
+    if most_values > MAX_VALUES and _has_too_many_values(value):
         return Broken(Problem.TOO_MANY_VALUES)
+    written = _indented(value)  # at most 2 * MAX_DEPTH bytes more for each value that is not too deep
+    if written is None or _TOO_DEEP in written:
+        return Broken(Problem.TOO_DEEP)
     # orjson keeps the last of two equal keys. Texts may hold `":` too, so only a second reading is sure.
-    if len(_KEY.findall(line)) > _keys(value) and _repeats_a_key(line):
+    if _may_repeat_a_key(line, written, value) and _repeats_a_key(line):
         return Broken(Problem.REPEATED_FIELD)
     # orjson makes a float of a whole number beyond 64 bits, and of its digits only the first 16 are kept.
     return json.loads(line) if _MANY_DIGITS in line.translate(_AS_ZEROS) else value
@@ -152,6 +155,14 @@ def _is_json_of_python(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _may_repeat_a_key(line: bytes, written: bytes, value: object) -> bool:
+    """Whether a line has more ends of keys than its value. written: the value as JSON, in which they are counted
+    faster than by a walk, where its texts stand there as they stand in the line."""
+    if any(escaped in line for escaped in _ESCAPED) or any(space in line for space in _BEFORE_COLON):
+        return len(_KEY.findall(line)) > _keys(value)
+    return line.count(_KEY_END) > written.count(_KEY_END)
 
 
 def _keys(value: object) -> int:
@@ -176,8 +187,8 @@ def _repeats_a_key(line: bytes) -> bool:
 
 def decoded(number: int, line: bytes) -> Decoded:
     """Return the row that a line is."""
-    value = decode(line)
     most_values = _most_values(line)
+    value = _decoded(line, most_values)
     is_dense = _DENSE_BYTES * most_values > len(line)
     held_bytes = len(line) + (VALUE_BYTES * most_values if is_dense else 0)
     return Decoded(number, value, len(line), 0 if isinstance(value, Broken) else held_bytes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import jinja2
 
-from finetune_trainer.data.reasoning import REASONING_BLOCKS, opened_by, reasoning_of
+from finetune_trainer.data.reasoning import REASONING_BLOCKS, may_close, opened_by, reasoning_of
 from finetune_trainer.data.renders import Chat
 from finetune_trainer.data.template import ChatTemplate, Message
 
@@ -32,6 +32,7 @@ def _may_lack_opening(message: Message) -> bool:
     return (
         message["role"] == "assistant"
         and isinstance(content, str)
+        and may_close(content)
         and any(closing in content for closing in REASONING_BLOCKS.values())
         and reasoning_of(message)[:2] == ("", "")
     )

@@ -67,7 +67,8 @@ class Ordered:
 
     def _without_end(self, messages: list[Said], field: str) -> list[Said]:
         """Return the messages to the last answer: nothing after it can be learned, or change what is."""
-        end = max((i for i, each in enumerate(messages) if each.message["role"] == "assistant"), default=None)
+        places = range(len(messages) - 1, -1, -1)
+        end = next((i for i in places if messages[i].message["role"] == "assistant"), None)
         if end is None:
             raise RefusedError(Problem.NO_ASSISTANT, field)
         if end < len(messages) - 1:

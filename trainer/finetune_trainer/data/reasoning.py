@@ -37,6 +37,11 @@ def words_of(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
+def may_close(content: str) -> bool:
+    """Whether a content may hold what closes reasoning: of all that does, each has one of these letters."""
+    return "/" in content or "|" in content
+
+
 def reasoning_of(message: Message) -> tuple[str, str, str]:
     """Return a message's reasoning, what closes it inside its content (nothing where it stands apart), and the content
     after it. The reasoning is empty where there is none."""
@@ -44,9 +49,13 @@ def reasoning_of(message: Message) -> tuple[str, str, str]:
     reasoning = message.get("reasoning_content")
     if isinstance(reasoning, str) and reasoning.strip():
         return reasoning, "", content
+    if not may_close(content):
+        return "", "", content
     for opening, closing in REASONING_BLOCKS.items():
-        inside, close, after = content.partition(closing)
-        if close and inside.lstrip().startswith(opening):
+        if closing not in content:
+            continue
+        inside, _, after = content.partition(closing)
+        if inside.lstrip().startswith(opening):
             inside = inside.lstrip()[len(opening) :]
             return (inside, closing, after) if inside.strip() else ("", closing, after)
     return "", "", content

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data import child
 from finetune_trainer.data.renderer import request_of
 from finetune_trainer.data.rows import Conversation, Row
@@ -101,9 +102,9 @@ _FAULTS = {
     Cause.TOKENS: Fault.OTHER_IDS,
 }
 _UNTOLD_WORDS = {
-    Untold.REFUSED: "that transformers does not render",
-    Untold.VARIABLE: "whose chat_template_kwargs have names of its own",
-    Untold.NULL: "whose content must be null for the template",
+    Untold.REFUSED: "that it does not render",
+    Untold.VARIABLE: "with chat_template_kwargs of its own names",
+    Untold.NULL: "whose content must be null",
 }
 
 
@@ -119,21 +120,16 @@ class SameIds:
         return None if self.found is None else self.found.difference
 
     @property
-    def value(self) -> str:
-        """The outcome, in words for the plan."""
-        if self.found is None:
-            return "not compared"
-        of_all = f"{self.found.equal}" if self.found.equal == self.rows else f"{self.found.equal} of {self.rows}"
-        return f"equal on {of_all} rows"
-
-    @property
     def words(self) -> str:
-        """What that means, in words for the plan."""
-        if self.found is None:
-            return f"transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB"
-        untold = [f"{count} {_UNTOLD_WORDS[each]}" for each, count in sorted(self.found.untold.items())]
+        """The outcome, in words for the plan."""
+        found = self.found
+        if found is None:
+            return f"not compared: transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB"
+        of_all = f"{found.equal}" if found.equal == self.rows else f"{found.equal} of {self.rows}"
+        untold = [f"{count} {_UNTOLD_WORDS[each]}" for each, count in sorted(found.untold.items())]
         besides = f"; not compared: {', '.join(untold)}" if untold else ""
-        return f"to transformers' apply_chat_template by {self.found.tokenizer_class}{besides}"
+        by = shortened(found.tokenizer_class, 64)
+        return f"equal on {of_all} rows to transformers' apply_chat_template by {by}{besides}"
 
     def report(self) -> dict[str, Any]:
         """Return the counts for report.json."""
@@ -142,6 +138,7 @@ class SameIds:
             "rows": found.equal,
             "not_compared": dict(sorted(found.untold.items())) if self.found else {"no_answer": self.rows},
             "tokenizer_class": found.tokenizer_class,
+            "words": self.words,
         }
 
     def error(self, difference: Difference, uri: str, file: str, row: int) -> StageError:

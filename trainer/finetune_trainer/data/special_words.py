@@ -22,6 +22,7 @@ class SpecialWords:
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted({token for token in tokens if token}, key=lambda token: (-len(token), token))
+        self._firsts = tuple({token[0] for token in longest_first})
         self._begins = tuple({token[:_BEGIN] for token in longest_first})
         self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.rows: Counter[str] = Counter()  # by token
@@ -32,7 +33,7 @@ class SpecialWords:
             return
         found: set[str] = set()
         for words in texts(row).values():
-            if any(begin in words for begin in self._begins):
+            if _has_any(words, self._firsts) and _has_any(words, self._begins):
                 found.update(self._any.findall(words))
         self.rows.update(sorted(found))
 
@@ -40,3 +41,10 @@ class SpecialWords:
     def report(self) -> dict[str, int]:
         """Rows by token, those of most rows first."""
         return {shortened(token, _MAX_SHOWN): count for token, count in self.rows.most_common(MAX_NAMED)}
+
+
+def _has_any(words: str, parts: Iterable[str]) -> bool:
+    for part in parts:  # noqa: SIM110 (a generator takes as long as the search itself)
+        if part in words:
+            return True
+    return False

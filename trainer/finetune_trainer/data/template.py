@@ -23,6 +23,7 @@ MAX_TEMPLATE_BYTES = 65536
 _MARK, _MARKS = 3, frozenset("<[{|")  # characters that such a text has at least, and one of which it has
 _NEWLINE_AT_END = re.compile(r"(\r\n|\r|\n)\Z")
 _SPACE_AT_BEGIN = re.compile(r"\A[ \t]+(?=\{[%#](?!\+))")
+_MAX_JUDGED = 4096  # attributes of types, whose names a template may compute
 Message = dict[str, Any]
 
 # Readable tags that no base model's tokenizer treats specially; an answer ends with the tokenizer's own end token.
@@ -109,6 +110,22 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, which judges each attribute of a type once: it asks for nothing else of an object."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._judged: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        known = self._judged.get((type(obj), attr))
+        if known is None:
+            known = super().is_safe_attribute(obj, attr, value)
+            if len(self._judged) < _MAX_JUDGED:
+                self._judged[type(obj), attr] = known
+        return known
+
+
 class ChatTemplate:
     """A compiled template.
 
@@ -120,7 +137,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], now: datetime) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -135,6 +152,7 @@ class ChatTemplate:
         environment.globals.update(functions)
         self.source = source
         self._template = environment.from_string(source)
+        self._template.globals = dict(self._template.globals)  # a chain of them is copied slowly, for every render
         (self._generation,) = (each for each in environment.iter_extensions() if isinstance(each, _GenerationTag))
         code = environment.parse(source)
         self.constants = frozenset(node.value for node in code.find_all(nodes.Const) if isinstance(node.value, str))

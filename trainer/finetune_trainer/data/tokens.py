@@ -36,8 +36,10 @@ class Tokens(NamedTuple):
 def all_end_in(sequences: Sequence[Tokens], stop_ids: Collection[int]) -> bool:
     """Whether whatever is learned without a gap ends in one of these tokens."""
     for ids, labels, _ in sequences:
-        ends = np.flatnonzero(labels > np.append(labels[1:], 0))
-        if not set(ids[ends].tolist()).issubset(stop_ids):
+        ends = ids[:-1][labels[:-1] > labels[1:]].tolist()
+        if labels[-1:].any():
+            ends.append(int(ids[-1]))
+        if not set(ends).issubset(stop_ids):
             return False
     return True
 
