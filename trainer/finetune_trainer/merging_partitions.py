@@ -17,6 +17,7 @@ from finetune_trainer.data.partitions import Partition
 from finetune_trainer.data.pipeline import template_failed
 from finetune_trainer.data.progress import ReadSoFar
 from finetune_trainer.data.renderer import MAX_KILLED
+from finetune_trainer.data.same_ids import Probe
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.too_long import TooLongRows
@@ -32,6 +33,7 @@ class Merged:
     bad: BadRows
     too_long: TooLongRows
     taught: Taught = field(default_factory=Taught)
+    probe: Probe = field(default_factory=Probe)
     special_words: Counter[str] = field(default_factory=Counter[str])
     stop_ids: set[int] = field(default_factory=set[int])
     choice: Choice | None = None
@@ -46,6 +48,8 @@ class Merged:
         long = long and long._replace(file=long.file + first_file)
         self.too_long.take(long, result.long_dropped, result.longest, result.met_long)
         self.taught += result.taught
+        for row in result.probed:
+            self.probe.add(row._replace(file=row.file + first_file))
         self.special_words.update(result.special_words)
         self.stop_ids.update(result.stop_ids)
         if self.choice is None or self.choice.library != FAST:

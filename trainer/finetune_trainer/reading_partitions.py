@@ -8,7 +8,7 @@ from functools import partial
 import orjson
 
 from finetune_api.errors import StageError
-from finetune_api.job import MethodType
+from finetune_api.job import DatasetFormat, MethodType
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.partition_messages import PartResult, Rules, Task, rules_of_model
@@ -16,6 +16,7 @@ from finetune_trainer.data.partition_runner import InProcess, NoRowsError, Runne
 from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
 from finetune_trainer.data.pipeline import require_end_token
+from finetune_trainer.data.same_ids import OwnIds
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.worker_pool import WorkerPool
 from finetune_trainer.job_partitions import FEW, JobPartitions
@@ -28,9 +29,11 @@ from finetune_trainer.reading_steps import (
     judge,
     loss_on,
     rendering,
+    require_same_ids,
     too_long_rows,
 )
 
+_PLAIN = {DatasetFormat.PROMPT_COMPLETION, DatasetFormat.TEXT}  # shapes of rows that mostly are no conversations
 _TELLS_TIME = "strftime_now"  # of a chat template that does
 
 
@@ -63,6 +66,9 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
     with ExitStack() as stack:
         partitions = stack.enter_context(closing(job.partitions()))
         is_large, every = _begun(partitions)
+        own_ids = stack.enter_context(closing(OwnIds(model.files)))
+        if found is not None and set(stage.formats).difference(_PLAIN):
+            own_ids.begin()
         frames = _frames(stage, rules)
         stage.in_flight_bytes = job.in_flight_bytes if is_large else 0
         if is_large and fence is not None:
@@ -83,6 +89,8 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
             kept=stage.kept,
         )
         merging.run(every)
+        if found is not None and merged.probe.rows:
+            require_same_ids(stage, own_ids, merged.probe, found)
     model.tokenizer.special_words.rows.clear()  # of the last partition that was worked on here
     model.tokenizer.special_words.rows.update(merged.special_words)
     model.tokenizer.stop_ids = merged.stop_ids

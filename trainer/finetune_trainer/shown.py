@@ -172,7 +172,7 @@ def _letting_through(given: PreprocessingSpec) -> PreprocessingSpec:
 def _show(model: Model, ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
     with opened(ctx, model) as stage:
         shown = _Shown(model, stage.ledger.files)
-        read_datasets(stage, shown, wanted.select(stage.ledger.files), compared_rows=0)
+        read_datasets(stage, shown, wanted.select(stage.ledger.files))
     return _with_decisions(ctx, stage.ledger, shown.rows)
 
 

@@ -14,6 +14,7 @@ from finetune_trainer.data.accounts import FileRows, RowPlace, StageAccount
 from finetune_trainer.data.bad_rows import BrokenRow
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.same_ids import ProbedRow
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.too_long import LongRow
@@ -40,7 +41,7 @@ class Rules:
     def model(self, tokenizer: Any) -> Model:
         """Return the model as a worker knows it."""
         facts, stop_ids, stops = ModelFacts.model_validate(self.facts), tuple(self.stop_ids), tuple(self.stops)
-        return Model(facts, self.family, tokenizer, self.special_tokens, None, stop_ids, stops)
+        return Model(facts, self.family, tokenizer, self.special_tokens, None, stop_ids, stops, files={})
 
 
 def rules_of_model(model: Model) -> Mapping[str, Any]:
@@ -89,7 +90,8 @@ class PartResult:
 
     counted: by stage, what it told of its rows; broken: the rows that are, in order, and first_broken_at: how many
     were read at the first; fault, args: what ended it, if anything, where it is no broken row that ends the job;
-    killed: rows that the template's process died of; choice: the library that read the rows, and why."""
+    probed: its first conversations; killed: rows that the template's process died of; choice: the library that read
+    the rows, and why."""
 
     files: list[FileRows]
     counted: dict[str, dict[str, int]]
@@ -106,6 +108,7 @@ class PartResult:
     special_words: dict[str, int]
     stop_ids: list[int]
     choice: tuple[str, str]
+    probed: list[ProbedRow]
     rendered: bool
     killed: list[RowPlace]
     seconds: dict[str, float]
@@ -129,6 +132,7 @@ class PartResult:
         values: dict[str, Any] = orjson.loads(content)
         values["files"] = [_file_rows(each) for each in values["files"]]
         values["broken"] = [RowPlace(*each) for each in values["broken"]]
+        values["probed"] = [ProbedRow(*each) for each in values["probed"]]
         values["killed"] = [RowPlace(*each) for each in values["killed"]]
         values["taught"] = Taught(**values["taught"] | {"notes": Counter(values["taught"]["notes"])})
         if values["first_broken"] is not None:

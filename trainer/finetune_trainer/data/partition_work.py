@@ -87,6 +87,7 @@ class PartitionWork:
             special_words=dict(tokenizer.special_words.rows),
             stop_ids=sorted(tokenizer.stop_ids),
             choice=tokenizer.choice,
+            probed=pipeline.probe.rows,
             rendered=self._renderer is not None and self._renderer.used,
             killed=pipeline.killed,
             seconds=dict(pipeline.timings.seconds),

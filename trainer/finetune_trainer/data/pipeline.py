@@ -119,7 +119,7 @@ class Pipeline:
     bad: BadRows
     sink: Sink
     timings: Timings
-    probe: Probe
+    probe: Probe = field(default_factory=Probe)
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
 
@@ -306,7 +306,7 @@ class Pipeline:
             self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
         else:
             self.model.tokenizer.special_words.count(item.row)
-            self.probe.take(item.file, item.number, item.row, item.held_bytes, sequences)
+            self.probe.take(item.file, item.number, item.row, sequences)
             runs = [TokenRun(part.ids, part.labels) for part in sequences]
             # The pieces of a text that is split are examples of their own: a step need not read all of a book.
             examples = [one_segment(*run) for run in runs] if isinstance(item.row, Text) else [tree_of(runs)]

@@ -9,7 +9,7 @@ about 3 s of CPU beside the rest: what is waited for at the end is what it has n
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -23,7 +23,7 @@ from finetune_trainer.data.rows import Conversation, Row
 from finetune_trainer.data.tokens import Tokens
 
 MAX_ROWS = 32
-MAX_BYTES = 2**20  # of their texts and ids, roughly; a row that is larger than what is left of it is passed over
+MAX_BYTES = 2**18  # of their texts and ids, roughly; a row that is larger than what is left of it is passed over
 MAX_MESSAGE_BYTES = 256 * 2**20
 MEMORY_BYTES = 4 * 2**30  # a tokenizer of 64 MiB is loaded by transformers in less than 2
 _TIMEOUT_S = 300  # of the wall clock, for the answer once the rows are read
@@ -67,32 +67,36 @@ class Found(BaseModel):
     tokenizer_class: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ProbedRow:
-    """A row that is compared: where it is from, what it says, and the ids of its sequences."""
+class ProbedRow(NamedTuple):
+    """A row that is compared: where it is from, what the renderer is sent of it, as JSON, and its sequences' ids."""
 
     file: int
     number: int
-    conversation: Conversation
+    chat: str
     ids: list[list[int]]
 
 
 class Probe:
-    """Keeps the first conversations that it is given, with what they are learned by."""
+    """Keeps the first conversations that it is given, with what they are learned by, in MAX_ROWS and MAX_BYTES.
 
-    def __init__(self, most_rows: int = MAX_ROWS) -> None:
+    Those of partitions, added in order, are the ones that are kept of all rows at once."""
+
+    def __init__(self) -> None:
         self.rows: list[ProbedRow] = []
-        self._most_rows = most_rows
         self._left_bytes = MAX_BYTES
 
-    def take(self, file: int, number: int, row: Row, held_bytes: int, sequences: Sequence[Tokens]) -> None:
-        """Keep a row, if it is a conversation and there is room for it. held_bytes: in memory, roughly."""
-        if len(self.rows) >= self._most_rows or not isinstance(row, Conversation):
-            return
-        held_bytes += _ID_BYTES * sum(len(each.ids) for each in sequences)
-        if held_bytes <= self._left_bytes:
-            self._left_bytes -= held_bytes
-            self.rows.append(ProbedRow(file, number, row, [each.ids.tolist() for each in sequences]))
+    def take(self, file: int, number: int, row: Row, sequences: Sequence[Tokens]) -> None:
+        """Keep a row, if it is a conversation and there is room for it."""
+        if len(self.rows) < MAX_ROWS and isinstance(row, Conversation):
+            ids = [each.ids.tolist() for each in sequences]
+            self.add(ProbedRow(file, number, request_of(row).decode(), ids))
+
+    def add(self, row: ProbedRow) -> None:
+        """Keep a row, if there is room for it."""
+        size_bytes = len(row.chat) + _ID_BYTES * sum(map(len, row.ids))
+        if len(self.rows) < MAX_ROWS and size_bytes <= self._left_bytes:
+            self._left_bytes -= size_bytes
+            self.rows.append(row)
 
 
 _FAULTS = {
@@ -165,7 +169,7 @@ class OwnIds:
         """Return what transformers says to the rows; None where the process tells nothing in its time and memory.
 
         setup: the renderer's; given: special tokens that the template sees and the base does not name."""
-        sent = [{"chat": orjson.Fragment(request_of(row.conversation)), "ids": row.ids} for row in rows]
+        sent = [{"chat": orjson.Fragment(row.chat), "ids": row.ids} for row in rows]
         request = orjson.dumps({"files": list(self._files), "setup": setup, "given": given, "rows": sent})
         reply = self.ask(request, list(self._files.values()))
         try:
