@@ -23,7 +23,7 @@ class Settings:
     watch_namespaces: tuple[str, ...] = ()  # empty: the whole cluster
     runtimes_file: Path = Path("/etc/finetune/runtimes.yaml")
     http_port: int = 8080
-    workers: int = 16
+    workers: int = 16  # a round is five requests, most of it waiting for a busy API server
     resync_interval_s: float = 60
     progress_interval_s: float = 15
     lease_name: str = "finetune-operator"

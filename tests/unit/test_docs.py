@@ -127,6 +127,14 @@ def test_every_variable_of_the_operator_is_explained() -> None:
     )
 
 
+def test_the_page_names_the_defaults_that_the_operator_has() -> None:
+    rows = re.findall(r"^\| `FINETUNE_(\w+)` \| ([\d.]+) \|", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    assert {name: float(value) for name, value in rows} == {
+        name: float(getattr(Settings(), name.lower())) for name, _ in rows
+    }
+
+
 def test_the_field_that_the_readme_explains_has_the_text_it_shows() -> None:
     shown = re.search(
         r"FIELD: learningRate <number>\n\nDESCRIPTION:\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
