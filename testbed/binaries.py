@@ -1,8 +1,10 @@
 """Kubernetes, containerd, CoreDNS, versitygw and Helm, built from source once into the cache.
 
-Only package registries are needed (the Go module proxy): there is no download of release binaries. Kubernetes' parts
-and etcd are one program that acts by the name it is called with (`multibin/`), as linking them separately would cost 1
-GB and minutes.
+Only package registries are needed (the Go module proxy): there is no download of release binaries. All are built from
+one Go module (`multibin/go.mod`), so that what several need is downloaded and compiled once, in one version: the
+versions of containerd, CoreDNS and Helm are the newest that ask for no newer client of Kubernetes than ours. etcd, the
+parts of Kubernetes, CoreDNS and Helm are even one program that acts by the name it is called with (`multibin/main.go`),
+as linking them separately would cost 1 GB and minutes.
 
 Each tool lies in `<cache>/tools/<tool>-<key>/`; the key covers everything that decides its content, and the directory
 is renamed into place when complete. So a build killed at any moment leaves only a temporary directory, removed by the
@@ -22,9 +24,7 @@ from testbed.processes import last_lines
 
 KUBERNETES_VERSION = "v1.36.3"
 _SOURCE = Path(__file__).parent / "multibin"
-# Nothing for debuggers, which the linker would throw away: 15 % of the work of building containerd.
-_FLAGS = ("-trimpath", "-gcflags=all=-dwarf=false")
-_MULTIBIN_NAMES = [
+_MULTIBIN_NAMES = (
     "etcd",
     "kube-apiserver",
     "kube-controller-manager",
@@ -32,7 +32,9 @@ _MULTIBIN_NAMES = [
     "kube-proxy",
     "kubelet",
     "kubectl",
-]
+    "coredns",
+    "helm",
+)
 # Without these the servers call themselves v0.0.0-master, and clients' version checks fail.
 _VERSION_FLAGS = " ".join(
     f"-X k8s.io/component-base/version.{name}={value}"
@@ -44,40 +46,36 @@ _VERSION_FLAGS = " ".join(
         "gitCommit": "0" * 40,
     }.items()
 )
+# Nothing for debuggers, which the linker would throw away: 15 % of the work of building containerd.
+_FLAGS = ("-trimpath", "-gcflags=all=-dwarf=false", "-ldflags", f"-s -w {_VERSION_FLAGS}")
 
 
 @dataclass(frozen=True)
 class Tool:
     name: str
     package: str
-    """`module/path/cmd@version` for `go install`, or "" for our own module."""
+    """Import path of the program, which `multibin/go.mod` names."""
     names: tuple[str, ...]
+    """The program, and the links to it."""
     node_only: bool = False
 
     def key(self) -> str:
-        digest = hashlib.sha256(f"{self.package}\0{_VERSION_FLAGS}".encode())
-        if not self.package:
-            for file in ("go.mod", "go.sum", "main.go"):
-                digest.update((_SOURCE / file).read_bytes())
+        digest = hashlib.sha256("\0".join([self.package, *self.names, *_FLAGS]).encode())
+        for file in ("go.mod", "go.sum", "main.go"):
+            digest.update((_SOURCE / file).read_bytes())
         return digest.hexdigest()[:12]
 
     def directory(self) -> Path:
         return cache_dir() / "tools" / f"{self.name}-{self.key()}"
 
 
+_CONTAINERD = "github.com/containerd/containerd/v2/cmd"
 TOOLS = [
-    Tool("kubernetes", "", tuple(_MULTIBIN_NAMES)),
-    Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw@v1.8.0", ("versitygw",)),
-    Tool("containerd", "github.com/containerd/containerd/v2/cmd/containerd@v2.4.2", ("containerd",), node_only=True),
-    Tool(
-        "shim",
-        "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2@v2.4.2",
-        ("containerd-shim-runc-v2",),
-        True,
-    ),
-    Tool("ctr", "github.com/containerd/containerd/v2/cmd/ctr@v2.4.2", ("ctr",), node_only=True),
-    Tool("coredns", "github.com/coredns/coredns@v1.15.0", ("coredns",), node_only=True),
-    Tool("helm", "helm.sh/helm/v4/cmd/helm@v4.3.1", ("helm",), node_only=True),
+    Tool("kubernetes", "finetune.dev/kubernetes", _MULTIBIN_NAMES),
+    Tool("versitygw", "github.com/versity/versitygw/cmd/versitygw", ("versitygw",)),
+    Tool("containerd", f"{_CONTAINERD}/containerd", ("containerd",), node_only=True),
+    Tool("shim", f"{_CONTAINERD}/containerd-shim-runc-v2", ("containerd-shim-runc-v2",), node_only=True),
+    Tool("ctr", f"{_CONTAINERD}/ctr", ("ctr",), node_only=True),
 ]
 
 
@@ -94,12 +92,12 @@ def search_path() -> str:
 
 
 def missing(*, node: bool = True) -> list[Tool]:
-    """Tools that are not built yet, in the order in which `build` makes them."""
+    """Tools that are not built yet."""
     return [tool for tool in TOOLS if (node or not tool.node_only) and not tool.directory().is_dir()]
 
 
 def build(*, node: bool = True, timeout_s: float = 3600) -> None:
-    """Build what is missing, one tool at a time. Nothing to do takes milliseconds."""
+    """Build what is missing. Nothing to do takes milliseconds."""
     if not missing(node=node):
         return
     if shutil.which("go") is None:
@@ -108,8 +106,7 @@ def build(*, node: bool = True, timeout_s: float = 3600) -> None:
     with file_lock(tools / ".lock", timeout_s, f"another build is running (lock {tools / '.lock'})"):
         for leftover in tools.glob("*.partial"):
             shutil.rmtree(leftover)
-        for tool in missing(node=node):
-            _build_one(tool, timeout_s)
+        _build(missing(node=node), timeout_s)
         # 9 GB of modules and objects that nothing reads again; a build that was killed goes on from them.
         shutil.rmtree(_go_caches(), ignore_errors=True)
 
@@ -118,20 +115,35 @@ def _go_caches() -> Path:
     return cache_dir() / "tools" / "go-caches"
 
 
-def _build_one(tool: Tool, timeout_s: float) -> None:
-    target = tool.directory()
-    partial = target.with_name(target.name + ".partial")
-    partial.mkdir(parents=True)
-    log_file = cache_dir() / "logs" / f"build-{tool.name}.log"
+def _build(tools: list[Tool], timeout_s: float) -> None:
+    """Build in one go, which links one program on a core while others still compile."""
+    if not tools:
+        return
+    built = cache_dir() / "tools" / "built.partial"
+    built.mkdir(parents=True)
+    log_file = cache_dir() / "logs" / "build.log"
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    command = ["go", "build", *_FLAGS, "-ldflags", f"-s -w {_VERSION_FLAGS}", "-o", str(partial / tool.names[0]), "."]
-    if tool.package:
-        command = ["go", "install", *_FLAGS, "-ldflags", "-s -w", tool.package]
-    print(f"building {tool.name} (once; log {log_file})", flush=True)
+    names = ", ".join(tool.name for tool in tools)
+    print(f"building {names} (once; log {log_file})", flush=True)
     started = time.monotonic()
-    env = os.environ | {
+    command = ["go", "build", *_FLAGS, "-o", f"{built}/", *(tool.package for tool in tools)]
+    with log_file.open("w") as log:
+        try:
+            subprocess.run(
+                command, cwd=_SOURCE, env=_environment(), stdout=log, stderr=log, timeout=timeout_s, check=True
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            tail = last_lines(log_file.read_text(errors="replace"))
+            raise TestbedError(f"building {names} failed: {error}. Log: {log_file}\n{tail}") from error
+    for tool in tools:
+        _put_in_place(tool, built)
+    built.rmdir()
+    print(f"built {names} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
         "CGO_ENABLED": "0",
-        "GOBIN": str(partial),
         "GOCACHE": str(_go_caches() / "objects"),
         "GOMODCACHE": str(_go_caches() / "modules"),
         # Collecting the compiler's garbage less often is a fifth less work; the limit holds for each of two compilers.
@@ -140,13 +152,13 @@ def _build_one(tool: Tool, timeout_s: float) -> None:
         # -modcacherw: without it, modules are read-only and only root could remove them.
         "GOFLAGS": "-buildvcs=false -p=2 -modcacherw",
     }
-    with log_file.open("w") as log:
-        try:
-            subprocess.run(command, cwd=_SOURCE, env=env, stdout=log, stderr=log, timeout=timeout_s, check=True)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            tail = last_lines(log_file.read_text(errors="replace"))
-            raise TestbedError(f"building {tool.name} failed: {error}. Log: {log_file}\n{tail}") from error
+
+
+def _put_in_place(tool: Tool, built: Path) -> None:
+    target = tool.directory()
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir()
+    os.replace(built / tool.package.rpartition("/")[2], partial / tool.names[0])
     for name in tool.names[1:]:
         (partial / name).symlink_to(tool.names[0])
     os.replace(partial, target)
-    print(f"built {tool.name} in {time.monotonic() - started:.0f} s", flush=True)
