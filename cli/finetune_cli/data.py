@@ -62,7 +62,8 @@ def show(
         except NoSuchFileError as error:
             raise CommandError(f"--row: {error}", Exit.USAGE) from error
     if row is not None and not rows:
-        raise CommandError(f"--row: {row} is no row of the data", Exit.USAGE)
+        numbers = "rows are numbered from 1, of CSV and TSV from 2, as the header is row 1"
+        raise CommandError(f"--row: {row} is no row of the data; {numbers}", Exit.USAGE)
     if as_json:
         # ASCII alone, DEL escaped too: the console leaves it as it is.
         text = json.dumps([asdict(each) for each in rows], indent=1).replace("\x7f", "\\u007f")

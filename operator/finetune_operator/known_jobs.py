@@ -43,7 +43,7 @@ class KnownJobs:
                 self._jobs.popitem(last=False)
 
     def wrote(self, job: FineTuneJob) -> None:
-        """Our own write of its status made this version."""
+        """Remember the version that our own write of its status made."""
         with self._lock:
             self._written.setdefault(job.key, deque(maxlen=MAX_WRITTEN)).append(job.resource_version)
 
@@ -63,7 +63,7 @@ class KnownJobs:
             self._heard[key] = version
 
     def forget(self, key: Key) -> None:
-        """The job is finished or deleted."""
+        """Forget a job that is finished or deleted."""
         with self._lock:
             self._jobs.pop(key, None)
             self._written.pop(key, None)

@@ -95,7 +95,12 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
 
 @pytest.mark.parametrize(
     ("row", "says"),
-    [("b.jsonl:1", "no files of the data"), ("a.jsonl:9", "is no row"), ("a.jsonl", "FILE:N"), ("a.jsonl:x", "FILE:N")],
+    [
+        ("b.jsonl:1", "no files of the data"),
+        ("a.jsonl:9", "is no row of the data; rows are numbered from 1, of CSV and TSV from 2"),
+        ("a.jsonl", "FILE:N"),
+        ("a.jsonl:x", "FILE:N"),
+    ],
 )
 def test_a_row_that_is_not_there_is_named(tmp_path: Path, row: str, says: str):
     put(tmp_path, a_jsonl=jsonl(chats(3)))

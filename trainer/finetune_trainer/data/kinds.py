@@ -1,7 +1,7 @@
 """The kinds of rows, each in one place: which fields are text, what equal rows have in common, its Arrow columns.
 
 Whatever looks at rows of any kind asks here, and never which kind it is. A new kind is a class of rows, a function
-that reads one (`shapes`), and an entry of KINDS; docs/architecture.md says how.
+that reads one (`shapes`), and an entry of KINDS; CONTRIBUTING.md says what else.
 """
 
 import hashlib

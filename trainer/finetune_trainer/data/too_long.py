@@ -1,4 +1,7 @@
-"""Rows that are longer than a sequence may be: how they are made shorter, and when too many of them are left out."""
+"""Rows that are longer than a sequence may be: how they are made shorter, and when too many of them are left out.
+
+`pipeline` asks for that row by row, as preprocessing.tooLong says.
+"""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
