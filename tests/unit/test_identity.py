@@ -360,10 +360,12 @@ def _another(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_template_that_asks_for_chance_gives_the_same_plan_again(tmp_path: Path) -> None:
+def test_a_template_that_asks_for_chance_is_refused_as_no_server_sends_what_would_be_learned(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template="{{ range(99999) | random }}" + CHATML)
     put(tmp_path, a_jsonl=jsonl(chats(30)))
-    assert prepare_run(tmp_path).result.plan == prepare_run(tmp_path, attempt=2).result.plan
+    with pytest.raises(StageError) as refused:
+        prepare_run(tmp_path)
+    assert refused.value.fault is Fault.TEMPLATE_RANDOM
 
 
 def test_a_late_prepare_never_replaces_a_plan_in_use(tmp_path: Path) -> None:
