@@ -8,6 +8,7 @@ import jinja2
 import pytest
 
 from data_run import CHATML, ENDS, every_answer, one_sequence
+from finetune_trainer.data import child as children
 from finetune_trainer.data import renderer
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.render_worker import safe_words
@@ -252,6 +253,26 @@ def test_a_template_that_kills_the_child_again_and_again_ends_the_job() -> None:
     with pytest.raises(TemplateInvalidError, match="it took more than") as caught:
         rendered(loop, ("a", "b"), row_cpu_s=0.1)
     assert caught.value.row is None, "no row is to blame: it loops on any conversation"
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_child_that_somebody_kills_ends_the_attempt_and_blames_neither_row_nor_template(
+    answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = children.exchange
+    asked: list[children.Process] = []
+
+    def killed(process: children.Process, *frames: bytes, max_bytes: int) -> list[bytes] | None:
+        asked.append(process)
+        if len(asked) > answers:
+            process.kill()  # as the kernel does where a pod's memory is full
+            process.wait()
+        return exchange(process, *frames, max_bytes=max_bytes)
+
+    monkeypatch.setattr(children, "exchange", killed)
+    with pytest.raises(MemoryError, match="render_worker was killed"):
+        rendered(CHATML, ("a", "b"), ("c", "d"))
+    assert all(each.returncode is not None for each in asked)
 
 
 def test_a_template_that_does_not_compile_is_refused() -> None:

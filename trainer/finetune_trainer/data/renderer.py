@@ -14,6 +14,7 @@ from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.sequences import RenderedSequence
 from finetune_trainer.data.stops import Ends
 
+_MODULE = "finetune_trainer.data.render_worker"
 MAX_KILLED = 5
 
 # What a template may take in all. The first part bounds what a bad one costs; the rest is a few times what the
@@ -117,8 +118,10 @@ class Renderer:
         self.killed = 0  # rows that the child died of
 
     def _start(self) -> child.Process:
-        process = child.start("finetune_trainer.data.render_worker")
+        process = child.start(_MODULE)
         reply = _ask(process, orjson.dumps(self.setup))
+        if reply is None:
+            _require_own_end(process)
         problem = self.too_much if reply is None else reply["problem"]
         if problem is not None:
             child.end(process)
@@ -130,8 +133,9 @@ class Renderer:
     def render(self, rows: list[Conversation]) -> list[Rendered | Broken]:
         """Render the first of the rows, in order and one at least: as many as it is good to hold at once.
 
-        A row that kills the child is found by rendering one by one. Raises TemplateInvalidError when the template
-        cannot be compiled, when too many rows kill the child, and when it takes too much for all rows so far."""
+        A row that ends the child is found by rendering one by one. Raises TemplateInvalidError when the template
+        cannot be compiled, when too many rows end the child, and when it takes too much for all rows so far, and
+        MemoryError when the kernel, or somebody else, kills the child."""
         self.used = True
         results = self._try(rows)
         if results is not None:
@@ -163,6 +167,7 @@ class Renderer:
         sent = [request_of(row) for row in rows]
         reply = _ask(self._child, b"[" + b",".join(sent) + b"]")
         if reply is None:
+            _require_own_end(self._child)
             child.end(self._child)
             self._child = self._start()
             return None
@@ -193,6 +198,13 @@ def _ask(process: child.Process, message: bytes) -> Any | None:
     """Send a message and await the reply; None when the child died or did not answer in time."""
     replies = child.exchange(process, message, max_bytes=MAX_MESSAGE_BYTES)
     return None if replies is None else orjson.loads(replies[0])
+
+
+def _require_own_end(process: child.Process) -> None:
+    """Raise MemoryError where a child was killed from outside: that is no row's fault, and no template's."""
+    if child.was_killed(process):
+        child.end(process)
+        raise MemoryError(f"{_MODULE} was killed")
 
 
 def _result(result: list[Any]) -> Rendered | Broken:
