@@ -12,7 +12,7 @@ from data_run import CHATML, Prepared, byte_bpe, chat, chats, jsonl, prepare_run
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.data import same_ids
-from finetune_trainer.data.same_ids import Cause, OwnIds, ProbedRow, Untold
+from finetune_trainer.data.same_ids import Cause, OwnIds, Probe, ProbedRow, Untold
 
 RANDOM = "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}" + CHATML
 DATED = "{{ strftime_now('%d %B %Y') + '\n' }}" + CHATML
@@ -191,8 +191,38 @@ def test_rows_without_a_template_are_not_compared(tmp_path: Path) -> None:
     assert prepare_run(tmp_path).report["same_ids"] is None
 
 
-def test_no_more_is_kept_of_rows_than_their_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(same_ids, "MAX_BYTES", 2000)
-    put(tmp_path, a_jsonl=jsonl([chat("q " * 200, "a"), *chats(9)]))
+def probed(number: int, tokens: int, chat: str = "{}") -> ProbedRow:
+    return ProbedRow(0, number, chat, [[0] * tokens])
+
+
+ROWS = [
+    *(probed(1, 200), probed(2, 150), probed(3, 900), probed(4, 90), probed(5, 10, "x" * 9999), probed(6, 950)),
+    *(probed(number, 100) for number in range(7, 50)),
+]
+
+
+def kept(rows: Sequence[ProbedRow]) -> list[ProbedRow]:
+    probe = Probe()
+    for row in rows:
+        probe.add(row)
+    return probe.rows
+
+
+def test_the_first_short_rows_and_the_first_long_one_are_compared_wherever_partitions_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(same_ids, "MAX_ROW_TOKENS", 160)
+    monkeypatch.setattr(same_ids, "MAX_LONG_ROW_TOKENS", 920)
+    whole = kept(ROWS)
+    assert [row.number for row in whole] == [1, 2, 4, *range(7, 37)]
+    for cut in range(1, len(ROWS)):
+        assert kept([*kept(ROWS[:cut]), *kept(ROWS[cut:])]) == whole, cut
+
+
+def test_where_all_conversations_are_long_one_is_compared_all_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", config={"max_position_embeddings": 131072})
+    put(
+        tmp_path, a_jsonl=jsonl([chat("why? " * 12_000, "so"), chat("and? " * 12_000, "so"), chat("or? " * 9000, "so")])
+    )
     report, _ = compared(prepare_run(tmp_path))
-    assert 0 < report["rows"] < 9
+    assert report["rows"] == 1

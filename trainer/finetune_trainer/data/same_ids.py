@@ -22,12 +22,13 @@ from finetune_trainer.data.renderer import request_of
 from finetune_trainer.data.rows import Conversation, Row
 from finetune_trainer.data.tokens import Tokens
 
-MAX_ROWS = 32
-MAX_BYTES = 2**18  # of their texts and ids, roughly; a row that is larger than what is left of it is passed over
+MAX_ROWS = 32  # and a long one
+MAX_ROW_TOKENS = 2**11  # of all its sequences; of longer rows the first is compared, and no other
+MAX_LONG_ROW_TOKENS = 2**17  # the longest sequence that a job may ask for
+_CHARACTERS = 16  # of a row as JSON for each token that it may have: what says more, and is not written, is passed over
 MAX_MESSAGE_BYTES = 256 * 2**20
 MEMORY_BYTES = 4 * 2**30  # a tokenizer of 64 MiB is loaded by transformers in less than 2
 _TIMEOUT_S = 300  # of the wall clock, for the answer once the rows are read
-_ID_BYTES = 8
 _MODULE = "finetune_trainer.own_ids"
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -77,26 +78,42 @@ class ProbedRow(NamedTuple):
 
 
 class Probe:
-    """Keeps the first conversations that it is given, with what they are learned by, in MAX_ROWS and MAX_BYTES.
+    """Keeps the first conversations that it is given, with what they are learned by: MAX_ROWS, and a long one.
 
-    Those of partitions, added in order, are the ones that are kept of all rows at once."""
+    Which row is kept depends on the rows before it by their number alone, never by their size: so those of partitions,
+    added in order, are the ones that are kept of all rows at once."""
 
     def __init__(self) -> None:
-        self.rows: list[ProbedRow] = []
-        self._left_bytes = MAX_BYTES
+        self._short: list[ProbedRow] = []
+        self._long: ProbedRow | None = None
+
+    @property
+    def rows(self) -> list[ProbedRow]:
+        """The rows that are kept, in order."""
+        return sorted([*self._short, *([] if self._long is None else [self._long])], key=lambda row: row[:2])
 
     def take(self, file: int, number: int, row: Row, sequences: Sequence[Tokens]) -> None:
         """Keep a row, if it is a conversation and there is room for it."""
-        if len(self.rows) < MAX_ROWS and isinstance(row, Conversation):
+        if isinstance(row, Conversation) and self._has_room(sum(len(each.ids) for each in sequences)):
             ids = [each.ids.tolist() for each in sequences]
             self.add(ProbedRow(file, number, request_of(row).decode(), ids))
 
     def add(self, row: ProbedRow) -> None:
         """Keep a row, if there is room for it."""
-        size_bytes = len(row.chat) + _ID_BYTES * sum(map(len, row.ids))
-        if len(self.rows) < MAX_ROWS and size_bytes <= self._left_bytes:
-            self._left_bytes -= size_bytes
-            self.rows.append(row)
+        tokens = sum(map(len, row.ids))
+        is_long = tokens > MAX_ROW_TOKENS
+        most = MAX_LONG_ROW_TOKENS if is_long else MAX_ROW_TOKENS
+        if not self._has_room(tokens) or len(row.chat) > _CHARACTERS * most:
+            return
+        if is_long:
+            self._long = row
+        else:
+            self._short.append(row)
+
+    def _has_room(self, tokens: int) -> bool:
+        if tokens > MAX_ROW_TOKENS:
+            return self._long is None and tokens <= MAX_LONG_ROW_TOKENS
+        return len(self._short) < MAX_ROWS
 
 
 _FAULTS = {
