@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from data_run import byte_bpe
 from finetune_trainer.data import encoders
-from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Encoders, FastDiffersError, FastEncoder, slow
+from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice, Encoders, FastDiffersError, FastEncoder, slow
 from finetune_trainer.data.rows import Completion
 from finetune_trainer.data.tokenizer import Tokenizer as ChildTokenizer
 from finetune_trainer.data.tokens import RowTokenizer
@@ -153,7 +153,7 @@ def test_digits_taken_one_by_one_are_split_by_one_pattern_and_other_tokenizers_a
 def test_a_tokenizer_that_the_faster_library_does_not_read_is_read_by_hugging_face() -> None:
     found = enough_rows("compatible forms")
     found.try_fast()
-    assert found.choice == (HUGGING_FACE, "fastokens does not read this tokenizer.json")
+    assert found.choice == Choice(HUGGING_FACE, "fastokens does not read this tokenizer.json")
     assert [each.ids.tolist() for each in found.encode(["ﬁ fox"])] == [
         NOT_READ["compatible forms"].encode("ﬁ fox", add_special_tokens=False).ids
     ]
@@ -180,6 +180,7 @@ def test_one_row_or_hard_text_with_other_ids_is_enough_to_leave_it(monkeypatch: 
     found.try_fast()
     assert found.choice.library == HUGGING_FACE
     assert "other ids" in found.choice.reason
+    assert found.choice.differs
 
 
 def test_a_row_that_is_read_otherwise_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,4 +223,4 @@ def test_a_faster_library_that_dies_is_left_for_good_and_no_row_is_lost(in_a_chi
     for _ in range(3):
         (row, _) = in_a_child.completions(ROWS, learn_all=False)
         assert row.ids.tolist() == first[0].ids.tolist()
-    assert in_a_child.choice == (HUGGING_FACE, "fastokens failed")
+    assert in_a_child.choice == Choice(HUGGING_FACE, "fastokens failed")

@@ -24,6 +24,9 @@ from finetune_api.reasons import Fault
 from finetune_api.run import Progress, RunResources
 from finetune_trainer import kept_partitions, prepare
 from finetune_trainer.data import partitions, worker_pool
+from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice
+from finetune_trainer.data.field_names import METADATA
+from finetune_trainer.data.partition_messages import PartResult
 from finetune_trainer.serve import Reporter
 
 BROKEN = b"not json\n" + jsonl([{"messages": [{"role": "user", "content": "no answer"}]}])
@@ -393,3 +396,50 @@ def test_how_far_several_workers_have_come_is_told(tmp_path: Path, sized: Any, m
         assert (each.eta_seconds is not None) == (each.bytes_read > 0)
         assert each.rows_per_second is not None
     assert (reading[-1].rows_read, reading[-1].bytes_read, reading[-1].eta_seconds) == (360, total, 0)
+
+
+def test_rows_are_read_again_where_one_process_takes_the_library_that_another_has_found_to_be_wrong(
+    tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(400)))
+    sized(SMALL)
+    said = iter([Choice(FAST, "the same"), Choice(HUGGING_FACE, "it gives other ids", True)])
+    answer = worker_pool.Worker.answer
+
+    def chosen(self: Any, frame: bytes | None) -> Any:
+        found = answer(self, frame)
+        if isinstance(found, PartResult):
+            found.choice = next(said, found.choice)
+        return found
+
+    monkeypatch.setattr(worker_pool.Worker, "answer", chosen)
+    run(tmp_path, {}, 2)
+    words = "fastokens gave other ids for a row, so all rows were read again"
+    assert report_of(tmp_path)["tokenizer"] == {"library": HUGGING_FACE, "reason": words}
+
+
+@pytest.mark.parametrize("name", ["row_words.py", "pipeline.py"])
+def test_no_part_is_taken_that_other_code_has_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def changed(self: Path) -> bytes:
+        return read(self) + b"\n" if self.name == name else read(self)
+
+    before = kept_partitions.code_digest()
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert kept_partitions.code_digest() != before
+
+
+def test_fields_that_are_passed_over_are_counted_the_same_however_rows_are_cut(tmp_path: Path, sized: Any) -> None:
+    names = sorted(METADATA)
+    rows = [
+        chat(f"{i} and one?", f"{i + 1}") | dict.fromkeys([names[(i * 7 + n) % len(names)] for n in range(30)], "x")
+        for i in range(120)
+    ]
+    put(tmp_path, a_jsonl=jsonl(rows))
+    found: list[Any] = []
+    for workers, size_bytes in ((1, 64 * 2**20), (1, SMALL), (2, SMALL)):
+        sized(size_bytes)
+        run(tmp_path, {}, workers)
+        found.append(report_of(tmp_path)["ignored_fields"])
+    assert found[0] == found[1] == found[2]

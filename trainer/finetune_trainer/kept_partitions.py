@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import finetune_api
 from finetune_api.layout import PARTS, join
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.frames import read_frame, write_frame
@@ -29,9 +30,9 @@ _LIBRARIES = ("tokenizers", "fastokens", "jinja2", "orjson")
 def code_digest() -> str:
     """Return the SHA-256 of the code and the libraries that make tokens of rows."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent / "data"
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for folder in (Path(__file__).parent / "data", Path(finetune_api.__file__).parent):  # which has the limits of rows
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     for name in _LIBRARIES:
         digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from shutil import rmtree
 
 from finetune_api.errors import StageError
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.encoders import FAST, Choice
+from finetune_trainer.data.encoders import FAST, Choice, FastDiffersError
 from finetune_trainer.data.partition_messages import PartResult, Task
 from finetune_trainer.data.partition_runner import Done, Job, NoRowsError, Runner
 from finetune_trainer.data.partition_work import DECISIONS
@@ -37,11 +37,14 @@ class Merged:
     special_words: Counter[str] = field(default_factory=Counter[str])
     stop_ids: set[int] = field(default_factory=set[int])
     choice: Choice | None = None
+    fast_differs: bool = False  # in any process
     rendered: bool = False
     killed: int = 0  # rows that the template's process died of
 
     def add(self, result: PartResult, first_file: int) -> None:
-        """Add a partition's, before its rows are added to the ledger. first_file: what its file 0 is of the job's."""
+        """Add a partition's, before its rows are added to the ledger. first_file: what its file 0 is of the job's.
+
+        Raises FastDiffersError where one process takes the faster library that another has found to be wrong."""
         broken, long = result.first_broken, result.first_long
         broken = broken and broken._replace(file=broken.file + first_file)
         self.bad.take(broken, result.first_broken_at, len(result.broken))
@@ -53,7 +56,10 @@ class Merged:
         self.special_words.update(result.special_words)
         self.stop_ids.update(result.stop_ids)
         if self.choice is None or self.choice.library != FAST:
-            self.choice = Choice(*result.choice)
+            self.choice = result.choice
+        self.fast_differs = self.fast_differs or result.choice.differs
+        if self.fast_differs and self.choice.library == FAST:
+            raise FastDiffersError
         self.rendered = self.rendered or result.rendered
 
 

@@ -255,7 +255,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
         "kept_rows": stage.kept_rows,
         "disk_bytes": report.disk_bytes(stage.in_flight_bytes, prepared_bytes(division.examples), stage.ledger),
-        "tokenizer": model.tokenizer.choice._asdict(),
+        "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
         "special_tokens_in_words": model.tokenizer.special_words.report,
         "lengths": report.lengths(division, stage.ledger),
         "answers": stage.taught.report(),
@@ -319,7 +319,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         disk_bytes=sized.disk_bytes,
     )
     content = _report(stage, division, planned)
-    log.info("rows were read by the library %s: %s", *model.tokenizer.choice)
+    log.info("rows were read by the library %s: %s", *model.tokenizer.choice[:2])
     for token, rows in model.tokenizer.special_words.report.items():
         log.warning("%d rows have the special token %s in their own words", rows, token)
     fence.check()

@@ -21,7 +21,7 @@ MAX_CHANGES_BYTES = 64 * 2**20  # of them, so that changes of all rows leave roo
 _LEAST_ROW_BYTES = len('{"text":"a"}')
 _BEAT_ROWS = 256
 _MAX_REASONS = 10
-_MAX_IGNORED_FIELDS = 50
+_MAX_IGNORED_FIELDS = 500  # all names of facts about rows are fewer, so that none depends on which row is read first
 _MAX_FIELD_NAME = 32
 _CHANGED = b'"action":"change"'  # in a line of decisions; within a text its quotes would be written otherwise
 

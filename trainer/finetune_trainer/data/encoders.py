@@ -63,10 +63,11 @@ class Encoded:
 
 
 class Choice(NamedTuple):
-    """The library that rows are read by now, and why."""
+    """The library that rows are read by now, and why. differs: whether the faster one gave other ids."""
 
     library: str
     reason: str
+    differs: bool = False
 
 
 def slow(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
@@ -202,7 +203,7 @@ class Encoders:
         ) + self._differing(fast.encode(hard), hard)
         probed = len(rows) + len(hard)
         if wrong:
-            self.choice = Choice(HUGGING_FACE, f"{FAST} gives other ids for {wrong:,} of {probed:,} texts")
+            self.choice = Choice(HUGGING_FACE, f"{FAST} gives other ids for {wrong:,} of {probed:,} texts", True)
         else:
             self._fast = fast
             reason = f"the same ids as {HUGGING_FACE} on {probed:,} texts, and on every {COMPARE_EVERY}th row"

@@ -12,6 +12,7 @@ from finetune_api.job import SameRoleMessages, SystemMessages
 from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import FileRows, RowPlace, StageAccount
 from finetune_trainer.data.bad_rows import BrokenRow
+from finetune_trainer.data.encoders import Choice
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.same_ids import ProbedRow
@@ -107,7 +108,7 @@ class PartResult:
     taught: Taught
     special_words: dict[str, int]
     stop_ids: list[int]
-    choice: tuple[str, str]
+    choice: Choice
     probed: list[ProbedRow]
     rendered: bool
     killed: list[RowPlace]
@@ -132,6 +133,7 @@ class PartResult:
         values: dict[str, Any] = orjson.loads(content)
         values["files"] = [_file_rows(each) for each in values["files"]]
         values["broken"] = [RowPlace(*each) for each in values["broken"]]
+        values["choice"] = Choice(*values["choice"])
         values["probed"] = [ProbedRow(*each) for each in values["probed"]]
         values["killed"] = [RowPlace(*each) for each in values["killed"]]
         values["taught"] = Taught(**values["taught"] | {"notes": Counter(values["taught"]["notes"])})
