@@ -167,6 +167,12 @@ def large_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def large_template_for_tools(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("d")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x" * 65_536)
+
+
 Tensors = dict[str, Any]
 
 
@@ -348,6 +354,7 @@ def test_what_changes_nothing_about_the_model_is_no_fault(tmp_path: Path, change
         (no_tokenizer, {}, Fault.BROKEN_MODEL, "tokenizer.json"),
         (bad_tokenizer, {}, Fault.BROKEN_MODEL, "tokenizer.json cannot be read"),
         (large_template, {}, Fault.BROKEN_MODEL, "larger than 64 KiB"),
+        (large_template_for_tools, {}, Fault.BROKEN_MODEL, "larger than 64 KiB"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused_by_name(

@@ -57,10 +57,16 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f", "description": "d"}}]])
-def test_of_templates_by_name_the_one_that_transformers_takes_is_rendered(tmp_path: Path, tools: Any) -> None:
+@pytest.mark.parametrize("in_files", [False, True])
+def test_of_templates_by_name_the_one_that_transformers_takes_is_rendered(
+    tmp_path: Path, tools: Any, in_files: bool
+) -> None:
     named = {"default": BLOCKS, "rag": "r", "tool_use": "{{ bos_token }}{{ tools | tojson }}\n" + LLAMA3 + "\n"}
     listed = [{"name": name, "template": template} for name, template in named.items()]
     uri = write_model(tmp_path / "model", template=None, tokenizer_config={"chat_template": listed})
+    if in_files:  # as transformers writes them today
+        AutoTokenizer.from_pretrained(str(tmp_path / "model")).save_pretrained(str(tmp_path / "model"))
+        assert (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").exists()
     model = read_model(open_store(StorageConfig()), uri)
     model.tokenizer.close()
     assert model.chat_template is not None

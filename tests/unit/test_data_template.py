@@ -98,23 +98,24 @@ def test_the_plain_template_is_readable_and_ends_answers_with_the_end_token(with
 
 
 @pytest.mark.parametrize(
-    ("config", "file", "expected"),
+    ("config", "files", "expected"),
     [
-        ({}, None, None),
-        ({"chat_template": "a"}, None, "a"),
-        ({"chat_template": "a"}, "b", "b"),
-        ({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}, None, "d"),
-        ({"chat_template": [{"name": "default", "template": each} for each in "de"]}, None, "e"),
-        ({"chat_template": [{"name": "tool_use", "template": 7}, {"name": "default", "template": "d"}]}, None, "d"),
-        ({"chat_template": [{"name": ["tool_use"]}, {"name": "default", "template": "d"}, 7]}, None, "d"),
-        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, None, None),
-        ({"chat_template": 7}, None, None),
+        ({}, {}, None),
+        ({"chat_template": "a"}, {}, "a"),
+        ({"chat_template": "a"}, {"default": "b"}, "b"),
+        ({"chat_template": "a"}, {"tool_use": "b"}, None),
+        ({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}, {}, "d"),
+        ({"chat_template": [{"name": "default", "template": each} for each in "de"]}, {}, "e"),
+        ({"chat_template": [{"name": "tool_use", "template": 7}, {"name": "default", "template": "d"}]}, {}, "d"),
+        ({"chat_template": [{"name": ["tool_use"]}, {"name": "default", "template": "d"}, 7]}, {}, "d"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, {}, None),
+        ({"chat_template": 7}, {}, None),
     ],
 )
 def test_the_template_is_found_where_transformers_finds_it(
-    config: dict[str, Any], file: str | None, expected: str | None
+    config: dict[str, Any], files: dict[str, str], expected: str | None
 ) -> None:
-    assert find_template(config, file) == expected
+    assert find_template(config, files) == expected
 
 
 @pytest.mark.parametrize("with_tools", [CHATML, "{% macro f(x) -%}<{{ x }}>{%- endmacro %}{{ f(tools[0]) }}"])
@@ -125,7 +126,7 @@ def test_of_templates_by_name_tool_use_is_for_rows_with_tools_and_default_for_ot
 ) -> None:
     named = {"tool_use": begin + with_tools + end, "rag": "r", "default": begin + CHATML + "|" + end}
     config = {"chat_template": [{"name": name, "template": each} for name, each in named.items()]}
-    both = find_template(config, None)
+    both = find_template(config, {})
     assert both is not None
     for tools, name in (([{"f": 1}], "tool_use"), (None, "default"), ([], "default")):
         of_one = ChatTemplate(named[name], {}, NOW).render(messages("q", "a"), True, tools)

@@ -14,7 +14,7 @@ from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_trainer.data.model_folder import SMALL_FILES, ModelFolder
+from finetune_trainer.data.model_folder import SMALL_FILES, TEMPLATES, ModelFolder
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.structure import Judge, LoadReport, check_structure
 from finetune_trainer.data.template import MAX_TEMPLATE_BYTES, find_template
@@ -169,11 +169,14 @@ def _end_ids(folder: ModelFolder, generation_config: dict[str, Any], config: dic
 
 
 def _template(folder: ModelFolder, tokenizer_config: dict[str, Any]) -> str | None:
-    content = folder.read("chat_template.jinja", MAX_TEMPLATE_BYTES)
-    try:
-        template = find_template(tokenizer_config, None if content is None else content.decode())
-    except UnicodeDecodeError as error:
-        raise folder.broken("chat_template.jinja is not UTF-8") from error
+    files: dict[str, str] = {}
+    for name, path in TEMPLATES.items():
+        content = folder.read(path, MAX_TEMPLATE_BYTES)
+        try:
+            files |= {} if content is None else {name: content.decode()}
+        except UnicodeDecodeError as error:
+            raise folder.broken(f"{path} is not UTF-8") from error
+    template = find_template(tokenizer_config, files)
     if template is not None and len(template.encode(errors="replace")) > MAX_TEMPLATE_BYTES:
         raise folder.broken(f"its chat template is larger than {MAX_TEMPLATE_BYTES // 1024} KiB")
     return template

@@ -34,6 +34,12 @@ SMALL_FILES = frozenset(
         "merges.txt",
     }
 )
+# Chat templates by name: transformers writes all but `default` into a folder beside it. These it takes by itself; others,
+# such as `rag`, only where somebody asks for them.
+TEMPLATES = {
+    "default": "chat_template.jinja",
+    "tool_use": "additional_chat_templates/tool_use.jinja",
+}
 # Fields by which transformers takes another file in the place of the one that prepare has judged.
 _OTHER_FILES = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
 # The largest in use: an index of 94,000 tensors has 9 MiB, a tokenizer_config.json that describes 65,536 tokens of
@@ -48,7 +54,7 @@ _MAX_PROBLEM = 256  # as much as a result carries of one argument
 
 
 class ModelFolder:
-    """The files at `uri`, not below it; each is read whole at one version, or not at all."""
+    """The files at `uri`, and of those below it the chat templates; each is read whole at one version, or not at all."""
 
     def __init__(self, store: Store, uri: str) -> None:
         self.store, self.uri = store, uri
@@ -57,7 +63,7 @@ class ModelFolder:
             self.files = {
                 info.uri.removeprefix(prefix): info
                 for info in store.list(prefix)
-                if "/" not in info.uri.removeprefix(prefix)
+                if _is_kept(info.uri.removeprefix(prefix))
             }
         self.records: dict[str, FileRecord] = {}  # of those that were read whole
         for name, info in self.files.items():
@@ -168,4 +174,8 @@ def _is_text(value: Any) -> bool:
 
 def is_read(name: str) -> bool:
     """Return whether a file of this name is a part of a model."""
-    return name in SMALL_FILES or name.endswith(".safetensors")
+    return name in SMALL_FILES or name in TEMPLATES.values() or name.endswith(".safetensors")
+
+
+def _is_kept(path: str) -> bool:
+    return "/" not in path or path in TEMPLATES.values()

@@ -191,25 +191,23 @@ def _with_reasoning(message: Message) -> Message:
     return message
 
 
-def find_template(config: dict[str, Any], jinja_file: str | None) -> str | None:
-    """The model's template: chat_template.jinja, else that of tokenizer_config.json.
+def find_template(config: dict[str, Any], files: Mapping[str, str]) -> str | None:
+    """The model's template: that of its template files by name, else that of tokenizer_config.json.
 
-    Of a list it is `default`, and `tool_use` where tools are offered, as in transformers."""
-    if jinja_file is not None:
-        return jinja_file
+    Of several it is `default`, and `tool_use` where tools are offered, as in transformers; others, such as `rag`, are
+    only for who asks for them by name."""
+    named = dict(files)
     found = config.get("chat_template")
-    if isinstance(found, list):
+    if not files and isinstance(found, list):
         listed = [cast(dict[str, Any], each) for each in cast(list[Any], found) if isinstance(each, dict)]
-        found, with_tools = (_named(listed, name) for name in ("default", "tool_use"))
-        if found and with_tools:
-            return _by_tools(with_tools, found)
-    return found if isinstance(found, str) and found else None
-
-
-def _named(listed: Sequence[dict[str, Any]], name: str) -> str | None:
-    """Return the last template of that name."""
-    template = next((each.get("template") for each in reversed(listed) if each.get("name") == name), None)
-    return template if isinstance(template, str) else None
+        texts = ((each.get("name"), each.get("template")) for each in listed)
+        named = {name: text for name, text in texts if isinstance(name, str) and isinstance(text, str)}
+    elif not files and isinstance(found, str):
+        named = {"default": found}
+    default, with_tools = named.get("default"), named.get("tool_use")
+    if default and with_tools:
+        return _by_tools(with_tools, default)
+    return default or None
 
 
 def _by_tools(with_tools: str, without: str) -> str:
