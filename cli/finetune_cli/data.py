@@ -82,7 +82,7 @@ def _show_row(row: "ShownRow", console: Console) -> None:
     console.print()
     console.print(Text(f"{row.file} row {row.row}{place}", style="bold"), soft_wrap=True)
     if row.dropped is not None:
-        console.print(Text(f"dropped: {_words(row.dropped)}", style="red"), soft_wrap=True)
+        console.print(Text(f"dropped: {_words(row.dropped, row.words)}", style="red"), soft_wrap=True)
         return
     for each in row.changed:
         console.print(Text(f"changed: {_words(each)}", style="yellow"), soft_wrap=True)
@@ -94,15 +94,18 @@ def _show_row(row: "ShownRow", console: Console) -> None:
         console.print(Text(f"stops at {row.stop}", style="dim"), soft_wrap=True)
 
 
-def _words(code: str) -> str:
-    """Return a sentence on what was done to a row: of the field or part that the code names, else of the row."""
+def _words(code: str, more: str | None = None) -> str:
+    """Return a sentence on what was done to a row: of the field or part that the code names, else of the row.
+
+    more: what is wrong there, where more is known than the reason says."""
     from finetune_trainer.data.problems import Problem
     from finetune_trainer.data.taught import NOTE_WORDS
 
     reason, colon, detail = code.partition(": ")
+    told = f": {more}" if more else ""
     if detail and reason in {*Problem}:
-        return f"{detail} {ROW_WORDS[reason]} ({reason})"
-    return f"{NOTE_WORDS.get(reason) or f'it {row_words(reason)}'} ({reason}){colon}{detail}"
+        return f"{detail} {ROW_WORDS[reason]}{told} ({reason})"
+    return f"{NOTE_WORDS.get(reason) or f'it {row_words(reason)}'}{told} ({reason}){colon}{detail}"
 
 
 def check(target: str, model: str | None, method: MethodType, console: Console) -> int:
@@ -168,7 +171,8 @@ def _say_rows(
         reason = decision["reason"]
         said[reason] += decision["action"] == "drop"
         if decision["action"] == "drop" and said[reason] <= MAX_PLACES:
-            line = f"dropped {decision['file']} row {decision['row']}: {_words(reason_of(decision))}"
+            said = _words(reason_of(decision), decision.get("words"))
+            line = f"dropped {decision['file']} row {decision['row']}: {said}"
             console.print(line, markup=False, soft_wrap=True)
     for reason, rows in dropped.items():
         if rows > MAX_PLACES:

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import spec_cases
-from data_run import HIDDEN, LAYERS, chat, chats, jsonl, put, write_model
+from data_run import CHATML, HIDDEN, LAYERS, chat, chats, jsonl, put, write_model
 from finetune_api.job import MethodType
 from finetune_cli import data
 from finetune_cli.errors import CommandError, Exit
@@ -79,6 +79,7 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
         ],
         "stop": "<|im_end|>",
         "dropped": None,
+        "words": None,
         "changed": [],
     }
     assert (broken["row"], broken["segments"], broken["dropped"]) == (2, [], "empty: messages")
@@ -117,6 +118,54 @@ def test_each_sequence_of_an_unrolled_row_is_shown(tmp_path: Path):
     assert [(each["row"], each["sequence"], each["sequences"]) for each in rows] == [(1, 1, 2), (1, 2, 2)]
     learned = [[part["text"] for part in each["segments"] if part["learned"]] for each in rows]
     assert learned == [["b<|im_end|>"], ["d<|im_end|>"]]
+
+
+ALTERNATING = "{{ raise_exception('Roles must alternate') if messages[0].role == 'assistant' }}" + CHATML
+SECRET = "a secret"
+PART_OF_A_ROW: dict[str, tuple[object, str | None, str]] = {
+    "a type": (
+        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": SECRET}]},
+        "must be a string",
+        "messages[0].content has the wrong type: must be a string (wrong_type)",
+    ),
+    "JSON": (SECRET, None, "it is not a JSON object (not_an_object)"),
+    "a number": (
+        chat("q", SECRET) | {"weight": 1e9},
+        "it may be 0, or from 0.000001 to 1,000,000",
+        "weight is a number beyond what it may be: it may be 0, or from 0.000001 to 1,000,000 (out_of_range)",
+    ),
+    "more fields": (
+        chat("q", "a") | {"mood": SECRET, "tone": SECRET},
+        "and so is tone",
+        "ignoreFields: and so is tone (unknown_field)",
+    ),
+    "the template's own words": (
+        {"messages": [{"role": "assistant", "content": SECRET}, *chat("q", "a")["messages"]]},
+        "Roles must alternate",
+        "it is refused by the chat template: Roles must alternate (template_failed)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "words", "says"), PART_OF_A_ROW.values(), ids=PART_OF_A_ROW)
+def test_what_is_wrong_with_a_row_is_told_by_show_check_and_decisions_without_the_row(
+    tmp_path: Path, row: object, words: str | None, says: str
+):
+    put(tmp_path, a_jsonl=jsonl([row, *chats(20)]))
+    path = job(tmp_path, {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}})
+    (tmp_path / "model" / "chat_template.jinja").write_text(ALTERNATING)
+    (dropped,) = shown(path, most=1)
+    assert dropped["words"] == words
+    _, said = check(path)
+    assert says in said
+    assert SECRET not in said
+
+
+def test_where_no_row_can_be_read_to_leave_the_file_out_is_the_remedy_and_no_fraction_is_raised(tmp_path: Path):
+    put(tmp_path, a_jsonl=b"1\n2\n")
+    with pytest.raises(CommandError, match=r"2 of 2 rows read are broken: mend them, or leave the file out") as refused:
+        shown(str(tmp_path / "data"))
+    assert "Fraction" not in str(refused.value)
 
 
 WITHOUT_TOOLS = [

@@ -41,7 +41,8 @@ class ShownRow:
     """One sequence of a row, or a row that is left out, which has none.
 
     sequence: from 1; sequences: how many the row has; stop: the token that ends its last answer; dropped: why it is
-    left out; changed: what was done to it. Both are codes of docs/data.md, the place or figures after a colon."""
+    left out, and words: what is wrong there, beyond that; changed: what was done to it. Both are codes of docs/data.md,
+    the place or figures after a colon."""
 
     file: str
     row: int
@@ -50,6 +51,7 @@ class ShownRow:
     segments: list[Segment] = field(default_factory=list[Segment])
     stop: str | None = None
     dropped: str | None = None
+    words: str | None = None
     changed: list[str] = field(default_factory=list[str])
 
 
@@ -217,11 +219,12 @@ def _with_decisions(ctx: StageContext, ledger: Ledger, rows: dict[tuple[int, int
     numbers = {account.uri: index for index, account in enumerate(ledger.files)}
     for decision in decisions(ctx):
         key = numbers[decision["file"]], int(decision["row"])
-        words = reason_of(decision)
+        reason = reason_of(decision)
         if decision["action"] == Action.DROP:
-            rows[key] = [ShownRow(file=decision["file"], row=key[1], dropped=words)]
+            said = decision.get("words")
+            rows[key] = [ShownRow(file=decision["file"], row=key[1], dropped=reason, words=said)]
         else:
-            rows[key] = [replace(each, changed=[*each.changed, words]) for each in rows.get(key, [])]
+            rows[key] = [replace(each, changed=[*each.changed, reason]) for each in rows.get(key, [])]
     return [each for key in sorted(rows) for each in rows[key]]
 
 

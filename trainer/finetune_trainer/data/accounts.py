@@ -1,7 +1,7 @@
 """Every row's fate: counts per file, and a decision for each row that does not go straight through. No content.
 
-A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?}; detail is the path of a
-field, ref the row that this one is a copy of, as FILE#ROW.
+A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?, words?}; detail is the path of a
+field, words are what is wrong there, ref is the row that this one is a copy of, as FILE#ROW.
 """
 
 from collections import Counter, defaultdict
@@ -144,11 +144,13 @@ class Ledger:
         self.flush()
         self._decisions.close()
 
-    def drop(self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "") -> None:
-        """Row `number` of a file is left out."""
+    def drop(
+        self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "", *, words: str = ""
+    ) -> None:
+        """Row `number` of a file is left out. words: what is wrong there, beyond its reason."""
         self.files[file].dropped[reason] += 1
         self.files[file].stages[stage].dropped += 1
-        self.decide(file, number, stage, Action.DROP, reason, detail, ref)
+        self.decide(file, number, stage, Action.DROP, reason, detail, ref, words=words)
 
     def passed(
         self, stage: str, given: Iterable[RowPlace], passed: Iterable[RowPlace], counters: Mapping[str, int]
@@ -162,7 +164,16 @@ class Ledger:
             self.counted[stage].update(counters)
 
     def decide(
-        self, file: int, number: int, stage: str, action: Action, reason: str, detail: str = "", ref: str = ""
+        self,
+        file: int,
+        number: int,
+        stage: str,
+        action: Action,
+        reason: str,
+        detail: str = "",
+        ref: str = "",
+        *,
+        words: str = "",
     ) -> None:
         """Write what was done to a row.
 
@@ -171,12 +182,9 @@ class Ledger:
         if self._is_full(is_change):
             self._unlisted[reason] += 1
             return
-        self._list(file, number, self._line(file, number, stage, action, reason, detail, ref), is_change)
-
-    def _line(self, file: int, number: int, stage: str, action: Action, reason: str, detail: str, ref: str) -> bytes:
         record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
-        record |= {name: value for name, value in (("ref", ref), ("detail", detail)) if value}
-        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        record |= {name: value for name, value in (("ref", ref), ("detail", detail), ("words", words)) if value}
+        self._list(file, number, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE), is_change)
 
     def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002 (of the interface)
         size_bytes = self._decisions.write(line)

@@ -40,7 +40,8 @@ class BadRows:
         """Row `number` of a file is broken.
 
         Raises BROKEN_ROW once more are than will be allowed, were all rows that are still to come good."""
-        self._ledger.drop(file, number, stage, broken.problem, broken.field)
+        words = shortened(broken.detail, MAX_ARG_CHARS)
+        self._ledger.drop(file, number, stage, broken.problem, broken.field, words=words)
         self.count += 1
         if self.first is None:
             self.first, self.first_at = BrokenRow(file, number, broken), self._ledger.rows_read
@@ -113,4 +114,6 @@ class BadRows:
         """Return how to go on without the broken rows."""
         if not self.quarantine:
             return "go on without them by preprocessing.onBadRow: Quarantine and preprocessing.maxBrokenFraction"
+        if self._max_fraction >= 1:  # a dataset whose first rows are no rows at all
+            return "leave the file out"
         return f"raise preprocessing.maxBrokenFraction, which allows {self._max_fraction:g} of all rows"

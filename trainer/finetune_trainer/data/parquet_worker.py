@@ -11,18 +11,21 @@ import os
 import resource
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_api.row_words import MAX_LINE_BYTES
+from finetune_trainer.data.field_names import shown
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.parquet import BATCH_ROWS, MAX_FRAME_BYTES, MEMORY_BYTES, NO_MEMORY, READY
 from finetune_trainer.data.problems import Broken, Problem
+from finetune_trainer.data.texts import field_path
 
 _MAX_NAMES = 1000
 _BATCH_BYTES = 32 * 2**20  # of one batch, going by the mean row
@@ -30,6 +33,29 @@ _FRAME_BYTES = 2**20
 _BUFFER_BYTES = 2**20
 _MAX_NAME = 64  # characters; of a longer name nothing is told anyway
 _SHOWN_NAMES = 64
+
+
+class Odd(NamedTuple):
+    """What JSON has not, and what to do about it."""
+
+    what: str
+    remedy: str
+
+    def words(self, path: str = "") -> str:
+        """Return it as what is wrong with a field, at a path inside it."""
+        where = f" at {path}" if path else ""
+        return f"holds {self.what}{where}, which JSON has not; {self.remedy}"
+
+
+_AS_TEXT = "write it as a text"
+_TIME = Odd("a time of nanoseconds, or before or after the years 1 to 9999", _AS_TEXT)
+_ODD: dict[type | tuple[type, ...], Odd] = {
+    bytes: Odd("bytes", "write them as a text"),
+    Decimal: Odd("a decimal with more digits than its numbers keep", _AS_TEXT),
+    timedelta: Odd("a duration", _AS_TEXT),
+    (date, time): _TIME,
+}
+_OTHER = Odd("a value of a kind", _AS_TEXT)
 
 
 class DamagedError(Exception):
@@ -116,14 +142,24 @@ def _lines(batch: Any) -> Iterator[bytes]:
 def _values(batch: Any) -> Iterator[dict[str, Any] | Broken]:
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (UnicodeDecodeError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         for index in range(batch.num_rows):
-            try:
-                yield from batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")
-            except UnicodeDecodeError:
-                yield Broken(Problem.INVALID_UTF8)
-            except KeyError:  # of a map
-                yield Broken(Problem.REPEATED_FIELD)
+            yield _value(batch.slice(index, 1))
+
+
+def _value(row: Any) -> dict[str, Any] | Broken:
+    """Return the value of a batch of one row."""
+    value: dict[str, Any] = {}
+    for name in row.schema.names:
+        try:
+            value |= row.select([name]).to_pylist(maps_as_pydicts="strict")[0]
+        except UnicodeDecodeError:
+            return Broken(Problem.INVALID_UTF8)
+        except KeyError:  # of a map
+            return Broken(Problem.REPEATED_FIELD)
+        except (ValueError, OverflowError):  # of a year, or of nanoseconds
+            return Broken(Problem.WRONG_TYPE, name[:_MAX_NAME], _TIME.words())
+    return value
 
 
 def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:
@@ -133,9 +169,9 @@ def _line(row: dict[str, Any], floats: Collection[str]) -> bytes | Broken:
             raise orjson.JSONEncodeError("not a number of JSON")  # orjson would write null
         line = orjson.dumps(row, default=_number)
     except orjson.JSONEncodeError:
-        problems = {name: _problem_of(value) for name, value in row.items()}
-        sound = {name: value for name, value in row.items() if problems[name] is None}
-        named = {name: problem for name, problem in problems.items() if problem}
+        odd = {name: _odd(value, name) for name, value in row.items()}
+        sound = {name: value for name, value in row.items() if odd[name] is None}
+        named = {name: [each.problem, each.detail] for name, each in odd.items() if each is not None}
         line = b"?" + orjson.dumps([named, sound], default=_number)
     return line if len(line) <= MAX_LINE_BYTES else Broken(Problem.LINE_TOO_LONG)
 
@@ -165,13 +201,41 @@ def _number(value: object) -> float | int:
     return number
 
 
-def _problem_of(value: object) -> str | None:
-    """Return why a field's value cannot be JSON."""
+def _odd(value: object, name: str) -> Broken | None:
+    """Return why the value of a column cannot be JSON, and where in it; None where it can."""
     try:
         orjson.dumps(value, default=_number)
     except orjson.JSONEncodeError as error:
-        return Problem.TOO_DEEP if "ecursion" in str(error) else Problem.WRONG_TYPE
-    return None if _is_finite(value) else Problem.WRONG_TYPE
+        if "ecursion" in str(error):
+            return Broken(Problem.TOO_DEEP)
+    else:
+        if _is_finite(value):
+            return None
+    path, odd = next(_odd_values(value, ""), ("", _OTHER))
+    return Broken(Problem.WRONG_TYPE, detail=odd.words(shown(name) + path if path else ""))
+
+
+def _odd_values(value: object, path: str) -> Iterator[tuple[str, Odd]]:
+    """Yield the path of each value that JSON has not, and what it is."""
+    if isinstance(value, dict):
+        for at, (name, each) in enumerate(cast(dict[object, Any], value).items()):
+            yield from _odd_values(each, field_path(path, str(name), at))
+    elif isinstance(value, list | tuple):
+        for at, each in enumerate(cast(Sequence[Any], value)):
+            yield from _odd_values(each, f"{path}[{at}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield path, Odd("NaN" if math.isnan(value) else "infinity", "write null")
+    elif _is_odd(value):
+        yield path, next((odd for kind, odd in _ODD.items() if isinstance(value, kind)), _OTHER)
+
+
+def _is_odd(value: object) -> bool:
+    try:
+        orjson.dumps(value, default=_number)
+    except orjson.JSONEncodeError:
+        return True
+    return False
 
 
 def _answer(request: dict[str, Any]) -> None:

@@ -14,14 +14,13 @@ from finetune_trainer.data.files import Decoded, decoded
 from finetune_trainer.data.problems import Broken, Problem
 
 _HEAD = struct.Struct("<cIQII")  # notation, file, number, size in the file, bytes that follow
-_NO_JSON = "holds a value that is not JSON"
 
 
 class Cut(Enum):
     """How the bytes of a row are written."""
 
     LINE = b"l"  # JSON
-    COLUMNS = b"c"  # of Parquet: JSON of what is wrong by column, and of the other columns
+    COLUMNS = b"c"  # of Parquet: JSON of problem and detail by column, and of the other columns
     CELLS = b"t"  # of CSV: JSON of the cells by name, and their size in memory
     BROKEN = b"b"  # JSON of problem, field and detail
 
@@ -65,8 +64,7 @@ def decode_row(raw: RawRow) -> Decoded:
         value, held_bytes = parsed
         return Decoded(number, value, size_bytes, held_bytes)
     problems, sound = parsed
-    details = {Problem.WRONG_TYPE: _NO_JSON}
-    broken = {name: Broken(Problem(code), name, details.get(Problem(code), "")) for name, code in problems.items()}
+    broken = {name: Broken(Problem(code), name, detail) for name, (code, detail) in problems.items()}
     row = decoded(number, orjson.dumps(sound))
     if isinstance(row.value, dict):
         return row._replace(value=cast(dict[str, Any], row.value) | broken)

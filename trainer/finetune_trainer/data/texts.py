@@ -26,7 +26,7 @@ def texts_in(value: object, path: str, besides: Collection[str] = NOTHING) -> It
     elif isinstance(value, Mapping):
         for at, (name, each) in enumerate(cast(Mapping[str, Any], value).items()):
             if name not in besides:
-                yield from texts_in(each, _field(path, name, at))
+                yield from texts_in(each, field_path(path, name, at))
     elif isinstance(value, list):
         for at, each in enumerate(cast(list[Any], value)):
             yield from texts_in(each, f"{path}[{at}]")
@@ -38,7 +38,7 @@ def whole_numbers_in(value: object, path: str) -> Iterator[tuple[str, int]]:
         yield path, value
     elif isinstance(value, Mapping):
         for at, (name, each) in enumerate(cast(Mapping[str, Any], value).items()):
-            yield from whole_numbers_in(each, _field(path, name, at))
+            yield from whole_numbers_in(each, field_path(path, name, at))
     elif isinstance(value, list):
         for at, each in enumerate(cast(list[Any], value)):
             yield from whole_numbers_in(each, f"{path}[{at}]")
@@ -52,12 +52,13 @@ def with_texts_in(value: Any, path: str, given: Mapping[str, str]) -> Any:
         return value
     if isinstance(value, Mapping):
         fields = enumerate(cast(Mapping[str, Any], value).items())
-        return {name: with_texts_in(each, _field(path, name, at), given) for at, (name, each) in fields}
+        return {name: with_texts_in(each, field_path(path, name, at), given) for at, (name, each) in fields}
     if isinstance(value, list):
         items = enumerate(cast(list[Any], value))
         return [with_texts_in(each, f"{path}[{at}]", given) for at, each in items]
     return value
 
 
-def _field(path: str, name: str, at: int) -> str:
+def field_path(path: str, name: str, at: int) -> str:
+    """Return the path of a field of what stands at `path`, the `at`-th there."""
     return f"{path}.{name}" if shown(name) == name else f"{path}.#{at}"
