@@ -171,8 +171,8 @@ def _say_rows(
         reason = decision["reason"]
         said[reason] += decision["action"] == "drop"
         if decision["action"] == "drop" and said[reason] <= MAX_PLACES:
-            said = _words(reason_of(decision), decision.get("words"))
-            line = f"dropped {decision['file']} row {decision['row']}: {said}"
+            sentence = _words(reason_of(decision), decision.get("words"))
+            line = f"dropped {decision['file']} row {decision['row']}: {sentence}"
             console.print(line, markup=False, soft_wrap=True)
     for reason, rows in dropped.items():
         if rows > MAX_PLACES:

@@ -1,7 +1,7 @@
 """Every row's fate: counts per file, and a decision for each row that does not go straight through. No content.
 
-A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?, words?}; detail is the path of a
-field, words are what is wrong there, ref is the row that this one is a copy of, as FILE#ROW.
+A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?, words?}; detail is the path
+of a field, words are what is wrong there, ref is the row that this one is a copy of, as FILE#ROW.
 """
 
 from collections import Counter, defaultdict

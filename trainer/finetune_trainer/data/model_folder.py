@@ -34,8 +34,8 @@ SMALL_FILES = frozenset(
         "merges.txt",
     }
 )
-# Chat templates by name: transformers writes all but `default` into a folder beside it. These it takes by itself; others,
-# such as `rag`, only where somebody asks for them.
+# Chat templates by name: transformers writes all but `default` into a folder beside it. These it takes by itself;
+# others, such as `rag`, only where somebody asks for them.
 TEMPLATES = {
     "default": "chat_template.jinja",
     "tool_use": "additional_chat_templates/tool_use.jinja",
@@ -54,7 +54,7 @@ _MAX_PROBLEM = 256  # as much as a result carries of one argument
 
 
 class ModelFolder:
-    """The files at `uri`, and of those below it the chat templates; each is read whole at one version, or not at all."""
+    """The files at `uri`, and below it the chat templates; each is read whole at one version, or not at all."""
 
     def __init__(self, store: Store, uri: str) -> None:
         self.store, self.uri = store, uri
