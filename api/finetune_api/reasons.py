@@ -341,7 +341,7 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.BROKEN_ROW: FaultText(
         Reason.DATA_INVALID,
-        "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; mend them, or {remedy}",
+        "{file} row {row}{field}: {problem}. {broken} of {rows} rows read are broken; fix them, or {remedy}",
         unknown={"remedy": "see preprocessing.onBadRow and preprocessing.maxBrokenFraction"},
     ),
     Fault.BROKEN_FILE: FaultText(

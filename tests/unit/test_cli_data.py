@@ -163,7 +163,7 @@ def test_what_is_wrong_with_a_row_is_told_by_show_check_and_decisions_without_th
 
 def test_where_no_row_can_be_read_to_leave_the_file_out_is_the_remedy_and_no_fraction_is_raised(tmp_path: Path):
     put(tmp_path, a_jsonl=b"1\n2\n")
-    with pytest.raises(CommandError, match=r"2 of 2 rows read are broken; mend them, or leave the file out") as refused:
+    with pytest.raises(CommandError, match=r"2 of 2 rows read are broken; fix them, or leave the file out") as refused:
         shown(str(tmp_path / "data"))
     assert "Fraction" not in str(refused.value)
 
