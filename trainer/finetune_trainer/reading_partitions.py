@@ -8,30 +8,20 @@ from functools import partial
 import orjson
 
 from finetune_api.errors import StageError
-from finetune_api.job import DatasetFormat, MethodType
+from finetune_api.job import DatasetFormat
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.partition_messages import PartResult, Rules, Task, rules_of_model
 from finetune_trainer.data.partition_runner import InProcess, NoRowsError, Runner, workers_for
 from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
-from finetune_trainer.data.pipeline import require_end_token
 from finetune_trainer.data.same_ids import OwnIds
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.worker_pool import WorkerPool
 from finetune_trainer.job_partitions import FEW, JobPartitions
 from finetune_trainer.kept_partitions import KeptPartitions
 from finetune_trainer.merging_partitions import Merged, Merging
-from finetune_trainer.reading_steps import (
-    PrepareStage,
-    bad_rows,
-    find_inputs,
-    judge,
-    loss_on,
-    rendering,
-    require_same_ids,
-    too_long_rows,
-)
+from finetune_trainer.reading_steps import PrepareStage, begin, end, require_same_ids
 
 _PLAIN = {DatasetFormat.PROMPT_COMPLETION, DatasetFormat.TEXT}  # shapes of rows that mostly are no conversations
 _TELLS_TIME = "strftime_now"  # of a chat template that does
@@ -41,14 +31,8 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
     """Read, check, render and tokenise all datasets into the spool, keeping parts until there is a plan.
 
     fence: None where nothing may be written to the job's output. Raises what `read_datasets` does."""
-    ctx, model = stage.ctx, stage.model
-    stage.loss_on = loss_on(stage)
-    bad = bad_rows(stage)
-    if ctx.config.spec.method.type is MethodType.CPT:
-        require_end_token(model)
-    inputs = find_inputs(stage)
-    found = rendering(stage)
-    too_long = too_long_rows(stage)
+    ctx, model, reading = stage.ctx, stage.model, begin(stage)
+    found, too_long = reading.rendering, reading.too_long
     rules = Rules(
         **rules_of_model(model),
         spec=ctx.config.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
@@ -56,13 +40,13 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
         limit_tokens=stage.limit.tokens,
         limit_source=stage.limit.source,
         too_long=too_long.policy,
-        quarantine=bad.quarantine,
+        quarantine=reading.bad.quarantine,
         renderer=found,
     )
-    merged = Merged(bad, too_long)
+    merged = Merged(reading.bad, too_long)
     resources = ctx.config.prepare_resources or ctx.config.resources
     workers = workers_for(resources.cpu_count, resources.memory_bytes)
-    job = JobPartitions(stage, inputs, bad, workers, resources.disk_bytes)
+    job = JobPartitions(stage, reading.inputs, reading.bad, workers, resources.disk_bytes)
     with ExitStack() as stack:
         partitions = stack.enter_context(closing(job.partitions()))
         is_large, every = _begun(partitions)
@@ -96,9 +80,7 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
     model.tokenizer.stop_ids = merged.stop_ids
     if merged.choice is not None:
         model.tokenizer.choice = merged.choice
-    if found is not None and merged.rendered:
-        stage.template = found["source"]
-    judge(stage, bad, too_long, merged.taught)
+    end(stage, reading, merged.taught, merged.rendered)
 
 
 def _begun(partitions: Iterator[Partition]) -> tuple[bool, Iterator[Partition]]:

@@ -164,36 +164,55 @@ def dataset_rows(
         yield through(chain, checked, stage.ledger)
 
 
-def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:
-    """Read, check, render and tokenise all datasets, and hand the rows on to the sink."""
-    ctx, ledger, method = stage.ctx, stage.ledger, stage.ctx.config.spec.method.type
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is the same for all rows, chosen before the first is read. rendering: None where none is rendered."""
+
+    inputs: list[Inputs]
+    bad: BadRows
+    too_long: TooLongRows
+    rendering: dict[str, Any] | None
+
+
+def begin(stage: PrepareStage) -> Reading:
+    """Find all files and choose what is the same for all their rows: every way to read them begins so.
+
+    Raises what `find_files` does, and BROKEN_MODEL for a tokenizer that cannot end texts."""
     stage.loss_on = loss_on(stage)
     bad = bad_rows(stage)
-    if method is MethodType.CPT:
+    if stage.ctx.config.spec.method.type is MethodType.CPT:
         require_end_token(stage.model)
     inputs = find_inputs(stage)
+    return Reading(inputs=inputs, bad=bad, rendering=rendering(stage), too_long=too_long_rows(stage))
+
+
+def end(stage: PrepareStage, reading: Reading, taught: Taught, is_rendered: bool) -> None:
+    """Say what all rows came to: every way to read them ends so. is_rendered: whether any conversation was.
+
+    Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS."""
+    if is_rendered and reading.rendering is not None:
+        stage.template = reading.rendering["source"]
+    reading.bad.check()
+    _require_taught(stage, taught)
+    _choose_too_long(stage, reading.too_long)
+    choose_formats(stage)
+
+
+def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -> None:
+    """Read, check, render and tokenise all datasets here, in one piece, and hand the rows on to the sink."""
+    ctx, ledger, reading = stage.ctx, stage.ledger, begin(stage)
     with ExitStack() as stack:
-        found = rendering(stage)
-        renderer = None if found is None else renderer_of(found)
+        renderer = None if reading.rendering is None else renderer_of(reading.rendering)
         if renderer is not None:
             stack.callback(renderer.close)
-        too_long = too_long_rows(stage)
-        pipeline = Pipeline(stage.model, stage.loss_on, too_long, renderer, ledger, bad, sink, stage.timings)
-        for rows in dataset_rows(stage, inputs, bad, select):
+        pipeline = Pipeline(
+            stage.model, stage.loss_on, reading.too_long, renderer, ledger, reading.bad, sink, stage.timings
+        )
+        for rows in dataset_rows(stage, reading.inputs, reading.bad, select):
             for _ in pipeline.run(rows):
                 ctx.reporter.update(rows_read=ledger.rows_read)
                 ctx.reporter.touch()
-        if found is not None and renderer is not None and renderer.used:
-            stage.template = found["source"]
-    judge(stage, bad, too_long, pipeline.taught)
-
-
-def judge(stage: PrepareStage, bad: BadRows, too_long: TooLongRows, taught: Taught) -> None:
-    """Say what all rows came to. Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS."""
-    bad.check()
-    _require_taught(stage, taught)
-    _choose_too_long(stage, too_long)
-    choose_formats(stage)
+    end(stage, reading, pipeline.taught, renderer is not None and renderer.used)
 
 
 def require_same_ids(stage: PrepareStage, own_ids: OwnIds, probe: Probe, found: dict[str, Any]) -> None:
