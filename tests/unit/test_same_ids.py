@@ -138,6 +138,20 @@ def test_a_class_that_reads_tokenizer_json_otherwise_ends_the_job_until_it_is_na
     assert compared(prepare_run(tmp_path, attempt=2))[0]["rows"] == 3
 
 
+@pytest.mark.parametrize("in_own_process", [False, True])
+def test_where_transformers_cannot_have_the_class_tokenizer_json_alone_is_compared(
+    tmp_path: Path, in_own_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("begin", "ask"):
+        monkeypatch.setattr(OwnIds, name, getattr(OwnIds, name))
+    if in_own_process:
+        use_own_process()
+    write_model(tmp_path / "model", tokenizer_config={"tokenizer_class": "T5Tokenizer"})
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    report, _ = compared(prepare_run(tmp_path))
+    assert (report["rows"], report["tokenizer_class"]) == (3, "TokenizersBackend")
+
+
 def test_where_ids_differ_row_sequence_and_token_are_told_and_why(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(2)))
     write_model(tmp_path / "model")

@@ -85,11 +85,12 @@ class OwnTemplate(ChatTemplate):
 
 class Judge:
     """Reads rows as transformers does. files: the base's tokenizer, as AutoTokenizer reads it; setup: the renderer's;
-    given: special tokens that the template sees and the base does not name."""
+    given: special tokens that the template sees and the base does not name; is_plain: whether its class counts for
+    nothing."""
 
-    def __init__(self, folder: Path, setup: dict[str, Any], given: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, setup: dict[str, Any], given: Mapping[str, str], is_plain: bool) -> None:
         self._folder, self._setup, self._given = folder, setup, given
-        self._tokenizer = _tokenizer(folder)
+        self._tokenizer = (_plain_tokenizer if is_plain else _tokenizer_of_its_class)(folder)
         self.tokenizer_class = type(self._tokenizer).__name__
         self._template = OwnTemplate(self._tokenizer, setup, given)
 
@@ -151,14 +152,14 @@ def _difference(place: int, ours: Ids, theirs: Ids, cause: Cause) -> Difference:
     return Difference(row=place, sequence=min(len(ours), len(theirs)) + 1, token=1, cause=cause)
 
 
-def _tokenizer(folder: Path) -> Any:
-    """Return the base's tokenizer by the class that its files name, or plainly where that cannot be had of them."""
+def _tokenizer_of_its_class(folder: Path) -> Any:
+    """Return the base's tokenizer by the class that its files name.
+
+    Raises whatever that class does where it cannot be had of these files, as it needs another vocabulary, say: that
+    ends the process, and another one is asked, plainly."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # noqa: BLE001 (as tokenizers raises it: for a class that needs another vocabulary, say)
-        return _plain_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _plain_tokenizer(folder: Path) -> Any:
@@ -193,7 +194,7 @@ def judged(request: bytes, *files: bytes) -> bytes:
         folder = Path(name)
         for file, content in zip(asked["files"], files, strict=True):
             (folder / file).write_bytes(content)
-        found = Judge(folder, asked["setup"], asked["given"]).judge(asked["rows"])
+        found = Judge(folder, asked["setup"], asked["given"], asked["plain"]).judge(asked["rows"])
     return found.model_dump_json().encode()
 
 

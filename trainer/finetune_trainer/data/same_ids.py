@@ -176,6 +176,7 @@ class OwnIds:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._files = files
         self._child: child.Process | None = None
+        self._was_killed = False  # when it ended without an answer
 
     def begin(self) -> None:
         """Start the process, once: it imports transformers while rows are read."""
@@ -185,10 +186,13 @@ class OwnIds:
     def compare(self, rows: Sequence[ProbedRow], setup: Mapping[str, Any], given: Mapping[str, str]) -> Found | None:
         """Return what transformers says to the rows; None where the process tells nothing in its time and memory.
 
-        setup: the renderer's; given: special tokens that the template sees and the base does not name."""
+        setup: the renderer's; given: special tokens that the template sees and the base does not name. A process that
+        ends by itself could not have the class that the base names: then tokenizer.json alone is read, by another."""
         sent = [{"chat": orjson.Fragment(row.chat), "ids": row.ids} for row in rows]
-        request = orjson.dumps({"files": list(self._files), "setup": setup, "given": given, "rows": sent})
-        reply = self.ask(request, list(self._files.values()))
+        asked = {"files": list(self._files), "setup": setup, "given": given, "rows": sent}
+        reply = self.ask(orjson.dumps(asked | {"plain": False}), list(self._files.values()))
+        if reply is None and not self._was_killed:
+            reply = self.ask(orjson.dumps(asked | {"plain": True}), list(self._files.values()))
         try:
             return None if reply is None else Found.model_validate_json(reply)
         except ValidationError:
@@ -202,9 +206,14 @@ class OwnIds:
         replies = child.exchange(
             self._child, limits, request, *files, max_bytes=MAX_MESSAGE_BYTES, timeout_s=_TIMEOUT_S
         )
-        return None if replies is None else replies[0]
+        if replies is not None:
+            return replies[0]
+        self._was_killed = child.was_killed(self._child)
+        self.close()
+        return None
 
     def close(self) -> None:
         """End the process."""
         if self._child is not None:
             child.end(self._child)
+            self._child = None
