@@ -124,6 +124,28 @@ def test_a_template_that_writes_otherwise_each_time_ends_the_job_with_the_row(tm
     assert "the answer is" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "config", "fault", "words"),
+    [
+        # Random words, which transformers gives to templates, and we do not.
+        ("{% if lipsum is defined %}x{% endif %}" + CHATML, {}, Fault.OTHER_TEXT, "rendered otherwise than by transf"),
+        # What is not written in tokenizer.json, which we read, and splits the tokens that end answers.
+        (CHATML, {"split_special_tokens": True}, Fault.OTHER_IDS, "gave other ids than transformers"),
+    ],
+)
+def test_a_base_that_transformers_renders_or_reads_otherwise_ends_the_job_with_the_row(
+    tmp_path: Path, template: str, config: dict[str, Any], fault: Fault, words: str
+) -> None:
+    write_model(tmp_path / "model", template=template, tokenizer_config=config)
+    put(tmp_path, a_jsonl=jsonl(chats(3)))
+    with pytest.raises(StageError, match=words) as caught:
+        prepare_run(tmp_path)
+    assert caught.value.fault is fault
+    assert "a.jsonl row 1 differs from token 1 of its sequence 1" in str(caught.value)
+    assert "the answer is" not in str(caught.value)
+    assert not (tmp_path / "out" / "bot-1a2b3" / ".job" / "plan.json").exists()
+
+
 def test_a_class_that_reads_tokenizer_json_otherwise_ends_the_job_until_it_is_named_plainly(tmp_path: Path) -> None:
     tokenizer = byte_bpe()
     tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
