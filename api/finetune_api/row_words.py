@@ -23,6 +23,8 @@ ROW_WORDS: dict[str, str] = {
     "not_an_object": "is not a JSON object",
     "missing_field": "is missing",
     "wrong_type": "has the wrong type",
+    "other_shape": "has another shape than the rows of its dataset; make a dataset of the rows of each, or name "
+    "their fields in datasets[].columns",
     "empty": "is empty",
     "out_of_range": "is a number beyond what it may be",
     "unsupported_field": "is not supported yet and would be ignored",

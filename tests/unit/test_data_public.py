@@ -347,7 +347,7 @@ REFUSED: list[tuple[str, Row, str]] = [
 
 
 def shape_of(row: Row) -> DatasetFormat:
-    return detect([("f", 1, row)], MethodType.SFT, RowChoices())
+    return detect([("f", 1, row)], MethodType.SFT, RowChoices()).shape
 
 
 def shown(row: object) -> str:

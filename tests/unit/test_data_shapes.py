@@ -28,7 +28,7 @@ QA, PC, TEXT = DatasetFormat.QUESTION_ANSWER, DatasetFormat.PROMPT_COMPLETION, D
 
 
 def shape_of(*rows: object, method: MethodType = SFT, choices: RowChoices | None = None) -> DatasetFormat:
-    return detect([("f", number, row) for number, row in enumerate(rows, 1)], method, choices or RowChoices())
+    return detect([("f", number, row) for number, row in enumerate(rows, 1)], method, choices or RowChoices()).shape
 
 
 def read(row: Row, choices: RowChoices | None = None) -> Found:
@@ -449,6 +449,38 @@ def test_rows_that_fit_two_shapes_are_asked_about_and_both_are_named(
     assert caught.value.args_by_name["row"] == number
     assert all(name in str(caught.value) for name in (*names, "set datasets[].format to one of them"))
     assert all(len(str(each)) <= 256 for each in caught.value.args_by_name.values())
+
+
+def test_of_two_shapes_in_one_dataset_the_first_row_of_each_is_named() -> None:
+    qa, pc = {"question": "q", "answer": "a"}, {"prompt": "q", "completion": "a"}
+    rows = [("s3://b/" + "n" * 90, 999_999, each) for each in (qa, pc, qa, pc)]
+    with pytest.raises(StageError) as caught:
+        detect([("s3://b/a.jsonl", 1, None), ("s3://b/a.jsonl", 2, qa), *rows[1:]], SFT, RowChoices())
+    said = caught.value.args_by_name["expected"]
+    assert "2 fit QuestionAnswer (first row 2 of a.jsonl), 2 PromptCompletion (first row 999999 of nnnn" in str(said)
+    assert len(str(said)) <= 256
+    assert "make two datasets of them" in str(said)
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "detail"),
+    [
+        (
+            {"instruction": "q", "output": "a"},
+            DatasetFormat.MESSAGES,
+            "it is Alpaca, not Messages, which row 1 of f has",
+        ),
+        (with_messages(USER, ANSWER), ALPACA, "it is Messages, not Alpaca, which row 1 of f has"),
+        ({"instruction": "q", "response": "a"}, ALPACA, "it is Dolly, not Alpaca, which row 1 of f has"),
+        ({"text": "t"}, DatasetFormat.MESSAGES, "it is Text, not Messages, which row 1 of f has"),
+    ],
+)
+def test_a_row_of_another_shape_than_its_datasets_is_told_both_and_by_which_row(
+    row: Row, shape: DatasetFormat, detail: str
+) -> None:
+    found = read_row(row, shape, RowChoices(told_by="row 1 of f has"))
+    assert found == Broken(Problem.OTHER_SHAPE, detail=detail)
+    assert refused({"mood": "m"}, shape)[0] is Problem.MISSING_FIELD
 
 
 def test_rows_of_no_shape_are_refused_with_what_is_needed_and_what_was_found() -> None:

@@ -457,7 +457,7 @@ def test_too_many_broken_rows_fail_the_job_even_when_put_aside(tmp_path: Path) -
         (
             [{**chat("q", "a"), "prompt": "q", "completion": "a"}],
             {},
-            "1 fit Messages, 1 PromptCompletion; set datasets",
+            "1 fit Messages .+, 1 PromptCompletion .+; set datasets",
         ),
         ([{"not an identifier, but secret": 1, "id": 2}], {}, "found the fields id and 1 more"),
     ],
@@ -501,6 +501,23 @@ def test_a_row_of_another_format_in_the_middle_is_a_broken_row(tmp_path: Path) -
     put(tmp_path, a_jsonl=jsonl([*chats(30), {"prompt": "a", "completion": "b"}]))
     error = fails(tmp_path)
     assert (error.fault, error.args_by_name["row"]) == (Fault.BROKEN_ROW, 31)
+
+
+def test_a_row_of_another_shape_behind_those_that_tell_it_is_named_with_both_shapes(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(1100)), b_jsonl=jsonl([{"instruction": "q", "output": "a"}]))
+    error = fails(tmp_path)
+    assert (error.fault, error.args_by_name["row"]) == (Fault.BROKEN_ROW, 1)
+    said = str(error)
+    assert (
+        "data/b.jsonl row 1: has another shape than the rows of its dataset; make a dataset of the rows of each" in said
+    )
+    assert "it is Alpaca, not Messages, which row 1 of a.jsonl has" in said
+    prepared = prepare_run(tmp_path, QUARANTINE, attempt=2)
+    (dropped,) = [each for each in prepared.decisions if each["action"] == "drop"]
+    assert (dropped["reason"], dropped["words"]) == (
+        "other_shape",
+        "it is Alpaca, not Messages, which row 1 of a.jsonl has",
+    )
 
 
 def test_several_datasets_may_have_several_formats(tmp_path: Path) -> None:

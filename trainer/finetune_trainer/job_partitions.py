@@ -2,12 +2,13 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from shutil import rmtree
 
 from finetune_api.errors import StageError
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.detect import FORMATS
+from finetune_trainer.data.detect import FORMATS, given_shape
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
 from finetune_trainer.data.partition_runner import NoRowsError
@@ -51,9 +52,12 @@ class JobPartitions:
             reader = RawReader(ctx.store, stage.ledger, inputs, unread_columns(choices), ctx.work_dir)
             with closing(reader.rows()) as rows:
                 peeked, error = _peeked(rows)
-                found = dataset.format or detect_format(stage.ledger, peeked, method, choices)
-                stage.formats.append(found or FORMATS[method][0])
-                if found is None:
+                given = dataset.format
+                found = given_shape(given) if given else detect_format(stage.ledger, peeked, method, choices)
+                stage.formats.append(found.shape if found else FORMATS[method][0])
+                if found is not None:
+                    self._choices[number] = replace(choices, told_by=found.told_by)
+                else:
                     yield from cut(number, reader, iter(peeked), self.folder, MAX_PARTITION_BYTES)
                     raise error or NoRowsError
                 yield from cut(number, reader, _given(peeked, error, rows), self.folder, self._size_bytes)
@@ -73,6 +77,7 @@ class JobPartitions:
             system_messages=choices.system_messages,
             same_role=choices.same_role,
             learns_all=choices.learns_all,
+            told_by=choices.told_by,
         )
 
     def rows_of(self, partition: Partition) -> DecodedRows:

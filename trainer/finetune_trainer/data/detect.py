@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
+from finetune_api.redact import shortened
 from finetune_trainer.data.field_names import shown
 from finetune_trainer.data.kinds import KINDS_OF_METHOD
 from finetune_trainer.data.problems import RefusedError, place
@@ -19,6 +20,19 @@ FORMATS = {
 }
 _ASKED_AT = 0.1  # of the rows with the commonest shape: so many of another are no accident
 _MAX_FOUND = 128
+_MAX_FILE_NAME = 32
+
+
+class Detected(NamedTuple):
+    """The shape of a dataset's rows. told_by: what says so, as the beginning of a sentence."""
+
+    shape: DatasetFormat
+    told_by: str
+
+
+def given_shape(shape: DatasetFormat) -> Detected:
+    """Return the shape that the job names."""
+    return Detected(shape, "datasets[].format says")
 
 
 def check_given(given: DatasetFormat | None, method: MethodType, index: int) -> None:
@@ -32,7 +46,7 @@ def check_given(given: DatasetFormat | None, method: MethodType, index: int) -> 
         )
 
 
-def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices: RowChoices) -> DatasetFormat:
+def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices: RowChoices) -> Detected:
     """Return the shape that the rows have, of those the method can use.
 
     rows: (file, row number, decoded value) of a dataset's first rows, at least one of them an object. Raises
@@ -51,11 +65,18 @@ def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices:
     if len(best) == 2 and best[1][1] >= _ASKED_AT * best[0][1]:
         (one, rows_of_one), (other, rows_of_other) = best
         expected = (
-            f"one format, and of {len(rows):,} rows {rows_of_one:,} fit {one}, {rows_of_other:,} {other}; set "
-            "datasets[].format to one of them, or make two datasets of them"
+            f"one format, and of {len(rows):,} rows {rows_of_one:,} fit {one} (first {_place(rows[first[one]])}), "
+            f"{rows_of_other:,} {other} (first {_place(rows[first[other]])}); set datasets[].format to one of them, or "
+            "make two datasets of them"
         )
         raise _wrong(rows[max(first[one], first[other])], method, expected)
-    return best[0][0]
+    shape = best[0][0]
+    return Detected(shape, f"{_place(rows[first[shape]])} has")
+
+
+def _place(row: tuple[str, int, object]) -> str:
+    """Return where a row is, in few characters."""
+    return f"row {row[1]} of {shortened(row[0].rpartition('/')[2], _MAX_FILE_NAME)}"
 
 
 def fitting(value: object, method: MethodType, choices: RowChoices) -> list[DatasetFormat]:

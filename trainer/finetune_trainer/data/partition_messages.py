@@ -72,6 +72,7 @@ class Task:
     system_messages: str
     same_role: str
     learns_all: bool
+    told_by: str
     most_rows: int | None = None
 
     @property
@@ -82,6 +83,7 @@ class Task:
             system_messages=SystemMessages(self.system_messages),
             same_role=SameRoleMessages(self.same_role),
             learns_all=self.learns_all,
+            told_by=self.told_by,
         )
 
 

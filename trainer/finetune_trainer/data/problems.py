@@ -24,6 +24,7 @@ class Problem(StrEnum):
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"
+    OTHER_SHAPE = "other_shape"
     EMPTY = "empty"
     OUT_OF_RANGE = "out_of_range"
     UNSUPPORTED_FIELD = "unsupported_field"

@@ -70,13 +70,14 @@ def checked_rows(
     """
     with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir).rows()) as rows:
         peeked = list(peek(rows))
-        data_format = given or detect_format(ledger, peeked, method, choices)
-        if data_format is None:
+        found = detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
+        if found is None:
             _count_broken(ledger, bad, peeked, method, choices)
             raise bad.error()
-        formats.append(data_format)
+        formats.append(found.shape)
+        choices = replace(choices, told_by=found.told_by)
         decoded = ((file, decode_row(row)) for file, row in chain(_given_away(peeked), rows))
-        yield from valid_rows(ledger, bad, select(decoded), data_format, choices)
+        yield from valid_rows(ledger, bad, select(decoded), found.shape, choices)
 
 
 def unread_columns(choices: RowChoices) -> Collection[str]:
@@ -139,10 +140,10 @@ def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tu
 
 def detect_format(
     ledger: Ledger, peeked: list[PlacedRow], method: MethodType, choices: RowChoices
-) -> DatasetFormat | None:
+) -> detect.Detected | None:
     """Return the dataset's format; None when no row is an object. Raises WRONG_FORMAT."""
     if not peeked:
-        return detect.FORMATS[method][0]  # no rows, so it does not matter
+        return detect.given_shape(detect.FORMATS[method][0])  # no rows, so it does not matter
     rows = [(file, decode_row(row)) for file, row in peeked]
     if not any(isinstance(item.value, dict) for _, item in rows):
         return None

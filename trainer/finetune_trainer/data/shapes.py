@@ -47,7 +47,7 @@ _OURS = frozenset(_OF_THE_RENDERER.split())
 class RowChoices:
     """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
     nulls_are_absent: whether a null inside tools and calls is what a table fills in. learns_all: whether the job learns
-    every token, so that no message can be kept from it."""
+    every token, so that no message can be kept from it. told_by: what says that the dataset's rows have their shape."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: frozenset[str] = frozenset()
@@ -55,6 +55,7 @@ class RowChoices:
     same_role: SameRoleMessages = SameRoleMessages.KEEP
     nulls_are_absent: bool = False
     learns_all: bool = False
+    told_by: str = "its dataset has"
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,13 +339,22 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
         found = shape.to_row(reading)
         passed_over = _passed_over(row, _ONLY_TEXT if isinstance(found, Completion) else shape.reads, found)
     except RefusedError as refused:
-        return _in_their_names(refused.broken, choices)
+        return _of_another_shape(row, shape_name, choices) or _in_their_names(refused.broken, choices)
     passed_over |= {shown(name) for name in cast(dict[str, Any], value) if name in choices.ignored}
     return Found(
         found,
         frozenset(reading.changes | reading.messages.changes),
         frozenset(passed_over | reading.messages.passed_over),
     )
+
+
+def _of_another_shape(row: Mapping[str, Any], shape_name: DatasetFormat, choices: RowChoices) -> Broken | None:
+    """Return what is wrong with a row that fits other shapes than its dataset's alone."""
+    if SHAPES[shape_name].fits(row):
+        return None
+    others = [name for name, shape in SHAPES.items() if shape.fits(row)]
+    detail = f"it is {' or '.join(others)}, not {shape_name}, which {choices.told_by}"
+    return Broken(Problem.OTHER_SHAPE, detail=detail) if others else None
 
 
 def renamed(row: dict[str, Any], choices: RowChoices) -> dict[str, Any]:
