@@ -179,7 +179,7 @@ def _random_model(case: Case, device: Any) -> Any:
 def _work(case: Case, rows_of_pass: int) -> tuple[Any, Any]:
     """Return rows of random tokens, and the steps that read them: the earlier ones, then the full pass."""
     from finetune_trainer.data.examples import Examples
-    from finetune_trainer.inputs import StepPlan
+    from finetune_trainer.step_plan import StepPlan
 
     step_lengths = [*EARLIER_STEPS, (ROW_TOKENS,) * rows_of_pass]
     lengths = [length for step in step_lengths for length in step]

@@ -14,9 +14,10 @@ from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
 from finetune_trainer import guard, loop, recipes
 from finetune_trainer.data.examples import Examples, FlatSequence, TokenRun, Tree, tree_of
-from finetune_trainer.inputs import Batch, StepPlan, fetch_examples, fetch_steps, make_batch
+from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.step_plan import StepPlan
 from tiny_run import TinyRun, make_run
 
 

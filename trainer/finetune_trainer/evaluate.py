@@ -106,8 +106,8 @@ def held_out_loss(
     end_ids: tokens that end answers; their probability is taken from the same passes, where they are the label.
     last_ends: only the last end of each row counts, as questions end with the same tokens and are labels too.
     """
-    measured = list(range(len(held_out)) if rows is None else rows)
-    place_of = {row: place for place, row in enumerate(measured)}
+    measured = range(len(held_out)) if rows is None else rows
+    place_of = measured if rows is None else {row: place for place, row in enumerate(rows)}
     row_losses, row_labels = np.zeros(len(measured)), np.zeros(len(measured), dtype=np.int64)
     end_probability, ends = 0.0, 0
     for group in _passes_over(held_out, measured, budget_tokens, packing):

@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
 import torch
 from torch import Tensor
 
@@ -21,12 +19,11 @@ from finetune_trainer.attention import Segments
 from finetune_trainer.data.examples import Examples, FlatSequence, open_examples
 from finetune_trainer.identity import SAMPLE_BYTES, Evidence, evidence, is_other, sample_of
 from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
+from finetune_trainer.step_plan import StepPlan, open_steps
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
 
-IntArray = npt.NDArray[np.int64]
-STEP_ARRAYS = ("examples", "step_offsets", "label_tokens", "denominators", "tokens")
 _MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 
@@ -82,27 +79,6 @@ def pack_rows(
         targets=on_device(ids[places]),
         weights=None if label_weights is None else on_device(label_weights),
     )
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which examples every step reads, and what its loss is divided by; the arrays of `runplan`."""
-
-    examples: IntArray
-    step_offsets: IntArray
-    label_tokens: IntArray
-    denominators: npt.NDArray[np.float64]
-    tokens: IntArray
-
-    def __len__(self) -> int:
-        return len(self.step_offsets) - 1
-
-    @cached_property
-    def total_tokens(self) -> int:
-        return int(self.tokens.sum())
-
-    def examples_of(self, step: int) -> list[int]:
-        return self.examples[self.step_offsets[step] : self.step_offsets[step + 1]].tolist()
 
 
 class ModelFile(NamedTuple):
@@ -175,8 +151,7 @@ def fetch_steps(store: Store, plan: RunPlan, folder: Path) -> StepPlan:
     """Download the batch plan. Raises INPUT_CHANGED when it is not what prepare wrote."""
     path = folder / "batches.safetensors"
     _fetch(store, plan.batches, path, Fault.INPUT_CHANGED)
-    tensors = safetensors.numpy.load_file(path)
-    steps = StepPlan(**{name: tensors[name] for name in STEP_ARRAYS})
+    steps = open_steps(path)
     if len(steps) != plan.hyperparameters.total_steps:
         raise StageError(Fault.INPUT_CHANGED, file=plan.batches.uri)
     return steps

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from finetune_api.job import Schedule
 from finetune_trainer.batches import pack
 from finetune_trainer.data.examples import Examples, FlatSequence
-from finetune_trainer.inputs import Batch, StepPlan, make_batch
+from finetune_trainer.inputs import Batch, make_batch
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.recipes import Recipe
 from finetune_trainer.runplan import Hyperparameters
+from finetune_trainer.step_plan import StepPlan
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8

@@ -16,10 +16,11 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer import world
 from finetune_trainer.data.examples import Examples
-from finetune_trainer.inputs import StepPlan, make_batch
+from finetune_trainer.inputs import make_batch
 from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel, load_base
 from finetune_trainer.runplan import RunPlan
+from finetune_trainer.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 

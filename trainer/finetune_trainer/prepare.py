@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,33 +26,34 @@ from finetune_api.row_words import row_words
 from finetune_api.run import RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus, ResolvedValue
 from finetune_trainer import batches, sizing
-from finetune_trainer.batches import BatchPlan, Mix
+from finetune_trainer.batches import Mix, distinct_examples
 from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, Ledger
+from finetune_trainer.data.disk import disk_use
+from finetune_trainer.data.division import Division, divide
 from finetune_trainer.data.examples import Examples, open_examples
+from finetune_trainer.data.lengths import lengths
+from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.problems import HELD_OUT, Drop
-from finetune_trainer.data.spool import (
-    Division,
-    Spool,
-    Written,
-    divide,
-    prepared_bytes,
-    write_split,
-)
+from finetune_trainer.data.splits import SPLITS, Written, write_split
+from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
 from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
 from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
 from finetune_trainer.sizing import Choices, DataFacts, Sizing
 from finetune_trainer.standstill import ended_by_standstill
+from finetune_trainer.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
+STEPS_FILE = "batches.safetensors"  # in the work folder
 _SAMPLES = 3
+_MOST_TRIED = 100  # rows of each split that may become a sample prompt
 _MAX_SAMPLE_TOKENS = 4096
 _MAX_SAMPLE_CHARACTERS = 4000
 
@@ -128,23 +129,20 @@ def _divide(stage: PrepareStage) -> Division:
     """Choose held-out rows and close the accounts of every file. Raises NO_TRAINING_DATA."""
     ledger = stage.ledger
     evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
-    division = divide(_spool_dir(stage), evaluation.holdout_fraction)
+    division = divide(_spool_dir(stage), evaluation.holdout_fraction, stage.ctx.reporter.touch)
     _choose_holdout(stage.choices, division, evaluation.holdout_fraction)
-    for row in np.flatnonzero(division.held_out):
-        record = division.rows[row]
-        ledger.decide(int(record["file"]), int(record["number"]), "split", Action.HOLD_OUT, HELD_OUT)
-    for row in np.flatnonzero(division.dropped):
-        record, kept = division.rows[row], division.rows[division.copy_of[row]]
-        ref = f"{ledger.files[int(kept['file'])].uri}#{int(kept['number'])}"
-        ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT, ref=ref)
-    used, held = (
-        np.bincount(division.rows["file"][mask], minlength=len(ledger.files)).tolist()
-        for mask in (division.train, division.held_out)
-    )
-    for account, used_rows, held_out_rows in zip(ledger.files, used, held, strict=True):
-        account.used, account.held_out = used_rows, held_out_rows
+    for chunk in division.chunks():
+        for record in chunk.rows[chunk.held_out]:
+            ledger.decide(int(record["file"]), int(record["number"]), "split", Action.HOLD_OUT, HELD_OUT)
+    for chunk in division.chunks():
+        for row in np.flatnonzero(chunk.dropped):
+            record, kept = chunk.rows[row], division.rows[division.copy_of[chunk.first_row + row]]
+            ref = f"{ledger.files[int(kept['file'])].uri}#{int(kept['number'])}"
+            ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT, ref=ref)
+    for account, rows in zip(ledger.files, division.rows_by_file(len(ledger.files)), strict=True):
+        account.used, account.held_out = rows
         account.check()
-    if not division.train.any():
+    if not division.trained:
         dropped = ledger.dropped
         reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
         raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
@@ -153,7 +151,7 @@ def _divide(stage: PrepareStage) -> Division:
 
 def _choose_holdout(choices: Choices, division: Division, given: float | None) -> None:
     """Record how many rows are held out, and where none can be that were asked for."""
-    held_out, field = int(division.held_out.sum()), "evaluation.holdoutFraction"
+    held_out, field = division.held_out, "evaluation.holdoutFraction"
     if given and not held_out:
         text = f"as written: of {division.distinct:,} distinct rows it is none, so nothing is measured; write more"
         choices.note(field, given, text)
@@ -195,7 +193,7 @@ class _Planned:
     examples: dict[str, Any]  # by split, held-out always: (examples,) EXAMPLE
     train: Examples
     sized: Sizing
-    batches: BatchPlan
+    batches: StepPlan
     shares: list[dict[str, Any]]
     weights: dict[str, float]
     resolved: list[ResolvedValue]
@@ -204,20 +202,20 @@ class _Planned:
 def _plan(stage: PrepareStage, division: Division) -> _Planned:
     """Write the splits into the work folder, size the run and plan its batches."""
     ctx, model = stage.ctx, stage.model
-    rows = {"train": division.train, "held_out": division.held_out}
+    splits = ["train", "held_out"] if division.held_out else ["train"]
     with stage.timings.of("split"):
         written = {
-            name: write_split(_spool_dir(stage), ctx.work_dir / name, division, mask, ctx.reporter.touch)
-            for name, mask in rows.items()
-            if mask.any()
+            name: write_split(_spool_dir(stage), ctx.work_dir / name, division, name, ctx.reporter.touch)
+            for name in splits
         }
-    examples = {name: division.examples[division.examples_of(mask)] for name, mask in rows.items()}
+    examples = {"held_out": np.empty(0, dtype=EXAMPLE)} | {name: each.examples for name, each in written.items()}
     train = open_examples(written["train"].folder)
     mix = _mix(stage, train)
     facts = _data_facts(stage, division, examples, mix)
     sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources)
     hyper = sized.hyperparameters
     plan = batches.plan_batches(
+        ctx.work_dir / STEPS_FILE,
         examples["train"]["tokens"],
         examples["train"]["labels"],
         train.columns["weight"],
@@ -254,10 +252,10 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
         "kept_rows": stage.kept_rows,
-        "disk_bytes": report.disk_bytes(stage.in_flight_bytes, prepared_bytes(division.examples), stage.ledger),
+        "disk_bytes": disk_use(stage.in_flight_bytes, stage.ledger, division, planned.batches).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
         "special_tokens_in_words": model.tokenizer.special_words.report,
-        "lengths": report.lengths(division, stage.ledger),
+        "lengths": lengths(division, stage.ledger),
         "answers": stage.taught.report(),
         "same_ids": None if stage.same_ids is None else stage.same_ids.report(),
         "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(datasets, planned.shares, strict=True)],
@@ -284,7 +282,6 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     )
     planned = _plan(stage, division)
     written, sized, plan = planned.written, planned.sized, planned.batches
-    batches.write(plan, ctx.work_dir / "batches.safetensors")
     digest = _content_digest(written)
     folder = join(run_uri, PREPARED, digest.removeprefix("sha256:")[:32])
     with stage.timings.of("upload"):
@@ -336,10 +333,11 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
 
 
 def _mix(stage: PrepareStage, train: Examples) -> Mix:
-    """Return which dataset each training example is of, and how often an epoch reads those of each."""
-    datasets = stage.ctx.config.spec.datasets
-    dataset = np.searchsorted(stage.first_files, train.columns["file"], side="right").astype(np.int64) - 1
-    return Mix(dataset, [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets])
+    """Return how many training examples each dataset has, and how often an epoch reads those of each."""
+    datasets, files = stage.ctx.config.spec.datasets, train.columns["file"]  # in the order of the datasets
+    firsts = np.searchsorted(files, np.array(stage.first_files, dtype=files.dtype))
+    sizes: list[int] = np.diff(np.append(firsts, len(train))).tolist()
+    return Mix(sizes, [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets])
 
 
 def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any], mix: Mix) -> DataFacts:
@@ -347,7 +345,9 @@ def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any
     return DataFacts(
         rows=len(train),
         epoch_rows=mix.epoch_examples,
-        distinct_rows=int(division.examples_of(division.train & ~division.copies).sum()),
+        distinct_rows=sum(
+            int(chunk.rows["examples"][chunk.train & ~chunk.copies].sum(dtype=np.int64)) for chunk in division.chunks()
+        ),
         tokens=int(train["tokens"].sum(dtype=np.int64)),
         label_tokens=int(train["labels"].sum(dtype=np.int64)),
         longest_row=int(train["longest"].max()),
@@ -392,7 +392,7 @@ def _upload_split(ctx: StageContext, written: Written, uri: str, examples: Any) 
 
 
 def _upload_batches(ctx: StageContext, folder: str) -> FileRecord:
-    path = ctx.work_dir / "batches.safetensors"
+    path = ctx.work_dir / STEPS_FILE
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return _record(ctx, path, join(folder, f"batches-{sha256[:16]}.safetensors"), f"sha256:{sha256}")
@@ -400,13 +400,9 @@ def _upload_batches(ctx: StageContext, folder: str) -> FileRecord:
 
 def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[SamplePrompt]:
     """Beginnings of a few rows, held-out ones first: up to the first answer, or the first words of a text."""
-    tokens = np.memmap(spool_dir / "tokens", dtype="<u4", mode="r")
-    bounds = np.concatenate([[0], np.cumsum(division.examples["stored_tokens"].astype(np.int64))])
+    tokens = mapped(spool_dir / "tokens", np.dtype("<u4"))
     prompts: list[SamplePrompt] = []
-    for row in [*np.flatnonzero(division.held_out)[:100], *np.flatnonzero(division.train)[:100]]:
-        first = int(division.first_example[row])
-        begin, length = int(bounds[first]), int(bounds[first + 1] - bounds[first])
-        size = int(division.rows["prompt_tokens"][row])
+    for begin, length, size in (*_beginnings(division, "held_out"), *_beginnings(division, "train")):
         if size >= length:  # the answer's begin is not known
             size = min(TEXT_PROMPT_TOKENS, length - 1)
         if not 1 <= size <= _MAX_SAMPLE_TOKENS:
@@ -418,7 +414,30 @@ def _sample_prompts(model: Model, division: Division, spool_dir: Path) -> list[S
     return prompts
 
 
-def _result(ctx: StageContext, plan: RunPlan, read: BatchPlan, ledger: Ledger, digest: str) -> RunResult:
+class _Beginning(NamedTuple):
+    """Where the first example of a row begins among the spool's tokens, how many it has, and how many to prompt."""
+
+    token: int
+    tokens: int
+    prompt_tokens: int
+
+
+def _beginnings(division: Division, split: str) -> list[_Beginning]:
+    """Return the beginnings of the first rows of a split."""
+    found: list[_Beginning] = []
+    for chunk in division.chunks():
+        counts = chunk.examples["stored_tokens"]
+        bounds = chunk.first_token + np.cumsum(counts, dtype=np.int64) - counts
+        firsts = np.cumsum(chunk.rows["examples"], dtype=np.int64) - chunk.rows["examples"]
+        for row in np.flatnonzero(SPLITS[split](chunk))[: _MOST_TRIED - len(found)]:
+            first = firsts[row]
+            found.append(_Beginning(int(bounds[first]), int(counts[first]), int(chunk.rows["prompt_tokens"][row])))
+        if len(found) == _MOST_TRIED:
+            break
+    return found
+
+
+def _result(ctx: StageContext, plan: RunPlan, read: StepPlan, ledger: Ledger, digest: str) -> RunResult:
     run_uri, hyper, plan_digest = ctx.config.run_uri, plan.hyperparameters, plan.digest()
     used = sum(account.used for account in ledger.files)
     held_out = sum(account.held_out for account in ledger.files)
@@ -439,7 +458,7 @@ def _result(ctx: StageContext, plan: RunPlan, read: BatchPlan, ledger: Ledger, d
             digest=plan_digest,
             steps=hyper.total_steps,
             rows=len(read.examples),
-            distinct_rows=int(np.count_nonzero(np.bincount(read.examples))),
+            distinct_rows=distinct_examples(read.examples, plan.train.examples),
             train_tokens=plan.train_tokens,
             label_tokens=plan.label_tokens,
             memory_bytes=plan.memory_bytes,

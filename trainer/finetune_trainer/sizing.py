@@ -21,6 +21,7 @@ from finetune_trainer.data.too_long import LimitSource, SequenceLimit
 from finetune_trainer.memory import kept_bytes, pass_bytes
 from finetune_trainer.runplan import Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
+from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES
 
 T = TypeVar("T")
 GIB = 2**30
@@ -28,7 +29,7 @@ _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
 _LEAST_LIMIT = 2048  # tokens of a sequence that are never too many by default, whatever memory there is
 _GPU_BYTES = 24 * GIB  # the least that GPUs in use for training have
-_MAX_PLANNED_ROWS = 50_000_000  # 8 bytes each in memory, several times over
+_MAX_PLANNED_ROWS = 500_000_000  # on disk; what is in memory is bounded by the examples: see batches
 _MAX_BATCH_TOKENS = 65536
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
 # Steps of different lengths leave the heap in more pieces than the bench's: 1,110 MiB were held at SmolLM2's widths,
@@ -181,7 +182,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
     gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
-    disk = _disk_bytes(model, data, rank)
+    disk = _disk_bytes(model, data, rank, READ_BYTES * total_rows + STEP_BYTES * steps)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
             Fault.DISK_TOO_SMALL,
@@ -419,8 +420,8 @@ def _micro_batch(
     return tokens, needed(tokens)
 
 
-def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int) -> int:
-    """Model files, prepared data, two checkpoints in the making, the adapter, logs."""
+def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int, plan_bytes: int) -> int:
+    """Model files, prepared data, which rows the steps read, two checkpoints in the making, the adapter, logs."""
     checkpoint = 12 * rank * model.lora_parameters_per_rank
     files = sum(record.size_bytes for record in model.files)
-    return files + data.prepared_bytes + 3 * checkpoint + 256 * 2**20
+    return files + data.prepared_bytes + plan_bytes + 3 * checkpoint + 256 * 2**20

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
@@ -28,6 +27,7 @@ from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
 from finetune_trainer.base_weights import told_of_the_model
+from finetune_trainer.batches import distinct_examples
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
@@ -36,7 +36,6 @@ from finetune_trainer.decoding import LastWords, open_tokenizer
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
-from finetune_trainer.inputs import StepPlan
 from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
@@ -49,6 +48,7 @@ from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.standstill import end_process
+from finetune_trainer.step_plan import StepPlan
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 
@@ -405,7 +405,7 @@ def _learned(session: Session) -> Learned:
     position, examples = session.position, session.stepper.steps.examples
     return Learned(
         rows=len(examples),
-        distinct_rows=int(np.count_nonzero(np.bincount(examples))),
+        distinct_rows=distinct_examples(examples, len(session.stepper.examples)),
         tokens=position.tokens,
         label_tokens=position.label_tokens,
         skipped_steps=position.nonfinite_steps,

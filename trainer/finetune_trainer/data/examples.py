@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.data.mapped import mapped
+
 ARRAYS = {
     "tokens": np.dtype("<u4"),  # (tokens,) ids of all segments, one after another
     "labels": np.dtype("<u1"),  # (tokens,) 1 where the token is to be predicted from those before it
@@ -203,10 +205,6 @@ class Examples:
 def open_examples(folder: Path) -> Examples:
     """Map the arrays that lie in a folder, one file each. Raises KeyError without one of ARRAYS."""
     dtypes = ARRAYS | COLUMNS
-    arrays = {path.name: _mapped(path, dtypes[path.name]) for path in folder.iterdir() if path.name in dtypes}
+    arrays = {path.name: mapped(path, dtypes[path.name]) for path in folder.iterdir() if path.name in dtypes}
     columns = {name: arrays[name] for name in COLUMNS if name in arrays}
     return Examples(**{name: arrays[name] for name in ARRAYS}, columns=columns)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
