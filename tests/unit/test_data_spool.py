@@ -209,7 +209,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dividing, "BUCKET_ROWS", 4000)
     monkeypatch.setattr(dividing, "CHUNK", 1000)
-    monkeypatch.setattr(batches, "CHUNK", 1000)
+    for module in (batches, report):
+        monkeypatch.setattr(module, "CHUNK", 1000)
 
     def divided(spool: Path) -> None:
         with Ledger(spool / "decisions") as ledger:
@@ -232,4 +233,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
     assert many < 1.5 * few < 2**20
     for sizes, weights in (([], [1.0]), ([5000], [1.5, 0.7])):
         few, many = (peak_bytes(lambda spool=spool: planned(spool, sizes, weights)) for spool in spools)  # noqa: B023
-        assert (many - few) / 140_000 < batches.ORDER_BYTES + 1, "the permutation, and a bit more"
+        assert (many - few) / 140_000 < batches.ORDER_BYTES, "the permutation, and whether one is read"

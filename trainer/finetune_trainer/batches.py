@@ -111,9 +111,8 @@ class _Reads:
             if not len(self._pass):
                 self._pass = _permutation(_generator(self._seed, self._number, _PASS, self._next_pass), self._size)
                 self._next_pass += 1
-            part = self._pass[self._place : self._place + count]
-            parts.append(part.astype(np.int64) + self._first)
-            count, self._place = count - len(part), self._place + len(part)
+            parts.append(self._pass[self._place : self._place + count].astype(np.int64) + self._first)
+            count, self._place = count - len(parts[-1]), self._place + len(parts[-1])
             if self._place == self._size:
                 self._pass, self._place = np.empty(0, dtype=np.uint32), 0
         self._examples = np.concatenate(parts)
@@ -190,6 +189,7 @@ def _read_plainly(order: IntArray, rows: int, batch_size: int, seed: int) -> Non
             _keep_steps_distinct(read, order[begin - begin % batch_size : begin], batch_size)
         part = order[begin : begin + rows]
         part[:] = read[: len(part)]
+        del read  # before the next one is drawn
 
 
 def _keep_steps_distinct(order: npt.NDArray[np.uint32], before: IntArray, batch_size: int) -> None:
