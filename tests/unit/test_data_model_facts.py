@@ -3,20 +3,23 @@
 import json
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from transformers import AutoTokenizer
 
-from data_run import CHILD, HIDDEN, INNER, LAYERS, byte_bpe, write_model
+from data_run import CHATML, CHILD, HIDDEN, INNER, LAYERS, byte_bpe, write_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.data import structure
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.model_folder import ModelFolder
+from finetune_trainer.data.template import ChatTemplate
 from finetune_trainer.store import open_store
 from tiny_run import saved_shapes  # which imports torch: models are judged in this process, see `data_run.judged`
 
@@ -394,3 +397,36 @@ def test_a_tokenizer_config_that_describes_all_tokens_of_speech_is_read(tmp_path
     found = ModelFolder(open_store(StorageConfig()), tmp_path.as_uri()).json("tokenizer_config.json")
     assert found is not None
     assert found["added_tokens_decoder"] == tokens
+
+
+WITH_TOOLS = "{{ tools | length }} tools\n" + CHATML
+NAMED = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": WITH_TOOLS}]
+
+
+@pytest.mark.parametrize(
+    ("files", "config"),
+    [
+        ({}, CHATML),
+        ({}, NAMED),
+        ({"chat_template.jinja": "|" + CHATML}, CHATML),
+        ({"chat_template.jinja": "|" + CHATML}, NAMED),
+        ({"chat_template.jinja": "|" + CHATML, "additional_chat_templates/tool_use.jinja": WITH_TOOLS}, None),
+        ({"chat_template.jinja": "|" + CHATML, "additional_chat_templates/tool_use.jinja": WITH_TOOLS}, NAMED),
+        ({"chat_template.jinja": "|" + CHATML, "additional_chat_templates/rag.jinja": "no"}, None),
+    ],
+)
+def test_the_chat_template_is_the_one_that_transformers_takes_with_tools_and_without(
+    tmp_path: Path, files: dict[str, str], config: Any
+) -> None:
+    write_model(tmp_path / "m", template=None, tokenizer_config={} if config is None else {"chat_template": config})
+    for name, content in files.items():
+        (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "m" / name).write_text(content)
+    found = read(tmp_path / "m")
+    assert found.chat_template is not None
+    ours = ChatTemplate(found.chat_template, found.special_tokens, datetime(2026, 1, 1, tzinfo=UTC))
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "m")
+    messages = [{"role": "user", "content": "rain?"}]
+    for tools in (None, [{"type": "function", "function": {"name": "weather"}}]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert ours.render(messages, True, tools) == expected
