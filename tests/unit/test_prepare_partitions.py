@@ -192,8 +192,34 @@ def test_the_first_row_in_order_is_named_however_many_workers_there_are(
             run(tmp_path, {"preprocessing": {"tooLong": "Fail"}}, workers)
         assert (raised.value.fault, raised.value.args_by_name["row"]) == (fault, row)
         found.append(str(raised.value))
-    if fault is not Fault.TOO_MANY_LONG_ROWS:  # which tells the rows that were read by then
-        assert len(set(found)) == 1, "in the same words, with the same numbers of rows"
+    assert len(set(found)) == 1, "in the same words, with the same numbers of rows"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (jsonl(chats(300)) + jsonl(LONG[:1]) + jsonl(chats(100)) + jsonl(LONG), (301, 301, 0)),
+        (jsonl(chats(100)) + BROKEN + jsonl(chats(50)) + jsonl(LONG[:1]) + BROKEN + jsonl(chats(9)), (153, 153, 2)),
+        (jsonl(LONG[:1]) + jsonl(chats(300)), (1, 1, 0)),
+    ],
+)
+def test_a_row_that_is_too_long_ends_the_job_with_the_same_counts_however_rows_are_cut(
+    content: bytes, told: tuple[int, int, int], tmp_path: Path, sized: Any
+) -> None:
+    put(tmp_path, a_jsonl=content)
+    found: list[object] = []
+    for workers, size_bytes in ((1, 64 * 2**20), (1, SMALL), (2, SMALL), (4, LARGE)):
+        sized(size_bytes)
+        with pytest.raises(StageError) as raised:
+            run(tmp_path, {"preprocessing": {**QUARANTINE, "tooLong": "Fail"}}, workers)
+        args, report = raised.value.args_by_name, report_of(tmp_path)
+        broken = sum(report["dropped"].values()) - 1
+        assert (args["row"], args["rows"], broken) == told
+        assert (args["dropped"], args["longest"], report["rows_in"]) == (1, args["tokens"], args["rows"])
+        decisions = (tmp_path / "out" / "bot-1a2b3" / ".job" / "decisions.jsonl").read_bytes()
+        del report["stages"]
+        found.append((args, report, decisions))
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_a_file_that_breaks_off_soon_behind_a_broken_row_is_told_however_many_workers_there_are(

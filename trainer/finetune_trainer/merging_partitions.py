@@ -8,6 +8,8 @@ from pathlib import Path
 from shutil import rmtree
 
 from finetune_api.errors import StageError
+from finetune_api.reasons import Fault
+from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.encoders import FAST, Choice, FastDiffersError
 from finetune_trainer.data.partition_messages import PartResult, Task
@@ -130,7 +132,8 @@ class Merging:
         """Add a partition's counts. Raises what ended it."""
         (partition, task, known), result = done
         stage, merged, first_file = self.stage, self.merged, partition.first_file
-        rows = self._rows_until_hopeless(done)
+        ends = (self._rows_until_hopeless(done), self._rows_until_too_long(done))
+        rows = min((end for end in ends if end is not None), default=None)
         if rows is not None:
             result = self.again(replace(task, most_rows=rows))
         merged.add(result, first_file)
@@ -157,6 +160,17 @@ class Merging:
         partition, broken = done.job.partition, done.result.broken
         places = [where._replace(file=where.file + partition.first_file) for where in broken]
         return self.merged.bad.rows_until_hopeless(self.partitions.sizes_of(partition), places)
+
+    def _rows_until_too_long(self, done: Done) -> int | None:
+        """Return how many of a partition's rows are read until one ends the job as too long, if any does.
+
+        Those behind it that were read as well depend on where partitions, and batches of their rows, end."""
+        partition, result = done.job.partition, done.result
+        if result.fault != Fault.TOO_MANY_LONG_ROWS or result.first_long is None:
+            return None
+        file, number, _ = result.first_long
+        found = RowPlace(file + partition.first_file, number)
+        return next(read for read, (where, _) in enumerate(self.partitions.sizes_of(partition), 1) if where == found)
 
     def _require_living(self, result: PartResult, first_file: int) -> None:
         """Raise TEMPLATE_FAILED where the template's process died of more rows than it may, over all partitions."""
