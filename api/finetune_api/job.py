@@ -241,6 +241,7 @@ class Vanishing(StrEnum):
     TOOLS = "Tools"
     TOOL_CALLS = "ToolCalls"
     TOOL_RESULTS = "ToolResults"
+    NAME = "Name"
 
 
 class TooLong(StrEnum):
@@ -272,9 +273,9 @@ class PreprocessingSpec(ApiModel):
     )
     accept_vanishing: list[Vanishing] | None = Field(
         default=None,
-        max_length=5,
+        max_length=6,
         description="What the chat template may leave out of rows: System (prompts), Reasoning, Tools (definitions), "
-        "ToolCalls, ToolResults. It is counted in the report. Absent: nothing; a row that would lose something is "
+        "ToolCalls, ToolResults, Name (of who speaks). It is counted in the report. Absent: nothing; a row that would lose something is "
         "broken. Example: [Reasoning], to learn the answers of a reasoning dataset with a model that does not reason.",
     )
     add_end_token: bool | None = Field(

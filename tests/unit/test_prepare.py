@@ -843,6 +843,36 @@ def test_what_is_accepted_to_be_lost_is_counted(tmp_path: Path) -> None:
     assert noted.value == "1 of 1 conversations"
 
 
+WITH_NAMES = CHATML.replace("message['role'] +", "(message.name if message.name else message['role']) +")
+NAMED = [{"role": "user", "name": "Ada", "content": "Ada asks"}, {"role": "assistant", "content": "a"}]
+RESULT_WITH_NAME: list[dict[str, Any]] = [
+    {"role": "user", "content": "rain?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "w", "arguments": {}}}]},
+    {"role": "tool", "content": "yes", "name": "weather_of_a_town"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+def test_the_name_of_who_speaks_is_rendered_or_refused_and_where_that_is_accepted_counted(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([{"messages": NAMED}]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.PART_VANISHES
+    assert "row 1: messages[0].name is not in what the chat template makes of the row" in str(error)
+    assert "acceptVanishing: [Name]" in str(error)
+    prepared = prepare_run(tmp_path, {"preprocessing": {"acceptVanishing": ["Name"]}}, attempt=2)
+    assert prepared.report["answers"]["vanished"] == {"Name": 1}
+    assert [each["detail"] for each in prepared.decisions] == ["Name"]
+    write_model(tmp_path / "model", template=WITH_NAMES)
+    ((ids, _),) = prepare_run(tmp_path, attempt=3).train
+    assert text_of(ids).startswith("<|im_start|>Ada\nAda asks<|im_end|>")
+
+
+def test_a_result_that_names_its_function_loses_nothing_as_the_call_before_it_names_it(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([{"messages": RESULT_WITH_NAME}]))
+    prepared = prepare_run(tmp_path, {"preprocessing": {"acceptVanishing": ["ToolCalls"]}})
+    assert prepared.report["answers"]["vanished"] == {"ToolCalls": 1}
+
+
 def test_the_models_end_token_is_added_where_that_was_asked_for(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=ENDLESS)
     put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "the", "r", "b")]))

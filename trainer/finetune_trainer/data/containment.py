@@ -27,6 +27,7 @@ class Part(StrEnum):
     TOOLS = "Tools"
     TOOL_CALLS = "ToolCalls"
     TOOL_RESULTS = "ToolResults"
+    NAME = "Name"
 
 
 class Lost(NamedTuple):
@@ -99,6 +100,11 @@ def _shape(message: Message, learned: bool) -> Any:
     return message["role"], learned, bool(reasoning), closing, bool(after.strip()), calls, *sorted(message)
 
 
+def speaker_of(message: Message) -> str:
+    """Return the name of who speaks; of a tool's result it says no more than the call that the result answers."""
+    return str(message.get("name", "")) if message["role"] != "tool" else ""
+
+
 class _Words:
     """Words that occur nowhere else."""
 
@@ -124,6 +130,8 @@ def of_unique_words(chat: Chat) -> Chat:
         for name in ("reasoning_content", "thinking", "reasoning"):
             if isinstance(message.get(name), str):
                 said[name] = word() if name == "reasoning_content" else said.get("reasoning_content", word())
+        if speaker_of(message):
+            said["name"] = word()
         if message.get("tool_calls"):
             said["tool_calls"] = [_call_of(call, word) for call in message["tool_calls"][:_MAX_TRIED_CALLS]]
         messages.append(said)
@@ -151,6 +159,8 @@ def lost(chat: Chat, context: str, answers: Mapping[int, str]) -> list[Lost]:
     for index, message in enumerate(chat.messages):
         field = f"messages[{index}]"
         answer = answers.get(index)
+        if index <= last and not text.shows(speaker_of(message)):
+            found.append(Lost(Part.NAME, f"{field}.name"))
         if answer is not None:
             found += _lost_of_answer(message, field, answer)
         elif index < last:
