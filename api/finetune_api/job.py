@@ -275,8 +275,9 @@ class PreprocessingSpec(ApiModel):
         default=None,
         max_length=6,
         description="What the chat template may leave out of rows: System (prompts), Reasoning, Tools (definitions), "
-        "ToolCalls, ToolResults, Name (of who speaks). It is counted in the report. Absent: nothing; a row that would lose something is "
-        "broken. Example: [Reasoning], to learn the answers of a reasoning dataset with a model that does not reason.",
+        "ToolCalls, ToolResults, Name (of who speaks). It is counted in the report. Absent: nothing; a row that would "
+        "lose something is broken. Example: [Reasoning], to learn the answers of a reasoning dataset with a model that "
+        "does not reason.",
     )
     add_end_token: bool | None = Field(
         default=None,
