@@ -27,6 +27,7 @@ from statistics import median
 import psutil
 
 from bench import tables
+from bench.data_parts import cpu_s_by_part
 
 BASE = "723dcf3"
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,11 +261,12 @@ def main() -> None:
                     runs[name, size].append(run)
                     told = f"{run.wall_s:.1f} s, {run.whole_cpu_s:.1f} s of CPU, load {os.getloadavg()[0]:.1f}"
                     print(f"{name} {size}: {told}", file=sys.stderr, flush=True)
-        one_core = measure("ours", folder / "8x" / "rows.jsonl", model, ROOT, cores=1)
+        one_core = [measure("ours", folder / size / "rows.jsonl", model, ROOT, cores=1) for size in sizes]
+        parts = cpu_s_by_part(folder / "1x" / "rows.jsonl", model, folder)
     tokens = {name: runs[name, "8x"][0].tokens for name in names if name != "trl"}
     if len(set(tokens.values())) != 1:
         raise SystemExit(f"not the same tokens, so this is not the same work: {tokens}")
-    body = _body(names, runs, size_bytes, one_core)
+    body = _body(names, runs, size_bytes, one_core, parts)
     if arguments.write:
         command = f"python -m bench.data --megabytes {arguments.megabytes:g} --runs {arguments.runs} --write"
         tables.write("data", "Preparing rows", command, ["tokenizers", "fastokens", "transformers", "trl"], body)
@@ -275,7 +277,13 @@ def main() -> None:
 _NAMES = {"ours": "finetune-operator", "base": f"finetune-operator at {BASE}", "trl": "TRL SFTTrainer"}
 
 
-def _body(names: list[str], runs: dict[tuple[str, str], list[Run]], size_bytes: int, one_core: Run) -> str:
+def _body(
+    names: list[str],
+    runs: dict[tuple[str, str], list[Run]],
+    size_bytes: int,
+    one_core: list[Run],
+    parts_s: dict[str, float],
+) -> str:
     speeds = {name: speed(runs[name, "1x"], runs[name, "8x"], size_bytes) for name in names}
     header = ["", "read by", "MB per second of CPU", "of " + BASE, "wall, s", "memory 1x, MiB", "memory 8x, MiB"]
     rows = [
@@ -292,7 +300,9 @@ def _body(names: list[str], runs: dict[tuple[str, str], list[Run]], size_bytes: 
     ours = [name for name in names if name != "trl"]
     parts = sorted({part for name in ours for run in runs[name, "8x"] for part in run.cpu_s})
     shares = [[part, *(f"{_more_s(runs, name, part):.2f}" for name in ours)] for part in parts]
-    whole_s = median(run.wall_s for run in runs["ours", "8x"])
+    small_s, whole_s = (median(run.wall_s for run in runs["ours", size]) for size in ("1x", "8x"))
+    more_of_one_s = one_core[1].wall_s - one_core[0].wall_s
+    each = {part: [f"{spent_s:.2f}", f"{size_bytes / SIZES / 1e6 / spent_s:.1f}"] for part, spent_s in parts_s.items()}
     return (
         f"SmolLM2-135M-Instruct's tokenizer, {size_bytes / 1e6:g} MB of conversations and an eighth of them; loss on "
         "answers for ours, on all tokens for TRL. Both commits made the same number of tokens, or this table is not "
@@ -300,7 +310,11 @@ def _body(names: list[str], runs: dict[tuple[str, str], list[Run]], size_bytes: 
         + tables.table(header, rows)
         + "\n\nSeconds of CPU by process, of seven eighths of the rows:\n\n"
         + tables.table(["", *(_NAMES[name] for name in ours)], shares)
-        + f"\n\nOurs on {os.cpu_count()} cores takes {whole_s:.1f} s, on one {one_core.wall_s:.1f} s, start included. "
+        + "\n\nOurs by part, of the smaller size, in one process and without messages:\n\n"
+        + tables.table(["", "CPU, s", "MB/s"], [[part, *cells] for part, cells in each.items()])
+        + f"\n\nOurs on {os.cpu_count()} cores takes {whole_s:.1f} s, on one {one_core[1].wall_s:.1f} s, start "
+        f"included; for what the larger size has more {whole_s - small_s:.1f} s and {more_of_one_s:.1f} s, so "
+        f"{os.cpu_count()} cores are {more_of_one_s / (whole_s - small_s):.2f} x as fast as one. "
         "Memory is that of the whole process tree. The check of the model's structure, which the base commit does not "
         "have and which loads torch, is left out."
     )

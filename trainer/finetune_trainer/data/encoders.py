@@ -23,6 +23,7 @@ Positions = npt.NDArray[np.int64]
 HUGGING_FACE, FAST = "tokenizers", "fastokens"
 # Loading and proving it takes 1 to 7 s of CPU, in which Hugging Face's library reads about so many characters.
 FAST_AFTER = 2 * 2**20
+FAST_AFTER_IN_WORKER = 2**18  # one of several processes has rows enough for it to pay, and each proves it for itself
 PROBE_CHARACTERS = 2**20  # of the job's first rows
 COMPARE_EVERY = 64  # texts: 1.6 %, which cost as much as a third of the others
 _MAX_PROBED_TOKENS = 400  # added tokens: Gemma 3 has 6,415, most of them alike

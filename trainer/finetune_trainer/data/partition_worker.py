@@ -15,7 +15,7 @@ from typing import IO
 
 import orjson
 
-from finetune_trainer.data.encoders import FastDiffersError
+from finetune_trainer.data.encoders import FAST_AFTER_IN_WORKER, FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.partition_messages import Rules, Task
 from finetune_trainer.data.partition_work import PartitionWork
@@ -51,7 +51,7 @@ def _listen(requests: IO[bytes], waiting: "SimpleQueue[bytes]") -> None:
 def _serve(setup: dict[str, object], content: bytes, waiting: "SimpleQueue[bytes]", replies: IO[bytes]) -> None:
     rules = Rules(**setup["rules"])  # type: ignore[arg-type]
     eos_token, eos_id, slow_reason = setup["eos_token"], setup["eos_id"], setup["slow_reason"]
-    tokenizer = Tokenizer(content, eos_token, eos_id)  # type: ignore[arg-type]
+    tokenizer = Tokenizer(content, eos_token, eos_id, fast_after=FAST_AFTER_IN_WORKER)  # type: ignore[arg-type]
     if slow_reason is not None:
         tokenizer.start_slow(str(slow_reason))
     work = PartitionWork(rules, rules.model(tokenizer))

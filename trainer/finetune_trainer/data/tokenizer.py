@@ -44,7 +44,8 @@ class Tokenizer:
 
     content: tokenizer.json; eos_token: ends texts and completions, or else the token `eos_id`, None when the model
     names none; files: the contents of tokenizer_config.json, added_tokens.json and special_tokens_map.json, which must
-    name no token otherwise; None where that was judged before. Raises TokenizerFailedError, here and in every call.
+    name no token otherwise; None where that was judged before; fast_after: characters of rows after which the faster
+    library is tried, FAST_AFTER where it is None. Raises TokenizerFailedError, here and in every call.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Tokenizer:
         eos_token: str | None = None,
         eos_id: int | None = None,
         files: Sequence[dict[str, Any]] | None = None,
+        fast_after: int | None = None,
     ) -> None:
         self._content = content
-        self._setup = {"eos_token": eos_token, "eos_id": eos_id, "files": files, "fast_after": FAST_AFTER}
+        fast_after = FAST_AFTER if fast_after is None else fast_after
+        self._setup = {"eos_token": eos_token, "eos_id": eos_id, "files": files, "fast_after": fast_after}
         self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
         self.choice = Choice(HUGGING_FACE, "nothing was read yet")
         self._may_be_fast = False  # whether the next texts may be read by the faster library
