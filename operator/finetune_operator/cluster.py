@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote, urlencode
 
+import orjson
 import urllib3
 from kubernetes import client, config
 
@@ -210,7 +211,7 @@ class Cluster:
         yield "OPENED", {}
         try:
             for line in _lines(answer):
-                event = cast(Body, json.loads(line))
+                event = cast(Body, orjson.loads(line))
                 body = cast(Body, event.get("object") or {})
                 if event.get("type") == "ERROR":
                     raise ApiError(int(body.get("code") or 500), str(body.get("reason")), str(body.get("message")))
@@ -318,7 +319,7 @@ class Cluster:
             if max_bytes is not None and len(text) > max_bytes:
                 answer.close()
                 return _Page(None, len(text))
-            content = cast(Body, json.loads(text))
+            content = cast(Body, orjson.loads(text))
             self._answered()
             return _Page(content, len(text))
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -366,7 +367,7 @@ class Cluster:
             self._metrics.api_throttled.inc()
         text = answer.data.decode(errors="replace")
         try:
-            status = cast(Body, json.loads(text))
+            status = cast(Body, orjson.loads(text))
         except ValueError:
             status = {"message": shortened(text, 256)}
         retry_after = answer.headers.get("Retry-After", "")

@@ -121,6 +121,18 @@ class Engine:
             self._known.hear((namespace, name), version)
             self._queue.put((namespace, name), 0.0 if body.get("status") else -HEAD_START_S)
 
+    def takes_echo(self, body: Mapping[str, Any]) -> bool:
+        """Return True for a version of an unfinished job that our own write made, of which only the watch's life is
+        news."""
+        meta = body.get("metadata") or {}
+        namespace, name, uid = (str(meta.get(each)) for each in ("namespace", "name", "uid"))
+        scope = self._scope_of(namespace)
+        is_ours = self._known.has_written((namespace, name), str(meta.get("resourceVersion")))
+        if scope is None or not is_ours or verdict_at(body) is not None:
+            return False
+        scope.watch_lag.heard(uid, int(meta.get("generation") or 0))
+        return True
+
     def stop(self) -> None:
         """Start no more rounds, wait for those in work, then give the lease back.
 

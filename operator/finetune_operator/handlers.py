@@ -23,7 +23,7 @@ def registry(engine: Engine) -> kopf.OperatorRegistry:
     @kopf.on.login(registry=handlers)
     async def login(**arguments: Any) -> kopf.AiohttpSession | None:
         found = kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
-        return session(found, AskedAgain(engine.selection)) if found is not None else None
+        return session(found, AskedAgain(engine.selection, engine.takes_echo)) if found is not None else None
 
     @kopf.on.startup(registry=handlers)
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:

@@ -7,7 +7,7 @@ from finetune_operator.job_reader import FineTuneJob
 
 Key = tuple[str, str]
 
-MAX_KNOWN = 256  # jobs, of some tens of KiB each: those whose rounds follow one another
+MAX_KNOWN = 1024  # jobs, of some tens of KiB each: those whose rounds follow one another
 MAX_WRITTEN = 8  # versions of one job: more than the watch is behind with
 
 

@@ -233,6 +233,27 @@ def test_what_our_own_write_of_the_status_is_told_as_brings_no_round(
     assert cluster.rounds_until("ours") == ["ours"]
 
 
+@pytest.mark.usefixtures("cluster")
+def test_kopf_is_not_told_of_our_own_writes_and_the_watch_is_not_taken_for_deaf(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    heard: list[str] = []
+
+    def hear(uid: str, _generation: int) -> None:
+        heard.append(uid)
+
+    def written(_key: tuple[str, str], version: str) -> bool:
+        return version == "7"
+
+    monkeypatch.setattr(engine._scopes[None].watch_lag, "heard", hear)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(engine._known, "has_written", written)  # pyright: ignore[reportPrivateUsage]
+    verdict = {"type": "Finished", "status": "True", "lastTransitionTime": "2026-11-27T12:00:00Z"}
+    finished = finetunejob("done", version="7") | {"status": {"conditions": [verdict]}}
+    bodies = [finetunejob("ours", version="7"), finetunejob("ours", version="8"), finished, {}]
+    assert [engine.takes_echo(body) for body in bodies] == [True, False, False, False]
+    assert heard == [bodies[0]["metadata"]["uid"]]
+
+
 def test_kopf_copies_no_object_to_look_for_differences():
     settings = kopf.OperatorSettings()
     handlers.configure(settings)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from finetune_operator import kopf_requests
-from finetune_operator.kopf_requests import FORGOTTEN_S, RETRY_AFTER_S, Failures, WatchStream
+from finetune_operator.kopf_requests import FORGOTTEN_S, RETRY_AFTER_S, Failures, IsEcho, WatchStream
 from hand_clock import Clock
 
 ADDED = b'{"type":"ADDED","object":{"metadata":{"name":"a"}}}'
@@ -37,9 +37,9 @@ def slept_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return slept
 
 
-def read(*chunks: bytes, failures: Failures | None = None) -> list[bytes]:
+def read(*chunks: bytes, failures: Failures | None = None, is_echo: IsEcho = lambda _: False) -> list[bytes]:
     async def all_lines() -> list[bytes]:
-        stream = WatchStream("/jobs", Content(*chunks), failures or Failures())
+        stream = WatchStream("/jobs", Content(*chunks), failures or Failures(), is_echo)
         return [line async for line in stream.iter_chunked(1024)]
 
     return asyncio.run(all_lines())
@@ -50,7 +50,20 @@ def test_events_pass_however_they_are_cut_into_chunks_and_what_has_no_end_does_n
     for size in (1, 7, 1000):
         assert read(*(text[at : at + size] for at in range(0, len(text), size))) == [ADDED + b"\n"] * 2
     assert slept_s == []
-    assert WatchStream("/jobs", Content(), Failures()).exception() == "as aiohttp asks"
+    assert WatchStream("/jobs", Content(), Failures(), lambda _: False).exception() == "as aiohttp asks"
+
+
+@pytest.mark.usefixtures("slept_s")
+def test_changes_that_are_echoes_are_left_out_and_nothing_else():
+    def line(event: str, version: str) -> bytes:
+        return b'{"type":"%s","object":{"metadata":{"resourceVersion":"%s"}}}' % (event.encode(), version.encode())
+
+    lines = [line("ADDED", "7"), line("MODIFIED", "7"), line("MODIFIED", "8"), line("DELETED", "7")]
+    no_object = b'{"type":"MODIFIED","object":[]}'
+    seen = read(
+        b"\n".join([*lines, no_object, b""]), is_echo=lambda body: body == {"metadata": {"resourceVersion": "7"}}
+    )
+    assert seen == [each + b"\n" for each in (lines[0], *lines[2:], no_object)]
 
 
 @pytest.mark.parametrize(
