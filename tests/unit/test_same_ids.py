@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from data_run import CHATML, Prepared, byte_bpe, chat, chats, jsonl, prepare_run, put, use_own_process, write_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_trainer.data import same_ids
+from finetune_trainer.data import child, same_ids
 from finetune_trainer.data.same_ids import Cause, OwnIds, Probe, ProbedRow, Untold
 
 RANDOM = "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}" + CHATML
@@ -262,3 +262,29 @@ def test_where_all_conversations_are_long_one_is_compared_all_the_same(tmp_path:
     )
     report, _ = compared(prepare_run(tmp_path))
     assert report["rows"] == 1
+
+
+@pytest.mark.parametrize(("kills", "words"), [(1, "equal on 3 rows"), (2, "not compared")])
+def test_a_process_that_somebody_kills_is_asked_once_more(
+    kills: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = child.exchange
+    asked: list[child.Process] = []
+
+    def killed(process: child.Process, *frames: bytes, timeout_s: float = 600, **limits: Any) -> list[bytes] | None:
+        if timeout_s == same_ids._TIMEOUT_S:  # pyright: ignore[reportPrivateUsage]
+            asked.append(process)
+            if len(asked) <= kills:
+                process.kill()  # as the kernel does where a pod's memory is full
+                process.wait()
+        return exchange(process, *frames, timeout_s=timeout_s, **limits)
+
+    use = OwnIds.begin, OwnIds.ask
+    use_own_process()
+    try:
+        monkeypatch.setattr(child, "exchange", killed)
+        put(tmp_path, a_jsonl=jsonl(chats(3)))
+        assert compared(prepare_run(tmp_path))[1].startswith(words)
+    finally:
+        OwnIds.begin, OwnIds.ask = use
+    assert len(set(asked)) == len(asked) == 2

@@ -6,6 +6,7 @@ files, cannot train other ids than servers send, the first rows that are kept go
 about 3 s of CPU beside the rest: what is waited for at the end is what it has not done by then.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -145,7 +146,7 @@ class SameIds:
         """The outcome, in words for the plan."""
         found = self.found
         if found is None:
-            return f"not compared: transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB"
+            return f"not compared: transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB, or was killed"
         of_all = f"{found.equal}" if found.equal == self.rows else f"{found.equal} of {self.rows}"
         untold = [f"{count} {_UNTOLD_WORDS[each]}" for each, count in sorted(found.untold.items())]
         besides = f"; not compared: {', '.join(untold)}" if untold else ""
@@ -176,7 +177,7 @@ class OwnIds:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._files = files
         self._child: child.Process | None = None
-        self._was_killed = False  # when it ended without an answer
+        self._was_killed = self._was_late = False  # when it ended without an answer
 
     def begin(self) -> None:
         """Start the process, once: it imports transformers while rows are read."""
@@ -187,12 +188,16 @@ class OwnIds:
         """Return what transformers says to the rows; None where the process tells nothing in its time and memory.
 
         setup: the renderer's; given: special tokens that the template sees and the base does not name. A process that
-        ends by itself could not have the class that the base names: then tokenizer.json alone is read, by another."""
+        ends by itself could not have the class that the base names: then tokenizer.json alone is read, by another. One
+        that is killed from outside, as by a kernel without memory, is asked once more: the rows are read by now."""
         sent = [{"chat": orjson.Fragment(row.chat), "ids": row.ids} for row in rows]
         asked = {"files": list(self._files), "setup": setup, "given": given, "rows": sent}
-        reply = self.ask(orjson.dumps(asked | {"plain": False}), list(self._files.values()))
+        files = list(self._files.values())
+        reply = self.ask(orjson.dumps(asked | {"plain": False}), files)
+        if reply is None and self._was_killed and not self._was_late:
+            reply = self.ask(orjson.dumps(asked | {"plain": False}), files)
         if reply is None and not self._was_killed:
-            reply = self.ask(orjson.dumps(asked | {"plain": True}), list(self._files.values()))
+            reply = self.ask(orjson.dumps(asked | {"plain": True}), files)
         try:
             return None if reply is None else Found.model_validate_json(reply)
         except ValidationError:
@@ -203,11 +208,13 @@ class OwnIds:
         self.begin()
         assert self._child is not None
         limits = orjson.dumps({"memory_bytes": MEMORY_BYTES})
+        began_s = time.monotonic()
         replies = child.exchange(
             self._child, limits, request, *files, max_bytes=MAX_MESSAGE_BYTES, timeout_s=_TIMEOUT_S
         )
         if replies is not None:
             return replies[0]
+        self._was_late = time.monotonic() - began_s >= _TIMEOUT_S
         self._was_killed = child.was_killed(self._child)
         self.close()
         return None
