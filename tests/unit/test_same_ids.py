@@ -115,6 +115,14 @@ def test_rows_that_transformers_cannot_be_handed_are_told_and_end_nothing(
     assert words in told
 
 
+def test_where_transformers_renders_no_row_that_is_told_as_no_comparison(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", tokenizer_config={"extra_special_tokens": {"self": "<|im_end|>"}})
+    put(tmp_path, a_jsonl=jsonl(chats(2)))
+    report, told = compared(prepare_run(tmp_path))
+    assert (report["rows"], report["not_compared"]) == (0, {"refused": 2})
+    assert told.startswith("compared on no row")
+
+
 def test_a_template_that_writes_otherwise_each_time_ends_the_job_with_the_row(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=RANDOM)
     put(tmp_path, a_jsonl=jsonl(chats(9)))

@@ -146,11 +146,14 @@ class SameIds:
         """The outcome, in words for the plan."""
         found = self.found
         if found is None:
-            return f"not compared: transformers gave no answer within {_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB, or was killed"
+            bounds = f"{_TIMEOUT_S} s and {MEMORY_BYTES // 2**30} GiB"
+            return f"not compared: transformers gave no answer within {bounds}, or was killed"
         of_all = f"{found.equal}" if found.equal == self.rows else f"{found.equal} of {self.rows}"
         untold = [f"{count} {_UNTOLD_WORDS[each]}" for each, count in sorted(found.untold.items())]
         besides = f"; not compared: {', '.join(untold)}" if untold else ""
         by = shortened(found.tokenizer_class, 64)
+        if not found.equal and untold:
+            return f"compared on no row with transformers' apply_chat_template by {by}{besides}"
         return f"equal on {of_all} rows to transformers' apply_chat_template by {by}{besides}"
 
     def report(self) -> dict[str, Any]:
