@@ -129,8 +129,8 @@ def measured_bytes(case: Case, device_type: str) -> int:
     import torch
 
     from finetune_trainer.loop import Stepper, make_optimizer
+    from finetune_trainer.methods.sft import SFT
     from finetune_trainer.model import adapter_parameters, add_adapter, language_model
-    from finetune_trainer.recipes import sft
 
     device = torch.device(device_type)
     plan = _plan(facts(case))
@@ -140,7 +140,7 @@ def measured_bytes(case: Case, device_type: str) -> int:
     rows, steps = _work(case, ROWS_OF_PASS[device_type])
     stepper = Stepper(
         lm=lm,
-        recipe=sft,
+        method=SFT,
         parameters=parameters,
         optimizer=make_optimizer(parameters, plan.hyperparameters),
         examples=rows,

@@ -11,12 +11,13 @@ import torch
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER, METRICS
 from finetune_api.reasons import Fault
-from finetune_trainer import attention, recipes, train
+from finetune_trainer import attention, train
 from finetune_trainer.attention import Segments
 from finetune_trainer.export import EVAL
 from finetune_trainer.guard import OomRetry
 from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.world import release_memory
@@ -54,9 +55,7 @@ def _stepper(run: TinyRun, folder: Path) -> Stepper:
     lm = load_base(run.folder / "model", run.plan, torch.device("cuda"))
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
     hyper = run.plan.hyperparameters
-    return Stepper(
-        lm, recipes.sft, parameters, make_optimizer(parameters, hyper), rows, steps, hyper, hyper.micro_batch_tokens
-    )
+    return Stepper(lm, SFT, parameters, make_optimizer(parameters, hyper), rows, steps, hyper, hyper.micro_batch_tokens)
 
 
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:

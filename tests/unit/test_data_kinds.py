@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from finetune_api.job import DatasetFormat, MethodType
-from finetune_trainer.data.detect import FORMATS
 from finetune_trainer.data.kinds import CHAT, COMPLETION, KINDS, TEXT, Kind, content_hash, from_arrow, texts, with_texts
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
 from finetune_trainer.data.special_words import SpecialWords
+from finetune_trainer.methods import method_of
 
 USER: dict[str, Any] = {"role": "user", "content": "Rain in Oslo?"}
 CALLING: dict[str, Any] = {
@@ -101,8 +101,8 @@ def test_a_row_itself_is_never_changed_when_its_texts_are_replaced() -> None:
 
 
 def test_a_method_takes_the_shapes_that_become_its_kinds() -> None:
-    assert FORMATS[MethodType.CPT] == (DatasetFormat.TEXT,)
-    assert set(FORMATS[MethodType.SFT]) == set(DatasetFormat) - {DatasetFormat.TEXT}
+    assert method_of(MethodType.CPT).formats == (DatasetFormat.TEXT,)
+    assert set(method_of(MethodType.SFT).formats) == set(DatasetFormat) - {DatasetFormat.TEXT}
 
 
 @dataclass(frozen=True, slots=True)

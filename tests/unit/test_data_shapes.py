@@ -9,12 +9,13 @@ from finetune_api.errors import StageError
 from finetune_api.job import ColumnsSpec, DatasetFormat, MethodType
 from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
-from finetune_trainer.data.detect import FORMATS, detect
+from finetune_trainer.data.detect import detect
 from finetune_trainer.data.field_names import METADATA, METADATA_OF_MESSAGES
 from finetune_trainer.data.messages import Message
 from finetune_trainer.data.problems import Broken, Change, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Text
 from finetune_trainer.data.shapes import SHAPES, Found, RowChoices, read_row
+from finetune_trainer.methods import METHODS
 
 Row = dict[str, Any]
 USER: Message = {"role": "user", "content": "q"}
@@ -414,7 +415,7 @@ def test_every_name_that_can_be_given_is_one_that_is_read() -> None:
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_examples_of_a_shape_are_detected_and_read(shape: DatasetFormat) -> None:
-    method = next(method for method, shapes in FORMATS.items() if shape in shapes)
+    method = next(name for name, method in METHODS.items() if shape in method.formats)
     for example in SHAPES[shape].examples:
         row = json.loads(example)
         assert shape_of(row, method=method) is shape
@@ -422,7 +423,7 @@ def test_the_examples_of_a_shape_are_detected_and_read(shape: DatasetFormat) -> 
 
 
 def test_every_format_has_a_shape_and_a_method() -> None:
-    assert set(SHAPES) == set(DatasetFormat) == {each for formats in FORMATS.values() for each in formats}
+    assert set(SHAPES) == set(DatasetFormat) == {each for method in METHODS.values() for each in method.formats}
 
 
 def test_a_few_rows_of_another_shape_are_broken_rows_and_not_another_dataset() -> None:

@@ -19,8 +19,8 @@ from finetune_trainer import train
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.methods import method_of
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
-from finetune_trainer.recipes import recipe_of
 from finetune_trainer.stop import StopFlag
 from tiny_run import (
     TinyRun,
@@ -109,8 +109,8 @@ def test_loss_and_lora_gradients_equal_those_of_trl_on_the_same_token_ids(tmp_pa
     for name, parameter in parameters.items():
         parameter.data.copy_(values[name])
     optimizer = make_optimizer(list(parameters.values()), hyper)
-    recipe = recipe_of(run.plan.method)
-    stepper = Stepper(lm, recipe, list(parameters.values()), optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+    method = method_of(run.plan.method)
+    stepper = Stepper(lm, method, list(parameters.values()), optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
     loss = float(stepper.run(0)[0])
     trl_loss, trl_gradients = _trl(run, rows, steps.examples_of(0), values, tmp_path / "trl")
     assert loss == pytest.approx(trl_loss, abs=1e-5)

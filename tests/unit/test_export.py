@@ -23,9 +23,9 @@ from finetune_trainer import commit, export
 from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, vllm_rank
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch, fetch_examples, make_batch
+from finetune_trainer.methods import method_of
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
 from finetune_trainer.patience import Patience
-from finetune_trainer.recipes import recipe_of
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, make_run
 
@@ -291,4 +291,4 @@ def test_answers_stop_where_the_method_taught_them_to(
     run: TinyRun, method: MethodType, trained: list[int], model: list[int], stops: list[int]
 ) -> None:
     plan = run.plan.model_copy(update={"stop_token_ids": trained})
-    assert recipe_of(method).stop_token_ids(plan, model) == stops
+    assert method_of(method).stop_token_ids(plan, model) == stops

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune_trainer.flops import ModelSize, peak_flops, step_flops
 from finetune_trainer.inputs import fetch_examples, fetch_steps
 from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base, model_size
-from finetune_trainer.recipes import sft
 from tiny_run import make_run
 
 
@@ -59,7 +59,7 @@ def test_the_count_is_what_torch_does_in_a_step(tmp_path: Path, tied: bool) -> N
     assert size.adapter_weights == sum(parameter.numel() for parameter in parameters)
     hyper = run.plan.hyperparameters
     rows, steps = fetch_examples(run.store, run.plan.train, tmp_path / "t"), fetch_steps(run.store, run.plan, tmp_path)
-    stepper = Stepper(lm, sft, parameters, make_optimizer(parameters, hyper), rows, steps, hyper, 2048)
+    stepper = Stepper(lm, SFT, parameters, make_optimizer(parameters, hyper), rows, steps, hyper, 2048)
     with FlopCounterMode(display=False) as counter:
         stepper.run(0)
     counted = counter.get_flop_counts()["Global"]

@@ -1,6 +1,8 @@
 """The step: what it computes does not depend on how it is computed, and it never spoils the weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,33 @@ from torch import Tensor
 from finetune_api.errors import StageError
 from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
-from finetune_trainer import guard, loop, recipes
+from finetune_trainer import guard, loop
 from finetune_trainer.data.examples import Examples, FlatSequence, TokenRun, Tree, tree_of
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
+from finetune_trainer.methods.method import Loss, Method
+from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.policy import Scores
 from finetune_trainer.step_plan import StepPlan
 from tiny_run import TinyRun, make_run
 
 
-class Faulty:
-    """The SFT recipe, with a fault in the passes that are told."""
+def _faulty(**faults: Any) -> Method:
+    """Return SFT with a fault in the passes that are told."""
+    calls = count(1)
 
-    def __init__(self, **faults: Any) -> None:
-        self.faults = faults
-        self.calls = 0
-
-    def loss_sum(self, lm: LanguageModel, batch: Batch) -> Tensor:
-        self.calls += 1
-        fault = self.faults.get(f"call_{self.calls}")
+    def loss(scores: Scores, batch: Batch) -> Loss:
+        fault = faults.get(f"call_{next(calls)}")
         if isinstance(fault, Exception):
             raise fault
-        return recipes.sft.loss_sum(lm, batch) * (1.0 if fault is None else fault)
+        found = SFT.loss(scores, batch)
+        return found._replace(sum=found.sum * (1.0 if fault is None else fault))
 
-    stop_token_ids = staticmethod(recipes.sft.stop_token_ids)
-    answer_end_ids = staticmethod(recipes.sft.answer_end_ids)
+    return replace(SFT, loss=loss)
 
 
-def _stepper(run: TinyRun, folder: Path, recipe: Any = recipes.sft) -> Stepper:
+def _stepper(run: TinyRun, folder: Path, method: Method = SFT) -> Stepper:
     folder.mkdir(parents=True, exist_ok=True)
     rows = fetch_examples(run.store, run.plan.train, folder / "train")
     steps = fetch_steps(run.store, run.plan, folder)
@@ -47,7 +48,7 @@ def _stepper(run: TinyRun, folder: Path, recipe: Any = recipes.sft) -> Stepper:
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
     hyper = run.plan.hyperparameters
     optimizer = make_optimizer(parameters, hyper)
-    return Stepper(lm, recipe, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+    return Stepper(lm, method, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
 
 
 def _weights(stepper: Stepper) -> Tensor:
@@ -104,7 +105,7 @@ def test_weights_do_not_depend_on_how_rows_are_divided_into_passes(run: TinyRun,
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_goes_on(run: TinyRun, tmp_path: Path) -> None:
-    stepper = _stepper(run, tmp_path / "a", Faulty(call_2=float("nan")))
+    stepper = _stepper(run, tmp_path / "a", _faulty(call_2=float("nan")))
     stepper.budget_tokens = 1000
     stepper.run(0)
     before = _weights(stepper)
@@ -256,7 +257,7 @@ def test_when_gpu_memory_runs_out_the_same_step_is_repeated_in_smaller_passes(ru
     full = torch.cuda.OutOfMemoryError("injected")
     retried: list[int] = []
     # The first step's second and fourth pass fail: once after a backward, once again at once.
-    stepper = _stepper(run, tmp_path / "a", Faulty(call_2=full, call_3=full))
+    stepper = _stepper(run, tmp_path / "a", _faulty(call_2=full, call_3=full))
     oom = guard.OomRetry(lambda: retried.append(1))
     for step in range(3):
         oom.run(step, stepper)
@@ -269,7 +270,7 @@ def test_when_gpu_memory_runs_out_the_same_step_is_repeated_in_smaller_passes(ru
 
 
 def test_passes_become_smaller_also_where_a_step_is_far_below_the_plans_budget(run: TinyRun, tmp_path: Path) -> None:
-    stepper = _stepper(run, tmp_path, Faulty(call_1=torch.cuda.OutOfMemoryError("injected")))
+    stepper = _stepper(run, tmp_path, _faulty(call_1=torch.cuda.OutOfMemoryError("injected")))
     stepper.budget_tokens = 100 * int(stepper.steps.tokens[0])
     guard.OomRetry(lambda: None).run(0, stepper)
     assert stepper.largest_pass_tokens(0) < int(stepper.steps.tokens[0])
@@ -277,14 +278,14 @@ def test_passes_become_smaller_also_where_a_step_is_far_below_the_plans_budget(r
 
 def test_when_smaller_passes_do_not_help_the_run_ends_as_gpu_oom(run: TinyRun, tmp_path: Path) -> None:
     full = torch.cuda.OutOfMemoryError("injected")
-    stepper = _stepper(run, tmp_path, Faulty(**{f"call_{i}": full for i in range(1, 9)}))
+    stepper = _stepper(run, tmp_path, _faulty(**{f"call_{i}": full for i in range(1, 9)}))
     with pytest.raises(StageError) as caught:
         guard.OomRetry(lambda: None).run(0, stepper)
     assert (caught.value.fault, caught.value.exit_code) == (Fault.GPU_OOM, 16)
 
 
 def test_a_first_step_without_any_gradient_for_the_adapter_is_an_error(run: TinyRun, tmp_path: Path) -> None:
-    stepper = _stepper(run, tmp_path, Faulty(**{f"call_{i}": 0.0 for i in range(1, 99)}))
+    stepper = _stepper(run, tmp_path, _faulty(**{f"call_{i}": 0.0 for i in range(1, 99)}))
     stepper.run(0)
     named = {f"lora_B.{i}": parameter for i, parameter in enumerate(stepper.parameters)}
     with pytest.raises(StageError) as caught:

@@ -14,11 +14,12 @@ from torch import Tensor
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
-from finetune_trainer import checkpoint, commit, evaluate, guard, recipes, serve, session, train
+from finetune_trainer import checkpoint, commit, evaluate, guard, serve, session, train
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.examples import ARRAYS
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, make_optimizer
+from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag, done_after_s
 from finetune_trainer.store import Store, open_store
@@ -44,7 +45,7 @@ def _stepper(run: TinyRun, folder: Path) -> Stepper:
     parameters = list(adapter_parameters(add_adapter(lm, run.plan)).values())
     hyper = run.plan.hyperparameters
     optimizer = make_optimizer(parameters, hyper)
-    return Stepper(lm, recipes.sft, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
+    return Stepper(lm, SFT, parameters, optimizer, rows, steps, hyper, hyper.micro_batch_tokens)
 
 
 def _state(stepper: Stepper) -> list[Tensor]:
@@ -54,15 +55,15 @@ def _state(stepper: Stepper) -> list[Tensor]:
 
 def _slow_passes(patch: pytest.MonkeyPatch, clock: Clock, heard: list[int] | None = None) -> None:
     """Every pass of training takes a minute of the hand-moved clock."""
-    original = recipes.sft.loss_sum
+    original = LanguageModel.nll_sum
 
-    def loss_sum(lm: LanguageModel, batch: Batch) -> Tensor:
+    def nll_sum(lm: LanguageModel, batch: Batch) -> Tensor:
         clock.now_s += PASS_S
         if heard is not None:
             heard.append(batch.tokens)
         return original(lm, batch)
 
-    patch.setattr(recipes.sft, "loss_sum", loss_sum)
+    patch.setattr(LanguageModel, "nll_sum", nll_sum)
     patch.setattr(session.time, "monotonic", clock)
 
 
@@ -150,16 +151,16 @@ def test_what_happens_within_a_step_is_told_pass_by_pass(tmp_path: Path, monkeyp
     run, clock = _run(tmp_path), Clock(time.monotonic())
     ctx = context(run)
     _slow_passes(monkeypatch, clock)
-    loss_sum = recipes.sft.loss_sum
+    nll_sum = LanguageModel.nll_sum
     seen: list[tuple[int, int, float, float | None]] = []
 
     def looked_at(lm: LanguageModel, batch: Batch) -> Tensor:
-        loss = loss_sum(lm, batch)  # as if the operator asked just before the pass ends
+        loss = nll_sum(lm, batch)  # as if the operator asked just before the pass ends
         progress = ctx.reporter.progress()
         seen.append((progress.step, progress.step_tokens, progress.seconds_since_step, progress.eta_seconds))
         return loss
 
-    monkeypatch.setattr(recipes.sft, "loss_sum", looked_at)
+    monkeypatch.setattr(LanguageModel, "nll_sum", looked_at)
     train.run(ctx, StopFlag(60))
     assert max(seconds for _, _, seconds, _ in seen) == PASS_S, "never as long as a step"
     first = [(step, tokens, eta) for step, tokens, _, eta in seen[:PASSES]]
@@ -240,7 +241,7 @@ def test_a_session_tells_its_watchdog_of_every_pass(tmp_path: Path, monkeypatch:
         if not left:
             raise EnoughError
 
-    _before(monkeypatch, recipes.sft, "loss_sum", slow_pass)
+    _before(monkeypatch, LanguageModel, "nll_sum", slow_pass)
     with pytest.raises(EnoughError):
         train.run(ctx, StopFlag(60))
     assert watched.overdue == []
@@ -266,7 +267,7 @@ def test_the_first_pass_of_a_slow_machine_has_the_time_that_its_plan_says(
         watched.after(limit_s + more_s)
         raise EnoughError
 
-    monkeypatch.setattr(recipes.sft, "loss_sum", first_pass)
+    monkeypatch.setattr(LanguageModel, "nll_sum", first_pass)
     monkeypatch.setattr(train, "slow_tokens_per_second", speed)
     with pytest.raises(EnoughError):
         train.run(ctx, StopFlag(60))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.runplan import Denominator
 from finetune_trainer.step_plan import StepPlan, new_steps
 
 IntArray = npt.NDArray[np.int64]
@@ -141,6 +142,8 @@ def plan_batches(
     global_batch_size: int,
     seed: int,
     mix: Mix | None = None,
+    *,
+    denominator: Denominator = Denominator.LABEL_TOKENS,
 ) -> StepPlan:
     """Cut `total_rows` examples, epoch after epoch, into steps of `global_batch_size`; the last step may be smaller.
 
@@ -160,7 +163,8 @@ def plan_batches(
         label_counts = labels[read].astype(np.int64)
         plan.step_offsets[first:last] = begin + starts
         plan.label_tokens[first:last] = np.add.reduceat(label_counts, starts)
-        plan.denominators[first:last] = np.add.reduceat(label_counts * weights[read].astype(np.float64), starts)
+        units = denominator.units(label_counts) * weights[read].astype(np.float64)
+        plan.denominators[first:last] = np.add.reduceat(units, starts)
         plan.tokens[first:last] = np.add.reduceat(lengths[read].astype(np.int64), starts)
     plan.step_offsets[steps] = total_rows
     return plan

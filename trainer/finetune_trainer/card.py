@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune_api.job import MethodType
 from finetune_api.printable import markdown, markdown_code, printable
 from finetune_api.quality import Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
-from finetune_trainer.runplan import ANSWERS_FIELD, RunPlan
+from finetune_trainer.methods import method_of
+from finetune_trainer.runplan import ANSWERS_FIELD, Denominator, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
@@ -86,12 +86,12 @@ tags: [lora, {plan.method.value.lower()}]
 """,
         "\n".join(f"> **{reason}**: {words}\n" for reason, words in _concerns(found.quality)),
         f"""A LoRA adapter for {markdown_code(plan.model.uri)} ({model}),
-trained by {"supervised fine-tuning" if plan.method is MethodType.SFT else "continued pre-training"}.
+trained by {method_of(plan.method).name}.
 {_learned(plan, learned)}{_not_adapted(plan)}
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
 the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
 """,
-        _results(found),
+        _results(plan.denominator, found),
         f"""## Serve
 
 With vLLM, from local copies of the base model and of this folder:
@@ -138,11 +138,11 @@ def _concerns(quality: Quality) -> list[tuple[str, str]]:
 
 
 def _learned(plan: RunPlan, learned: Learned) -> str:
-    rows = "rows" if plan.method is MethodType.SFT else "texts or pieces of texts"
     skipped = f" ({learned.skipped_steps} of them skipped: not finite)" if learned.skipped_steps else ""
     distinct = f"{learned.distinct_rows:,} of the {plan.train.examples:,} prepared for training"
+    read = f"{learned.rows:,} {method_of(plan.method).rows_name}, {distinct}"
     return (
-        f"{plan.hyperparameters.total_steps:,} steps{skipped} read {learned.rows:,} {rows}, {distinct}:\n"
+        f"{plan.hyperparameters.total_steps:,} steps{skipped} read {read}:\n"
         f"{learned.tokens:,} tokens, {learned.label_tokens:,} of them learned from."
     )
 
@@ -171,14 +171,14 @@ def _forms(plan: RunPlan) -> str:
     return "\nHow its answers were taught:\n\n" + "".join(lines) if lines else ""
 
 
-def _results(found: Evaluations) -> str:
+def _results(denominator: Denominator, found: Evaluations) -> str:
     rows: list[tuple[str, ...]] = []
     if found.held_out:
         base, tuned = found.held_out[0], found.held_out[-1]
-        rows += [
-            (f"loss on {tuned.rows:,} held-out rows (nats per token)", f"{base.loss:.4f}", f"{tuned.loss:.4f}"),
-            ("perplexity on held-out rows", f"{base.perplexity:.3f}", f"{tuned.perplexity:.3f}"),
-        ]
+        loss = f"loss on {tuned.rows:,} held-out rows (nats per {denominator.unit})"
+        rows.append((loss, f"{base.loss:.4f}", f"{tuned.loss:.4f}"))
+        if denominator is Denominator.LABEL_TOKENS:
+            rows.append(("perplexity on held-out rows", f"{base.perplexity:.3f}", f"{tuned.perplexity:.3f}"))
         if base.end_probability is not None and tuned.end_probability is not None:
             ends = f"probability of the stop token at {tuned.answer_ends:,} true ends of answers (mean)"
             rows.append((ends, f"{base.end_probability:.3f}", f"{tuned.end_probability:.3f}"))

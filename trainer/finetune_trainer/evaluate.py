@@ -17,7 +17,9 @@ from finetune_api.defaults import MAX_HELD_OUT_ROWS
 from finetune_trainer.data.examples import Examples, FlatSequence
 from finetune_trainer.inputs import make_batch
 from finetune_trainer.loop import passes
+from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import SamplePrompt
 from finetune_trainer.stop import StopFlag
 
@@ -26,16 +28,16 @@ _NGRAM = 4
 
 
 class HeldOut(StoredModel):
-    """Token-weighted loss on held-out rows after a number of steps; 0 is the base model."""
+    """Loss on held-out rows after a number of steps; 0 is the base model. Every unit counts alike: see `methods`."""
 
     # A loss that is not finite must be readable again: a checkpoint holds it.
     model_config = ConfigDict(ser_json_inf_nan="strings", extra="ignore")  # as checkpoint.Position
 
     step: int = Field(ge=0)
-    loss: float  # nats per label token
+    loss: float  # nats per unit
     rows: int = Field(ge=0)
     label_tokens: int = Field(ge=0)
-    change: float | None = None  # of the loss since the first evaluation, nats per label token
+    change: float | None = None  # of the loss since the first evaluation, nats per unit
     change_error: float | None = None  # standard error of `change`, paired by row
     answer_ends: int = Field(default=0, ge=0)  # label tokens that end an answer
     end_probability: float | None = None  # mean over them of the probability of the token that ends the answer
@@ -47,16 +49,16 @@ class HeldOut(StoredModel):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A `HeldOut`, and what it was made from: for each row the sum of its label tokens' losses, and their number."""
+    """A `HeldOut`, and what it was made from: for each row the sum of its units' losses, and their number."""
 
     held_out: HeldOut
     row_losses: list[float]  # (rows,) nats
-    row_labels: list[int]  # (rows,)
+    row_units: list[int]  # (rows,)
 
     def of(self, rows: Sequence[int]) -> "Measurement":
         """Return the same of some of the rows, by their place."""
-        losses, labels = [self.row_losses[row] for row in rows], [self.row_labels[row] for row in rows]
-        return Measurement(self.held_out, losses, labels)
+        losses, units = [self.row_losses[row] for row in rows], [self.row_units[row] for row in rows]
+        return Measurement(self.held_out, losses, units)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ def sampled_rows(rows: int, seed: int) -> list[int]:
     return np.sort(drawn).tolist()
 
 
+@torch.no_grad()
 def held_out_loss(
     lm: LanguageModel,
+    method: Method,
     held_out: Examples,
     budget_tokens: int,
     packing: bool,
@@ -101,41 +105,42 @@ def held_out_loss(
 ) -> Measurement | None:
     """Measure held-out rows, summed in fp64; None when asked to stop meanwhile. rows: which of them; None: all.
 
-    Every label token counts alike: the weight of a row says how much it is learned, not how well it is known.
+    Every unit of the method counts alike: the weight of a row says how much it is learned, not how well it is known.
 
     end_ids: tokens that end answers; their probability is taken from the same passes, where they are the label.
     last_ends: only the last end of each row counts, as questions end with the same tokens and are labels too.
     """
     measured = range(len(held_out)) if rows is None else rows
     place_of = measured if rows is None else {row: place for place, row in enumerate(rows)}
-    row_losses, row_labels = np.zeros(len(measured)), np.zeros(len(measured), dtype=np.int64)
-    end_probability, ends = 0.0, 0
+    row_losses, row_units = np.zeros(len(measured)), np.zeros(len(measured), dtype=np.int64)
+    end_probability, ends, label_tokens = 0.0, 0, 0
     for group in _passes_over(held_out, measured, budget_tokens, packing):
         if stop.is_set():
             return None
         batch = make_batch(held_out, group, lm.device)
-        logprobs = lm.token_logprobs(batch).cpu().numpy().astype(np.float64)
-        # Of every label token, the row and the sequence that it is in.
-        members = [(place_of[each.example], each.leaf) for each in group]
-        places = np.repeat(members, held_out.label_counts(group), axis=0)
-        np.subtract.at(row_losses, places[:, 0], logprobs)
-        np.add.at(row_labels, places[:, 0], 1)
+        scores = Scores(lm, batch)
+        losses = method.losses(scores, batch).cpu().numpy().astype(np.float64)
+        units = method.denominator.units(np.array(batch.label_counts))
+        rows_of_units = np.repeat([place_of[each.example] for each in group], units)
+        np.add.at(row_losses, rows_of_units, losses)
+        np.add.at(row_units, rows_of_units, 1)
+        label_tokens += len(batch.targets)
         is_end = np.isin(batch.targets.cpu().numpy(), list(end_ids))
         if last_ends:
-            is_end = _last_of_each(is_end, places[:, 1])
-        end_probability += float(np.exp(logprobs[is_end]).sum())
+            is_end = _last_of_each(is_end, np.repeat(np.arange(len(group)), batch.label_counts))
+        if is_end.any():
+            end_probability += float(np.exp(scores.tokens.cpu().numpy().astype(np.float64)[is_end]).sum())
         ends += int(is_end.sum())
         on_pass()
-    labels = int(row_labels.sum())
     found = HeldOut(
         step=step,
-        loss=float(row_losses.sum()) / max(1, labels),
+        loss=float(row_losses.sum()) / max(1, int(row_units.sum())),
         rows=len(measured),
-        label_tokens=labels,
+        label_tokens=label_tokens,
         answer_ends=ends,
         end_probability=end_probability / ends if ends else None,
     )
-    return Measurement(found, row_losses.tolist(), row_labels.tolist())
+    return Measurement(found, row_losses.tolist(), row_units.tolist())
 
 
 def _passes_over(

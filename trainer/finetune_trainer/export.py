@@ -196,6 +196,7 @@ def check_reload(
     return {"reload_difference": mismatch, "effect": effect}
 
 
+@torch.no_grad()
 def _logprobs(lm: LanguageModel, batches: Sequence[Batch], on_pass: Callable[[], None]) -> Tensor:
     found: list[Tensor] = []
     for batch in batches:

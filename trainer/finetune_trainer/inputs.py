@@ -29,14 +29,16 @@ _MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 @dataclass(frozen=True)
 class Batch:
-    """Flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
+    """S flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, from 0 in every sequence
     segments: Segments
     sources: Tensor  # (N,) int64 places whose hidden state predicts the label
     targets: Tensor  # (N,) int64 token ids
+    label_counts: tuple[int, ...]  # (S,) labels of each sequence, one behind another in the N
     weights: Tensor | None = None  # (N,) fp32 what each label's loss is multiplied with; None: all with 1
+    sequence_weights: Tensor | None = None  # (S,) fp32, the same for what is counted in sequences
 
     @property
     def tokens(self) -> int:
@@ -69,7 +71,7 @@ def pack_rows(
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    label_weights = None if weights is None else np.repeat(weights, [np.count_nonzero(row) for row in labels])
+    counts = [int(np.count_nonzero(row)) for row in labels]
     segments = Segments(tuple(bounds.tolist()), on_device(bounds.astype(np.int32)), max(lengths))
     return Batch(
         input_ids=on_device(ids)[None],
@@ -77,7 +79,9 @@ def pack_rows(
         segments=segments,
         sources=on_device(places - 1),
         targets=on_device(ids[places]),
-        weights=None if label_weights is None else on_device(label_weights),
+        label_counts=tuple(counts),
+        weights=None if weights is None else on_device(np.repeat(weights, counts)),
+        sequence_weights=None if weights is None else on_device(weights),
     )
 
 

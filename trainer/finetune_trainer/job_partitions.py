@@ -8,7 +8,7 @@ from shutil import rmtree
 from finetune_api.errors import StageError
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.detect import FORMATS, given_shape
+from finetune_trainer.data.detect import given_shape
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
 from finetune_trainer.data.partition_runner import NoRowsError
@@ -54,7 +54,7 @@ class JobPartitions:
                 peeked, error = _peeked(rows)
                 given = dataset.format
                 found = given_shape(given) if given else detect_format(stage.ledger, peeked, method, choices)
-                stage.formats.append(found.shape if found else FORMATS[method][0])
+                stage.formats.append(found.shape if found else stage.method.formats[0])
                 if found is not None:
                     self._choices[number] = replace(choices, told_by=found.told_by)
                 else:

@@ -1,8 +1,9 @@
 """The loss head: log-probabilities of label tokens without the full logits.
 
-Only label positions are projected, in tiles, with fp32 results; the gradient is made in the same pass, as in Liger
-Kernel (https://arxiv.org/abs/2410.10989), since the head is frozen. Full logits would cost 10 bytes per token and
-entry of the vocabulary and are never held.
+Only label positions are projected, in tiles, with fp32 results. `nll_sum` makes its gradient in the same pass, as in
+Liger Kernel (https://arxiv.org/abs/2410.10989); `token_logprobs` computes each tile again in backward, as only then it
+is known how much each token counts. Both need a frozen head. Full logits would cost 10 bytes per token and entry of
+the vocabulary and are never held.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     else:
         logits = torch.mm(hidden, head.t()).float()
     return logits if bias is None else logits.add_(bias)
+
+
+def _require_frozen(head: Tensor, bias: Tensor | None) -> None:
+    """Assert that no gradient is wanted which neither function below would give."""
+    trained = head.requires_grad or (bias is not None and bias.requires_grad)
+    assert not trained, "the head is trained, and would get no gradient here"
 
 
 class _NllSum(torch.autograd.Function):
@@ -65,6 +72,36 @@ class _NllSum(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None
 
 
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+        """(n,) log-probabilities; of the logits only the normalisers are kept."""
+        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(result)
+        for tile in _tiles(len(targets), head):
+            logits = _logits(hidden[tile] * scale, head, bias)
+            normalisers[tile] = logits.logsumexp(dim=1)
+            result[tile] = logits.gather(1, targets[tile, None])[:, 0] - normalisers[tile]
+            del logits  # else the next tile is made beside this one
+        ctx.save_for_backward(hidden, head, bias, targets, normalisers)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        hidden, head, bias, targets, normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(hidden)
+        for tile in _tiles(len(targets), head):
+            logits = _logits(hidden[tile] * ctx.scale, head, bias)
+            # Of log p(target): 1 at the target, less the probabilities.
+            wanted = logits.sub_(normalisers[tile, None]).exp_().neg_()
+            wanted.scatter_add_(1, targets[tile, None], wanted.new_ones((1, 1)).expand(len(wanted), 1))
+            wanted *= upstream[0][tile, None]
+            torch.mm(wanted.to(head.dtype), head, out=gradient[tile])
+            del logits, wanted
+        return gradient.mul_(ctx.scale), None, None, None, None
+
+
 def nll_sum(
     hidden: Tensor,
     head: Tensor,
@@ -80,16 +117,15 @@ def nll_sum(
     hidden: (n, h) states that predict `targets` (n,) int64; head: (V, h) frozen, of hidden's dtype; bias: (V,).
     logits = scale · hidden · headᵀ + bias.
     """
+    _require_frozen(head, bias)
     result = _NllSum.apply(hidden.to(head.dtype), head, bias, targets, scale, weights)
     assert isinstance(result, Tensor)
     return result
 
 
-@torch.no_grad()
 def token_logprobs(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, scale: float = 1.0) -> Tensor:
-    """(n,) fp32 log p(target) in nats; arguments as in `nll_sum`."""
-    result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for tile in _tiles(len(targets), head):
-        logits = _logits(hidden[tile].to(head.dtype) * scale, head, bias)
-        result[tile] = logits.gather(1, targets[tile, None])[:, 0] - logits.logsumexp(dim=1)
+    """(n,) fp32 log p(target) in nats, differentiable in `hidden`; arguments as in `nll_sum`."""
+    _require_frozen(head, bias)
+    result = _TokenLogprobs.apply(hidden.to(head.dtype), head, bias, targets, scale)
+    assert isinstance(result, Tensor)
     return result

@@ -1,7 +1,8 @@
 """The step, nothing else: forward, backward, clip, AdamW. The device always has a pass to work on.
 
-The loss of a step is the sum over its label tokens, each times its example's weight, divided by the step's planned
-denominator, so accumulation over forward passes changes nothing but rounding, however the sequences are packed.
+The loss of a step is the sum over its units, which the method names, each times its example's weight, divided by the
+step's planned denominator, so accumulation over forward passes changes nothing but rounding, however the sequences are
+packed.
 """
 
 import math
@@ -17,8 +18,9 @@ from finetune_api.job import Schedule
 from finetune_trainer.batches import pack
 from finetune_trainer.data.examples import Examples, FlatSequence
 from finetune_trainer.inputs import Batch, make_batch
+from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
-from finetune_trainer.recipes import Recipe
+from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import Hyperparameters
 from finetune_trainer.step_plan import StepPlan
 
@@ -72,7 +74,7 @@ class Stepper:
     """Runs planned steps on one model; the only state is the optimizer's and the parameters'."""
 
     lm: LanguageModel
-    recipe: Recipe
+    method: Method
     parameters: list[nn.Parameter]
     optimizer: torch.optim.AdamW
     examples: Examples
@@ -83,21 +85,25 @@ class Stepper:
     data_wait_s: float = 0.0  # host time spent on making batches; whoever reads it sets it back
 
     def run(self, step: int) -> Tensor:
-        """Train step `step`; returns (3,) fp64 on the device: loss in nats per label token, gradient norm before
-        clipping, and 1 if both were finite. Where they were not, AdamW leaves everything as it was.
+        """Train step `step`; returns (3 + figures,) fp64 on the device: loss in nats per unit, gradient norm before
+        clipping, 1 if both were finite, and the method's figures. Where they were not, AdamW leaves all as it was.
 
         Raises StepAbandonedError when `after_pass` says so.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.lm.device)
+        figures = torch.zeros(len(self.method.figures), dtype=torch.float64, device=self.lm.device)
         denominator = float(self.steps.denominators[step]) or 1.0
         groups = self._passes_of(step)
         tokens_done = 0
         running: deque[torch.cuda.Event] = deque()
         for done, batch in enumerate(self._batches(groups), start=1):
-            part = self.recipe.loss_sum(self.lm, batch) / denominator
+            found = self.method.loss(Scores(self.lm, batch), batch)
+            part = found.sum / denominator
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
+            for place, name in enumerate(self.method.figures):
+                figures[place] += found.figures[name].detach() / denominator
             tokens_done += batch.tokens
             self._let_run_ahead(running)
             if not self.after_pass(StepPart(step, done, len(groups), tokens_done)) and done < len(groups):
@@ -109,7 +115,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.hyper)
         self.optimizer.step()
-        return torch.stack([loss, norm.double(), finite.double()])
+        return torch.cat([torch.stack([loss, norm.double(), finite.double()]), figures])
 
     def largest_pass_tokens(self, step: int) -> int:
         """Return the tokens of the largest pass of a step."""

@@ -66,15 +66,20 @@ class LanguageModel:
 
     def nll_sum(self, batch: Batch) -> Tensor:
         """Sum of the label tokens' negative log-likelihoods, each times its weight: a scalar in nats, fp32."""
-        head = self.head
+        head = self._frozen_head()
         states = self.predicting_states(batch)
         return nll_sum(states, head.weight, head.bias, batch.targets, self.logit_scale, batch.weights)
 
-    @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:
-        """(N,) log-probabilities of the label tokens, fp32."""
-        head = self.head
+        """(N,) log-probabilities of the label tokens, fp32, in nats."""
+        head = self._frozen_head()
         return token_logprobs(self.predicting_states(batch), head.weight, head.bias, batch.targets, self.logit_scale)
+
+    def _frozen_head(self) -> nn.Linear:
+        """Return the head, after asserting that nothing in it or around it is trained: only its weights are read."""
+        head = self.head
+        assert not _is_trained(head), "the head is trained, which the loss would not see"
+        return head
 
     @contextmanager
     def own_attention(self) -> Generator[None]:
@@ -173,6 +178,10 @@ def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
         raise _unsupported(plan, f"its log-probabilities differ by {difference:.3g} from what its head gives")
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def _unsupported(plan: RunPlan, problem: str) -> StageError:
     facts = plan.model
     return StageError(Fault.UNSUPPORTED_MODEL, uri=facts.uri, architecture=facts.architecture, problem=problem)
@@ -181,7 +190,7 @@ def _unsupported(plan: RunPlan, problem: str) -> StageError:
 def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
     """Put LoRA on the planned modules of `lm.causal`, in place; weights drawn from the plan's seed alone.
 
-    Raises UNSUPPORTED_MODEL when PEFT has no layer for one of them.
+    Raises UNSUPPORTED_MODEL when PEFT has no layer for one of them, or one of them is the head.
     """
     hyper = plan.hyperparameters
     config = LoraConfig(
@@ -192,12 +201,15 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
         target_modules=list(plan.model.target_modules),
         task_type="CAUSAL_LM",
     )
+    head = lm.head
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(hyper.seed)
         try:
             adapted = get_peft_model(lm.causal, config)
         except ValueError as error:
             raise _unsupported(plan, shortened(f"PEFT cannot adapt it: {error}", MAX_ARG_CHARS)) from error
+    if lm.head is not head or _is_trained(head):
+        raise _unsupported(plan, "its output layer would be adapted, which the loss takes as frozen")
     names = [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
     for target in plan.model.target_modules:  # PEFT is content with one of them
         if not any(f".{name}".endswith(f".{target}") for name in names):

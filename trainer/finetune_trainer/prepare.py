@@ -223,6 +223,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         hyper.global_batch_size,
         hyper.seed,
         mix,
+        denominator=stage.method.denominator,
     )
     shares = report.shares(plan, mix, examples["train"])
     if not mix.is_plain:
@@ -302,6 +303,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         hyperparameters=sized.hyperparameters,
         train=splits["train"],
         held_out=splits.get("held_out"),
+        denominator=stage.method.denominator,
         batches=batches_record,
         sample_prompts=_sample_prompts(model, division, _spool_dir(stage)),
         inputs=[

@@ -17,12 +17,10 @@ from finetune_api.job import (
     DatasetFormat,
     DatasetSpec,
     LossOn,
-    MethodType,
     OnBadRow,
     PreprocessingSpec,
     SameRoleMessages,
     SystemMessages,
-    TooLong,
 )
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
@@ -49,6 +47,8 @@ from finetune_trainer.data.template import plain_template
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.kept_partitions import KeptPartitions
+from finetune_trainer.methods import method_of
+from finetune_trainer.methods.method import Method
 from finetune_trainer.sizing import Choices
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,11 @@ class RowsStage:
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
     first_files: list[int] = field(default_factory=list[int])  # of each dataset, as an index into the ledger
     ignored: list[str] = field(default_factory=list[str])
+
+    @property
+    def method(self) -> Method:
+        """What the job's method decides."""
+        return method_of(self.ctx.config.spec.method.type)
 
     @property
     def preprocessing(self) -> PreprocessingSpec:
@@ -180,7 +185,7 @@ def begin(stage: PrepareStage) -> Reading:
     Raises what `find_files` does, and BROKEN_MODEL for a tokenizer that cannot end texts."""
     stage.loss_on = loss_on(stage)
     bad = bad_rows(stage)
-    if stage.ctx.config.spec.method.type is MethodType.CPT:
+    if stage.method.needs_end_token:
         require_end_token(stage.model)
     inputs = find_inputs(stage)
     return Reading(inputs=inputs, bad=bad, rendering=rendering(stage), too_long=too_long_rows(stage))
@@ -206,7 +211,15 @@ def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -
         if renderer is not None:
             stack.callback(renderer.close)
         pipeline = Pipeline(
-            stage.model, stage.loss_on, reading.too_long, renderer, ledger, reading.bad, sink, stage.timings
+            stage.model,
+            stage.loss_on,
+            reading.too_long,
+            renderer,
+            ledger,
+            reading.bad,
+            sink,
+            stage.timings,
+            stage.method.examples,
         )
         for rows in dataset_rows(stage, reading.inputs, reading.bad, select):
             for _ in pipeline.run(rows):
@@ -238,12 +251,10 @@ def choose_formats(stage: RowsStage) -> None:
 
 
 def loss_on(stage: PrepareStage) -> LossOn:
-    method = stage.ctx.config.spec.method
-    if method.type is MethodType.CPT:
-        return LossOn.ALL
-    given = method.sft.loss_on if method.sft else None
-    reason = "the answers and the token that ends them"
-    return stage.choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
+    """Choose which tokens are learned, and the other options of the method."""
+    spec = stage.ctx.config.spec.method
+    stage.method.choose(spec, stage.choices)
+    return stage.method.labels(spec)
 
 
 def bad_rows(stage: RowsStage) -> BadRows:
@@ -262,7 +273,7 @@ def bad_rows(stage: RowsStage) -> BadRows:
 def _message_choices(stage: RowsStage) -> tuple[SystemMessages, SameRoleMessages]:
     """Choose what becomes of system messages and of neighbours of one role."""
     given = stage.preprocessing
-    if stage.ctx.config.spec.method.type is MethodType.CPT:
+    if not stage.method.takes_chats:
         return SystemMessages(defaults.SYSTEM_MESSAGES), SameRoleMessages(defaults.SAME_ROLE_MESSAGES)
     return (
         stage.choices.pick(
@@ -282,8 +293,7 @@ def _message_choices(stage: RowsStage) -> tuple[SystemMessages, SameRoleMessages
 
 def dataset_choices(stage: RowsStage) -> list[RowChoices]:
     """Choose how the rows of each dataset are read."""
-    method = stage.ctx.config.spec.method
-    learns_all = method.sft is not None and method.sft.loss_on is LossOn.ALL
+    learns_all = stage.method.labels(stage.ctx.config.spec.method) is LossOn.ALL
     system_messages, same_role = _message_choices(stage)
     return [
         replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all)
@@ -304,8 +314,7 @@ def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_rol
 def too_long_rows(stage: PrepareStage) -> TooLongRows:
     """Choose what becomes of rows that are too long."""
     given, fraction = stage.preprocessing.too_long, stage.preprocessing.max_too_long_fraction
-    cpt = stage.ctx.config.spec.method.type is MethodType.CPT
-    policy = given or TooLong(defaults.CPT_TOO_LONG if cpt else defaults.SFT_TOO_LONG)
+    policy = given or stage.method.too_long
     return TooLongRows(policy, stage.limit, defaults.given(fraction, defaults.MAX_TOO_LONG_FRACTION), stage.ledger)
 
 
@@ -325,7 +334,7 @@ def _choose_too_long(stage: PrepareStage, too_long: TooLongRows) -> None:
 def rendering(stage: PrepareStage) -> dict[str, Any] | None:
     """Return the chat template and how it is used, as plain values; None where there is none, or no conversation."""
     model = stage.model
-    if stage.ctx.config.spec.method.type is MethodType.CPT:
+    if not stage.method.takes_chats:
         return None
     tokens, source = dict(model.special_tokens), model.chat_template
     if stage.preprocessing.chat_template == "plain":

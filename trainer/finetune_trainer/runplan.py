@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
@@ -108,12 +110,21 @@ class ModelFacts(StoredModel):
 
 
 class Denominator(StrEnum):
-    """What the losses of a step are summed over, and so divided by.
+    """The units that the losses of a step are of; their sum is divided by that of the units, each times its weight.
 
-    LABEL_TOKENS: the sum over the step's examples of weight times label tokens, which is the number of label tokens
-    where every weight is 1."""
+    LABEL_TOKENS: the label tokens of the step's examples. EXAMPLES: the examples, each of them one flat sequence."""
 
     LABEL_TOKENS = "label_tokens"
+    EXAMPLES = "examples"
+
+    @property
+    def unit(self) -> str:
+        """What one of them is called beside a loss."""
+        return "token" if self is Denominator.LABEL_TOKENS else "example"
+
+    def units(self, label_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many units each flat sequence is, by its label tokens."""
+        return label_tokens if self is Denominator.LABEL_TOKENS else np.ones_like(label_tokens)
 
 
 class SplitFiles(StoredModel):

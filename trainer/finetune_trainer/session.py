@@ -33,19 +33,28 @@ _SPEED_WINDOW_STEPS = 50
 _LOG_INTERVAL_S = 10.0
 
 
+class _Figures(NamedTuple):
+    """What a step came to. others: those that its method names, in their order."""
+
+    loss: float
+    norm: float
+    finite: bool
+    others: list[float]
+
+
 @dataclass(frozen=True)
 class _Reading:
     """A step's figures on their way to the host."""
 
     step: int
-    values: Tensor  # (3,) fp64 on the host once `arrived`: loss, gradient norm, finite
+    values: Tensor  # (3 + figures,) fp64 on the host once `arrived`: what `Stepper.run` returns
     arrived: torch.cuda.Event | None
 
-    def wait(self) -> tuple[float, float, bool]:
+    def wait(self) -> _Figures:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm, finite = self.values.tolist()
-        return loss, norm, bool(finite)
+        loss, norm, finite, *others = self.values.tolist()
+        return _Figures(loss, norm, bool(finite), others)
 
 
 def _read_later(step: int, values: Tensor) -> _Reading:
@@ -200,7 +209,8 @@ class Session:
         """Take in the figures of all steps but the newest `keep`. Raises NOT_FINITE."""
         while len(self._pending) > keep:
             reading = self._pending.popleft()
-            loss, norm, finite = reading.wait()
+            figures = reading.wait()
+            loss, finite = figures.loss, figures.finite
             now_s = time.monotonic()
             seconds, self._step_began_s = now_s - self._step_began_s, now_s
             steps, before = self.stepper.steps, self.position
@@ -223,7 +233,7 @@ class Session:
             )
             self._recent.append(_Timed(tokens, seconds, self._flops(reading.step, labels)))
             bind_step(self.position.step)
-            self._report(reading.step, loss, norm, finite, tokens, labels, seconds)
+            self._report(reading.step, figures, tokens, labels, seconds)
 
     def _flops(self, step: int, labels: int) -> int:
         if self.peak_flops is None or self.model_size is None:
@@ -232,10 +242,9 @@ class Session:
         sequences = examples.sequences_of(self.stepper.steps.examples_of(step))
         return step_flops(self.model_size, examples.lengths(sequences), labels)
 
-    def _report(
-        self, step: int, loss: float, norm: float, finite: bool, tokens: int, labels: int, seconds: float
-    ) -> None:
+    def _report(self, step: int, figures: _Figures, tokens: int, labels: int, seconds: float) -> None:
         steps, position = self.stepper.steps, self.position
+        loss, norm, finite, others = figures
         recent_s = max(1e-9, sum(timed.seconds for timed in self._recent))
         speed = sum(timed.tokens for timed in self._recent) / recent_s
         rate = learning_rate(step, self.stepper.hyper)
@@ -267,7 +276,13 @@ class Session:
             self.metrics.gpu_memory_peak.set(memory.peak_bytes)
             self.metrics.gpu_memory_reserved.set(memory.reserved_bytes)
         self.metrics_file.step(
-            position.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=round(seconds, 4)
+            position.step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=tokens,
+            seconds=round(seconds, 4),
+            **dict(zip(self.stepper.method.figures, others, strict=True)),
         )
         now_s = time.monotonic()
         if position.steps_above_start == quality.DIVERGING_STEPS:
@@ -287,6 +302,7 @@ class Session:
         stepper = self.stepper
         measured = held_out_loss(
             stepper.lm,
+            stepper.method,
             self.held_out,
             stepper.budget_tokens,
             stepper.hyper.packing,
@@ -320,7 +336,7 @@ class Session:
         start = self.position.start_row_losses
         if len(start) != len(measured.row_losses):  # resumed from a checkpoint of a release that kept none
             return measured.held_out
-        change = quality.paired_change(start, measured.row_losses, measured.row_labels)
+        change = quality.paired_change(start, measured.row_losses, measured.row_units)
         return measured.held_out.model_copy(update={"change": change.nats, "change_error": change.standard_error})
 
     def _snapshot(self) -> Snapshot:

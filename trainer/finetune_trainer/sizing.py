@@ -12,13 +12,15 @@ from typing import TypeVar
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
-from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, MethodType, PeftSpec, PreprocessingSpec, Schedule
+from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, PreprocessingSpec, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
 from finetune_trainer.data.too_long import LimitSource, SequenceLimit
 from finetune_trainer.memory import kept_bytes, pass_bytes
+from finetune_trainer.methods import method_of
+from finetune_trainer.methods.method import Method
 from finetune_trainer.runplan import Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES
@@ -106,11 +108,11 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
             limit = model.context_length
             raise StageError(Fault.SEQUENCE_LENGTH_TOO_LONG, asked=asked, uri=model.uri[-256:], limit=limit)
         return SequenceLimit(asked, LimitSource.ASKED)
-    cpt = spec.method.type is MethodType.CPT
+    method = method_of(spec.method.type)
     limit = SequenceLimit(model.context_length, LimitSource.CONTEXT)
-    if cpt and limit.tokens > defaults.TEXT_SEQUENCE_LENGTH:
-        limit = SequenceLimit(defaults.TEXT_SEQUENCE_LENGTH, LimitSource.TEXTS)
-    rank = (spec.peft and spec.peft.rank) or (defaults.CPT_LORA_RANKS if cpt else defaults.LORA_RANKS)[-1]
+    if method.longest_tokens is not None and limit.tokens > method.longest_tokens:
+        limit = SequenceLimit(method.longest_tokens, LimitSource.TEXTS)
+    rank = (spec.peft and spec.peft.rank) or method.ranks[-1]
 
     def fits(tokens: int) -> bool:
         if resources.gpus:
@@ -131,12 +133,12 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     packing that would mix up rows.
     """
     choices = Choices()
-    cpt = spec.method.type is MethodType.CPT
+    method = method_of(spec.method.type)
     preprocessing = spec.preprocessing or PreprocessingSpec()
     hyper = spec.hyperparameters or HyperparametersSpec()
-    length = _sequence_length(choices, preprocessing, data, cpt)
-    epochs = _epochs(choices, hyper, data.epoch_rows, cpt)
-    rank, alpha = _adapter(choices, spec.peft, model, _most_learned(hyper, data), cpt)
+    length = _sequence_length(choices, preprocessing, data, method)
+    epochs = _epochs(choices, hyper, data.epoch_rows, method)
+    rank, alpha = _adapter(choices, spec, model, _most_learned(hyper, data))
     pace = _Pace(
         tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
         deadline_s=defaults.given(
@@ -166,12 +168,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     warmup_ratio = choices.pick(
         "hyperparameters.warmupRatio", hyper.warmup_ratio, defaults.WARMUP_RATIO, "usual for LoRA"
     )
-    schedule = choices.pick(
-        "hyperparameters.schedule",
-        hyper.schedule,
-        Schedule(defaults.CPT_SCHEDULE if cpt else defaults.SFT_SCHEDULE),
-        "continued pre-training falls along a cosine" if cpt else "SFT falls linearly to 0",
-    )
+    schedule = choices.pick("hyperparameters.schedule", hyper.schedule, *method.schedule)
     weight_decay = choices.pick(
         "hyperparameters.weightDecay", hyper.weight_decay, defaults.WEIGHT_DECAY, "LoRA needs none"
     )
@@ -233,12 +230,12 @@ def _most_learned(spec: HyperparametersSpec, data: DataFacts) -> int:
     return min(data.label_tokens, round(data.label_tokens * rows / data.rows))
 
 
-def _sequence_length(choices: Choices, spec: PreprocessingSpec, data: DataFacts, cpt: bool) -> int:
+def _sequence_length(choices: Choices, spec: PreprocessingSpec, data: DataFacts, method: Method) -> int:
     reason, limit = "the longest row", data.limit
     if data.too_long_rows:
         above = f"{data.too_long_rows:,} rows above {limit.tokens:,}, {limit.source}, were dropped as too_long"
         reason = f"the longest row kept; {above}"
-    elif cpt and data.longest_row == limit.tokens:
+    elif method.too_long is TooLong.SPLIT and data.longest_row == limit.tokens:
         reason = f"{limit.source}; longer texts are split"
     return choices.pick("preprocessing.maxSequenceLength", spec.max_sequence_length, data.longest_row, reason)
 
@@ -260,17 +257,15 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
     return choices.pick("preprocessing.packing", spec.packing, safe, reason)
 
 
-def _adapter(
-    choices: Choices, peft: PeftSpec | None, model: ModelFacts, label_tokens: int, cpt: bool
-) -> tuple[int, int]:
-    candidates = defaults.CPT_LORA_RANKS if cpt else defaults.LORA_RANKS
+def _adapter(choices: Choices, spec: FineTuneJobSpec, model: ModelFacts, label_tokens: int) -> tuple[int, int]:
+    peft, candidates = spec.peft, method_of(spec.method.type).ranks
     per_rank = model.lora_parameters_per_rank
     rank = next((r for r in candidates if r * per_rank >= label_tokens), candidates[-1])
     reason = f"{rank * per_rank:,} adapter weights for {label_tokens:,} tokens to learn"
     if rank * per_rank < label_tokens:
         reason += "; larger ranks are seldom served"
     elif rank == candidates[0]:
-        reason += f"; {rank} is the least for {'CPT' if cpt else 'SFT'}"
+        reason += f"; {rank} is the least for {spec.method.type}"
     if peft is None:
         choices.pick("peft.type", None, "LoRA", "the adapter this release trains")
     rank = choices.pick("peft.rank", peft.rank if peft else None, rank, reason)
@@ -283,18 +278,12 @@ def _adapter(
     return rank, alpha
 
 
-def _epochs(choices: Choices, spec: HyperparametersSpec, rows: float, cpt: bool) -> float:
+def _epochs(choices: Choices, spec: HyperparametersSpec, rows: float, method: Method) -> float:
     """Passes over the data; with maxSteps only a measure for the batch size."""
-    if cpt:
-        epochs, reason = 1.0, "continued pre-training reads each text once"
-    else:
-        epochs = min(max(3.0, 100 / rows), max(1.0, 25_000 / rows))
-        epochs = round(min(max(epochs, float(defaults.MIN_EPOCHS)), float(defaults.MAX_EPOCHS)), 2)
-        read = f"{round(rows):,} {'row' if rows == 1 else 'rows'}"
-        reason = f"{read}: 3 passes, more for fewer than 34 rows, fewer above 8,333"
+    epochs = method.epochs(rows)
     if spec.max_steps is not None:
-        return epochs
-    return choices.pick("hyperparameters.epochs", spec.epochs, epochs, reason)
+        return epochs.value
+    return choices.pick("hyperparameters.epochs", spec.epochs, *epochs)
 
 
 @dataclass(frozen=True)

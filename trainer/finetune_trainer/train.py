@@ -38,11 +38,11 @@ from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
 from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.methods import method_of
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
-from finetune_trainer.recipes import recipe_of
 from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
@@ -247,7 +247,7 @@ def _begin(
     )
     stepper = Stepper(
         lm,
-        recipe_of(plan.method),
+        method_of(plan.method),
         list(parameters.values()),
         optimizer,
         fetched.examples,
@@ -261,7 +261,7 @@ def _begin(
         adapted,
         parameters,
         fetched.held_out,
-        recipe_of(plan.method).answer_end_ids(plan),
+        method_of(plan.method).answer_end_ids(plan),
         plan.loss_on is LossOn.ALL,
         position,
         checkpointer,
@@ -341,7 +341,7 @@ def _finish(
             raise StageError(Fault.INTERRUPTED, step=step) if session.saved else StageError(Fault.STOPPED)
 
     ctx.reporter.update(activity="Evaluating")
-    stop_ids = recipe_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder, plan))
+    stop_ids = method_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder, plan))
     with closing(LastWords(fetched.model_folder)) as words:
         with adapted.disable_adapter():
             base_answers = answers(lm, words, plan.sample_prompts, stop_ids, beat)

@@ -9,15 +9,10 @@ from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.field_names import shown
-from finetune_trainer.data.kinds import KINDS_OF_METHOD
 from finetune_trainer.data.problems import RefusedError, place
 from finetune_trainer.data.shapes import SHAPES, RowChoices, renamed
+from finetune_trainer.methods import method_of
 
-# The shapes that become a kind which the method takes, in the order of the CRD.
-FORMATS = {
-    method: tuple(each for each in DatasetFormat if any(each in kind.formats for kind in kinds))
-    for method, kinds in KINDS_OF_METHOD.items()
-}
 _ASKED_AT = 0.1  # of the rows with the commonest shape: so many of another are no accident
 _MAX_FOUND = 128
 _MAX_FILE_NAME = 32
@@ -37,8 +32,9 @@ def given_shape(shape: DatasetFormat) -> Detected:
 
 def check_given(given: DatasetFormat | None, method: MethodType, index: int) -> None:
     """Refuse a format in the spec that the method cannot use."""
-    if given is not None and given not in FORMATS[method]:
-        fitting = " or ".join(FORMATS[method])
+    formats = method_of(method).formats
+    if given is not None and given not in formats:
+        fitting = " or ".join(formats)
         raise StageError(
             Fault.CONFIG_UNREADABLE,
             field=f"spec.datasets[{index}].format",
@@ -87,12 +83,14 @@ def fitting(value: object, method: MethodType, choices: RowChoices) -> list[Data
         row = renamed(cast(dict[str, Any], value), choices)
     except RefusedError:
         return []
-    return [each for each in FORMATS[method] if SHAPES[each].fits(row)]
+    return [each for each in method_of(method).formats if SHAPES[each].fits(row)]
 
 
 def _needed(method: MethodType) -> str:
     """Return which fields the shapes need, each under the first of its names."""
-    return ", or ".join(" and ".join(f"`{group[0]}`" for group in SHAPES[each].needs) for each in FORMATS[method])
+    return ", or ".join(
+        " and ".join(f"`{group[0]}`" for group in SHAPES[each].needs) for each in method_of(method).formats
+    )
 
 
 def _wrong(row: tuple[str, int, object], method: MethodType, expected: str) -> StageError:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 import orjson
 import pyarrow as pa
 
-from finetune_api.job import DatasetFormat, MethodType
+from finetune_api.job import DatasetFormat
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Message, Row, Text
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
@@ -166,10 +166,6 @@ TEXT = Kind[Text](
 )
 
 KINDS: dict[type, Kind[Any]] = {Conversation: CHAT, Completion: COMPLETION, Text: TEXT}  # by the class of the row
-KINDS_OF_METHOD: dict[MethodType, tuple[Kind[Any], ...]] = {
-    MethodType.CPT: (TEXT,),
-    MethodType.SFT: (CHAT, COMPLETION),
-}
 
 
 def kind_of(row: Row) -> Kind[Any]:

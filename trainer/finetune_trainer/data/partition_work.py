@@ -22,6 +22,7 @@ from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.stages.chain import chain_of, through
 from finetune_trainer.data.stops import Ends
 from finetune_trainer.data.too_long import LimitSource, SequenceLimit, TooLongRows
+from finetune_trainer.methods import method_of
 
 DECISIONS = "decisions"  # beside the files of the spool
 
@@ -32,7 +33,9 @@ class PartitionWork:
     def __init__(self, rules: Rules, model: Model) -> None:
         self._rules, self._model = rules, model
         self._renderer = None if rules.renderer is None else renderer_of(rules.renderer)
-        self._chain = chain_of(FineTuneJobSpec.model_validate(rules.spec))
+        spec = FineTuneJobSpec.model_validate(rules.spec)
+        self._chain = chain_of(spec)
+        self._examples = method_of(spec.method.type).examples
 
     def close(self) -> None:
         """End the renderer's process; the tokenizer's is the caller's."""
@@ -58,7 +61,9 @@ class PartitionWork:
             limit = SequenceLimit(rules.limit_tokens, LimitSource(rules.limit_source))
             too_long = TooLongRows(TooLong(rules.too_long), limit, 1.0, ledger)
             loss_on = LossOn(rules.loss_on)
-            pipeline = Pipeline(self._model, loss_on, too_long, self._renderer, ledger, bad, spool, Timings())
+            pipeline = Pipeline(
+                self._model, loss_on, too_long, self._renderer, ledger, bad, spool, Timings(), self._examples
+            )
             rows = through(self._chain, _checked(task, ledger, bad), ledger)
             try:
                 for _ in pipeline.run(rows):

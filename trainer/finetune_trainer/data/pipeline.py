@@ -7,7 +7,7 @@ tokenised here, so memory does not grow with the data.
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.examples import TokenRun, Tree, one_segment, tree_of
+from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import Checked
@@ -119,6 +119,7 @@ class Pipeline:
     bad: BadRows
     sink: Sink
     timings: Timings
+    examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what the sequences of a row become, or the pieces of a text
     probe: Probe = field(default_factory=Probe)
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
@@ -308,13 +309,11 @@ class Pipeline:
             self.model.tokenizer.special_words.count(item.row)
             self.probe.take(item.file, item.number, item.row, sequences)
             runs = [TokenRun(part.ids, part.labels) for part in sequences]
-            # The pieces of a text that is split are examples of their own: a step need not read all of a book.
-            examples = [one_segment(*run) for run in runs] if isinstance(item.row, Text) else [tree_of(runs)]
             self.sink.append(
                 item.content_hash,
                 item.file,
                 item.number,
-                examples,
+                self.examples(runs),
                 prompt_tokens=sequences[0].prompt_tokens,
                 weight=item.row.weight,
             )

@@ -23,6 +23,7 @@ from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
 from finetune_trainer.data.unpacking import unpacked
+from finetune_trainer.methods import method_of
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _count_broken(
     for file, row in peeked:
         item = decode_row(row)
         ledger.count(file, item.size_bytes)
-        broken = _check(item.value, detect.FORMATS[method][0], choices)
+        broken = _check(item.value, method_of(method).formats[0], choices)
         assert isinstance(broken, Broken)
         bad.add(file, item.number, "read", broken)
 
@@ -143,7 +144,7 @@ def detect_format(
 ) -> detect.Detected | None:
     """Return the dataset's format; None when no row is an object. Raises WRONG_FORMAT."""
     if not peeked:
-        return detect.given_shape(detect.FORMATS[method][0])  # no rows, so it does not matter
+        return detect.given_shape(method_of(method).formats[0])  # no rows, so it does not matter
     rows = [(file, decode_row(row)) for file, row in peeked]
     if not any(isinstance(item.value, dict) for _, item in rows):
         return None

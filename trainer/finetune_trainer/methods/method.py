@@ -1,0 +1,84 @@
+"""What a training method decides: all that the rest of the trainer asks it, so that nothing asks which one it is.
+
+Prepare reads these values too, so a method's module imports torch for its types alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from finetune_api.job import DatasetFormat, LossOn, MethodSpec, Schedule, TooLong
+from finetune_trainer.data.examples import TokenRun, Tree
+from finetune_trainer.data.kinds import CHAT, Kind
+from finetune_trainer.runplan import Denominator, RunPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune_trainer.inputs import Batch
+    from finetune_trainer.policy import Scores
+    from finetune_trainer.sizing import Choices
+
+T = TypeVar("T")
+
+
+class Default(NamedTuple, Generic[T]):
+    """What stands in for a value that the job leaves open, and why."""
+
+    value: T
+    reason: str
+
+
+class Loss(NamedTuple):
+    """What a pass adds to a step: `sum`, a differentiable fp32 scalar, and beside it the sums that `figures` names."""
+
+    sum: "Tensor"
+    figures: Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method decides about rows, the plan, the step, held-out rows and the card.
+
+    A job's losses are of *units*, which the denominator names. `losses` gives that of each unit of a pass, in order,
+    for held-out rows; `loss` gives their sum, each times its weight, for the step: so both are the same function."""
+
+    # Rows
+    kinds: tuple[Kind[Any], ...]  # that it takes
+    labels: Callable[[MethodSpec], LossOn]  # which tokens of its rows are to be learned
+    choose: Callable[[MethodSpec, "Choices"], None]  # records the options that the spec leaves open
+    examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what a row's sequences, or a text's pieces, become
+    too_long: TooLong  # what becomes of rows that are too long, by default
+    needs_end_token: bool  # whether every row ends with the tokenizer's end token
+
+    # The plan
+    longest_tokens: int | None  # of a sequence, by default; None: as many as the model and the memory allow
+    ranks: tuple[int, ...]  # of the adapter, from which the number of tokens to learn chooses
+    epochs: Callable[[float], Default[float]]  # by the rows that one of them reads
+    schedule: Default[Schedule]
+    denominator: Denominator
+
+    # The step, and held-out rows
+    loss: Callable[["Scores", "Batch"], Loss]
+    losses: Callable[["Scores", "Batch"], "Tensor"]  # (units,) fp32, nats
+    figures: tuple[str, ...] = ()  # of `loss`: what metrics.jsonl tells beside it, each over the step's denominator
+
+    # Answers of the tuned model
+    stop_token_ids: Callable[[RunPlan, list[int]], list[int]]  # that end them; the base model's are given
+    # The tokens whose probability at the end of held-out answers tells whether the model ends them: none where no
+    # answer ends with one, None for a method without answers.
+    answer_end_ids: Callable[[RunPlan], list[int] | None]
+
+    # Words of the card
+    name: str
+    rows_name: str  # what its examples are made of
+
+    @property
+    def formats(self) -> tuple[DatasetFormat, ...]:
+        """The shapes of rows that it takes, in the order of the CRD."""
+        return tuple(each for each in DatasetFormat if any(each in kind.formats for kind in self.kinds))
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether a row may be a conversation, which the chat template renders."""
+        return CHAT in self.kinds
