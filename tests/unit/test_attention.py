@@ -125,6 +125,7 @@ def _alone_and_packed(base: Any, rows: list[Any]) -> tuple[torch.Tensor, torch.T
     """Log-probabilities of the rows' tokens, by the model's own attention one by one, and by ours in one pass."""
     labels = [np.arange(len(row)) > 0 for row in rows]
     scale = _logit_scale(base.config)
+    base.requires_grad_(False)
     own = LanguageModel(base, CPU, packed=False, logit_scale=scale)
     alone = [own.token_logprobs(pack_rows([row], [label], CPU)) for row, label in zip(rows, labels, strict=True)]
     attention.register()
