@@ -188,13 +188,6 @@ class Examples:
         """Return the number of tokens of each flat sequence."""
         return [sum(span.stop - span.start for span, _ in self._path(each.leaf)) for each in sequences]
 
-    def label_counts(self, sequences: Sequence[FlatSequence]) -> list[int]:
-        """Return the number of labels that are learned in each flat sequence."""
-        return [
-            sum(int(self.labels[span].sum()) for span, learned in self._path(each.leaf) if learned)
-            for each in sequences
-        ]
-
     def weights(self, sequences: Sequence[FlatSequence]) -> npt.NDArray[np.float32] | None:
         """Return the weight of each flat sequence's example; None where all are 1, as where there is no column."""
         column = self.columns.get("weight")
