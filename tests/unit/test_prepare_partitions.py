@@ -23,6 +23,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import Progress, RunResources
 from finetune_trainer import kept_partitions, prepare
+from finetune_trainer.commit import Fence
 from finetune_trainer.data import partitions, worker_pool
 from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice
 from finetune_trainer.data.field_names import METADATA
@@ -469,3 +470,27 @@ def test_fields_that_are_passed_over_are_counted_the_same_however_rows_are_cut(t
         run(tmp_path, {}, workers)
         found.append(report_of(tmp_path)["ignored_fields"])
     assert found[0] == found[1] == found[2]
+
+
+def test_a_store_that_is_away_for_a_moment_while_parts_are_kept_ends_no_attempt_but_one_that_is_superseded_does(
+    tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(200)))
+    sized(SMALL)
+    said = iter([Fault.STORAGE_UNAVAILABLE])
+    check = Fence.check
+
+    def away(self: Fence) -> None:
+        if (fault := next(said, None)) is not None:
+            args = {"action": "read", "uri": "u", "tries": 1, "seconds": 1, "problem": "p", "newer": 2, "own": 1}
+            raise StageError(fault, **args)
+        check(self)
+
+    monkeypatch.setattr(Fence, "check", away)
+    run(tmp_path, {}, 1)
+    assert next(said, None) is None
+    assert report_of(tmp_path)["rows_in"] == 200
+    said = iter([Fault.SUPERSEDED])
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, {}, 1)
+    assert caught.value.fault is Fault.SUPERSEDED

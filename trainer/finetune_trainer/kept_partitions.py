@@ -13,6 +13,7 @@ from pathlib import Path
 
 import finetune_api
 from finetune_api.layout import PARTS, join
+from finetune_api.reasons import Fault
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.partition_messages import PartResult, Task
@@ -67,8 +68,8 @@ class KeptPartitions:
         """Upload the part in `out`, as far as the store lets us. Raises SUPERSEDED."""
         if key in self._names:
             return
-        self._fence.check()
-        with best_effort("a finished part is not kept"):
+        with best_effort("a finished part is not kept", (Fault.SUPERSEDED,)):
+            self._fence.check()
             _pack(self._path, out, result)
             self._store.upload(self._path, join(self._folder, key))
             self._names.add(key)

@@ -5,7 +5,7 @@ store has been away for half an hour does the attempt end, and not before one la
 """
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -93,9 +93,13 @@ class Patience:
 
 
 @contextmanager
-def best_effort(what: str) -> Generator[None]:
-    """Log what storage or the disk refuses instead of raising it, for work that no job may end of, such as tidying."""
+def best_effort(what: str, but: Collection[Fault] = ()) -> Generator[None]:
+    """Log what storage or the disk refuses instead of raising it, for work that no job may end of, such as tidying.
+
+    but: faults that are raised all the same."""
     try:
         yield
     except (StageError, PreconditionFailed, OSError) as error:
+        if isinstance(error, StageError) and error.fault in but:
+            raise
         log.warning("%s: %s", what, error)
