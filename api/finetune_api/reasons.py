@@ -166,6 +166,7 @@ class Fault(StrEnum):
     BROKEN_MODEL = "BrokenModel"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     DISK_TOO_SMALL = "DiskTooSmall"
+    PREPARE_TOO_SMALL = "PrepareTooSmall"
     BROKEN_ROW = "BrokenRow"
     BROKEN_FILE = "BrokenFile"
     WRONG_FILE = "WrongFile"
@@ -338,6 +339,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "training needs about {needed_gib} GiB of disk for model, data and checkpoints, but gets {limit_gib} GiB; "
         "raise resources.disk, or free space where finetune run works",
+    ),
+    Fault.PREPARE_TOO_SMALL: FaultText(
+        Reason.CONFIG_INVALID,
+        "preparing the data takes at least {needed_gib} GiB of {what}, but prepare gets {limit_gib} GiB; raise "
+        "{field}, or give finetune run more where it works",
     ),
     Fault.BROKEN_ROW: FaultText(
         Reason.DATA_INVALID,

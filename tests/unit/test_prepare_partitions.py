@@ -1,5 +1,6 @@
 """Prepare in partitions: what comes out is the same, however rows are cut and however many processes work on them."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -24,7 +25,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import Progress, RunResources
 from finetune_trainer import kept_partitions, prepare
 from finetune_trainer.commit import Fence
-from finetune_trainer.data import partitions, worker_pool
+from finetune_trainer.data import disk, partitions, worker_pool
 from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.partition_messages import PartResult
@@ -101,9 +102,9 @@ def run(
         (MIB, 2, 100 * GIB, 4 * MIB),  # never smaller
         (80 * MIB, 2, 100 * GIB, 10 * MIB),  # four for each worker
         (80 * GIB, 2, 100 * GIB, 64 * MIB),  # never larger
-        (80 * GIB, 2, 2 * GIB, 8 * MIB),  # six of them, with what they become, in an eighth of the disk
-        (80 * GIB, 2, 2 * GIB + 100 * MIB, 8 * MIB),
-        (80 * GIB, 16, 2 * GIB, 4 * MIB),
+        (80 * GIB, 2, 4 * GIB, 8 * MIB),  # six of them, with what they become, in an eighth of the disk
+        (80 * GIB, 2, 4 * GIB + 100 * MIB, 8 * MIB),
+        (80 * GIB, 16, 4 * GIB, 4 * MIB),
     ],
 )
 def test_partitions_are_sized_by_the_data_the_workers_and_the_disk(
@@ -134,6 +135,43 @@ def test_a_small_dataset_before_a_large_one_keeps_nobody_from_working(
     used = report_of(tmp_path)["disk_bytes"]
     assert used["partitions"] == partitions.in_flight_bytes(SMALL, 2)
     assert used["most"] >= used["rows"] + used["partitions"]
+
+
+def test_the_disk_that_is_taken_stays_within_what_the_plan_says(
+    tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [chat(f"what is {i} and {i}?", "the answer is " + f"{i} " * (i % 40)) for i in range(900)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(jsonl(words))
+    pq.write_table(pa.Table.from_pylist(chats(300, 100)), tmp_path / "data" / "b.parquet")
+    sized(SMALL)
+    work = tmp_path / "work" / "1"
+    seen: dict[str, list[int]] = {"partitions": [], "all": []}
+    touch, keep = Reporter.touch, kept_partitions.KeptPartitions.keep
+
+    def watched(self: Reporter, *given: Any) -> None:
+        seen["partitions"].append(disk.size_of(work / "partitions") + disk.size_of(work / "part"))
+        seen["all"].append(disk.size_of(work))
+        touch(self, *given)
+
+    def keep_and_watch(self: kept_partitions.KeptPartitions, key: str, out: Path, result: Any) -> None:
+        keep(self, key, out, result)
+        seen["partitions"].append(disk.size_of(work / "partitions") + disk.size_of(work / "part"))
+        seen["all"].append(disk.size_of(work))
+
+    monkeypatch.setattr(Reporter, "touch", watched)
+    monkeypatch.setattr(kept_partitions.KeptPartitions, "keep", keep_and_watch)
+    for workers in (1, 2, 4):
+        for taken in seen.values():
+            taken.clear()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        run(tmp_path, {"datasets": datasets(tmp_path, "a.jsonl", "b.parquet")}, workers)
+        used, bound = report_of(tmp_path)["disk_bytes"], partitions.in_flight_bytes(SMALL, workers)
+        assert used["partitions"] == bound
+        assert bound / 6 < max(seen["partitions"]) <= bound, f"{workers} workers"
+        assert used["most"] / 3 < max(seen["all"]) <= used["most"], f"{workers} workers"
+        assert not list((work / "partitions").iterdir())
 
 
 def four_cores(process: int) -> set[int]:
@@ -494,3 +532,67 @@ def test_a_store_that_is_away_for_a_moment_while_parts_are_kept_ends_no_attempt_
     with pytest.raises(StageError) as caught:
         run(tmp_path, {}, 1)
     assert caught.value.fault is Fault.SUPERSEDED
+
+
+def run_on_disk(folder: Path, disk_bytes: int, memory_bytes: int = 4 * GIB) -> prepare.RunResult:
+    ctx = context(folder, {"method": {"type": "CPT"}})
+    granted = RunResources(cpu_count=1, memory_bytes=memory_bytes, disk_bytes=disk_bytes, gpus=0)
+    return prepare.run(replace(ctx, config=ctx.config.model_copy(update={"prepare_resources": granted})))
+
+
+def test_a_disk_that_cannot_suffice_is_refused_as_soon_as_that_is_sure(tmp_path: Path, sized: Any) -> None:
+    texts = [{"text": f"{i} is a number.\n" * (1 + i % 90)} for i in range(400)]
+    put(tmp_path, a_jsonl=jsonl(texts))
+    sized(SMALL)
+    run_on_disk(tmp_path, 10 * GIB)
+    used = report_of(tmp_path)["disk_bytes"]
+    at_least = used["rows"] + used["arrays"]
+    run_on_disk(tmp_path, used["most"])
+    refused: list[tuple[int, str]] = []
+    for disk_bytes in (used["rows"] // 2, int(at_least * 0.9)):
+        with pytest.raises(StageError) as raised:
+            run_on_disk(tmp_path, disk_bytes)
+        assert raised.value.fault is Fault.PREPARE_TOO_SMALL
+        assert raised.value.args_by_name["field"] == "resources.prepare.disk"
+        words = str(raised.value.args_by_name["what"])
+        refused.append((int(words.split()[-2] if words.endswith("rows") else words.split()[2]), words))
+    (first, _), (last, words) = refused
+    assert 0 < first < 400, "in the middle, while rows are read"
+    assert (last, words) == (400, "disk for 400 rows and their arrays"), "before they are written"
+
+
+def test_a_table_that_is_larger_than_the_disk_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"text": [os.urandom(500).hex() for _ in range(100)]}), tmp_path / "data" / "a.parquet")
+    size_bytes = (tmp_path / "data" / "a.parquet").stat().st_size
+    with pytest.raises(StageError) as raised:
+        run_on_disk(tmp_path, size_bytes - 1)
+    assert raised.value.fault is Fault.PREPARE_TOO_SMALL
+    assert raised.value.args_by_name["what"] == "disk for its largest Parquet file"
+    assert not disk.size_of(tmp_path / "work" / "1" / "spool"), "nothing was read"
+
+
+def test_an_order_that_would_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(TEXTS))
+    with pytest.raises(StageError) as raised:
+        run_on_disk(tmp_path, GIB, memory_bytes=2**28)
+    assert raised.value.fault is Fault.PREPARE_TOO_SMALL
+    assert raised.value.args_by_name["field"] == "resources.prepare.memory"
+
+
+@pytest.mark.parametrize("name", ["use", "hashes", "copy_of", "batches.safetensors"])
+def test_a_disk_that_is_full_when_a_file_is_mapped_is_told_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, a_jsonl=jsonl(TEXTS))
+    reserve = os.posix_fallocate
+
+    def full(file: int, offset: int, size_bytes: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("/" + name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, size_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StageError) as raised:
+        run_on_disk(tmp_path, GIB)
+    assert raised.value.fault is Fault.DISK_FULL

@@ -11,6 +11,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.disk import require_rows_fit
 from finetune_trainer.data.encoders import FAST, Choice, FastDiffersError
 from finetune_trainer.data.partition_messages import PartResult, Task
 from finetune_trainer.data.partition_runner import Done, Job, NoRowsError, Runner
@@ -187,5 +188,7 @@ class Merging:
         self.spool.take(out, partition.first_file)
         if self.kept is not None and known is None:
             self.kept.keep(self._keys.pop(partition.path), out, result)
+        rows, limit_bytes = self.stage.ledger.rows_read, self.stage.resources.disk_bytes
+        require_rows_fit(self.partitions.folder, self.spool.folder, rows, limit_bytes)
         rmtree(out)
         partition.path.unlink()

@@ -31,7 +31,7 @@ from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, Ledger
-from finetune_trainer.data.disk import disk_use
+from finetune_trainer.data.disk import disk_use, require_arrays_fit, require_order_fits
 from finetune_trainer.data.division import Division, divide
 from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.lengths import lengths
@@ -202,6 +202,7 @@ class _Planned:
 def _plan(stage: PrepareStage, division: Division) -> _Planned:
     """Write the splits into the work folder, size the run and plan its batches."""
     ctx, model = stage.ctx, stage.model
+    require_arrays_fit(_spool_dir(stage), division, stage.resources.disk_bytes)
     splits = ["train", "held_out"] if division.held_out else ["train"]
     with stage.timings.of("split"):
         written = {
@@ -210,6 +211,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         }
     examples = {"held_out": np.empty(0, dtype=EXAMPLE)} | {name: each.examples for name, each in written.items()}
     train = open_examples(written["train"].folder)
+    require_order_fits(len(train), stage.resources.memory_bytes)
     mix = _mix(stage, train)
     facts = _data_facts(stage, division, examples, mix)
     sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources)

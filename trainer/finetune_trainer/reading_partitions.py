@@ -10,6 +10,7 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat
 from finetune_trainer.commit import Fence
+from finetune_trainer.data.disk import require_tables_fit
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.partition_messages import PartResult, Rules, Task, rules_of_model
 from finetune_trainer.data.partition_runner import InProcess, NoRowsError, Runner, workers_for
@@ -44,7 +45,8 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
         renderer=found,
     )
     merged = Merged(reading.bad, too_long)
-    resources = ctx.config.prepare_resources or ctx.config.resources
+    resources = stage.resources
+    require_tables_fit(stage.ledger, resources.disk_bytes)
     workers = workers_for(resources.cpu_count, resources.memory_bytes)
     job = JobPartitions(stage, reading.inputs, reading.bad, workers, resources.disk_bytes)
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from finetune_api.job import (
 )
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_api.run import MAX_ARG_CHARS
+from finetune_api.run import MAX_ARG_CHARS, RunResources
 from finetune_trainer import sizing
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Ledger
@@ -73,6 +73,11 @@ class RowsStage:
     def method(self) -> Method:
         """What the job's method decides."""
         return method_of(self.ctx.config.spec.method.type)
+
+    @property
+    def resources(self) -> RunResources:
+        """What this stage has."""
+        return self.ctx.config.prepare_resources or self.ctx.config.resources
 
     @property
     def preprocessing(self) -> PreprocessingSpec:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.data.mapped import reserve
+
 IntArray = npt.NDArray[np.int64]
 _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F64": np.dtype("<f8")}
 READ_BYTES, STEP_BYTES = 8, 4 * 8  # of disk, for every example that is read, and for every step
@@ -58,7 +60,8 @@ def new_steps(path: Path, reads: int, steps: int) -> StepPlan:
     content += b" " * (-len(content) % _LENGTH_BYTES)
     with path.open("wb") as file:
         file.write(len(content).to_bytes(_LENGTH_BYTES, "little") + content)
-        file.truncate(_LENGTH_BYTES + len(content) + end)
+        file.flush()
+        reserve(file, _LENGTH_BYTES + len(content) + end)
     return _mapped(path, "r+")
 
 

@@ -144,6 +144,11 @@ class Ledger:
         self.flush()
         self._decisions.close()
 
+    @property
+    def decisions_bytes(self) -> int:
+        """Return how large decisions.jsonl is, but for its last line."""
+        return self._written_bytes
+
     def drop(
         self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "", *, words: str = ""
     ) -> None:

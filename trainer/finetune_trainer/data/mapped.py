@@ -1,7 +1,8 @@
 """Arrays that lie in files and are mapped, so that the kernel holds of them what there is room for."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,17 @@ def mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def new_mapped(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
-    """Map a new file of so many zeros to write it; what is not written takes no disk."""
+    """Map a new file of so many zeros to write it. Raises OSError where the disk has no room for it."""
+    with path.open("wb") as file:
+        reserve(file, length * dtype.itemsize)
     if not length:
-        path.write_bytes(b"")
         return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="w+", shape=(length,)).view(np.ndarray)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(length,)).view(np.ndarray)
+
+
+def reserve(file: IO[bytes], size_bytes: int) -> None:
+    """Make a file so large, with disk for all of it: writing to what is mapped of a full disk would kill the process.
+
+    Raises OSError."""
+    if size_bytes:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)

@@ -18,7 +18,9 @@ MAX_PARTITION_BYTES = 64 * 2**20
 MAX_PARTITION_ROWS = 100_000  # what a partition's decisions, and the rows that are broken in vain, are bounded by
 AHEAD = 2  # partitions that are cut and wait for a worker
 _PER_WORKER = 4  # partitions of a job, so that the last of them do not leave workers idle for long
-_DISK_RATIO = 3  # of a partition in flight to its rows: these, and the tokens, labels and decisions made of them
+# Of a partition in flight to its rows: these, and 5 bytes a token, of which a byte makes one at most. What a row has in
+# JSON beside its words, and its head in the file, leaves room for the records of rows and what a template adds.
+_DISK_RATIO = 6
 _DISK_SHARE = 8  # of the disk; the rest is for all rows' tokens and arrays
 
 
