@@ -2,18 +2,37 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import orjson
 import pyarrow as pa
 import pytest
 
+from data_run import byte_bpe, context, jsonl, prepare_run, put
 from finetune_api.job import DatasetFormat, MethodType
-from finetune_trainer.data.kinds import CHAT, COMPLETION, KINDS, TEXT, Kind, content_hash, from_arrow, texts, with_texts
+from finetune_trainer.data.kinds import (
+    CHAT,
+    COMPLETION,
+    KINDS,
+    TEXT,
+    Kind,
+    SaidText,
+    Untemplated,
+    content_hash,
+    from_arrow,
+    texts,
+    with_texts,
+)
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Row, Text
+from finetune_trainer.data.shapes import SHAPES, Shape
 from finetune_trainer.data.special_words import SpecialWords
+from finetune_trainer.data.tokens import of_document
 from finetune_trainer.methods import method_of
+from finetune_trainer.shown import Segment, Wanted, show_unrendered
+
+BPE = byte_bpe()
 
 USER: dict[str, Any] = {"role": "user", "content": "Rain in Oslo?"}
 CALLING: dict[str, Any] = {
@@ -127,6 +146,28 @@ VERSE = Kind[Verse](
     columns=pa.schema([("lines", pa.list_(pa.string())), ("weight", pa.float64())]),
     to_columns=lambda row: {"lines": row.lines, "weight": row.weight},
     from_columns=lambda columns: Verse(**columns),
+    said=lambda row: [SaidText("\n".join(row.lines), True)],
+    untemplated=Untemplated(
+        tokens=lambda model, rows, _: [
+            of_document(ids) for ids in model.tokenizer.texts(["\n".join(row.lines) for row in rows])
+        ],
+        cut=lambda tokens, limit, _: of_document(tokens.ids[:limit]),
+    ),
+)
+RENDERED_VERSE = replace(
+    VERSE,
+    untemplated=None,
+    conversation=lambda row: Conversation(
+        [{"role": "user", "content": row.lines[0]}, {"role": "assistant", "content": "\n".join(row.lines[1:])}],
+        (False, True),
+    ),
+)
+OF_VERSES = Shape(
+    needs=(("lines",),),
+    reads=frozenset(("lines", "weight")),
+    to_row=lambda reading: cast(Row, Verse(reading.row["lines"], reading.weight())),
+    meaning="Lines of a verse.",
+    examples=(),
 )
 
 
@@ -155,6 +196,45 @@ def test_a_number_that_a_server_would_not_give_back_is_refused_by_its_place(row:
     assert isinstance(found, Broken)
     assert (found.problem, found.field) == (Problem.OUT_OF_RANGE, field)
     assert "beyond 64 bits" in found.words
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "format_", "begins"),
+    [
+        (VERSE, "CPT", DatasetFormat.TEXT, "Roses 3\nViolets"),
+        (
+            RENDERED_VERSE,
+            "SFT",
+            DatasetFormat.MESSAGES,
+            "<|im_start|>user\nRoses 3<|im_end|>\n<|im_start|>assistant\nViolets",
+        ),
+    ],
+    ids=["tokenised as it is", "rendered"],
+)
+def test_a_job_with_rows_of_a_new_kind_is_prepared_and_shown_by_its_entry_and_shape_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind[Verse],
+    method: str,
+    format_: DatasetFormat,
+    begins: str,
+) -> None:
+    monkeypatch.setitem(KINDS, Verse, kind)
+    monkeypatch.setitem(SHAPES, format_, OF_VERSES)
+    rows = [{"lines": [f"Roses {n}", "Violets"], "weight": n + 1} for n in range(8)]
+    long = {"lines": ["a", *["the quick brown fox"] * 300]}
+    put(tmp_path, a_jsonl=jsonl([*rows, long, {"lines": ["b", "c"], "mood": "sad"}]))
+    spec = {"method": {"type": method}, "preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+    limits = {"maxSequenceLength": 128, "tooLong": "Truncate", "maxTooLongFraction": 1}
+    spec["preprocessing"] |= limits
+    prepared = prepare_run(tmp_path, spec)
+    texts = [BPE.decode(ids, skip_special_tokens=False) for ids, _ in prepared.train]
+    assert any(begins in each for each in texts)
+    assert prepared.report["weights"]["most"] == 8
+    reasons = {each["row"]: each["reason"] for each in prepared.decisions}
+    assert reasons == {9: "too_long", 10: "unknown_field"}
+    ctx = context(tmp_path, spec, attempt=2)
+    assert show_unrendered(ctx, Wanted(1))[0].segments == [Segment("Roses 0\nViolets", True)]
 
 
 def test_a_new_kind_is_served_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,10 +37,10 @@ from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.pipeline import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
+from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
 from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model

@@ -31,10 +31,11 @@ from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
+from finetune_trainer.data.end_token import require_end_token
 from finetune_trainer.data.listing import Inputs, find_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.partition_work import renderer_of
-from finetune_trainer.data.pipeline import Pipeline, Sink, Timings, require_end_token
+from finetune_trainer.data.pipeline import Pipeline, Sink, Timings
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.progress import reading_figures
 from finetune_trainer.data.reading import Checked, Select, checked_rows, every_row

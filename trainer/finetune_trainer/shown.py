@@ -13,9 +13,9 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
+from finetune_trainer.data.kinds import kind_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.reading import DecodedRows, Select
-from finetune_trainer.data.rows import Completion, Conversation, Message, Row
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
@@ -187,31 +187,16 @@ def show_unrendered(ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
         )
         found = {
             (item.file, item.number): [
-                ShownRow(file=ledger.files[item.file].uri, row=item.number, segments=_messages(item.row))
+                ShownRow(
+                    file=ledger.files[item.file].uri,
+                    row=item.number,
+                    segments=[Segment(*each) for each in kind_of(item.row).said(item.row)],
+                )
             ]
             for dataset in rows
             for item in dataset
         }
     return _with_decisions(ctx, ledger, found)
-
-
-def _messages(row: Row) -> list[Segment]:
-    if isinstance(row, Conversation):
-        pairs = zip(row.messages, row.learned, strict=True)
-        return [Segment(_message(message), learned) for message, learned in pairs]
-    if isinstance(row, Completion):
-        return [Segment(row.prompt, False), Segment(row.completion, True)]
-    return [Segment(row.text, True)]
-
-
-def _message(message: Message) -> str:
-    """Return a message as lines, each part after its name; what is no text as JSON."""
-    content = message.get("content")
-    lines = [f"{message['role']}: {'' if content is None else content}\n"]
-    for name, value in message.items():
-        if name not in ("role", "content"):
-            lines.append(f"{name}: {value if isinstance(value, str) else orjson.dumps(value).decode()}\n")
-    return "".join(lines)
 
 
 def _with_decisions(ctx: StageContext, ledger: Ledger, rows: dict[tuple[int, int], list[ShownRow]]) -> list[ShownRow]:

@@ -1,21 +1,27 @@
-"""The kinds of rows, each in one place: which fields are text, what equal rows have in common, its Arrow columns.
+"""The kinds of rows, each in one place: its texts, what equal rows have in common, Arrow columns, how it is tokenised.
 
-Whatever looks at rows of any kind asks here, and never which kind it is. A new kind is a class of rows, a function
-that reads one (`shapes`), and an entry of KINDS; CONTRIBUTING.md says what else.
+Whatever looks at rows of any kind asks here, and never which kind it is. A new kind is a class of rows, a shape that
+becomes it (`shapes`), and an entry of KINDS; CONTRIBUTING.md says what else.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import orjson
 import pyarrow as pa
 
 from finetune_api.job import DatasetFormat
+from finetune_trainer.data.end_token import require_end_token, require_stop_at_end_token
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Message, Row, Text
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
+from finetune_trainer.data.tokens import Breaks, Tokens, of_document, split
+from finetune_trainer.data.too_long import without_beginning
+
+if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
+    from finetune_trainer.data.model_facts import Model
 
 _NAME = b"kind"  # in the metadata of a schema
 _PLAIN_MESSAGE = ["role", "content"]
@@ -26,13 +32,45 @@ ArrowBatch = Any
 R = TypeVar("R")
 
 
+class SaidText(NamedTuple):
+    """A part of a row for people to read, and whether it is learned."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untemplated(Generic[R]):
+    """How rows become tokens that no chat template renders.
+
+    tokens: of rows, of which everything is learned where the last argument says so; cut: a row's tokens cut to a limit,
+    those that the tokenizer begins every text with being kept, None where they cannot be; pieces: a row's tokens as
+    examples of their own within a limit, None where no row may become several."""
+
+    tokens: Callable[["Model", Sequence[R], bool], list[Tokens]]
+    cut: Callable[[Tokens, int, int], Tokens | None]
+    pieces: Callable[[Tokens, int, Breaks], list[Tokens]] | None = None
+
+
+def _no_fields(_: Any) -> Mapping[str, Any]:
+    return {}
+
+
+def _no_texts(_: Any) -> Sequence[str]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind(Generic[R]):
     """What is to be known of a kind of rows.
 
     texts: what its writer wrote, by the path of the field; with_texts: the row with some of that replaced.
     content: what rows that say the same have in common, as JSON or bytes. has_answer: whether any of it is to be
-    learned. to_columns, from_columns: the row as values of `columns`, and back."""
+    learned. to_columns, from_columns: the row as values of `columns`, and back.
+
+    said: all of it for people. conversation: what the chat template renders of it; a kind without is `untemplated`.
+    only_fields: what a row may have in its file, where that is less than its shape reads. nested: its fields that are
+    any JSON. contents: texts that a field beside may say again."""
 
     name: str
     formats: frozenset[DatasetFormat]  # the shapes that become it
@@ -43,6 +81,15 @@ class Kind(Generic[R]):
     columns: ArrowSchema
     to_columns: Callable[[R], dict[str, Any]]
     from_columns: Callable[[Mapping[str, Any]], R]
+    said: Callable[[R], list[SaidText]]
+    conversation: Callable[[R], Conversation] | None = None
+    untemplated: Untemplated[R] | None = None
+    only_fields: frozenset[str] | None = None
+    nested: Callable[[R], Mapping[str, Any]] = _no_fields
+    contents: Callable[[R], Sequence[str]] = _no_texts
+
+    def __post_init__(self) -> None:
+        assert (self.conversation is None) != (self.untemplated is None), "it is rendered, or it is not"
 
     @property
     def schema(self) -> ArrowSchema:
@@ -120,6 +167,34 @@ def _message_of_columns(columns: Mapping[str, Any]) -> Message:
     return fields | {name: each for name, each in said.items() if name in fields}
 
 
+def _said_by_messages(row: Conversation) -> list[SaidText]:
+    return [SaidText(_lines(message), learned) for message, learned in zip(row.messages, row.learned, strict=True)]
+
+
+def _lines(message: Message) -> str:
+    """Return a message as lines, each part after its name; what is no text as JSON."""
+    content = message.get("content")
+    lines = [f"{message['role']}: {'' if content is None else content}\n"]
+    for name, value in message.items():
+        if name not in ("role", "content"):
+            lines.append(f"{name}: {value if isinstance(value, str) else orjson.dumps(value).decode()}\n")
+    return "".join(lines)
+
+
+def _tokens_of_completions(model: "Model", rows: Sequence[Completion], learn_all: bool) -> list[Tokens]:
+    require_end_token(model)
+    require_stop_at_end_token(model)
+    return model.tokenizer.completions(rows, learn_all)
+
+
+def _tokens_of_texts(model: "Model", rows: Sequence[Text], _: bool) -> list[Tokens]:
+    return [of_document(ids) for ids in model.tokenizer.texts([row.text for row in rows])]
+
+
+def _pieces_of_text(tokens: Tokens, limit: int, breaks: Breaks) -> list[Tokens]:
+    return [of_document(piece) for piece in split(tokens.ids, limit, breaks)]
+
+
 CHAT = Kind[Conversation](
     name="chat",
     formats=frozenset(each for each in DatasetFormat if each is not DatasetFormat.TEXT),
@@ -141,6 +216,10 @@ CHAT = Kind[Conversation](
     ),
     to_columns=_chat_columns,
     from_columns=_chat_of_columns,
+    said=_said_by_messages,
+    conversation=lambda row: row,
+    nested=lambda row: {"messages": row.messages, "tools": row.tools, "chat_template_kwargs": row.template_kwargs},
+    contents=lambda row: [each.get("content") or "" for each in row.messages],
 )
 COMPLETION = Kind[Completion](
     name="completion",
@@ -152,6 +231,9 @@ COMPLETION = Kind[Completion](
     columns=pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("weight", pa.float64())]),
     to_columns=lambda row: {"prompt": row.prompt, "completion": row.completion, "weight": row.weight},
     from_columns=lambda columns: Completion(**columns),
+    said=lambda row: [SaidText(row.prompt, False), SaidText(row.completion, True)],
+    untemplated=Untemplated(tokens=_tokens_of_completions, cut=without_beginning),
+    only_fields=frozenset(("prompt", "completion", "weight")),
 )
 TEXT = Kind[Text](
     name="text",
@@ -163,6 +245,12 @@ TEXT = Kind[Text](
     columns=pa.schema([("text", pa.string()), ("weight", pa.float64())]),
     to_columns=lambda row: {"text": row.text, "weight": row.weight},
     from_columns=lambda columns: Text(**columns),
+    said=lambda row: [SaidText(row.text, True)],
+    untemplated=Untemplated(
+        tokens=_tokens_of_texts,
+        cut=lambda tokens, limit, _: of_document(tokens.ids[:limit]),
+        pieces=_pieces_of_text,
+    ),
 )
 
 KINDS: dict[type, Kind[Any]] = {Conversation: CHAT, Completion: COMPLETION, Text: TEXT}  # by the class of the row
@@ -171,6 +259,17 @@ KINDS: dict[type, Kind[Any]] = {Conversation: CHAT, Completion: COMPLETION, Text
 def kind_of(row: Row) -> Kind[Any]:
     """Return the kind of a row."""
     return KINDS[type(row)]
+
+
+def conversation_of(row: Row) -> Conversation | None:
+    """Return what the chat template renders of a row; None where it renders nothing."""
+    conversation = kind_of(row).conversation
+    return None if conversation is None else conversation(row)
+
+
+def is_rendered(row: Row) -> bool:
+    """Whether a chat template renders the row."""
+    return kind_of(row).conversation is not None
 
 
 def texts(row: Row) -> dict[str, str]:
@@ -206,15 +305,11 @@ def content_hash(row: Row) -> bytes | Broken:
         if large is not None:
             detail = "a whole number beyond 64 bits, which a server would not give back; write it as a text"
             return Broken(Problem.OUT_OF_RANGE, large, detail)
-        # Only Parquet can hold such values, in fields of a message that are no part of its words.
-        return Broken(Problem.WRONG_TYPE, "messages", "holds a value that is not JSON")
+        return Broken(Problem.WRONG_TYPE, detail="holds a value that JSON has not; write it as a text")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _beyond_64_bits(row: Row) -> str | None:
     """Return the path of a whole number that is too large for what reads and writes JSON here."""
-    if not isinstance(row, Conversation):
-        return None
-    parts = {"messages": row.messages, "tools": row.tools, "chat_template_kwargs": row.template_kwargs}
-    numbers = (each for name, value in parts.items() for each in whole_numbers_in(value, name))
+    numbers = (each for name, value in kind_of(row).nested(row).items() for each in whole_numbers_in(value, name))
     return next((path for path, number in numbers if not -(2**63) <= number < 2**64), None)

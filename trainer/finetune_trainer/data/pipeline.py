@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from finetune_api.errors import StageError
 from finetune_api.job import LossOn, TooLong
 from finetune_api.reasons import Fault
@@ -23,44 +20,22 @@ from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree
+from finetune_trainer.data.kinds import conversation_of, is_rendered, kind_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
-from finetune_trainer.data.rows import Completion, Conversation, Text
+from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.same_ids import Probe
-from finetune_trainer.data.taught import Taught, changes_of, named, refused, stop_is_split
+from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
-from finetune_trainer.data.tokens import Tokens, all_end_in, split
-from finetune_trainer.data.too_long import TooLongRows, from_turn, turns, without_beginning
+from finetune_trainer.data.tokens import Tokens, all_end_in
+from finetune_trainer.data.too_long import TooLongRows, from_turn, turns
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
-TEXT_PROMPT_TOKENS = 32
 
 Batch = list[Checked]
-
-
-def require_end_token(model: Model) -> None:
-    """Raises BROKEN_MODEL when the tokenizer has no token to end a text with."""
-    if model.tokenizer.eos_id is None:
-        raise StageError(
-            Fault.BROKEN_MODEL,
-            uri=place(model.facts.uri),
-            problem="its tokenizer names no eos_token, which must end every text",
-        )
-
-
-def require_stop_at_end_token(model: Model) -> None:
-    """Raises END_TOKEN_NO_STOP when the model does not stop at the token that ends its completions."""
-    eos_id = model.tokenizer.eos_id
-    if eos_id is not None and eos_id not in model.stop_ids:
-        raise StageError(
-            Fault.END_TOKEN_NO_STOP,
-            uri=place(model.facts.uri),
-            end=shortened(model.tokenizer.decode([eos_id]), 64),
-            stops=named(model.stops),
-        )
 
 
 @dataclass
@@ -159,7 +134,7 @@ class Pipeline:
 
     def _render(self, batch: Batch) -> list[Rendered | Broken]:
         """The first of the batch's conversations as text, in order. Runs in the pool's thread."""
-        conversations = [item.row for item in batch if isinstance(item.row, Conversation)]
+        conversations = [row for item in batch if (row := conversation_of(item.row)) is not None]
         if not conversations:
             return []
         if self.renderer is None:
@@ -189,7 +164,7 @@ class Pipeline:
         except TemplateInvalidError as error:
             if error.row is None:
                 raise self._template_invalid(str(error)) from error
-            conversations = [item for item in batch if isinstance(item.row, Conversation)]
+            conversations = [item for item in batch if is_rendered(item.row)]
             raise self._template_failed(conversations[error.row], str(error)) from error
 
     def _tokenised(
@@ -207,7 +182,8 @@ class Pipeline:
         tokenizer = self.model.tokenizer
         learn_all = self.loss_on is LossOn.ALL
         by_row: dict[int, list[Tokens]] = {}
-        conversations = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
+        rows = ((index, conversation_of(item.row)) for index, item in enumerate(batch))
+        conversations = {index: row for index, row in rows if row is not None}
         texts: list[RenderedSequence] = []
         places: list[int] = []
         for index, result in zip(conversations, rendered, strict=True):
@@ -223,42 +199,43 @@ class Pipeline:
             if isinstance(result, Rendered):
                 if not learn_all and not all_end_in(by_row[index], self.model.stop_ids):
                     del by_row[index]
-                    self._broken(batch[index], stop_is_split(batch[index].row))
+                    self._broken(batch[index], stop_is_split(conversations[index]))
                     continue
                 self.taught.add(result.notes, [len(each.ids) for each in by_row[index]])
                 for reason, detail in changes_of(result.notes):
                     self.ledger.decide(batch[index].file, batch[index].number, "render", Action.CHANGE, reason, detail)
-        completions = [(index, item.row) for index, item in enumerate(batch) if isinstance(item.row, Completion)]
-        if completions:
-            require_end_token(self.model)
-            require_stop_at_end_token(self.model)
-        tokens = tokenizer.completions([row for _, row in completions], learn_all)
-        by_row.update((index, [row]) for (index, _), row in zip(completions, tokens, strict=True))
-        documents = [(index, item.row.text) for index, item in enumerate(batch) if isinstance(item.row, Text)]
-        for (index, _), ids in zip(documents, tokenizer.texts([text for _, text in documents]), strict=True):
-            by_row[index] = [_text_tokens(ids)]
+        by_row.update(self._untemplated(batch, learn_all))
         return [(batch[index], by_row[index]) for index in sorted(by_row)]
+
+    def _untemplated(self, batch: Batch, learn_all: bool) -> Iterator[tuple[int, list[Tokens]]]:
+        """Yield the tokens of the rows that no template renders, each with its place in the batch."""
+        places: defaultdict[type, list[int]] = defaultdict(list)
+        for index, item in enumerate(batch):
+            places[type(item.row)].append(index)
+        for of_kind in places.values():
+            untemplated = kind_of(batch[of_kind[0]].row).untemplated
+            if untemplated is not None:
+                tokens = untemplated.tokens(self.model, [batch[index].row for index in of_kind], learn_all)
+                yield from ((index, [each]) for index, each in zip(of_kind, tokens, strict=True))
 
     def _shortened(
         self, pool: ThreadPoolExecutor, item: Checked, sequences: list[Tokens]
     ) -> tuple[Checked, list[Tokens]]:
         """Make a row that is too long shorter, as far as the job's choice allows; else it stays as long as it is."""
-        limit, policy, row = self.too_long.limit.tokens, self.too_long.policy, item.row
+        limit, policy, kind = self.too_long.limit.tokens, self.too_long.policy, kind_of(item.row)
         tokens = _longest(sequences)
         if tokens <= limit:
             return item, sequences
-        if isinstance(row, Text) and policy is TooLong.SPLIT:
-            pieces = split(sequences[0].ids, limit, self.model.tokenizer.breaks)
+        tokenizer, untemplated = self.model.tokenizer, kind.untemplated
+        if policy is TooLong.SPLIT and untemplated is not None and untemplated.pieces is not None:
+            pieces = untemplated.pieces(sequences[0], limit, tokenizer.breaks)
             self.too_long.split(item.file, item.number, len(pieces))
-            return item, [_text_tokens(piece) for piece in pieces]
+            return item, pieces
         if policy is not TooLong.TRUNCATE:
             return item, sequences
-        if isinstance(row, Conversation):
-            return self._from_later_turn(pool, item, row) or (item, sequences)
-        if isinstance(row, Text):
-            shorter = _text_tokens(sequences[0].ids[:limit])
-        else:
-            shorter = without_beginning(sequences[0], limit, len(self.model.tokenizer.prefix_ids))
+        if kind.conversation is not None:
+            return self._from_later_turn(pool, item, kind.conversation(item.row)) or (item, sequences)
+        shorter = untemplated and untemplated.cut(sequences[0], limit, len(tokenizer.prefix_ids))
         if shorter is None:
             return item, sequences
         self.too_long.changed(item.file, item.number, f"{limit} of {tokens} tokens are kept")
@@ -358,7 +335,7 @@ class _UntilEnd(Iterator[Checked]):
 
 def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:
     """Return the rows before the first conversation that is not among the first `conversations`, and the others."""
-    places = [index for index, item in enumerate(batch) if isinstance(item.row, Conversation)]
+    places = [index for index, item in enumerate(batch) if is_rendered(item.row)]
     cut = places[conversations] if conversations < len(places) else len(batch)
     return batch[:cut], batch[cut:]
 
@@ -366,10 +343,3 @@ def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:
 def _longest(sequences: list[Tokens]) -> int:
     """Return the tokens of the longest of a row's sequences."""
     return max(len(part.ids) for part in sequences)
-
-
-def _text_tokens(ids: npt.NDArray[np.uint32]) -> Tokens:
-    """A piece of a document: every token but the first is learned."""
-    labels = np.ones(len(ids), dtype=np.uint8)
-    labels[:1] = 0
-    return Tokens(ids, labels, min(TEXT_PROMPT_TOKENS, len(ids)))

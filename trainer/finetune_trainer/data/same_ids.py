@@ -19,8 +19,9 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data import child
+from finetune_trainer.data.kinds import conversation_of
 from finetune_trainer.data.renderer import request_of
-from finetune_trainer.data.rows import Conversation, Row
+from finetune_trainer.data.rows import Row
 from finetune_trainer.data.tokens import Tokens
 
 MAX_ROWS = 32  # and a long one
@@ -95,9 +96,10 @@ class Probe:
 
     def take(self, file: int, number: int, row: Row, sequences: Sequence[Tokens]) -> None:
         """Keep a row, if it is a conversation and there is room for it."""
-        if isinstance(row, Conversation) and self._has_room(sum(len(each.ids) for each in sequences)):
+        conversation = conversation_of(row)
+        if conversation is not None and self._has_room(sum(len(each.ids) for each in sequences)):
             ids = [each.ids.tolist() for each in sequences]
-            self.add(ProbedRow(file, number, request_of(row).decode(), ids))
+            self.add(ProbedRow(file, number, request_of(conversation).decode(), ids))
 
     def add(self, row: ProbedRow) -> None:
         """Keep a row, if there is room for it."""

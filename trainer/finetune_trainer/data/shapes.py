@@ -24,6 +24,7 @@ from finetune_trainer.data.field_names import (
     says_nothing,
     shown,
 )
+from finetune_trainer.data.kinds import kind_of
 from finetune_trainer.data.messages import MessageReader, Said, refuse_unknown, text
 from finetune_trainer.data.order import Ordered
 from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
@@ -322,7 +323,6 @@ SHAPES: dict[DatasetFormat, Shape] = {
         examples=('{"text": "Oslo is the capital of Norway."}',),
     ),
 }
-_ONLY_TEXT = frozenset(("prompt", "completion", "weight"))  # what a completion may have
 
 
 def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> Found | Broken:
@@ -337,7 +337,7 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
     try:
         reading = _Reading(row, choices)
         found = shape.to_row(reading)
-        passed_over = _passed_over(row, _ONLY_TEXT if isinstance(found, Completion) else shape.reads, found)
+        passed_over = _passed_over(row, kind_of(found).only_fields or shape.reads, found)
     except RefusedError as refused:
         return _of_another_shape(row, shape_name, choices) or _in_their_names(refused.broken, choices)
     passed_over |= {shown(name) for name in cast(dict[str, Any], value) if name in choices.ignored}
@@ -383,8 +383,8 @@ def _passed_over(row: Mapping[str, Any], reads: frozenset[str], found: Row) -> s
     A text that is a message too, as the `prompt` that some datasets have beside their messages, says nothing more."""
     others = [name for name, each in row.items() if name not in reads and not says_nothing(each)]
     unknown = [name for name in others if not is_fact(name, row[name])]
-    if unknown and isinstance(found, Conversation):
-        said = {each.get("content", "").strip() for each in found.messages}
+    if unknown:
+        said = {each.strip() for each in kind_of(found).contents(found)}
         unknown = [name for name in unknown if not isinstance(row[name], str) or row[name].strip() not in said]
     refuse_unknown(unknown)
     return {shown(name) for name in others}

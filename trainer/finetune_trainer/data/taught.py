@@ -11,7 +11,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.containment import Part
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.rows import Conversation, Row
+from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.sequences import Note
 from finetune_trainer.runplan import ANSWERS_FIELD
 
@@ -137,9 +137,8 @@ def changes_of(notes: Collection[str]) -> Iterator[tuple[str, str]]:
         yield (Problem.VANISHES, note) if note in _PARTS else (note, "")
 
 
-def stop_is_split(row: Row) -> Broken:
+def stop_is_split(row: Conversation) -> Broken:
     """Return what is wrong with a conversation whose answers end in the text of a stop token alone."""
-    assert isinstance(row, Conversation)
     last = max(index for index, learned in enumerate(row.learned) if learned)
     return Broken(Problem.STOP_TOKEN_SPLIT, f"messages[{last}]")
 

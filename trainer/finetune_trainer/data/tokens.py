@@ -25,12 +25,23 @@ _STOP_WINDOW = 256  # characters at an answer's end in which its stop token is l
 _NEWLINES = ("Ċ", "\n", "<0x0A>")  # a newline in byte-level, plain and byte-fallback vocabularies
 
 
+Breaks = npt.NDArray[np.bool_]  # by token: whether a text may be split after it
+TEXT_PROMPT_TOKENS = 32  # of a document: what a sample of it begins with
+
+
 class Tokens(NamedTuple):
     """One row: ids uint32 (n,), labels uint8 (n,), and how many tokens come before its first answer."""
 
     ids: npt.NDArray[np.uint32]
     labels: npt.NDArray[np.uint8]
     prompt_tokens: int
+
+
+def of_document(ids: npt.NDArray[np.uint32]) -> Tokens:
+    """Return a document, or a piece of one: every token but the first is learned."""
+    labels = np.ones(len(ids), dtype=np.uint8)
+    labels[:1] = 0
+    return Tokens(ids, labels, min(TEXT_PROMPT_TOKENS, len(ids)))
 
 
 def all_end_in(sequences: Sequence[Tokens], stop_ids: Collection[int]) -> bool:
