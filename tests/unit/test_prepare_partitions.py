@@ -28,7 +28,7 @@ from finetune_trainer.commit import Fence
 from finetune_trainer.data import disk, partitions, worker_pool
 from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice
 from finetune_trainer.data.field_names import METADATA
-from finetune_trainer.data.partition_messages import PartResult
+from finetune_trainer.data.partition_messages import PartitionResult
 from finetune_trainer.serve import Reporter
 
 BROKEN = b"not json\n" + jsonl([{"messages": [{"role": "user", "content": "no answer"}]}])
@@ -387,16 +387,16 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(workers: int, tmp_path: P
     run(tmp_path, STARTED, 2, attempt=2)
     report = report_of(tmp_path)
     assert 0 < report["kept_rows"] < report["rows_in"]
-    assert left(tmp_path) == whole, "and its parts are gone"
+    assert left(tmp_path) == whole, "and its partitions are gone"
 
 
 def stay(_: kept_partitions.KeptPartitions) -> None:
-    """Leave the parts where they are, as a store may that does not delete them."""
+    """Leave finished partitions where they are, as a store may that does not delete them."""
 
 
 def made(folder: Path) -> dict[str, str]:
-    """Return what is left, but for the parts, which tell of the time that they took."""
-    return {name: digest for name, digest in left(folder).items() if not name.startswith("parts/")}
+    """Return what is left, but for the partitions, which tell of the time that they took."""
+    return {name: digest for name, digest in left(folder).items() if not name.startswith("partitions/")}
 
 
 BORN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -473,7 +473,7 @@ def test_rows_are_read_again_where_one_process_takes_the_library_that_another_ha
 
     def chosen(self: Any, frame: bytes | None) -> Any:
         found = answer(self, frame)
-        if isinstance(found, PartResult):
+        if isinstance(found, PartitionResult):
             found.choice = next(said, found.choice)
         return found
 

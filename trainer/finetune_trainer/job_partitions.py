@@ -24,7 +24,7 @@ from finetune_trainer.data.reading import (
 )
 from finetune_trainer.reading_steps import PrepareStage, dataset_choices
 
-FEW = 2  # partitions for which more than one process, and keeping parts, may pay
+FEW = 2  # partitions for which more than one process, and keeping them finished, may pay
 
 
 class JobPartitions:
@@ -68,7 +68,7 @@ class JobPartitions:
         choices = self._choices[partition.dataset]
         return Task(
             rows=str(partition.path),
-            out=str(partition.path.with_suffix(".part")),
+            out=str(partition.path.with_suffix(".out")),
             files=[each.uri for each in files],
             tables=[each.is_table for each in files],
             data_format=self._stage.formats[partition.dataset],

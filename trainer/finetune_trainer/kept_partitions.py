@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import finetune_api
-from finetune_api.layout import PARTS, join
+from finetune_api.layout import PARTITIONS, join
 from finetune_api.reasons import Fault
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.partition_messages import PartResult, Task
+from finetune_trainer.data.partition_messages import PartitionResult, Task
 from finetune_trainer.data.partition_work import DECISIONS
 from finetune_trainer.data.partitions import Partition
 from finetune_trainer.data.spool import FILES
@@ -40,49 +40,49 @@ def code_digest() -> str:
 
 
 class KeptPartitions:
-    """The parts in one run's folder. rules: what is the same for all partitions."""
+    """The finished partitions in one run's folder. rules: what is the same for all partitions."""
 
     def __init__(self, store: Store, run_uri: str, fence: Fence, rules: bytes, work_dir: Path) -> None:
-        self._store, self._fence, self._folder = store, fence, join(run_uri, PARTS)
+        self._store, self._fence, self._folder = store, fence, join(run_uri, PARTITIONS)
         self._rules = hashlib.sha256(rules + code_digest().encode()).hexdigest()
-        self._path = work_dir / "part"
+        self._path = work_dir / "partition"
         self._names: set[str] = set()
-        with best_effort("parts of an earlier attempt are not looked for"):
+        with best_effort("partitions of an earlier attempt are not looked for"):
             self._names = {info.uri.rpartition("/")[2] for info in store.list(self._folder + "/", _MAX_LISTED)}
 
     def key(self, partition: Partition, task: Task) -> str:
-        """Return the name of a partition's part."""
+        """Return the name of a partition that is finished."""
         told = {**asdict(task), "rows": partition.sha256, "out": "", "with": self._rules}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-    def find(self, key: str, out: Path) -> PartResult | None:
-        """Return a partition's result, its part being put into `out`; None where it is not there."""
+    def find(self, key: str, out: Path) -> PartitionResult | None:
+        """Return a partition's result, its files being put into `out`; None where it is not there."""
         if key not in self._names:
             return None
-        with best_effort("a part of an earlier attempt is not read"):
+        with best_effort("a partition of an earlier attempt is not read"):
             self._store.download(join(self._folder, key), self._path)
             return _unpacked(self._path, out)
         return None
 
-    def keep(self, key: str, out: Path, result: PartResult) -> None:
-        """Upload the part in `out`, as far as the store lets us. Raises SUPERSEDED."""
+    def keep(self, key: str, out: Path, result: PartitionResult) -> None:
+        """Upload the finished partition in `out`, as far as the store lets us. Raises SUPERSEDED."""
         if key in self._names:
             return
-        with best_effort("a finished part is not kept", (Fault.SUPERSEDED,)):
+        with best_effort("a finished partition is not kept", (Fault.SUPERSEDED,)):
             self._fence.check()
             _pack(self._path, out, result)
             self._store.upload(self._path, join(self._folder, key))
             self._names.add(key)
 
     def tidy(self) -> None:
-        """Remove all parts; no job ends of one that stays."""
+        """Remove all of them; no job ends of one that stays."""
         for name in sorted(self._names):
-            with best_effort("a part that is not needed any more stays"):
+            with best_effort("a partition that is not needed any more stays"):
                 self._store.delete(join(self._folder, name))
         self._names.clear()
 
 
-def _pack(path: Path, out: Path, result: PartResult) -> None:
+def _pack(path: Path, out: Path, result: PartitionResult) -> None:
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         for frame in [result.to_json(), *((out / name).read_bytes() for name in _names())]:
@@ -91,7 +91,7 @@ def _pack(path: Path, out: Path, result: PartResult) -> None:
         write_frame(stream, digest.digest())
 
 
-def _unpacked(path: Path, out: Path) -> PartResult | None:
+def _unpacked(path: Path, out: Path) -> PartitionResult | None:
     """Return what was packed; None where the file is not whole."""
     digest = hashlib.sha256()
     out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _unpacked(path: Path, out: Path) -> PartResult | None:
             (out / name).write_bytes(body)
         if read_frame(stream, _MAX_FRAME_BYTES) != digest.digest():
             return None
-    return PartResult.from_json(head)
+    return PartitionResult.from_json(head)
 
 
 def _names() -> Iterator[str]:

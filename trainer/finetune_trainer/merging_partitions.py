@@ -13,7 +13,7 @@ from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.disk import require_rows_fit
 from finetune_trainer.data.encoders import FAST, Choice, FastDiffersError
-from finetune_trainer.data.partition_messages import PartResult, Task
+from finetune_trainer.data.partition_messages import PartitionResult, Task
 from finetune_trainer.data.partition_runner import Done, Job, NoRowsError, Runner
 from finetune_trainer.data.partition_work import DECISIONS
 from finetune_trainer.data.partitions import Partition
@@ -44,7 +44,7 @@ class Merged:
     rendered: bool = False
     killed: int = 0  # rows that the template's process died of
 
-    def add(self, result: PartResult, first_file: int) -> None:
+    def add(self, result: PartitionResult, first_file: int) -> None:
         """Add a partition's, before its rows are added to the ledger. first_file: what its file 0 is of the job's.
 
         Raises FastDiffersError where one process takes the faster library that another has found to be wrong."""
@@ -75,7 +75,7 @@ class Merging:
     partitions: JobPartitions
     merged: Merged
     runner: Runner
-    again: Callable[[Task], PartResult]
+    again: Callable[[Task], PartitionResult]
     kept: KeptPartitions | None
     _ahead: deque[Partition] = field(default_factory=deque[Partition])  # cut and not merged
     _keys: dict[Path, str] = field(default_factory=dict[Path, str])
@@ -173,7 +173,7 @@ class Merging:
         found = RowPlace(file + partition.first_file, number)
         return next(read for read, (where, _) in enumerate(self.partitions.sizes_of(partition), 1) if where == found)
 
-    def _require_living(self, result: PartResult, first_file: int) -> None:
+    def _require_living(self, result: PartitionResult, first_file: int) -> None:
         """Raise TEMPLATE_FAILED where the template's process died of more rows than it may, over all partitions."""
         before, self.merged.killed = self.merged.killed, self.merged.killed + len(result.killed)
         if self.merged.killed > MAX_KILLED:
@@ -182,7 +182,7 @@ class Merging:
             raise template_failed(self.stage.model, self.stage.ledger.files[first_file + file].uri, number, problem)
 
     def _store(self, done: Done) -> None:
-        """Put a partition's rows into the spool, keep its part for another attempt, and free the disk."""
+        """Put a partition's rows into the spool, keep it finished for another attempt, and free the disk."""
         (partition, task, known), result = done
         out = Path(task.out)
         self.spool.take(out, partition.first_file)

@@ -12,7 +12,7 @@ from finetune_api.job import DatasetFormat
 from finetune_trainer.commit import Fence
 from finetune_trainer.data.disk import require_tables_fit
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.partition_messages import PartResult, Rules, Task, rules_of_model
+from finetune_trainer.data.partition_messages import PartitionResult, Rules, Task, rules_of_model
 from finetune_trainer.data.partition_runner import InProcess, NoRowsError, Runner, workers_for
 from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
@@ -29,7 +29,7 @@ _TELLS_TIME = "strftime_now"  # of a chat template that does
 
 
 def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -> None:
-    """Read, check, render and tokenise all datasets into the spool, keeping parts until there is a plan.
+    """Read, check, render and tokenise all datasets into the spool, keeping partitions until there is a plan.
 
     fence: None where nothing may be written to the job's output. Raises what `read_datasets` does."""
     ctx, model, reading = stage.ctx, stage.model, begin(stage)
@@ -106,7 +106,7 @@ def _begun(partitions: Iterator[Partition]) -> tuple[bool, Iterator[Partition]]:
     return len(first) == FEW and any(each.is_full for each in first), every()
 
 
-def _work_here(rules: Rules, model: Model, task: Task) -> PartResult:
+def _work_here(rules: Rules, model: Model, task: Task) -> PartitionResult:
     with closing(PartitionWork(rules, model)) as work:
         return work.work(task, lambda _: None)
 

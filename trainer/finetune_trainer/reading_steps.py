@@ -96,9 +96,9 @@ class PrepareStage(RowsStage):
     taught: Taught = field(default_factory=Taught)
     same_ids: SameIds | None = None  # once conversations were compared
     timings: Timings = field(default_factory=Timings)
-    kept: KeptPartitions | None = None  # parts that are to be removed once there is a plan
+    kept: KeptPartitions | None = None  # partitions that are to be removed once there is a plan
     in_flight_bytes: int = 0  # of disk, that partitions took at most while rows were read
-    kept_rows: int = 0  # read by an earlier attempt, whose parts were taken
+    kept_rows: int = 0  # read by an earlier attempt, whose partitions were taken
 
 
 def with_model(ctx: StageContext, work: Callable[[Model], Result], judge: Judge = check_structure) -> Result:

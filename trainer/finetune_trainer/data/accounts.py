@@ -197,7 +197,7 @@ class Ledger:
         self._changes_bytes += size_bytes * is_change
 
     def take_decisions(self, path: Path) -> None:
-        """Add the decisions of a partition, which `PartLedger` wrote, under the same bounds."""
+        """Add the decisions of a partition, which `PartitionLedger` wrote, under the same bounds."""
         with path.open("rb") as file:
             for line in file:
                 is_change = _CHANGED in line
@@ -271,7 +271,7 @@ class Ledger:
         )
 
 
-class PartLedger(Ledger):
+class PartitionLedger(Ledger):
     """The ledger of one partition, whose decisions are written in the order of its rows once they are flushed.
 
     So decisions.jsonl is the same, however rows are cut into partitions and batches."""

@@ -88,8 +88,8 @@ class Task:
 
 
 @dataclass(kw_only=True)
-class PartResult:
-    """What a partition came to, beside the files of its part. Files are indices into the partition's own.
+class PartitionResult:
+    """What a partition came to, beside the files in `Task.out`. Files are indices into the partition's own.
 
     counted: by stage, what it told of its rows; broken: the rows that are, in order, and first_broken_at: how many
     were read at the first; fault, args: what ended it, if anything, where it is no broken row that ends the job;
@@ -130,7 +130,7 @@ class PartResult:
         return orjson.dumps(self, default=list, option=orjson.OPT_NON_STR_KEYS)  # a tuple with names as a list
 
     @classmethod
-    def from_json(cls, content: bytes) -> "PartResult":
+    def from_json(cls, content: bytes) -> "PartitionResult":
         """Raises ValueError, TypeError or KeyError for what is none."""
         values: dict[str, Any] = orjson.loads(content)
         values["files"] = [_file_rows(each) for each in values["files"]]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from finetune_trainer.data.partition_messages import PartResult, Task
+from finetune_trainer.data.partition_messages import PartitionResult, Task
 from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
 
@@ -28,14 +28,14 @@ class Job(NamedTuple):
 
     partition: Partition
     task: Task
-    known: PartResult | None = None
+    known: PartitionResult | None = None
 
 
 class Done(NamedTuple):
     """A partition that was worked on."""
 
     job: Job
-    result: PartResult
+    result: PartitionResult
 
 
 class Runner(Protocol):

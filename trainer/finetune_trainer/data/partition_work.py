@@ -1,4 +1,4 @@
-"""One partition from its raw rows to a part of the spool: check, render, tokenise, and count what became of each."""
+"""One partition from its raw rows to what it adds to the spool: check, render, tokenise, count what became of each."""
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -9,10 +9,10 @@ from typing import Any
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, TooLong
 from finetune_api.reasons import Fault
-from finetune_trainer.data.accounts import FileAccount, PartLedger, RowPlace
+from finetune_trainer.data.accounts import FileAccount, PartitionLedger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.partition_messages import PartResult, Rules, Task
+from finetune_trainer.data.partition_messages import PartitionResult, Rules, Task
 from finetune_trainer.data.pipeline import Pipeline, Timings
 from finetune_trainer.data.problems import Broken
 from finetune_trainer.data.raw_rows import decode_row, read_rows
@@ -42,8 +42,8 @@ class PartitionWork:
         if self._renderer is not None:
             self._renderer.close()
 
-    def work(self, task: Task, told: Callable[[int], None]) -> PartResult:
-        """Write the part of one partition into `task.out` and return what it came to.
+    def work(self, task: Task, told: Callable[[int], None]) -> PartitionResult:
+        """Write what one partition adds to the spool into `task.out` and return what it came to.
 
         told: called with the rows that were read so far, now and then. Raises TokenizerFailedError, FastDiffersError,
         MemoryError and OSError; any other known end is in the result."""
@@ -53,7 +53,7 @@ class PartitionWork:
         if self._renderer is not None:
             self._renderer.begin()
         error: StageError | None = None
-        with Spool(out) as spool, PartLedger(out / DECISIONS, told) as ledger:
+        with Spool(out) as spool, PartitionLedger(out / DECISIONS, told) as ledger:
             ledger.files = [
                 FileAccount(uri, 0, "", is_table=table) for uri, table in zip(task.files, task.tables, strict=True)
             ]
@@ -74,9 +74,9 @@ class PartitionWork:
             error = None  # which rows are broken is in the result; what ends the job is told of all partitions
         return self._result(pipeline, sorted(bad.places), error)
 
-    def _result(self, pipeline: Pipeline, broken: list[RowPlace], error: StageError | None) -> PartResult:
+    def _result(self, pipeline: Pipeline, broken: list[RowPlace], error: StageError | None) -> PartitionResult:
         ledger, bad, too_long, tokenizer = pipeline.ledger, pipeline.bad, pipeline.too_long, self._model.tokenizer
-        return PartResult(
+        return PartitionResult(
             files=[each.rows for each in ledger.files],
             counted={stage: dict(counts) for stage, counts in ledger.counted.items()},
             changes=dict(ledger.changes),
@@ -104,7 +104,7 @@ class PartitionWork:
 class _BadRows(BadRows):
     """Those of one partition, which lists them; whether they end the job is judged where all partitions are known."""
 
-    def __init__(self, ledger: PartLedger, quarantine: bool, max_broken_fraction: float) -> None:
+    def __init__(self, ledger: PartitionLedger, quarantine: bool, max_broken_fraction: float) -> None:
         super().__init__(ledger, quarantine, max_broken_fraction)
         self.places: list[RowPlace] = []
 
@@ -113,7 +113,7 @@ class _BadRows(BadRows):
         super().add(file, number, stage, broken)
 
 
-def _checked(task: Task, ledger: PartLedger, bad: BadRows) -> Iterator[Checked]:
+def _checked(task: Task, ledger: PartitionLedger, bad: BadRows) -> Iterator[Checked]:
     """Yield a partition's valid rows."""
     with Path(task.rows).open("rb") as stream:
         rows = islice(read_rows(stream), task.most_rows)

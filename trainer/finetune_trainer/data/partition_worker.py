@@ -74,7 +74,7 @@ def _described(error: BaseException) -> dict[str, object]:
     if isinstance(error, MemoryError):
         return {"kind": "memory"}
     if isinstance(error, OSError) and error.errno is not None:
-        return {"kind": "os", "errno": error.errno, "file": str(error.filename or "a part")}
+        return {"kind": "os", "errno": error.errno, "file": str(error.filename or "a partition")}
     last = traceback.extract_tb(error.__traceback__)[-1]
     return {"kind": "bug", "words": f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"}
 

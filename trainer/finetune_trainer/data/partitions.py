@@ -48,7 +48,7 @@ class Partition:
 def partition_bytes(stored_bytes: int, workers: int, disk_bytes: int) -> int:
     """Return how large partitions are. stored_bytes: of all files of the job; disk_bytes: that the pod has.
 
-    A little more or less disk changes nothing, so that another attempt finds the parts of the one before."""
+    A little more or less disk changes nothing, so that another attempt finds the partitions of the one before."""
     by_disk = disk_bytes // (_DISK_SHARE * in_flight_bytes(1, workers))
     most = min(MAX_PARTITION_BYTES, 2 ** max(0, by_disk.bit_length() - 1))
     return max(MIN_PARTITION_BYTES, min(most, stored_bytes // (_PER_WORKER * workers)))

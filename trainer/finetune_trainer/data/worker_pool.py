@@ -13,7 +13,7 @@ from finetune_api.errors import StageError
 from finetune_trainer.data import child
 from finetune_trainer.data.encoders import FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.partition_messages import PartResult
+from finetune_trainer.data.partition_messages import PartitionResult
 from finetune_trainer.data.partition_runner import Done, Job, NoRowsError
 from finetune_trainer.data.partition_worker import MAX_FRAME_BYTES
 from finetune_trainer.data.partitions import AHEAD
@@ -58,7 +58,7 @@ class Worker:
                 return
             said.put(Said(self, frame))
 
-    def answer(self, frame: bytes | None) -> PartResult | Exception | None:
+    def answer(self, frame: bytes | None) -> PartitionResult | Exception | None:
         """Return the result of the job or what it raised, None while it goes on.
 
         Raises MemoryError or RuntimeError where the process is gone."""
@@ -69,7 +69,7 @@ class Worker:
             self.rows = said["rows"]
             return None
         if "done" in said:
-            return PartResult.from_json(said["done"].encode())
+            return PartitionResult.from_json(said["done"].encode())
         self.has_raised = True
         return _raised(said["raised"])
 
@@ -108,7 +108,7 @@ class WorkerPool:
         self._said: SimpleQueue[Said] = SimpleQueue()
         self._workers: list[Worker] = []
         self._open: deque[Job] = deque()  # in order, not yielded
-        self._done: dict[int, PartResult | Exception] = {}  # by the id of the job
+        self._done: dict[int, PartitionResult | Exception] = {}  # by the id of the job
         try:
             for _ in range(count):
                 self._workers.append(Worker())
@@ -123,7 +123,7 @@ class WorkerPool:
     @property
     def rows_in_flight(self) -> int:
         return sum(each.rows for each in self._workers) + sum(
-            each.rows_in for each in self._done.values() if isinstance(each, PartResult)
+            each.rows_in for each in self._done.values() if isinstance(each, PartitionResult)
         )
 
     @property
