@@ -224,9 +224,9 @@ def test_a_job_with_rows_of_a_new_kind_is_prepared_and_shown_by_its_entry_and_sh
     rows = [{"lines": [f"Roses {n}", "Violets"], "weight": n + 1} for n in range(8)]
     long = {"lines": ["a", *["the quick brown fox"] * 300]}
     put(tmp_path, a_jsonl=jsonl([*rows, long, {"lines": ["b", "c"], "mood": "sad"}]))
-    spec = {"method": {"type": method}, "preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
+    put_aside = {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}
     limits = {"maxSequenceLength": 128, "tooLong": "Truncate", "maxTooLongFraction": 1}
-    spec["preprocessing"] |= limits
+    spec: dict[str, Any] = {"method": {"type": method}, "preprocessing": put_aside | limits}
     prepared = prepare_run(tmp_path, spec)
     texts = [BPE.decode(ids, skip_special_tokens=False) for ids, _ in prepared.train]
     assert any(begins in each for each in texts)
