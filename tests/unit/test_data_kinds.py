@@ -154,14 +154,14 @@ VERSE = Kind[Verse](
         cut=lambda tokens, limit, _: of_document(tokens.ids[:limit]),
     ),
 )
-RENDERED_VERSE = replace(
-    VERSE,
-    untemplated=None,
-    conversation=lambda row: Conversation(
-        [{"role": "user", "content": row.lines[0]}, {"role": "assistant", "content": "\n".join(row.lines[1:])}],
-        (False, True),
-    ),
-)
+
+
+def _as_chat(row: Verse) -> Conversation:
+    answer = {"role": "assistant", "content": "\n".join(row.lines[1:])}
+    return Conversation([{"role": "user", "content": row.lines[0]}, answer], (False, True))
+
+
+RENDERED_VERSE = replace(VERSE, untemplated=None, conversation=_as_chat)
 OF_VERSES = Shape(
     needs=(("lines",),),
     reads=frozenset(("lines", "weight")),
