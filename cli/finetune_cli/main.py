@@ -150,6 +150,10 @@ def main() -> None:
     except BrokenPipeError:  # `finetune … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except MemoryError:  # of this process, or of one that it had started and the kernel took
+        words = "this machine has too little free memory for it: a process of the command was ended"
+        terminal(stderr=True).print(f"[bold red]Error[/] {words}", soft_wrap=True)
+        sys.exit(Exit.FAILED)
     except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
         words = f"{where}{error.strerror or type(error).__name__}"

@@ -68,6 +68,18 @@ def test_a_full_disk_is_one_line_without_a_trace(monkeypatch: pytest.MonkeyPatch
     assert capsys.readouterr().err == "Error /work/[1]/state.json: No space left on device\n"
 
 
+def test_a_process_that_was_killed_for_memory_is_one_line_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def killed(*_arguments: object) -> int:
+        raise MemoryError("finetune_trainer.data.render_worker was killed")
+
+    monkeypatch.setattr("finetune_cli.data.check", killed)
+    assert call(monkeypatch, "data", "check", "rows.jsonl") == Exit.FAILED
+    said = capsys.readouterr().err
+    assert said == "Error this machine has too little free memory for it: a process of the command was ended\n"
+
+
 def test_validate_judges_as_the_cluster_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
