@@ -129,6 +129,18 @@ def test_the_system_message_begins_the_first_question_where_that_is_chosen(
     assert (shown(found), found.changes) == (expected, changes)
 
 
+@pytest.mark.parametrize("systems", SystemMessages)
+def test_who_is_named_in_a_system_message_is_joined_with_no_other(systems: SystemMessages) -> None:
+    messages = [
+        {"role": "system", "content": "s0", "name": "example_user"},
+        {"role": "system", "content": "s1", "name": "example_assistant"},
+        {"role": "user", "content": "u2"},
+        {"role": "assistant", "content": "a3"},
+    ]
+    found = Ordered([Said(each) for each in messages], systems, KEEP, "messages")
+    assert (found.messages, found.changes) == (messages, {Change.NEIGHBOURS_KEPT})
+
+
 def test_answers_that_are_not_to_be_learned_are_shown_alone() -> None:
     assert shown(ordered("uaua", masks={1: False})) == "u0 a1 u2 [a3]"
     assert shown(ordered("ua", masks={1: False})) == "u0 a1"

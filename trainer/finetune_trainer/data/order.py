@@ -38,14 +38,14 @@ class Ordered:
         self.learned = tuple(learned)
 
     def _systems_joined(self, messages: list[Said]) -> list[Said]:
-        """Return the messages with one system message for all that they begin with."""
+        """Return the messages with one system message for all that they begin with; who is named speaks apart."""
         if any(each.message["role"] == "developer" for each in messages):
             self.changes.add(Change.DEVELOPER_AS_SYSTEM)
             messages = [_as_system(each) for each in messages]
         first = next((i for i, each in enumerate(messages) if each.message["role"] != "system"), len(messages))
         if any(each.message["role"] == "system" for each in messages[first:]):
             self.changes.add(Change.LATE_SYSTEM_KEPT)
-        if first < 2:
+        if first < 2 or any("name" in each.message for each in messages[:first]):
             return messages
         self.changes.add(Change.SYSTEMS_JOINED)
         texts = [each.message["content"] for each in messages[:first]]
@@ -54,7 +54,7 @@ class Ordered:
 
     def _system_in_user(self, messages: list[Said]) -> list[Said]:
         """Return the messages with the system message at the beginning of the first user message."""
-        if messages[0].message["role"] != "system":
+        if messages[0].message["role"] != "system" or "name" in messages[0].message:
             return messages
         user = next((i for i, each in enumerate(messages) if each.message["role"] == "user"), None)
         if user is None:
