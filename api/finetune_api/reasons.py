@@ -241,8 +241,9 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.TEMPLATE_FAILED: FaultText(
         Reason.CONFIG_INVALID,
-        "the chat template of {uri} failed on {file} row {row}: {problem}; fix the row, or leave such rows out by "
-        "preprocessing.onBadRow: Quarantine",
+        "the chat template of {uri} failed on {file} row {row}: {problem}; fix the row, or set preprocessing."
+        "systemMessages: InUser where the template has no place for a system message, sameRoleMessages: Join where "
+        "roles must alternate, or onBadRow: Quarantine to leave such rows out",
     ),
     Fault.TEMPLATE_INVALID: FaultText(
         Reason.CONFIG_INVALID,

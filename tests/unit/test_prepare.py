@@ -873,6 +873,71 @@ def test_a_result_that_names_its_function_loses_nothing_as_the_call_before_it_na
     assert prepared.report["answers"]["vanished"] == {"ToolCalls": 1}
 
 
+def leaving_out(condition: str) -> str:
+    """Return a template that leaves out messages."""
+    return CHATML.replace("in messages %}", f"in messages if not ({condition}) %}}")
+
+
+SYSTEM_ROW = {"messages": [{"role": "system", "content": "be brief"}, *chat("q", "a")["messages"]]}
+TOOLS_ROW = {"tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}], **chat("q", "a")}
+UNLEARNED_CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "rain?"},
+    {
+        "role": "assistant",
+        "content": "I look.",
+        "weight": 0,
+        "tool_calls": [{"function": {"name": "weather", "arguments": {"town": "Bern"}}}],
+    },
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "field", "part"),
+    [
+        (leaving_out("message.role == 'system'"), SYSTEM_ROW, "messages[0].content", "System"),
+        (CHATML, TOOLS_ROW, "tools[0]", "Tools"),
+        (CHATML, {"messages": UNLEARNED_CALL}, "messages[1].tool_calls", "ToolCalls"),
+        (CHATML, {"messages": RESULT_WITH_NAME}, "messages[1].tool_calls", "ToolCalls"),
+    ],
+    ids=["system", "tools", "calls that are not learned", "calls"],
+)
+def test_each_part_that_a_template_leaves_out_is_named_and_counted_where_that_is_accepted(
+    tmp_path: Path, template: str, row: dict[str, Any], field: str, part: str
+) -> None:
+    write_model(tmp_path / "model", template=template)
+    put(tmp_path, a_jsonl=jsonl([row]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.PART_VANISHES
+    assert f"row 1: {field} is not in what the chat template makes of the row" in str(error)
+    assert f"acceptVanishing: [{part}]" in str(error)
+    prepared = prepare_run(tmp_path, {"preprocessing": {"acceptVanishing": [part]}}, attempt=2)
+    assert prepared.report["answers"]["vanished"] == {part: 1}
+
+
+def test_the_result_of_a_tool_that_a_template_leaves_out_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=leaving_out("message.role == 'tool'"))
+    put(tmp_path, a_jsonl=jsonl([{"messages": RESULT_WITH_NAME}]))
+    error = fails(tmp_path, {"preprocessing": {"acceptVanishing": ["ToolCalls"]}})
+    assert error.fault is Fault.PART_VANISHES
+    assert "row 1: messages[2].content is not in" in str(error)
+    accepted = {"preprocessing": {"acceptVanishing": ["ToolCalls", "ToolResults"]}}
+    assert prepare_run(tmp_path, accepted, attempt=2).report["answers"]["vanished"] == {
+        "ToolCalls": 1,
+        "ToolResults": 1,
+    }
+
+
+def test_a_part_that_a_template_leaves_out_of_some_rows_alone_is_found_in_those(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=leaving_out("message.content == 'please forget'"))
+    third = {"messages": [*chat("please forget", "a")["messages"], *chat("q", "b")["messages"]]}
+    put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "b"), third]))
+    error = fails(tmp_path)
+    assert error.fault is Fault.PART_VANISHES
+    assert "row 3: messages[0].content is not in" in str(error)
+
+
 def test_the_models_end_token_is_added_where_that_was_asked_for(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=ENDLESS)
     put(tmp_path, a_jsonl=jsonl([chat("q", "a"), chat("q", "the", "r", "b")]))

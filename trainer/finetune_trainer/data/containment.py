@@ -168,6 +168,7 @@ def lost(chat: Chat, context: str, answers: Mapping[int, str]) -> list[Lost]:
             words = words_of(message) if part is not None else reasoning_of(message)[2]
             if not text.shows(words):
                 found.append(Lost(part or Part.CONTENT, f"{field}.content"))
+            found += _lost_calls(message, field, text)
     for index, tool in enumerate(chat.tools or ()):
         function: Any = tool.get("function", tool)
         if not text.shows(str(function.get("name", ""))):
@@ -182,6 +183,10 @@ def _lost_of_answer(message: Message, field: str, answer: str) -> Iterator[Lost]
         yield Lost(Part.REASONING, f"{field}.content" if closing else f"{field}.reasoning_content")
     if not text.shows(content):
         yield Lost(Part.CONTENT, f"{field}.content")
+    yield from _lost_calls(message, field, text)
+
+
+def _lost_calls(message: Message, field: str, text: "_Text") -> Iterator[Lost]:
     for call in message.get("tool_calls") or ():
         function = call["function"]
         arguments = function.get("arguments")
