@@ -29,6 +29,7 @@ AttemptClass = Literal["Succeeded", "Failure", "Disruption", "Suspended", "Super
 # A running attempt with one of these reasons is being stopped by us; the reason is written before the Job is deleted.
 STOPPING = (Reason.SUSPENDED, Reason.NO_PROGRESS)
 NO_MESSAGE = (Reason.POD_LOST, Reason.BAD_REPORT)
+FIRST_SIGNAL = 128  # exit codes above it: ended by the signal of that number above it
 # What a pod may take to end once its trainer has. Then another container, which somebody puts into all pods, stays.
 END_S = 60
 
@@ -175,8 +176,8 @@ def _with_container(
         return "Failure", Reason.POD_LOST, _deleted_words(pod) + " and its trainer killed before it had stopped"
     if told:
         return "Failure", by_code, told
-    if code > 128:
-        return "Failure", Reason.UNKNOWN, words(Fault.KILLED, {"signal": _signal_name(code - 128)})
+    if code > FIRST_SIGNAL:
+        return "Failure", Reason.UNKNOWN, words(Fault.KILLED, {"signal": _signal_name(code - FIRST_SIGNAL)})
     return "Failure", by_code, f"the trainer ended with exit code {code} and left no message"
 
 
@@ -192,7 +193,7 @@ def _was_killed(pod: ObservedPod, result: RunResult | None) -> bool:
     """Return True if the kubelet's last means ended the trainer, or what the trainer's supervisor had begun."""
     if result is not None:
         return result.fault == Fault.KILLED and result.args.get("signal") == signal.SIGKILL.name
-    return pod.exit_code == 128 + signal.SIGKILL
+    return pod.exit_code == FIRST_SIGNAL + signal.SIGKILL
 
 
 def _deleted_words(pod: ObservedPod) -> str:

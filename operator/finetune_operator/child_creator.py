@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from finetune_api import defaults, names
 from finetune_api.names import Stage
 from finetune_api.reasons import Reason
-from finetune_api.status import FineTuneJobStatus, OperatorRecord
+from finetune_api.status import AttemptStatus, FineTuneJobStatus, OperatorRecord
+from finetune_operator.attempt_outcome import FIRST_SIGNAL, is_open
 from finetune_operator.children import prepare, train
 from finetune_operator.children.base import Manifest, Run
 from finetune_operator.close_attempts import has_begun
@@ -180,8 +181,19 @@ def refusal(error: ApiError, what: str) -> Blocked | None:
 
 
 def has_stepped(status: FineTuneJobStatus) -> bool:
-    """Return True once a pod of the job has finished a step of the training."""
-    return (status.progress is not None and status.progress.step > 0) or any(e.last_step for e in status.attempts)
+    """Return True once a pod of the job has finished a step of the training, or may have done so.
+
+    What a trainer did that was killed before it could say so, and that nobody could ask, is not known."""
+    if status.progress is not None and status.progress.step > 0:
+        return True
+    return any(entry.last_step or _said_nothing(entry) for entry in status.attempts)
+
+
+def _said_nothing(entry: AttemptStatus) -> bool:
+    """Return True for an attempt whose trainer started and ended without a word on how far it came."""
+    trained = entry.stage == Stage.TRAIN and entry.started_at is not None and entry.last_step is None
+    was_killed = entry.exit_code is None or entry.exit_code > FIRST_SIGNAL
+    return trained and not is_open(entry) and was_killed
 
 
 def is_ours(body: Body, job: FineTuneJob) -> bool:

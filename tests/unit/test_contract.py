@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault, words
 from finetune_api.run import CONTRACT_VERSION, Progress, RunResult
@@ -43,6 +44,16 @@ def test_a_trainer_obeys_every_contract_up_to_its_own_and_ignores_what_it_does_n
     known = loaded(tmp_path, content)
     assert (known.contract_version, known.spec.model.uri, known.job.name) == (version, "s3://models/model", "bot")
     assert loaded(tmp_path, newer(content)) == known
+
+
+def test_a_trainer_refuses_a_configuration_that_is_not_the_one_that_its_operator_wrote(tmp_path: Path) -> None:
+    known, path = loaded(tmp_path, sample("run")), tmp_path / "run.json"
+    written = sha256_digest(path.read_bytes())
+    assert config.load(path, written) == known
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(StageError) as caught:
+        config.load(path, written)
+    assert (caught.value.fault, caught.value.exit_code) == (Fault.CONFIG_REPLACED, 38)
 
 
 @pytest.mark.parametrize("version", [CONTRACT_VERSION + 1, 0, -1, "1", None, True, 1.0, [1]])

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from finetune_api import names
 from finetune_api.job import DatasetSpec, HyperparametersSpec
 from finetune_api.names import HTTP_PORT
 from finetune_api.platform import RESERVED_ENV
@@ -36,6 +37,12 @@ def generator() -> ModuleType:
     return module
 
 
+def tracked(ending: str) -> list[Path]:
+    """Return the files with this ending that are in Git."""
+    listed = subprocess.run(["git", "ls-files", "-z", f"*{ending}"], cwd=ROOT, capture_output=True, check=True).stdout
+    return [ROOT / name for name in listed.decode().split("\0") if name]
+
+
 def commands(page: Path) -> list[str]:
     """The lines of all ```sh blocks of a page, without comments."""
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -53,6 +60,24 @@ def test_every_product_module_is_in_the_map() -> None:
         section = text.partition(f"## {package}\n")[2].partition("\n## ")[0]
         named = set(re.findall(r"^\| `([^`]+)` \| .{10}", section, re.MULTILINE))
         assert named == {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+
+
+@pytest.mark.parametrize("page", [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", ROOT / "docs/security.md"])
+def test_every_module_that_a_page_names_exists(page: Path) -> None:
+    files = [str(path.relative_to(ROOT)) for path in tracked(".py")]
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page.read_text()))
+    assert [name for name in sorted(named) if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
+
+
+def test_the_pod_monitor_of_the_page_about_operations_selects_and_labels_what_pods_have() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.MULTILINE | re.DOTALL)
+    (monitor,) = [found for block in blocks if (found := yaml.safe_load(block)).get("kind") == "PodMonitor"]
+    assert monitor["spec"]["selector"] == {"matchLabels": {names.LABEL_MANAGED_BY: names.FIELD_MANAGER}}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == names.PORT_NAME
+    sources = {label for each in endpoint["relabelings"] for label in each.get("sourceLabels", ())}
+    for label in (names.LABEL_JOB_NAME, names.LABEL_STAGE):
+        assert f"__meta_kubernetes_pod_label_{re.sub(r'[^a-zA-Z0-9_]', '_', label)}" in sources
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION
+from finetune_api.status import FineTuneJobStatus
 from finetune_operator.child_cache import ChildCache, Owner
-from finetune_operator.child_creator import LaterError, RefusedError
+from finetune_operator.child_creator import LaterError, RefusedError, has_stepped
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
 from finetune_operator.job_series import JobSeries
@@ -446,6 +447,28 @@ def test_every_attempt_runs_in_the_image_of_the_first_step_whatever_the_runtime_
     runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
     reconciler.reconcile(KEY)
     assert cluster.objects["jobs", FIRST] == first
+
+
+STARTED = {"number": 1, "startedAt": "2026-01-01T00:00:00Z"}
+
+
+@pytest.mark.parametrize(
+    ("attempt", "stepped"),
+    [
+        ({"stage": "train", "class": "Failure", "exitCode": 137}, True),
+        ({"stage": "train", "class": "Failure", "reason": "PodLost"}, True),
+        ({"stage": "train", "class": "Disruption", "reason": "Disrupted"}, True),
+        ({"stage": "train", "class": "Failure", "exitCode": 34, "lastStep": 3}, True),
+        ({"stage": "train", "class": "Failure", "exitCode": 34}, False),  # its result says that it made none
+        ({"stage": "train", "class": "Failure", "exitCode": 137, "lastStep": 0}, False),
+        ({"stage": "train", "class": "Running"}, False),
+        ({"stage": "train", "class": "Superseded", "startedAt": None}, False),
+        ({"stage": "prepare", "class": "Failure", "exitCode": 137}, False),
+    ],
+)
+def test_a_trainer_that_was_killed_without_a_word_may_have_made_a_step(attempt: dict[str, Any], stepped: bool) -> None:
+    status = FineTuneJobStatus.model_validate({"attempts": [STARTED | attempt]})
+    assert has_stepped(status) is stepped
 
 
 def test_a_job_begun_by_the_release_before_keeps_its_image_and_configuration(

@@ -301,3 +301,20 @@ def test_a_configuration_of_another_version_is_reported_without_a_child(tmp_path
     )
     assert process.returncode == 10
     assert f"contract version {CONTRACT_VERSION + 1}".encode() in process.stderr
+
+
+@pytest.mark.parametrize("program", ["supervisor", "__main__"])
+def test_a_configuration_that_the_operator_did_not_write_is_refused_by_both_processes(
+    tmp_path: Path, config: Path, program: str
+) -> None:
+    told = ["--config", str(config), "--attempt", "1", f"--config-digest=sha256:{'0' * 64}"]
+    result = [] if program == "supervisor" else ["--result", str(tmp_path / "result.json")]
+    process = subprocess.run(
+        [sys.executable, "-m", f"finetune_trainer.{program}", "train", *told, *result],
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )
+    assert process.returncode == 38
+    assert b"not the configuration that the operator wrote" in process.stderr
