@@ -21,9 +21,9 @@ from finetune_api.status import Phase
 
 WORKERS = 8
 READY_S = 120.0
-SETTLED_S = 180.0  # for its lists and what the start leaves in the queue
+SETTLED_S = 420.0  # for its lists and what the start leaves in the queue
 SETTLED_CORES = 0.1
-QUIET_S = 3
+QUIET_S = 15  # longer than Kopf waits for an answer of 74 MB, with which the work of an earlier release begins
 ASKED_EVERY_S = 2.0
 IDLE_S = 60.0
 TIME = "2026-01-01T00:00:00Z"

@@ -228,7 +228,8 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.CONFIG_UNREADABLE: FaultText(Reason.CONFIG_INVALID, "{field} cannot be used: {problem}"),
     Fault.CONFIG_REPLACED: FaultText(
         Reason.CONFIG_REPLACED,
-        "{file} is not the configuration that the operator wrote for this job: somebody has replaced its ConfigMap",
+        "{file} is not the configuration that the operator wrote for this job: somebody has replaced its ConfigMap. "
+        "Delete that ConfigMap, which the operator writes anew, and see who may write ConfigMaps in this namespace",
     ),
     Fault.CONFIG_CHANGED: FaultText(
         Reason.CONFIG_INVALID,
@@ -243,7 +244,7 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "the chat template of {uri} failed on {file} row {row}: {problem}; fix the row, or set preprocessing."
         "systemMessages: InUser where the template has no place for a system message, sameRoleMessages: Join where "
-        "roles must alternate, or onBadRow: Quarantine to leave such rows out",
+        "roles must alternate, or preprocessing.onBadRow: Quarantine to leave such rows out",
     ),
     Fault.TEMPLATE_INVALID: FaultText(
         Reason.CONFIG_INVALID,

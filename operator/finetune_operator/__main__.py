@@ -11,6 +11,7 @@ from finetune_operator import logs
 from finetune_operator.engine import MISSING_CRD, Engine
 from finetune_operator.handlers import registry
 from finetune_operator.health import HttpServer
+from finetune_operator.heaps import bound_heaps
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings, SettingsError
 
@@ -20,6 +21,7 @@ EXIT_CRD_GONE = 4
 
 
 def main() -> int:
+    bound_heaps()
     try:
         settings = Settings.from_env()
         logs.configure(settings.log_level)

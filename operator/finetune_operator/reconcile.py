@@ -33,6 +33,7 @@ from finetune_operator.runtimes import Runtimes
 log = logging.getLogger(__name__)
 
 MAX_CONFLICTS = 5
+RUNTIME_ASKED_EVERY_S = 30  # of one job; each time is a request, and a pod that starts slowly has many rounds
 
 
 class Progresses(Protocol):
@@ -61,6 +62,7 @@ class Reconciler:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
+        self._runtime_asked_at: dict[Owner, datetime] = {}  # of jobs whose pod starts slowly
         self._events, self._series, self._known = EventReader(cluster, children.knows), series, known
 
     def reconcile(self, key: tuple[str, str]) -> float | None:
@@ -90,8 +92,12 @@ class Reconciler:
         self._known.forget(key)
         uid = self._series.forget(key)
         if uid is not None:
-            self._created.pop((key[0], uid), None)
-            self._children.forget((key[0], uid))
+            self._forget_children((key[0], uid))
+
+    def _forget_children(self, owner: Owner) -> None:
+        self._created.pop(owner, None)
+        self._runtime_asked_at.pop(owner, None)
+        self._children.forget(owner)
 
     def _round(self, job: FineTuneJob) -> float | None:
         observation = self._observe(job)
@@ -109,9 +115,8 @@ class Reconciler:
         if stored.finished and not job.finished:
             return self._round(stored)  # its verdict is stored: now it is tidied up
         if stored.finished:
-            self._created.pop(stored.owner, None)
             self._known.forget(stored.key)
-            self._children.forget(stored.owner)
+            self._forget_children(stored.owner)
         else:
             self._known.keep(stored)
         return decision.requeue_after_s
@@ -155,12 +160,20 @@ class Reconciler:
             observation = replace(observation, pods=with_live_pods(pods, bodies), pods_listed=True)
         child = next((j for j in k8s_jobs if belongs(entries[-1], j)), None)
         if child is not None and is_slow_to_start(entries[-1], child, self._now()):
-            observation = replace(observation, runtime_changed=self._creator.runtime_changed(job))
+            observation = replace(observation, runtime_changed=self._runtime_changed(job))
         uid = needs_explanation(child, [p for p in observation.pods if belongs(entries[-1], p)], self._now())
         if uid is None:
             return observation
         events = self._events.of(job.namespace, uid)
         return replace(observation, blocked=explain_events(events, job.namespace, self._now()))
+
+    def _runtime_changed(self, job: FineTuneJob) -> bool:
+        """Return True if the runtime was mended since the job's last attempt began; False as well if just asked."""
+        now, asked_at = self._now(), self._runtime_asked_at.get(job.owner)
+        if asked_at is not None and 0 <= (now - asked_at).total_seconds() < RUNTIME_ASKED_EVERY_S:
+            return False
+        self._runtime_asked_at[job.owner] = now
+        return self._creator.runtime_changed(job)
 
     def _store(self, job: FineTuneJob, decision: Decision) -> FineTuneJob:
         """Write the status if it differs, then tell what changed. Return the job as it is stored then."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from finetune_operator.job_series import JobSeries
 from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
-from finetune_operator.reconcile import MAX_CONFLICTS, Reconciler
+from finetune_operator.reconcile import MAX_CONFLICTS, RUNTIME_ASKED_EVERY_S, Reconciler
 from finetune_operator.run_config import RUNTIME_FILE, digest_of
 from finetune_operator.runtimes import Runtimes
 from status_samples import PROGRESS, SPEC
@@ -44,6 +44,7 @@ class FakeCluster:
         self.pods: list[dict[str, Any]] = []
         self.lists_of_pods = 0
         self.reads_of_jobs = 0
+        self.reads_of_runs = 0
         self.ttls: list[str] = []
         self.known = KnownJobs()
 
@@ -68,6 +69,7 @@ class FakeCluster:
     def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         self._may_fail(f"get {kind}")
         self.reads_of_jobs += kind == "finetunejobs"
+        self.reads_of_runs += kind == "configmaps"
         return self.objects.get((kind, name))
 
     def list_children(self, namespace: str, job_uid: str) -> list[dict[str, Any]]:
@@ -77,6 +79,9 @@ class FakeCluster:
         self._may_fail("list pods")
         self.lists_of_pods += 1
         return self.pods
+
+    def delete_k8s_job(self, namespace: str, name: str, uid: str) -> None:
+        del self.objects["jobs", name]
 
     def set_ttl(self, namespace: str, name: str, seconds: int) -> None:
         self.ttls.append(name)
@@ -577,3 +582,30 @@ def test_a_job_that_ended_before_the_watch_told_of_its_pod_gets_the_verdict_of_t
     assert cluster.condition("Succeeded") == ("False", "DataInvalid")
     reconciler.reconcile(KEY)
     assert cluster.lists_of_pods == 1
+
+
+def test_a_pod_that_starts_slowly_has_its_runtime_looked_at_now_and_then_not_in_every_round(
+    cluster: FakeCluster, metrics: Metrics, runtimes: Path, children: ChildCache
+):
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    passed_s = [0]
+    shell = (cast(Cluster, cluster), children, NoProgress(), Runtimes(runtimes), metrics, JobSeries(metrics))
+    reconciler = Reconciler(*shell, cluster.known, lambda: begun + timedelta(seconds=passed_s[0]))
+    reconciler.reconcile(KEY)
+    job = cluster.objects["jobs", FIRST]
+    job["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    children.take("jobs", "ADDED", job)
+    pod = broken_data(cluster)
+    pod["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    pod["status"] = {"phase": "Pending", "conditions": [scheduled],
+                     "containerStatuses": [{"name": "trainer", "state": waiting}]}  # fmt: skip
+    children.take("pods", "ADDED", pod)
+    for passed_s[0] in range(0, 75, 5):
+        reconciler.reconcile(KEY)
+    assert cluster.reads_of_runs == 2  # 15 s and 45 s after it was created
+    runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
+    passed_s[0] += RUNTIME_ASKED_EVERY_S
+    reconciler.reconcile(KEY)
+    assert cluster.status["attempts"][0]["reason"] == "Superseded"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER
@@ -22,7 +24,7 @@ from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import load_base
 from finetune_trainer.stop import StopFlag
-from tiny_run import STOP_ID, TinyRun, context, make_run
+from tiny_run import STOP_ID, TinyRun, context, make_run, random_rows, tiny_config, tiny_model, use_model
 
 WORSE, RUN_ON, DIVERGING = Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING
 
@@ -199,6 +201,42 @@ def test_a_model_whose_answers_do_not_end_is_committed_with_the_concern_in_resul
     assert again.quality == result.quality, "an attempt that only finds the commit says it too"
 
 
+def teach_base(run: TinyRun, folder: Path) -> None:
+    """Let the run begin with a model that knows the held-out rows by heart, and so has something to lose."""
+    model = tiny_model(tiny_config("llama"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    tokens, labels = random_rows(10, 2)
+    ids = pad_sequence([torch.from_numpy(each.astype("i8")) for each in tokens], batch_first=True)
+    learned = pad_sequence([torch.from_numpy(each.astype(bool)) for each in labels], batch_first=True)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=torch.where(learned, ids, -100)).loss.backward()
+        optimizer.step()
+    shutil.copytree(run.folder / "model", folder)
+    model.save_pretrained(folder)
+    use_model(run, folder)
+
+
+def test_a_model_that_training_destroys_is_committed_with_the_concern_in_result_card_and_eval_json(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, steps=20, learning_rate=0.3)
+    teach_base(run, tmp_path / "taught")
+    ctx = context(run)
+    result = train.run(ctx, StopFlag(60))
+    assert result.exit_code == 0
+    assert result.quality is not None
+    assert result.quality.concerns[0] is WORSE
+    assert result.quality == ctx.reporter.progress().quality
+    found = json.loads(run.local("adapter", "eval.json").read_text())
+    assert Quality.model_validate(found["quality"]) == result.quality
+    start, end = found["held_out"][0]["loss"], found["held_out"][-1]["loss"]
+    assert end - start > quality.FEW_ROWS_NATS
+    card = run.local("adapter", "README.md").read_text()
+    assert card.partition("# tiny\n")[2].strip().startswith("> **WorseThanStart**")
+
+
 def test_a_template_that_ends_no_answer_raises_the_concern_and_plain_text_does_not(tmp_path: Path) -> None:
     found: list[list[Reason]] = []
     for method in (MethodType.SFT, MethodType.CPT):
@@ -220,7 +258,7 @@ def test_a_divergence_is_told_until_the_finished_model_is_judged(
     run = make_run(tmp_path, steps=20)
     ctx, told = context(run), dict[int, Quality | None]()
     measure = session.held_out_loss
-    # Every step counts as one above the start: a tiny random model gets worse only by figures that are not finite.
+    # Every step counts as one above the start: a model that knows nothing has little to lose.
     monkeypatch.setattr(quality, "steps_above_start", _one_more)
 
     def look_and_measure(*args: Any, **more: Any) -> Any:
