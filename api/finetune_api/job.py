@@ -136,6 +136,8 @@ class DatasetFormat(StrEnum):
     QUESTION_ANSWER = "QuestionAnswer"
     PROMPT_COMPLETION = "PromptCompletion"
     TEXT = "Text"
+    PAIR = "Pair"
+    THUMB = "Thumb"
 
 
 FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -171,6 +173,11 @@ class ColumnsSpec(ApiModel):
         default=None, description="How it goes on (PromptCompletion). Absent: completion."
     )
     text: FieldName | None = Field(default=None, description="A document (Text). Absent: text.")
+    chosen: FieldName | None = Field(default=None, description="The preferred answer (Pair). Absent: chosen.")
+    rejected: FieldName | None = Field(default=None, description="The other answer (Pair). Absent: rejected.")
+    label: FieldName | None = Field(
+        default=None, description="Whether an answer is good or bad (Thumb). Absent: label."
+    )
     weight: FieldName | None = Field(
         default=None,
         description="What the losses of a row's tokens are multiplied with: 0 leaves it out, 2 counts it twice. "
@@ -193,7 +200,8 @@ class DatasetSpec(ApiModel):
         default=None,
         description="Messages (`messages`), ShareGPT (`conversations`), Alpaca (`instruction`, `input`, `output`), "
         "Dolly (`instruction`, `context`, `response`), QuestionAnswer (`question`, `answer`), PromptCompletion "
-        "(`prompt`, `completion`: plain text) or Text (`text`). Absent: told from the first thousand rows, and every "
+        "(`prompt`, `completion`: plain text), Text (`text`), Pair (`chosen`, `rejected`) or Thumb (an answer "
+        "and its `label`). Absent: told from the first thousand rows, and every "
         "row is checked.",
     )
     columns: ColumnsSpec | None = Field(

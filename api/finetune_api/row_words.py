@@ -39,6 +39,9 @@ ROW_WORDS: dict[str, str] = {
     "unknown_role": "is no role that is known; write system, user, assistant or tool",
     "order": "breaks the order of a conversation",
     "no_assistant_message": "has no assistant message to learn from",
+    "last_not_assistant": "ends with a message that is not the assistant's, which alone can be preferred",
+    "masked_answer": "asks not to learn the answer that it is about; leave the mask out, or the row",
+    "prompts_differ": "has two answers that follow different messages, so that they cannot be compared",
     "too_many_messages": f"has more than {MAX_MESSAGES} messages",
     "template_failed": "is refused by the chat template",
     "generation_prompt_not_kept": "is rendered without text that the chat template's prompt for it has",
@@ -52,6 +55,8 @@ ROW_WORDS: dict[str, str] = {
     "no_label": "has nothing to learn: its weight is 0, or no token of an answer is in what the chat template makes of "
     "it",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",
+    "equal_answers": "has two answers that say the same, so that nothing is preferred",
+    "identical_tokens": "has two answers that are the same tokens once they are rendered and cut to the limit",
     "other": "is left out for one of several further reasons",
 }
 

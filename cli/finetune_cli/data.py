@@ -80,7 +80,8 @@ def show(
 def _show_row(row: "ShownRow", console: Console) -> None:
     place = f", sequence {row.sequence} of {row.sequences}" if row.sequences > 1 else ""
     console.print()
-    console.print(Text(f"{row.file} row {row.row}{place}", style="bold"), soft_wrap=True)
+    said = f", {row.answer}" if row.answer else ""
+    console.print(Text(f"{row.file} row {row.row}{place}{said}", style="bold"), soft_wrap=True)
     if row.dropped is not None:
         console.print(Text(f"dropped: {_words(row.dropped, row.words)}", style="red"), soft_wrap=True)
         return

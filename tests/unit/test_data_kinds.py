@@ -11,21 +11,21 @@ import pytest
 
 from data_run import byte_bpe, context, jsonl, prepare_run, put
 from finetune_api.job import DatasetFormat, MethodType
+from finetune_trainer.data.kind import Kind, Members, SaidText, Untemplated
 from finetune_trainer.data.kinds import (
     CHAT,
     COMPLETION,
     KINDS,
+    PAIR,
     TEXT,
-    Kind,
-    SaidText,
-    Untemplated,
+    THUMB,
     content_hash,
     from_arrow,
     texts,
     with_texts,
 )
-from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.rows import Completion, Conversation, Row, Text
+from finetune_trainer.data.problems import Broken, Drop, Problem
+from finetune_trainer.data.rows import Completion, Conversation, Pair, Row, Text, Thumb
 from finetune_trainer.data.shapes import SHAPES, Shape
 from finetune_trainer.data.special_words import SpecialWords
 from finetune_trainer.data.tokens import of_document
@@ -63,6 +63,14 @@ ROWS: dict[str, tuple[Kind[Any], list[Any]]] = {
     "chat": (CHAT, CHATS),
     "completion": (COMPLETION, [Completion("q", "a"), Completion("", "\n", 2.5)]),
     "text": (TEXT, [Text("Oslo\r\n"), Text("b", 1e-6)]),
+    "pair": (
+        PAIR,
+        [
+            Pair(Completion("q", "a"), Completion("q", "b"), 2.0),
+            Pair(CHATS[0], Conversation([USER, CALLING], (False, True), TOOLS)),
+        ],
+    ),
+    "thumb": (THUMB, [Thumb(CHATS[0], True), Thumb(Completion("q", "a"), False, 0.5)]),
     "no row": (CHAT, []),
 }
 
@@ -101,7 +109,7 @@ def test_the_texts_of_a_row_are_named_by_their_path_and_keys_that_may_be_data_by
     }
 
 
-@pytest.mark.parametrize("row", [CHATS[0], CHATS[1], CHATS[2], Completion("q", "a", 2.0), Text("t")])
+@pytest.mark.parametrize("row", [each for _, rows in ROWS.values() for each in rows if each is not CHATS[3]])
 def test_every_text_of_a_row_can_be_replaced_and_nothing_else_changes(row: Row) -> None:
     given = texts(row)
     assert with_texts(row, {}) == row
@@ -113,6 +121,25 @@ def test_every_text_of_a_row_can_be_replaced_and_nothing_else_changes(row: Row) 
         with_texts(row, {"messages[9].content": "other"})
 
 
+def test_the_texts_of_a_pair_say_which_answer_they_are_of() -> None:
+    row = Pair(Completion("q", "a"), Completion("q", "b"))
+    assert texts(row) == {
+        "chosen.prompt": "q",
+        "chosen.completion": "a",
+        "rejected.prompt": "q",
+        "rejected.completion": "b",
+    }
+    assert with_texts(row, {"rejected.completion": "c"}) == Pair(Completion("q", "a"), Completion("q", "c"))
+
+
+def test_pairs_that_say_the_same_are_copies_whatever_they_weigh_and_the_order_of_the_answers_counts() -> None:
+    one, other = Completion("q", "a"), Completion("q", "b")
+    same = content_hash(Pair(one, other))
+    assert same == content_hash(Pair(one, other, 2.0))
+    assert same != content_hash(Pair(other, one))
+    assert content_hash(Thumb(one, True)) != content_hash(Thumb(one, False))
+
+
 def test_a_row_itself_is_never_changed_when_its_texts_are_replaced() -> None:
     before = orjson.dumps(CHATS[1])
     with_texts(CHATS[1], dict.fromkeys(texts(CHATS[1]), "other"))
@@ -121,7 +148,8 @@ def test_a_row_itself_is_never_changed_when_its_texts_are_replaced() -> None:
 
 def test_a_method_takes_the_shapes_that_become_its_kinds() -> None:
     assert method_of(MethodType.CPT).formats == (DatasetFormat.TEXT,)
-    assert set(method_of(MethodType.SFT).formats) == set(DatasetFormat) - {DatasetFormat.TEXT}
+    of_sft = set(method_of(MethodType.SFT).formats)
+    assert of_sft == {each for kind in (CHAT, COMPLETION) for each in kind.formats}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +170,7 @@ VERSE = Kind[Verse](
     texts=lambda row: {f"lines[{at}]": line for at, line in enumerate(row.lines)},
     with_texts=_with_lines,
     content=lambda row: row.lines,
-    has_answer=lambda row: bool(row.lines),
+    unlearnable=lambda row: None if row.lines else Drop.NO_LABEL,
     columns=pa.schema([("lines", pa.list_(pa.string())), ("weight", pa.float64())]),
     to_columns=lambda row: {"lines": row.lines, "weight": row.weight},
     from_columns=lambda columns: Verse(**columns),
@@ -237,6 +265,24 @@ def test_a_job_with_rows_of_a_new_kind_is_prepared_and_shown_by_its_entry_and_sh
     assert show_unrendered(ctx, Wanted(1))[0].segments == [Segment("Roses 0\nViolets", True)]
 
 
+def test_a_kind_may_be_learned_as_several_rows_of_a_simpler_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voices = Members(rows=_two_voices, names=lambda _: ("first", "second"))
+    monkeypatch.setitem(KINDS, Verse, replace(VERSE, untemplated=None, members=voices))
+    monkeypatch.setitem(SHAPES, DatasetFormat.MESSAGES, OF_VERSES)
+    put(tmp_path, a_jsonl=jsonl([{"lines": ["Roses", "red", "Violets", "blue"]}]))
+    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0}})
+    texts = [BPE.decode(ids, skip_special_tokens=False) for ids, _ in prepared.train]
+    assert [text.split("\n")[1] for text in texts] == ["Roses<|im_end|>", "Violets<|im_end|>"]
+    found = show_unrendered(context(tmp_path, {}, attempt=2), Wanted(1))
+    assert [each.answer for each in found] == ["first", "second"]
+
+
+def _two_voices(row: Verse) -> list[Row]:
+    return [_as_chat(Verse(row.lines[:2])), _as_chat(Verse(row.lines[2:]))]
+
+
 def test_a_new_kind_is_served_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, Verse, VERSE)
     verse: Row = cast(Row, Verse(["Roses are <|red|>", "Violets"], 0.5))
@@ -246,5 +292,5 @@ def test_a_new_kind_is_served_by_its_entry_alone(monkeypatch: pytest.MonkeyPatch
     assert texts(with_texts(verse, {"lines[1]": "Pansies"}))["lines[1]"] == "Pansies"
     assert from_arrow(VERSE.to_arrow([cast(Verse, verse)])) == [verse]
     words = SpecialWords(["<|red|>"])
-    words.count(verse)
+    words.count([verse])
     assert words.report == {"<|red|>": 1}

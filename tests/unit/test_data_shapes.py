@@ -11,6 +11,7 @@ from finetune_api.reasons import Fault
 from finetune_api.row_words import MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
 from finetune_trainer.data.detect import detect
 from finetune_trainer.data.field_names import METADATA, METADATA_OF_MESSAGES
+from finetune_trainer.data.kinds import KINDS
 from finetune_trainer.data.messages import Message
 from finetune_trainer.data.problems import Broken, Change, Problem
 from finetune_trainer.data.rows import Completion, Conversation, Text
@@ -415,15 +416,16 @@ def test_every_name_that_can_be_given_is_one_that_is_read() -> None:
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_examples_of_a_shape_are_detected_and_read(shape: DatasetFormat) -> None:
-    method = next(name for name, method in METHODS.items() if shape in method.formats)
+    method = next((name for name, method in METHODS.items() if shape in method.formats), None)
     for example in SHAPES[shape].examples:
         row = json.loads(example)
-        assert shape_of(row, method=method) is shape
+        assert method is None or shape_of(row, method=method) is shape
         assert isinstance(read_row(row, shape, RowChoices()), Found)
 
 
-def test_every_format_has_a_shape_and_a_method() -> None:
-    assert set(SHAPES) == set(DatasetFormat) == {each for method in METHODS.values() for each in method.formats}
+def test_every_format_has_a_shape_and_becomes_a_kind_and_methods_take_no_others() -> None:
+    assert set(SHAPES) == set(DatasetFormat) == {each for kind in KINDS.values() for each in kind.formats}
+    assert {kind.name for method in METHODS.values() for kind in method.kinds} <= {kind.name for kind in KINDS.values()}
 
 
 def test_a_few_rows_of_another_shape_are_broken_rows_and_not_another_dataset() -> None:

@@ -13,9 +13,9 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
-from finetune_trainer.data.kinds import kind_of
+from finetune_trainer.data.kinds import kind_of, member_names, members_of
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.reading import DecodedRows, Select
+from finetune_trainer.data.reading import Checked, DecodedRows, Select
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
@@ -40,9 +40,9 @@ class Segment:
 class ShownRow:
     """One sequence of a row, or a row that is left out, which has none.
 
-    sequence: from 1; sequences: how many the row has; stop: the token that ends its last answer; dropped: why it is
-    left out, and words: what is wrong there, beyond that; changed: what was done to it. Both are codes of docs/data.md,
-    the place or figures after a colon."""
+    sequence: from 1; sequences: how many the row has; stop: the token that ends its last answer; answer: what the row
+    says of it, chosen or rejected, good or bad; dropped: why it is left out, and words: what is wrong there, beyond
+    that; changed: what was done to it. Both are codes of docs/data.md, the place or figures after a colon."""
 
     file: str
     row: int
@@ -50,6 +50,7 @@ class ShownRow:
     sequences: int = 1
     segments: list[Segment] = field(default_factory=list[Segment])
     stop: str | None = None
+    answer: str | None = None
     dropped: str | None = None
     words: str | None = None
     changed: list[str] = field(default_factory=list[str])
@@ -108,9 +109,12 @@ class _Shown:
         *,
         prompt_tokens: int = 0,  # noqa: ARG002
         weight: float = 1.0,  # noqa: ARG002
+        answers: Sequence[str] = (),
     ) -> None:
         """Keep one row."""
-        runs = [run for tree in examples for run in flat_sequences(tree)]
+        of_trees = [flat_sequences(tree) for tree in examples]
+        said = [_said(answers, place, len(runs)) for runs in of_trees for place in range(len(runs))]
+        runs = [run for each in of_trees for run in each]
         self.rows[file, number] = [
             ShownRow(
                 file=self._files[file].uri,
@@ -119,8 +123,9 @@ class _Shown:
                 sequences=len(runs),
                 segments=self._segments(run),
                 stop=self._stop(run),
+                answer=answer,
             )
-            for place, run in enumerate(runs, 1)
+            for place, (run, answer) in enumerate(zip(runs, said, strict=True), 1)
         ]
 
     def _segments(self, run: TokenRun) -> list[Segment]:
@@ -145,6 +150,11 @@ class _Shown:
         last = int(run.tokens[learned[-1]])
         text = self._model.tokenizer.decode([last])
         return text if text in self._model.stops or last == self._model.tokenizer.eos_id else None
+
+
+def _said(answers: Sequence[str], place: int, sequences: int) -> str | None:
+    """Return what is said of the answer of one of an example's sequences, if anything."""
+    return (answers[place] or None) if len(answers) == sequences else None
 
 
 def _same(one: str, other: str) -> int:
@@ -186,17 +196,26 @@ def show_unrendered(ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
             stage, find_inputs(stage), BadRows(ledger, True, max_broken_fraction=1), wanted.select(ledger.files)
         )
         found = {
-            (item.file, item.number): [
-                ShownRow(
-                    file=ledger.files[item.file].uri,
-                    row=item.number,
-                    segments=[Segment(*each) for each in kind_of(item.row).said(item.row)],
-                )
-            ]
+            (item.file, item.number): _as_read(ledger.files[item.file].uri, item)
             for dataset in rows
             for item in dataset
         }
     return _with_decisions(ctx, ledger, found)
+
+
+def _as_read(uri: str, item: Checked) -> list[ShownRow]:
+    members, names = members_of(item.row), member_names(item.row)
+    return [
+        ShownRow(
+            file=uri,
+            row=item.number,
+            sequence=place + 1,
+            sequences=len(members),
+            segments=[Segment(*each) for each in kind_of(member).said(member)],
+            answer=names[place % len(names)] or None,
+        )
+        for place, member in enumerate(members)
+    ]
 
 
 def _with_decisions(ctx: StageContext, ledger: Ledger, rows: dict[tuple[int, int], list[ShownRow]]) -> list[ShownRow]:

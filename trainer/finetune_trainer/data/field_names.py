@@ -59,7 +59,8 @@ _OF_ROWS = """
     author created created_at updated_at date datetime timestamp time year crawl dump snapshot version revision
     model model_name generator generated_by annotator annotator_id
     length len num_turns turns_count num_tokens token_count tokens_count n_tokens word_count char_count
-    perplexity quality quality_score score scores rating ratings toxicity similarity confidence
+    perplexity quality quality_score score scores rating ratings toxicity similarity confidence margin
+    score_chosen score_rejected chosen_score rejected_score chosen_rating rejected_rating chosen_model rejected_model
     hash md5 sha1 sha256 checksum minhash
     meta metadata extra extra_info info parallel_tool_calls
 """

@@ -5,17 +5,18 @@ becomes it (`shapes`), and an entry of KINDS; CONTRIBUTING.md says what else.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pyarrow as pa
 
 from finetune_api.job import DatasetFormat
 from finetune_trainer.data.end_token import require_end_token, require_stop_at_end_token
-from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.rows import Completion, Conversation, Message, Row, Text
+from finetune_trainer.data.kind import KIND_NAME, ArrowBatch, Kind, Members, SaidText, Untemplated
+from finetune_trainer.data.problems import Broken, Drop, Problem
+from finetune_trainer.data.rows import Answered, Completion, Conversation, Message, Pair, Row, Text, Thumb
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
 from finetune_trainer.data.tokens import Breaks, Tokens, of_document, split
 from finetune_trainer.data.too_long import without_beginning
@@ -23,82 +24,8 @@ from finetune_trainer.data.too_long import without_beginning
 if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
     from finetune_trainer.data.model_facts import Model
 
-_NAME = b"kind"  # in the metadata of a schema
 _PLAIN_MESSAGE = ["role", "content"]
 _FIXED_WORDS = frozenset(("role",))  # of a message: no text of anybody's
-
-ArrowSchema = Any  # pyarrow.Schema and pyarrow.RecordBatch: it has no types
-ArrowBatch = Any
-R = TypeVar("R")
-
-
-class SaidText(NamedTuple):
-    """A part of a row for people to read, and whether it is learned."""
-
-    text: str
-    learned: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Untemplated(Generic[R]):
-    """How rows become tokens that no chat template renders.
-
-    tokens: of rows, of which everything is learned where the last argument says so; cut: a row's tokens cut to a limit,
-    those that the tokenizer begins every text with being kept, None where they cannot be; pieces: a row's tokens as
-    examples of their own within a limit, None where no row may become several."""
-
-    tokens: Callable[["Model", Sequence[R], bool], list[Tokens]]
-    cut: Callable[[Tokens, int, int], Tokens | None]
-    pieces: Callable[[Tokens, int, Breaks], list[Tokens]] | None = None
-
-
-def _no_fields(_: Any) -> Mapping[str, Any]:
-    return {}
-
-
-def _no_texts(_: Any) -> Sequence[str]:
-    return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind(Generic[R]):
-    """What is to be known of a kind of rows.
-
-    texts: what its writer wrote, by the path of the field; with_texts: the row with some of that replaced.
-    content: what rows that say the same have in common, as JSON or bytes. has_answer: whether any of it is to be
-    learned. to_columns, from_columns: the row as values of `columns`, and back.
-
-    said: all of it for people. conversation: what the chat template renders of it; a kind without is `untemplated`.
-    only_fields: what a row may have in its file, where that is less than its shape reads. nested: its fields that are
-    any JSON. contents: texts that a field beside may say again."""
-
-    name: str
-    formats: frozenset[DatasetFormat]  # the shapes that become it
-    texts: Callable[[R], dict[str, str]]
-    with_texts: Callable[[R, Mapping[str, str]], R]
-    content: Callable[[R], object]
-    has_answer: Callable[[R], bool]
-    columns: ArrowSchema
-    to_columns: Callable[[R], dict[str, Any]]
-    from_columns: Callable[[Mapping[str, Any]], R]
-    said: Callable[[R], list[SaidText]]
-    conversation: Callable[[R], Conversation] | None = None
-    untemplated: Untemplated[R] | None = None
-    only_fields: frozenset[str] | None = None
-    nested: Callable[[R], Mapping[str, Any]] = _no_fields
-    contents: Callable[[R], Sequence[str]] = _no_texts
-
-    def __post_init__(self) -> None:
-        assert (self.conversation is None) != (self.untemplated is None), "it is rendered, or it is not"
-
-    @property
-    def schema(self) -> ArrowSchema:
-        """The columns, and by whose name `from_arrow` finds the way back."""
-        return self.columns.with_metadata({_NAME: self.name.encode()})
-
-    def to_arrow(self, rows: Sequence[R]) -> ArrowBatch:
-        """Return the rows as a batch of columns, equal rows for equal columns."""
-        return pa.RecordBatch.from_pylist([self.to_columns(row) for row in rows], schema=self.schema)
 
 
 def _texts_of_chat(row: Conversation) -> dict[str, str]:
@@ -195,13 +122,23 @@ def _pieces_of_text(tokens: Tokens, limit: int, breaks: Breaks) -> list[Tokens]:
     return [of_document(piece) for piece in split(tokens.ids, limit, breaks)]
 
 
+_OF_CHATS = frozenset(
+    (
+        DatasetFormat.MESSAGES,
+        DatasetFormat.SHARE_GPT,
+        DatasetFormat.ALPACA,
+        DatasetFormat.DOLLY,
+        DatasetFormat.QUESTION_ANSWER,
+        DatasetFormat.PROMPT_COMPLETION,
+    )
+)
 CHAT = Kind[Conversation](
     name="chat",
-    formats=frozenset(each for each in DatasetFormat if each is not DatasetFormat.TEXT),
+    formats=_OF_CHATS,
     texts=_texts_of_chat,
     with_texts=_chat_with_texts,
     content=lambda row: [row.messages, row.learned, row.tools, dict(row.template_kwargs)],
-    has_answer=lambda row: any(row.learned),
+    unlearnable=lambda row: None if any(row.learned) else Drop.NO_LABEL,
     columns=pa.schema(
         [
             (
@@ -227,13 +164,13 @@ COMPLETION = Kind[Completion](
     texts=lambda row: {"prompt": row.prompt, "completion": row.completion},
     with_texts=lambda row, given: replace(row, **given),
     content=lambda row: [row.prompt, row.completion],
-    has_answer=lambda _: True,
+    unlearnable=lambda _: None,
     columns=pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("weight", pa.float64())]),
     to_columns=lambda row: {"prompt": row.prompt, "completion": row.completion, "weight": row.weight},
     from_columns=lambda columns: Completion(**columns),
     said=lambda row: [SaidText(row.prompt, False), SaidText(row.completion, True)],
     untemplated=Untemplated(tokens=_tokens_of_completions, cut=without_beginning),
-    only_fields=frozenset(("prompt", "completion", "weight")),
+    only_fields=lambda _: frozenset(("prompt", "completion", "weight")),
 )
 TEXT = Kind[Text](
     name="text",
@@ -241,7 +178,7 @@ TEXT = Kind[Text](
     texts=lambda row: {"text": row.text},
     with_texts=lambda row, given: replace(row, **given),
     content=lambda row: row.text.encode(),
-    has_answer=lambda _: True,
+    unlearnable=lambda _: None,
     columns=pa.schema([("text", pa.string()), ("weight", pa.float64())]),
     to_columns=lambda row: {"text": row.text, "weight": row.weight},
     from_columns=lambda columns: Text(**columns),
@@ -253,7 +190,95 @@ TEXT = Kind[Text](
     ),
 )
 
-KINDS: dict[type, Kind[Any]] = {Conversation: CHAT, Completion: COMPLETION, Text: TEXT}  # by the class of the row
+
+# Kinds whose members are learned in their place: each is a conversation, or a plain prompt and its completion.
+_MEMBER_COLUMN = pa.struct([(kind.name, pa.struct(list(kind.columns))) for kind in (CHAT, COMPLETION)])
+
+
+def _member_columns(row: Answered) -> dict[str, Any]:
+    kind = kind_of(row)
+    return {kind.name: kind.to_columns(row)}
+
+
+def _member_of_columns(columns: Mapping[str, Any]) -> Any:
+    kind = next(kind for kind in (CHAT, COMPLETION) if columns[kind.name] is not None)
+    return kind.from_columns(columns[kind.name])
+
+
+def _texts_of_members(members: Mapping[str, Answered]) -> dict[str, str]:
+    """Return the texts of rows inside a row. members: by the beginning of their texts' paths."""
+    return {f"{name}.{path}": said for name, row in members.items() for path, said in texts(row).items()}
+
+
+def _member_with_texts(name: str, row: Any, given: Mapping[str, str]) -> Any:
+    begin = f"{name}."
+    own = {path[len(begin) :]: said for path, said in given.items() if path.startswith(begin)}
+    return kind_of(row).with_texts(row, own)
+
+
+def _nested_of_members(members: Mapping[str, Answered]) -> dict[str, Any]:
+    return {f"{name}.{path}": each for name, row in members.items() for path, each in kind_of(row).nested(row).items()}
+
+
+def _content(row: Answered) -> object:
+    return kind_of(row).content(row)
+
+
+def _sides(row: Pair) -> dict[str, Answered]:
+    return {"chosen": row.chosen, "rejected": row.rejected}
+
+
+def _answer(row: Thumb) -> dict[str, Answered]:
+    return {"answer": row.answer}
+
+
+_PLAIN_PAIR = frozenset(("chosen", "rejected", "weight"))  # beside the prompt
+PAIR = Kind[Pair](
+    name="pair",
+    formats=frozenset((DatasetFormat.PAIR,)),
+    texts=lambda row: _texts_of_members(_sides(row)),
+    with_texts=lambda row, given: replace(
+        row, **{name: _member_with_texts(name, each, given) for name, each in _sides(row).items()}
+    ),
+    content=lambda row: [_content(row.chosen), _content(row.rejected)],
+    unlearnable=lambda row: Drop.EQUAL_ANSWERS if _content(row.chosen) == _content(row.rejected) else None,
+    columns=pa.schema([("chosen", _MEMBER_COLUMN), ("rejected", _MEMBER_COLUMN), ("weight", pa.float64())]),
+    to_columns=lambda row: {
+        "chosen": _member_columns(row.chosen),
+        "rejected": _member_columns(row.rejected),
+        "weight": row.weight,
+    },
+    from_columns=lambda columns: Pair(
+        _member_of_columns(columns["chosen"]), _member_of_columns(columns["rejected"]), columns["weight"]
+    ),
+    members=Members(rows=lambda row: (row.chosen, row.rejected), names=lambda _: ("chosen", "rejected")),
+    only_fields=lambda row: _PLAIN_PAIR if isinstance(row.chosen, Completion) else None,
+    nested=lambda row: _nested_of_members(_sides(row)),
+    contents=lambda row: [*kind_of(row.chosen).contents(row.chosen), *kind_of(row.rejected).contents(row.rejected)],
+)
+THUMB = Kind[Thumb](
+    name="thumb",
+    formats=frozenset((DatasetFormat.THUMB,)),
+    texts=lambda row: _texts_of_members(_answer(row)),
+    with_texts=lambda row, given: replace(row, answer=_member_with_texts("answer", row.answer, given)),
+    content=lambda row: [_content(row.answer), row.is_good],
+    unlearnable=lambda row: kind_of(row.answer).unlearnable(row.answer),
+    columns=pa.schema([("answer", _MEMBER_COLUMN), ("is_good", pa.bool_()), ("weight", pa.float64())]),
+    to_columns=lambda row: {"answer": _member_columns(row.answer), "is_good": row.is_good, "weight": row.weight},
+    from_columns=lambda columns: Thumb(_member_of_columns(columns["answer"]), columns["is_good"], columns["weight"]),
+    members=Members(rows=lambda row: (row.answer,), names=lambda row: ("good" if row.is_good else "bad",)),
+    nested=lambda row: _nested_of_members(_answer(row)),
+    contents=lambda row: kind_of(row.answer).contents(row.answer),
+    label=lambda row: 1 if row.is_good else -1,
+)
+
+KINDS: dict[type, Kind[Any]] = {  # by the class of the row
+    Conversation: CHAT,
+    Completion: COMPLETION,
+    Text: TEXT,
+    Pair: PAIR,
+    Thumb: THUMB,
+}
 
 
 def kind_of(row: Row) -> Kind[Any]:
@@ -261,15 +286,22 @@ def kind_of(row: Row) -> Kind[Any]:
     return KINDS[type(row)]
 
 
-def conversation_of(row: Row) -> Conversation | None:
-    """Return what the chat template renders of a row; None where it renders nothing."""
-    conversation = kind_of(row).conversation
-    return None if conversation is None else conversation(row)
+def members_of(row: Row) -> Sequence[Row]:
+    """Return the rows that a row is learned as, all of one kind and none with members: as a rule the row itself."""
+    members = kind_of(row).members
+    return (row,) if members is None else members.rows(row)
 
 
-def is_rendered(row: Row) -> bool:
-    """Whether a chat template renders the row."""
-    return kind_of(row).conversation is not None
+def member_names(row: Row) -> tuple[str, ...]:
+    """Return what is said of each member of one example; an empty name where it is the row itself."""
+    members = kind_of(row).members
+    return ("",) if members is None else members.names(row)
+
+
+def conversations_of(row: Row) -> list[Conversation]:
+    """Return what the chat template renders of a row, one conversation for each member; nothing where none is."""
+    ways = ((kind_of(member).conversation, member) for member in members_of(row))
+    return [conversation(member) for conversation, member in ways if conversation is not None]
 
 
 def texts(row: Row) -> dict[str, str]:
@@ -287,7 +319,7 @@ def with_texts(row: Row, given: Mapping[str, str]) -> Row:
 
 def from_arrow(batch: ArrowBatch) -> list[Row]:
     """Return the rows of a batch that a kind's `to_arrow` made."""
-    name = (batch.schema.metadata or {})[_NAME].decode()
+    name = (batch.schema.metadata or {})[KIND_NAME].decode()
     kind = next(each for each in KINDS.values() if each.name == name)
     return [kind.from_columns(columns) for columns in cast(list[dict[str, Any]], batch.to_pylist())]
 

@@ -7,10 +7,12 @@ tokenised here, so memory does not grow with the data.
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Protocol
 
 from finetune_api.errors import StageError
@@ -20,12 +22,25 @@ from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import conversation_of, is_rendered, kind_of
+from finetune_trainer.data.kinds import conversations_of, kind_of, member_names, members_of
+from finetune_trainer.data.members import (
+    Batch,
+    Example,
+    Member,
+    Shorter,
+    asked_of,
+    divided,
+    examples_of,
+    longest,
+    of_member,
+    runs_of,
+    useless,
+)
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Broken, Drop, Problem, place
 from finetune_trainer.data.reading import Checked
-from finetune_trainer.data.renderer import Rendered, RenderedSequence, Renderer, TemplateInvalidError
-from finetune_trainer.data.rows import Conversation
+from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
+from finetune_trainer.data.rows import Row
 from finetune_trainer.data.same_ids import Probe
 from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
@@ -34,8 +49,6 @@ from finetune_trainer.data.too_long import TooLongRows, from_turn, turns
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
-
-Batch = list[Checked]
 
 
 @dataclass
@@ -76,8 +89,9 @@ class Sink(Protocol):
         *,
         prompt_tokens: int = 0,
         weight: float = 1.0,
+        answers: Sequence[str] = (),
     ) -> None:
-        """Take one row, as the spool does."""
+        """Take one row, as the spool does. answers: what is said of each sequence of an example, as chosen."""
         ...
 
 
@@ -133,13 +147,22 @@ class Pipeline:
             yield batch
 
     def _render(self, batch: Batch) -> list[Rendered | Broken]:
-        """The first of the batch's conversations as text, in order. Runs in the pool's thread."""
-        conversations = [row for item in batch if (row := conversation_of(item.row)) is not None]
-        if not conversations:
+        """The first of the batch's conversations as text, in order, of each row all or none. Runs in the pool's
+        thread."""
+        asked = asked_of(batch)
+        if not asked:
             return []
         if self.renderer is None:
             raise StageError(Fault.NO_CHAT_TEMPLATE, uri=place(self.model.facts.uri))
-        return self.renderer.render(conversations)
+        found = self.renderer.render([each.conversation for each in asked])
+        while len(found) < len(asked) and asked[len(found)].row == asked[len(found) - 1].row:
+            begun = len(found)
+            rest = [each.conversation for each in asked[begun:] if each.row == asked[begun].row]
+            try:
+                found += self.renderer.render(rest)
+            except TemplateInvalidError as error:
+                raise TemplateInvalidError(str(error), None if error.row is None else begun + error.row) from error
+        return found
 
     def _finish(
         self, pool: ThreadPoolExecutor, batch: Batch, future: Future[list[Rendered | Broken]]
@@ -148,14 +171,14 @@ class Pipeline:
         while batch:
             with self.timings.of("render"):
                 rendered = self._rendered(batch, future)
-            part, batch = _divided(batch, len(rendered))
+            part, batch = divided(batch, len(rendered))
             if batch:
                 future = pool.submit(self._render, batch)
             with self.timings.of("tokenise"):
-                sequences = self._tokenised(pool, part, rendered)
+                rows = self._tokenised(pool, part, rendered)
             with self.timings.of("write"):
-                for item, parts in sequences:
-                    self._store(item, parts)
+                for item, examples in rows:
+                    self._store(item, examples)
             yield
 
     def _rendered(self, batch: Batch, future: Future[list[Rendered | Broken]]) -> list[Rendered | Broken]:
@@ -164,136 +187,192 @@ class Pipeline:
         except TemplateInvalidError as error:
             if error.row is None:
                 raise self._template_invalid(str(error)) from error
-            conversations = [item for item in batch if is_rendered(item.row)]
-            raise self._template_failed(conversations[error.row], str(error)) from error
+            item = batch[asked_of(batch)[error.row].row]
+            raise self._template_failed(item, str(error)) from error
 
     def _tokenised(
         self, pool: ThreadPoolExecutor, batch: Batch, rendered: list[Rendered | Broken]
-    ) -> Iterable[tuple[Checked, list[Tokens]]]:
+    ) -> Iterable[tuple[Checked, list[Example]]]:
         try:
             found = self._sequences(batch, rendered)
-            return [self._shortened(pool, item, sequences) for item, sequences in found]
+            return [(item, self._shortened(pool, item, examples)) for item, examples in found]
         except TokenizerFailedError as error:
             file = place(self.ledger.files[batch[0].file].uri)
             raise TokenizerFailedError(f"{error}, at row {batch[0].number} of {file} or soon after") from error
 
-    def _sequences(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Tokens]]]:
-        """Every row's sequences, in the order of the batch; broken rows are left out and recorded."""
-        tokenizer = self.model.tokenizer
-        learn_all = self.loss_on is LossOn.ALL
-        by_row: dict[int, list[Tokens]] = {}
-        rows = ((index, conversation_of(item.row)) for index, item in enumerate(batch))
-        conversations = {index: row for index, row in rows if row is not None}
-        texts: list[RenderedSequence] = []
-        places: list[int] = []
-        for index, result in zip(conversations, rendered, strict=True):
-            if isinstance(result, Broken):
-                self._broken(batch[index], result)
+    def _sequences(self, batch: Batch, rendered: list[Rendered | Broken]) -> Iterable[tuple[Checked, list[Example]]]:
+        """Every row's examples, in the order of the batch; broken rows are left out and recorded."""
+        by_row: dict[int, list[list[Tokens]]] = {}  # by the row's place, the sequences of each of its members
+        for index, results, sequences in self._of_texts(self._whole(batch, rendered)):
+            item = batch[index]
+            broken = self._stop_is_split(item.row, sequences)
+            if broken is not None:
+                self._broken(item, broken)
+                continue
+            by_row[index] = sequences
+            for result, each in zip(results, sequences, strict=True):
+                self.taught.add(result.notes, [len(sequence.ids) for sequence in each])
+            notes = dict.fromkeys(note for result in results for note in result.notes)
+            for reason, detail in changes_of(notes):
+                self.ledger.decide(item.file, item.number, "render", Action.CHANGE, reason, detail)
+        by_row.update(self._untemplated(batch))
+        return [(batch[index], examples_of(batch[index].row, by_row[index])) for index in sorted(by_row)]
+
+    def _whole(self, batch: Batch, rendered: list[Rendered | Broken]) -> dict[int, list[Rendered]]:
+        """Return what the conversations of each row became, by its place in the batch.
+
+        A row one of whose conversations is broken is recorded, and is not among them."""
+        by_row: defaultdict[int, list[Rendered | Broken]] = defaultdict(list)
+        for asked, result in zip(asked_of(batch), rendered, strict=True):
+            by_row[asked.row].append(result)
+        whole: dict[int, list[Rendered]] = {}
+        for index, results in by_row.items():
+            row = batch[index].row
+            broken = (of_member(row, at, each) for at, each in enumerate(results) if isinstance(each, Broken))
+            if (first := next(broken, None)) is not None:
+                self._broken(batch[index], first)
             else:
-                places += [index] * len(result.sequences)
-                texts += result.sequences
-        tokens = tokenizer.conversations([each.text for each in texts], [each.spans for each in texts], learn_all)
-        for index, sequence in zip(places, tokens, strict=True):
-            by_row.setdefault(index, []).append(sequence)
-        for index, result in zip(conversations, rendered, strict=True):
-            if isinstance(result, Rendered):
-                if not learn_all and not all_end_in(by_row[index], self.model.stop_ids):
-                    del by_row[index]
-                    self._broken(batch[index], stop_is_split(conversations[index]))
-                    continue
-                self.taught.add(result.notes, [len(each.ids) for each in by_row[index]])
-                for reason, detail in changes_of(result.notes):
-                    self.ledger.decide(batch[index].file, batch[index].number, "render", Action.CHANGE, reason, detail)
-        by_row.update(self._untemplated(batch, learn_all))
-        return [(batch[index], by_row[index]) for index in sorted(by_row)]
+                whole[index] = [each for each in results if isinstance(each, Rendered)]
+        return whole
 
-    def _untemplated(self, batch: Batch, learn_all: bool) -> Iterator[tuple[int, list[Tokens]]]:
-        """Yield the tokens of the rows that no template renders, each with its place in the batch."""
-        places: defaultdict[type, list[int]] = defaultdict(list)
+    def _of_texts(
+        self, whole: Mapping[int, list[Rendered]]
+    ) -> Iterator[tuple[int, list[Rendered], list[list[Tokens]]]]:
+        """Yield the place of each row, what its conversations became, and the sequences of each."""
+        texts = [each for results in whole.values() for result in results for each in result.sequences]
+        learn_all = self.loss_on is LossOn.ALL
+        tokens = iter(
+            self.model.tokenizer.conversations([each.text for each in texts], [each.spans for each in texts], learn_all)
+        )
+        for index, results in whole.items():
+            yield index, results, [list(islice(tokens, len(each.sequences))) for each in results]
+
+    def _stop_is_split(self, row: Row, sequences: list[list[Tokens]]) -> Broken | None:
+        """Return what is wrong with a row one of whose answers ends in the text of a stop token alone."""
+        if self.loss_on is LossOn.ALL:
+            return None
+        ends = [all_end_in(each, self.model.stop_ids) for each in sequences]
+        if all(ends):
+            return None
+        at = ends.index(False)
+        return of_member(row, at, stop_is_split(conversations_of(row)[at]))
+
+    def _untemplated(self, batch: Batch) -> Iterator[tuple[int, list[list[Tokens]]]]:
+        """Yield the sequences of the rows that no template renders, each with its place in the batch."""
+        by_kind: defaultdict[type, list[tuple[int, Row]]] = defaultdict(list)
         for index, item in enumerate(batch):
-            places[type(item.row)].append(index)
-        for of_kind in places.values():
-            untemplated = kind_of(batch[of_kind[0]].row).untemplated
-            if untemplated is not None:
-                tokens = untemplated.tokens(self.model, [batch[index].row for index in of_kind], learn_all)
-                yield from ((index, [each]) for index, each in zip(of_kind, tokens, strict=True))
+            for member in members_of(item.row):
+                by_kind[type(member)].append((index, member))
+        for members in by_kind.values():
+            untemplated = kind_of(members[0][1]).untemplated
+            if untemplated is None:
+                continue
+            tokens = untemplated.tokens(self.model, [member for _, member in members], self.loss_on is LossOn.ALL)
+            placed = zip((index for index, _ in members), tokens, strict=True)
+            for index, group in groupby(placed, key=itemgetter(0)):
+                yield index, [[each] for _, each in group]
 
-    def _shortened(
-        self, pool: ThreadPoolExecutor, item: Checked, sequences: list[Tokens]
-    ) -> tuple[Checked, list[Tokens]]:
-        """Make a row that is too long shorter, as far as the job's choice allows; else it stays as long as it is."""
-        limit, policy, kind = self.too_long.limit.tokens, self.too_long.policy, kind_of(item.row)
-        tokens = _longest(sequences)
+    def _shortened(self, pool: ThreadPoolExecutor, item: Checked, examples: list[Example]) -> list[Example]:
+        """Make the examples of a row that are too long shorter, as far as the job's choice allows."""
+        if all(longest(each) <= self.too_long.limit.tokens for each in examples):
+            return examples
+        found = [self._shorter(pool, item, each) for each in examples]
+        for change in dict.fromkeys(each.change for each in found if each.change):
+            self.too_long.changed(item.file, item.number, change)
+        return [each.example for each in found]
+
+    def _shorter(self, pool: ThreadPoolExecutor, item: Checked, example: Example) -> Shorter:
+        """Make an example shorter if it is too long, or leave it as long as it is."""
+        limit, policy, tokens = self.too_long.limit.tokens, self.too_long.policy, longest(example)
         if tokens <= limit:
-            return item, sequences
-        tokenizer, untemplated = self.model.tokenizer, kind.untemplated
+            return Shorter(example)
+        tokenizer, untemplated = self.model.tokenizer, kind_of(example[0].row).untemplated
         if policy is TooLong.SPLIT and untemplated is not None and untemplated.pieces is not None:
-            pieces = untemplated.pieces(sequences[0], limit, tokenizer.breaks)
+            ((row, (whole,)),) = example
+            pieces = untemplated.pieces(whole, limit, tokenizer.breaks)
             self.too_long.split(item.file, item.number, len(pieces))
-            return item, pieces
+            return Shorter([Member(row, pieces)])
         if policy is not TooLong.TRUNCATE:
-            return item, sequences
-        if kind.conversation is not None:
-            return self._from_later_turn(pool, item, kind.conversation(item.row)) or (item, sequences)
-        shorter = untemplated and untemplated.cut(sequences[0], limit, len(tokenizer.prefix_ids))
-        if shorter is None:
-            return item, sequences
-        self.too_long.changed(item.file, item.number, f"{limit} of {tokens} tokens are kept")
-        return item, [shorter]
+            return Shorter(example)
+        if untemplated is None:
+            return self._from_later_turn(pool, item, example)
+        cut: list[Member] = []
+        for row, (whole,) in example:  # all lose as much, so that the answers of a pair keep one prompt
+            shorter = untemplated.cut(whole, len(whole.ids) - (tokens - limit), len(tokenizer.prefix_ids))
+            if shorter is None:
+                return Shorter(example)
+            cut.append(Member(row, [shorter]))
+        return Shorter(cut, f"{limit} of {tokens} tokens are kept")
 
-    def _from_later_turn(
-        self, pool: ThreadPoolExecutor, item: Checked, row: Conversation
-    ) -> tuple[Checked, list[Tokens]] | None:
-        """Return a conversation without its oldest turns, as few as do; None where none are enough."""
-        begins = turns(row)
-        tried: dict[int, list[Tokens]] = {}
+    def _from_later_turn(self, pool: ThreadPoolExecutor, item: Checked, example: Example) -> Shorter:
+        """Return an example without the oldest turns of its conversations, as few as do; whole where none are enough.
+
+        All of them lose the same turns, so that the answers of a pair keep one prompt."""
+        conversations = [each for member in example for each in conversations_of(member.row)]
+        begins = sorted(set[int].intersection(*(set(turns(each)) for each in conversations)))
+        tried: dict[int, Example] = {}
 
         def is_short(begin: int) -> bool:
-            shorter = item._replace(row=from_turn(row, begin))
-            (rendered,) = self._rendered([shorter], pool.submit(self._render, [shorter]))
-            if isinstance(rendered, Broken):
+            rows = [from_turn(each, begin) for each in conversations]
+            rendered = self._all_rendered(pool, [item._replace(row=row) for row in rows])
+            whole = [each for each in rendered if isinstance(each, Rendered)]
+            if len(whole) < len(rows):
                 return False
-            parts, learn_all = rendered.sequences, self.loss_on is LossOn.ALL
-            tried[begin] = self.model.tokenizer.conversations(
-                [each.text for each in parts], [each.spans for each in parts], learn_all
-            )
-            return _longest(tried[begin]) <= self.too_long.limit.tokens
+            ((_, _, sequences),) = self._of_texts({0: whole})
+            tried[begin] = [Member(row, each) for row, each in zip(rows, sequences, strict=True)]
+            return longest(tried[begin]) <= self.too_long.limit.tokens
 
         place = bisect_left(begins, True, key=is_short)
         if place == len(begins):
-            return None
-        begin = begins[place]
-        later = from_turn(row, begin)
-        dropped = len(row.messages) - len(later.messages)
-        self.too_long.changed(item.file, item.number, f"the oldest {dropped} messages are left out")
-        return item._replace(row=later), tried[begin]
+            return Shorter(example)
+        kept = from_turn(conversations[0], begins[place]).messages
+        dropped = len(conversations[0].messages) - len(kept)
+        return Shorter(tried[begins[place]], f"the oldest {dropped} messages are left out")
 
-    def _store(self, item: Checked, sequences: list[Tokens]) -> None:
+    def _all_rendered(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Rendered | Broken]:
+        """Render a few conversations, however much they are."""
+        found: list[Rendered | Broken] = []
+        while len(found) < len(batch):
+            rest = batch[len(found) :]
+            found += self._rendered(rest, pool.submit(self._render, rest))
+        return found
+
+    def _store(self, item: Checked, examples: list[Example]) -> None:
         """Hand on one row, or record why it is left out."""
         size = self.model.facts.vocabulary_size
-        if any(part.ids.max(initial=0) >= size for part in sequences):
+        if any(run.tokens.max(initial=0) >= size for example in examples for run in runs_of(example)):
             raise StageError(
                 Fault.BROKEN_MODEL,
                 uri=place(self.model.facts.uri),
                 problem=f"its tokenizer makes ids above the model's vocabulary of {size}",
             )
-        tokens = _longest(sequences)
-        if tokens > self.too_long.limit.tokens:
-            self.too_long.drop(item.file, item.number, tokens)
-        elif not any(part.labels.any() for part in sequences):
-            self.ledger.drop(item.file, item.number, "tokenise", Drop.NO_LABEL)
+        reasons = [useless(example, self.too_long.limit.tokens) for example in examples]
+        kept = [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
+        if reasons[0] is not None and not kept:
+            self._drop(item, examples[0], reasons[0])
+            return
+        for reason in dict.fromkeys(each for each in reasons if each is not None):
+            detail = f"{reasons.count(reason)} of {len(examples)} pairs are left out"
+            self.ledger.decide(item.file, item.number, "tokenise", Action.CHANGE, reason, detail)
+        members = [member for example in kept for member in example]
+        self.model.tokenizer.special_words.count([member.row for member in members])
+        for member in members:
+            self.probe.take(item.file, item.number, member.row, member.sequences)
+        self.sink.append(
+            item.content_hash,
+            item.file,
+            item.number,
+            [tree for example in kept for tree in self.examples(runs_of(example))],
+            prompt_tokens=members[0].sequences[0].prompt_tokens,
+            weight=item.row.weight,
+            answers=member_names(item.row),
+        )
+
+    def _drop(self, item: Checked, example: Example, reason: Drop) -> None:
+        if reason is Drop.TOO_LONG:
+            self.too_long.drop(item.file, item.number, longest(example))
         else:
-            self.model.tokenizer.special_words.count(item.row)
-            self.probe.take(item.file, item.number, item.row, sequences)
-            runs = [TokenRun(part.ids, part.labels) for part in sequences]
-            self.sink.append(
-                item.content_hash,
-                item.file,
-                item.number,
-                self.examples(runs),
-                prompt_tokens=sequences[0].prompt_tokens,
-                weight=item.row.weight,
-            )
+            self.ledger.drop(item.file, item.number, "tokenise", reason)
 
     def _broken(self, item: Checked, broken: Broken) -> None:
         """Put a row that the template refuses aside, or end the job."""
@@ -331,15 +410,3 @@ class _UntilEnd(Iterator[Checked]):
         except StageError as error:
             self.error = error
             raise StopIteration from None
-
-
-def _divided(batch: Batch, conversations: int) -> tuple[Batch, Batch]:
-    """Return the rows before the first conversation that is not among the first `conversations`, and the others."""
-    places = [index for index, item in enumerate(batch) if is_rendered(item.row)]
-    cut = places[conversations] if conversations < len(places) else len(batch)
-    return batch[:cut], batch[cut:]
-
-
-def _longest(sequences: list[Tokens]) -> int:
-    """Return the tokens of the longest of a row's sequences."""
-    return max(len(part.ids) for part in sequences)

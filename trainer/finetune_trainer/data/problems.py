@@ -37,6 +37,9 @@ class Problem(StrEnum):
     UNKNOWN_ROLE = "unknown_role"
     ORDER = "order"
     NO_ASSISTANT = "no_assistant_message"
+    LAST_NOT_ASSISTANT = "last_not_assistant"
+    MASKED_ANSWER = "masked_answer"
+    PROMPTS_DIFFER = "prompts_differ"
     TOO_MANY_MESSAGES = "too_many_messages"
     TEMPLATE_FAILED = "template_failed"
     GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
@@ -72,6 +75,8 @@ class Drop(StrEnum):
     TOO_LONG = "too_long"
     NO_LABEL = "no_label"
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"
+    EQUAL_ANSWERS = "equal_answers"
+    IDENTICAL_TOKENS = "identical_tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a row is once it has been read: a conversation, a completion or a text. `kinds` says what each has."""
+"""What a row is once it has been read: a conversation, a text, a pair of answers, … `kinds` says what each has."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,4 +39,25 @@ class Text:
     weight: float = 1.0
 
 
-Row = Conversation | Completion | Text
+Answered = Conversation | Completion  # a prompt with one answer, which is all that is learned of it
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, of which somebody prefers the first: both conversations, or both plain text."""
+
+    chosen: Answered
+    rejected: Answered
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Thumb:
+    """An answer to a prompt, and whether somebody finds it good."""
+
+    answer: Answered
+    is_good: bool
+    weight: float = 1.0
+
+
+Row = Conversation | Completion | Text | Pair | Thumb

@@ -19,7 +19,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data import child
-from finetune_trainer.data.kinds import conversation_of
+from finetune_trainer.data.kinds import conversations_of
 from finetune_trainer.data.renderer import request_of
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.tokens import Tokens
@@ -95,11 +95,11 @@ class Probe:
         return sorted([*self._short, *([] if self._long is None else [self._long])], key=lambda row: row[:2])
 
     def take(self, file: int, number: int, row: Row, sequences: Sequence[Tokens]) -> None:
-        """Keep a row, if it is a conversation and there is room for it."""
-        conversation = conversation_of(row)
-        if conversation is not None and self._has_room(sum(len(each.ids) for each in sequences)):
-            ids = [each.ids.tolist() for each in sequences]
-            self.add(ProbedRow(file, number, request_of(conversation).decode(), ids))
+        """Keep a row without members, if it is a conversation and there is room for it."""
+        for conversation in conversations_of(row):  # a member has one, or none
+            if self._has_room(sum(len(each.ids) for each in sequences)):
+                ids = [each.ids.tolist() for each in sequences]
+                self.add(ProbedRow(file, number, request_of(conversation).decode(), ids))
 
     def add(self, row: ProbedRow) -> None:
         """Keep a row, if there is room for it."""

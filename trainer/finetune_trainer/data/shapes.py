@@ -4,20 +4,16 @@ A shape reads one decoded row and nothing else, so that each can be understood, 
 are named is in `field_names`, how its messages are in `messages`, and what their order means in `order`.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
-from finetune_api.job import DatasetFormat, SameRoleMessages, SystemMessages
-from finetune_api.row_words import MAX_MESSAGES, MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
-from finetune_trainer.data import toolcalls
+from finetune_api.job import DatasetFormat
+from finetune_trainer.data import preferences
 from finetune_trainer.data.field_names import (
     ANSWER,
-    CONTENT,
     CONVERSATION,
     QUESTION,
-    ROLE,
     SYSTEM,
     TOOLS,
     is_fact,
@@ -25,177 +21,41 @@ from finetune_trainer.data.field_names import (
     shown,
 )
 from finetune_trainer.data.kinds import kind_of
-from finetune_trainer.data.messages import MessageReader, Said, refuse_unknown, text
-from finetune_trainer.data.order import Ordered
-from finetune_trainer.data.problems import Broken, Change, Problem, RefusedError
-from finetune_trainer.data.rows import Completion, Conversation, Row, Text
-
-JOINT = "\n\n"  # between an instruction and the input or context that belongs to it
-
-# How a list of messages begins as text, as the cells of a table have it; also as Python writes one, which is refused.
-_MESSAGES_AS_TEXT = re.compile(rf"""\s*\[\s*\{{\s*(["'])({"|".join((*ROLE, *CONTENT))})\1\s*:""")
-
-_NUMBER = re.compile(r"[+-]?([0-9]{1,40}([.][0-9]{0,40})?|[.][0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
-
-# Names that the template gets from us. A row that sets one of them would not be rendered as it is served.
-_OF_THE_RENDERER = """
-    messages conversation tools documents tokenize chat_template add_generation_prompt continue_final_message
-"""
-_OURS = frozenset(_OF_THE_RENDERER.split())
+from finetune_trainer.data.messages import Said, refuse_unknown
+from finetune_trainer.data.problems import Broken, Problem, RefusedError
+from finetune_trainer.data.row_reader import Found, RowChoices, RowReader, is_text_of_messages
+from finetune_trainer.data.rows import Answered, Completion, Conversation, Row, Text, Thumb
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowChoices:
-    """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
-    nulls_are_absent: whether a null inside tools and calls is what a table fills in. learns_all: whether the job learns
-    every token, so that no message can be kept from it. told_by: what says that the dataset's rows have their shape."""
-
-    columns: Mapping[str, str] = field(default_factory=dict[str, str])
-    ignored: frozenset[str] = frozenset()
-    system_messages: SystemMessages = SystemMessages.KEEP
-    same_role: SameRoleMessages = SameRoleMessages.KEEP
-    nulls_are_absent: bool = False
-    learns_all: bool = False
-    told_by: str = "its dataset has"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A row that can be learned, what was changed in it, and its fields that were passed over."""
-
-    row: Row
-    changes: frozenset[Change] = frozenset()
-    passed_over: frozenset[str] = frozenset()
-
-
-class _Reading:
-    """One row while it is read. Raises RefusedError."""
-
-    def __init__(self, row: Mapping[str, Any], choices: RowChoices) -> None:
-        self.row = row
-        self._choices = choices
-        self.messages = MessageReader(choices.ignored, choices.columns, choices.nulls_are_absent, choices.learns_all)
-        self.changes: set[Change] = set()
-
-    def one_of(self, names: tuple[str, ...]) -> str | None:
-        """Return the field under which something is said. Raises RefusedError where two say different things."""
-        given = [name for name in names if self.row.get(name) is not None]
-        said = [name for name in given if not says_nothing(self.row[name])] or given[:1]
-        if any(self.row[name] != self.row[said[0]] for name in said[1:]):
-            raise RefusedError(Problem.TWO_FIELDS, said[1])
-        return said[0] if said else None
-
-    def text(self, *names: str) -> str:
-        """Return the text under one of the names."""
-        name = self.one_of(names)
-        return text(None if name is None else self.row[name], name or names[0])
-
-    def conversation(self, said: list[Said], where: str) -> Conversation:
-        """Return the conversation of these messages and of what the row says beside them."""
-        system = self.one_of(SYSTEM)
-        if system is not None and not says_nothing(self.row[system]):
-            told = text(self.row[system], system)
-            before = said[0].message if said else {}
-            if before.get("role") not in ("system", "developer"):
-                said = [Said({"role": "system", "content": told}), *said]
-            elif before.get("content") != told:
-                raise RefusedError(Problem.TWO_FIELDS, system, "the messages begin with another system message")
-        ordered = Ordered(said, self._choices.system_messages, self._choices.same_role, where)
-        self.changes |= ordered.changes
-        offered = self.one_of(TOOLS)
-        tools = None if offered is None else toolcalls.tools(self.messages.filled(self.row[offered]), offered)
-        return Conversation(ordered.messages, ordered.learned, tools, self._template_kwargs(), self.weight())
-
-    def _template_kwargs(self) -> dict[str, Any]:
-        name = "chat_template_kwargs"
-        given = self.row.get(name)
-        if says_nothing(given):
-            return {}
-        found = toolcalls.from_json(given, name, "an object")
-        if not isinstance(found, dict):
-            raise RefusedError(Problem.WRONG_TYPE, name, "must be an object, or the JSON text of one")
-        values = {key: each for key, each in cast(dict[str, Any], found).items() if each is not None}
-        for key in values:
-            if key in _OURS or not key.isidentifier():
-                raise RefusedError(Problem.UNSUPPORTED_FIELD, f"{name}.{shown(key)}")
-        return values
-
-    def weight(self) -> float:
-        """Return how much the row counts: a number, or the text of one, as a table of texts has it."""
-        given = self.row.get("weight")
-        if says_nothing(given):
-            return 1.0
-        if isinstance(given, Broken):
-            raise RefusedError(given.problem, "weight", given.detail)
-        if isinstance(given, str) and _NUMBER.fullmatch(given.strip()):
-            given = float(given)
-        if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
-            raise RefusedError(Problem.WRONG_TYPE, "weight", "must be a number")
-        if given and not MIN_ROW_WEIGHT <= given <= MAX_ROW_WEIGHT:
-            bounds = f"{MIN_ROW_WEIGHT:f} to {MAX_ROW_WEIGHT:,.0f}"
-            raise RefusedError(Problem.OUT_OF_RANGE, "weight", f"it may be 0, or from {bounds}")
-        return float(given)
-
-    def history(self) -> list[Said]:
-        """Return earlier turns, which Alpaca's rows and ms-swift's have as pairs of a question and an answer."""
-        given = self.row.get("history")
-        if says_nothing(given):
-            return []
-        found = toolcalls.from_json(given, "history", "a list of pairs")
-        pairs = cast(list[object], found) if isinstance(found, list) else [None]
-        if 2 * len(pairs) >= MAX_MESSAGES:
-            raise RefusedError(Problem.TOO_MANY_MESSAGES, "history")
-        said: list[Said] = []
-        for index, pair in enumerate(pairs):
-            if not isinstance(pair, list) or len(cast(list[object], pair)) != 2:
-                raise RefusedError(Problem.WRONG_TYPE, "history", "must be a list of pairs of question and answer")
-            for at, role in enumerate(("user", "assistant")):
-                said.append(Said({"role": role, "content": text(pair[at], f"history[{index}][{at}]")}))
-        return said
-
-
-def _messages(reading: _Reading) -> Conversation:
+def _messages(reading: RowReader) -> Conversation:
     return reading.conversation(reading.messages.read(reading.row.get("messages"), "messages"), "messages")
 
 
-def _share_gpt(reading: _Reading) -> Conversation:
+def _share_gpt(reading: RowReader) -> Conversation:
     name = reading.one_of(CONVERSATION) or CONVERSATION[0]
     return reading.conversation(reading.messages.read(reading.row.get(name), name), name)
 
 
-def _answered(reading: _Reading, question: str, where: str, *answer: str) -> Conversation:
+def _answered(reading: RowReader, question: str, where: str, *answer: str) -> Conversation:
     said = [Said({"role": "user", "content": question}), Said({"role": "assistant", "content": reading.text(*answer)})]
     return reading.conversation([*reading.history(), *said], where)
 
 
-def _with_input(reading: _Reading, name: str) -> str:
-    """Return the instruction, and after an empty line what it is about, where there is something.
-
-    Many of Alpaca's form have all of the question in `input`."""
-    about = reading.row.get(name)
-    if name == "input" and says_nothing(reading.row.get("instruction")) and not says_nothing(about):
-        return text(about, name)
-    instruction = reading.text("instruction")
-    if says_nothing(about):
-        return instruction
-    return instruction + JOINT + text(about, name, may_be_empty=True) if str(about).strip() else instruction
+def _alpaca(reading: RowReader) -> Conversation:
+    return _answered(reading, reading.instruction("input"), "instruction", "output")
 
 
-def _alpaca(reading: _Reading) -> Conversation:
-    return _answered(reading, _with_input(reading, "input"), "instruction", "output")
+def _dolly(reading: RowReader) -> Conversation:
+    return _answered(reading, reading.instruction("context"), "instruction", "response")
 
 
-def _dolly(reading: _Reading) -> Conversation:
-    return _answered(reading, _with_input(reading, "context"), "instruction", "response")
-
-
-def _question_answer(reading: _Reading) -> Conversation:
+def _question_answer(reading: RowReader) -> Conversation:
     return _answered(reading, reading.text(*QUESTION), "question", *ANSWER)
 
 
-def _prompt_completion(reading: _Reading) -> Conversation | Completion:
+def _prompt_completion(reading: RowReader) -> Conversation | Completion:
     prompt, completion = reading.row.get("prompt"), reading.row.get("completion")
-    both_as_text = _is_text_of_messages(prompt) and _is_text_of_messages(completion)
+    both_as_text = is_text_of_messages(prompt) and is_text_of_messages(completion)
     if not isinstance(prompt, list) and not isinstance(completion, list) and not both_as_text:
         return Completion(reading.text("prompt"), reading.text("completion"), reading.weight())
     before = [Said(each.message, False) for each in reading.messages.read(prompt, "prompt")]
@@ -205,12 +65,19 @@ def _prompt_completion(reading: _Reading) -> Conversation | Completion:
     return reading.conversation([*before, *said], "prompt")
 
 
-def _is_text_of_messages(value: object) -> bool:
-    return isinstance(value, str) and _MESSAGES_AS_TEXT.match(value) is not None
-
-
-def _text(reading: _Reading) -> Text:
+def _text(reading: RowReader) -> Text:
     return Text(reading.text("text"), reading.weight())
+
+
+def _thumb(reading: RowReader) -> Thumb:
+    """Return the answer that another shape reads, with what the row says of it."""
+    fitting = (SHAPES[name] for name in _ANSWERED if SHAPES[name].fits(reading.row))
+    shape = next(fitting, None)
+    if shape is None:
+        raise RefusedError(Problem.MISSING_FIELD, "prompt")
+    found = preferences.thumb(reading, cast(Answered, shape.to_row(reading)))
+    reading.also_read.update(kind_of(found.answer).only_fields(found.answer) or shape.reads)
+    return found
 
 
 _BESIDE = frozenset((*SYSTEM, *TOOLS, "chat_template_kwargs", "weight"))  # what any conversation may have beside it
@@ -222,7 +89,7 @@ class Shape:
 
     needs: tuple[tuple[str, ...], ...]
     reads: frozenset[str]
-    to_row: Callable[[_Reading], Row]
+    to_row: Callable[[RowReader], Row]
     meaning: str  # for people, in docs/data.md
     examples: tuple[str, ...]  # rows as they stand in a file
     contradicted_by: frozenset[str] = frozenset()
@@ -232,6 +99,15 @@ class Shape:
         has_all = all(any(row.get(name) is not None for name in group) for group in self.needs)
         return has_all and not any(row.get(name) is not None for name in self.contradicted_by)
 
+
+_ANSWERED = (
+    DatasetFormat.MESSAGES,
+    DatasetFormat.SHARE_GPT,
+    DatasetFormat.ALPACA,
+    DatasetFormat.DOLLY,
+    DatasetFormat.PROMPT_COMPLETION,
+    DatasetFormat.QUESTION_ANSWER,
+)
 
 SHAPES: dict[DatasetFormat, Shape] = {
     DatasetFormat.MESSAGES: Shape(
@@ -322,6 +198,46 @@ SHAPES: dict[DatasetFormat, Shape] = {
         meaning="A document, for method CPT. All of it is learned.",
         examples=('{"text": "Oslo is the capital of Norway."}',),
     ),
+    DatasetFormat.PAIR: Shape(
+        needs=(("chosen",), ("rejected",)),
+        reads=_BESIDE | {"chosen", "rejected"},
+        to_row=preferences.pair,
+        meaning="Two answers to one prompt, of which `chosen` is preferred. Plain texts under `prompt`, `chosen` and "
+        "`rejected` are learned as they are, as in TRL, which no template renders. Lists of messages are rendered: "
+        "each is a whole conversation, or what follows the messages in `prompt`, `messages` or `conversations`; so is "
+        "a question under `question`, `query`, `input` or `instruction` with two texts. Both end with an answer of the "
+        "assistant after the same messages, and these two answers alone are learned.",
+        examples=(
+            '{"prompt": "The capital of Norway is", "chosen": " Oslo.", "rejected": " Bergen."}',
+            '{"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "4"}], '
+            '"rejected": [{"role": "assistant", "content": "5"}]}',
+            '{"chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "rejected": '
+            '[{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}]}',
+            '{"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "Let me think about it first."}',
+            '{"instruction": "Add the numbers.", "input": "2 and 2", "chosen": "4", "rejected": "5"}',
+            '{"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"}, '
+            '"rejected": {"from": "gpt", "value": "5"}}',
+            '{"prompt": "2+2?", "prompt_id": "a1", "chosen": [{"role": "user", "content": "2+2?"}, {"role": '
+            '"assistant", "content": "4"}], "rejected": [{"role": "user", "content": "2+2?"}, {"role": "assistant", '
+            '"content": "5"}], "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": '
+            '"4"}], "score_chosen": 9.0, "score_rejected": 2.5}',
+            '{"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": "\\n\\nHuman: 2+2?\\n\\nAssistant: 5"}',
+        ),
+    ),
+    DatasetFormat.THUMB: Shape(
+        needs=(preferences.LABEL, ("messages", *CONVERSATION, "completion", *ANSWER)),
+        reads=frozenset(("weight", *preferences.LABEL)),
+        to_row=_thumb,
+        meaning="An answer that is good or bad, under one of "
+        + ", ".join(f"`{each}`" for each in preferences.LABEL)
+        + ": true or false, 1 or 0, `good` or `bad`, `desirable` or `undesirable`. What is answered has any of the "
+        "shapes before this one but Text; its last answer alone is learned, and must be its end.",
+        examples=(
+            '{"prompt": "The capital of Norway is", "completion": " Oslo.", "label": true}',
+            '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}], "label": 0}',
+            '{"question": "2+2?", "answer": "4", "label": "desirable"}',
+        ),
+    ),
 }
 
 
@@ -335,9 +251,10 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
     except RefusedError as refused:
         return refused.broken
     try:
-        reading = _Reading(row, choices)
+        reading = RowReader(row, choices)
         found = shape.to_row(reading)
-        passed_over = _passed_over(row, kind_of(found).only_fields or shape.reads, found)
+        read = (kind_of(found).only_fields(found) or shape.reads) | reading.also_read
+        passed_over = _passed_over(row, read, found)
     except RefusedError as refused:
         return _of_another_shape(row, shape_name, choices) or _in_their_names(refused.broken, choices)
     passed_over |= {shown(name) for name in cast(dict[str, Any], value) if name in choices.ignored}

@@ -6,7 +6,7 @@ for everybody who serves it.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from finetune_api.redact import shortened
 from finetune_trainer.data.kinds import texts
@@ -27,12 +27,12 @@ class SpecialWords:
         self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self.rows: Counter[str] = Counter()  # by token
 
-    def count(self, row: Row) -> None:
-        """Count a row once for each special token in its words."""
+    def count(self, members: Sequence[Row]) -> None:
+        """Count a row once for each special token in the words of its members."""
         if self._any is None:
             return
         found: set[str] = set()
-        for words in texts(row).values():
+        for words in (words for member in members for words in texts(member).values()):
             if _has_any(words, self._firsts) and _has_any(words, self._begins):
                 found.update(self._any.findall(words))
         self.rows.update(sorted(found))

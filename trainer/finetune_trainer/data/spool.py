@@ -1,6 +1,7 @@
 """Prepared examples on local disk, in the order of the rows that they are of; `division` says what each is for."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,6 +77,7 @@ class Spool:
         *,
         prompt_tokens: int = 0,
         weight: float = 1.0,
+        answers: Sequence[str] = (),  # noqa: ARG002 (only for people)
     ) -> None:
         """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered."""
         high, low = int.from_bytes(content_hash[:8], "big"), int.from_bytes(content_hash[8:], "big")

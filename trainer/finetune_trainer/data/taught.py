@@ -143,6 +143,13 @@ def stop_is_split(row: Conversation) -> Broken:
     return Broken(Problem.STOP_TOKEN_SPLIT, f"messages[{last}]")
 
 
+def _message_of(field: str) -> int | str:
+    """Return the number of a message, from 1, and which answer of a pair it is, by its field."""
+    member, _, index = field.rpartition("messages[")
+    number = int(index[:-1]) + 1
+    return f"{number} of {member[:-1]}" if member else number
+
+
 def named(stops: Sequence[str]) -> str:
     """Return tokens at which a model stops as the argument of a fault."""
     return shortened(", ".join(stops), 200)
@@ -156,7 +163,7 @@ def refused(broken: Broken, file: str, row: int, stops: Sequence[str]) -> StageE
         accepted = f"accept that by preprocessing.acceptVanishing: [{broken.detail}]"
         remedy = accepted if broken.detail in set(Vanishing) else "change the chat template beside the model"
         return StageError(Fault.PART_VANISHES, file=file, row=row, field=broken.field, remedy=remedy)
-    message = int(broken.field[9:-1]) + 1
+    message = _message_of(broken.field)
     if broken.problem is Problem.STOP_TOKEN_SPLIT:
         return StageError(Fault.STOP_TOKEN_SPLIT, file=file, row=row, message=message, stops=named(stops))
     if broken.problem is Problem.NO_STOP_TOKEN:

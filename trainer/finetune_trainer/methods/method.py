@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from finetune_api.job import DatasetFormat, LossOn, MethodSpec, Schedule, TooLong
 from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import CHAT, Kind
+from finetune_trainer.data.kind import Kind
 from finetune_trainer.runplan import Denominator, RunPlan
 
 if TYPE_CHECKING:
@@ -81,4 +81,4 @@ class Method:
     @property
     def takes_chats(self) -> bool:
         """Whether a row may be a conversation, which the chat template renders."""
-        return CHAT in self.kinds
+        return any(kind.may_be_rendered for kind in self.kinds)

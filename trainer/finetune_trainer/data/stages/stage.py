@@ -40,13 +40,14 @@ class Stage:
     run: Callable[[Sequence[Checked]], Staged]
 
 
-def dropping(rows: Sequence[Checked], is_dropped: Callable[[Checked], bool], reason: str, detail: str = "") -> Staged:
-    """Return the rows without those that are to be dropped for this reason."""
+def dropping(rows: Sequence[Checked], why: Callable[[Checked], str | None], detail: str = "") -> Staged:
+    """Return the rows without those that are to be dropped. why: the reason, None for a row that goes on."""
     staged = Staged([])
     for item in rows:
-        if is_dropped(item):
+        reason = why(item)
+        if reason is None:
+            staged.rows.append(item)
+        else:
             decision = Decision(file=item.file, row=item.number, action=Action.DROP, reason=reason, detail=detail)
             staged.decisions.append(decision)
-        else:
-            staged.rows.append(item)
     return staged

@@ -8,7 +8,7 @@ from finetune_trainer.data.stages.stage import Stage, Staged, dropping
 
 
 def _run(rows: Sequence[Checked]) -> Staged:
-    return dropping(rows, lambda item: item.row.weight == 0, Drop.NO_LABEL, "weight")
+    return dropping(rows, lambda item: None if item.row.weight else Drop.NO_LABEL, "weight")
 
 
 WEIGHTLESS = Stage("weightless", "leaves out rows whose weight is 0", _run)

@@ -1,0 +1,378 @@
+"""Rows that say what is preferred become what a server sends and gets back, for each answer, or say why not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data_run import CHATML, Prepared, byte_bpe, context, jsonl, prepare_run, put, write_model
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.reasons import Fault
+from finetune_trainer.data.examples import TokenRun, Tree
+from finetune_trainer.data.kinds import PAIR, THUMB
+from finetune_trainer.data.problems import Broken, Change, Problem
+from finetune_trainer.data.rows import Conversation, Pair, Thumb
+from finetune_trainer.data.shapes import SHAPES, Found, RowChoices, read_row
+from finetune_trainer.methods import METHODS
+from finetune_trainer.methods.sft import SFT
+from finetune_trainer.shown import Wanted, show, show_unrendered
+
+Row = dict[str, Any]
+Messages = list[dict[str, Any]]
+BPE = byte_bpe()
+JUDGE = PreTrainedTokenizerFast(
+    tokenizer_object=BPE, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=CHATML
+)
+ASKED: Messages = [{"role": "user", "content": "what is two and two?"}]
+SYSTEM: Messages = [{"role": "system", "content": "Be brief."}]
+TALK: Messages = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi, what is it?"},
+    {"role": "user", "content": "two and two?"},
+]
+GOOD, BAD = "the answer is four.", "the answer is fox"
+ALL: dict[str, Any] = {"evaluation": {"holdoutFraction": 0}}
+
+
+def says(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def share_gpt(messages: Messages) -> Messages:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[each["role"]], "value": each["content"]} for each in messages]
+
+
+def side_by_side(runs: Sequence[TokenRun]) -> list[Tree]:
+    """One example of all sequences of a row, in order."""
+    return [
+        Tree(
+            np.concatenate([run.tokens for run in runs]),
+            np.concatenate([run.labels for run in runs]),
+            np.array([len(run.tokens) for run in runs], dtype=np.int64),
+            np.zeros(len(runs), dtype=np.uint32),
+        )
+    ]
+
+
+@pytest.fixture(autouse=True)
+def a_method_of_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = replace(SFT, kinds=(PAIR, THUMB), examples=side_by_side)
+    monkeypatch.setitem(METHODS, MethodType.SFT, method)
+
+
+def rendered(messages: Messages, answer: str, **variables: Any) -> tuple[list[int], list[int]]:
+    """What transformers gives for a conversation with this answer, and 1 for each token of it and its stop."""
+    before: Any = JUDGE.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
+    ids: Any = JUDGE.apply_chat_template([*messages, says(answer)], return_dict=False, **variables)
+    stop = len(ids) - ids[::-1].index(JUDGE.eos_token_id)
+    return ids, [int(len(before) <= place < stop) for place in range(len(ids))]
+
+
+def plain(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """A text and how it goes on, with the end token and without a template."""
+    before = JUDGE.encode(prompt, add_special_tokens=False)
+    ids = [*JUDGE.encode(prompt + answer, add_special_tokens=False), JUDGE.eos_token_id]
+    return ids, [int(place >= len(before)) for place in range(len(ids))]
+
+
+PAIRS: dict[str, tuple[Row, Messages | str]] = {
+    "texts": ({"prompt": "two and two is", "chosen": " four.", "rejected": " a fox"}, "two and two is"),
+    "messages": ({"prompt": ASKED, "chosen": [says(GOOD)], "rejected": [says(BAD)]}, ASKED),
+    "messages as text": (
+        {"prompt": json.dumps(ASKED), "chosen": json.dumps([says(GOOD)]), "rejected": json.dumps([says(BAD)])},
+        ASKED,
+    ),
+    "prompt of several turns": ({"prompt": TALK, "chosen": [says(GOOD)], "rejected": [says(BAD)]}, TALK),
+    "implicit prompt": ({"chosen": [*TALK, says(GOOD)], "rejected": [*TALK, says(BAD)]}, TALK),
+    "implicit prompt in ShareGPT's names": (
+        {"chosen": share_gpt([*TALK, says(GOOD)]), "rejected": share_gpt([*TALK, says(BAD)])},
+        TALK,
+    ),
+    "UltraFeedback, binarized": (
+        {
+            "prompt": ASKED[0]["content"],
+            "prompt_id": "a1",
+            "chosen": [*ASKED, says(GOOD)],
+            "rejected": [*ASKED, says(BAD)],
+            "messages": [*ASKED, says(GOOD)],
+            "score_chosen": 9.0,
+            "score_rejected": 2.5,
+        },
+        ASKED,
+    ),
+    "Orca": (
+        {"system": "Be brief.", "question": ASKED[0]["content"], "chosen": GOOD, "rejected": BAD},
+        [*SYSTEM, *ASKED],
+    ),
+    "input": ({"input": ASKED[0]["content"], "chosen": GOOD, "rejected": BAD}, ASKED),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "2 and 2", "chosen": GOOD, "rejected": BAD, "history": [["hello", "hi"]]},
+        [{"role": "user", "content": "hello"}, says("hi"), {"role": "user", "content": "Add.\n\n2 and 2"}],
+    ),
+    "LLaMA-Factory": (
+        {
+            "system": "Be brief.",
+            "conversations": share_gpt(TALK),
+            "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+        [*SYSTEM, *TALK],
+    ),
+    "LLaMA-Factory in OpenAI's names": ({"messages": TALK, "chosen": says(GOOD), "rejected": says(BAD)}, TALK),
+    "a question as text and answers as messages": (
+        {"prompt": ASKED[0]["content"], "chosen": [says(GOOD)], "rejected": [says(BAD)]},
+        ASKED,
+    ),
+    "Anthropic's HH": (
+        {
+            "chosen": f"\n\nHuman: hello\n\nAssistant: hi, what is it?\n\nHuman: two and two?\n\nAssistant: {GOOD}",
+            "rejected": f"\n\nHuman: hello\n\nAssistant: hi, what is it?\n\nHuman: two and two?\n\nAssistant: {BAD}",
+        },
+        TALK,
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt"), PAIRS.values(), ids=PAIRS)
+def test_a_pair_of_every_spelling_is_its_two_answers_after_one_prompt_as_transformers_has_them(
+    tmp_path: Path, row: Row, prompt: Messages | str
+) -> None:
+    put(tmp_path, a_jsonl=jsonl([row]))
+    prepared = prepare_run(tmp_path, ALL)
+    if isinstance(prompt, str):
+        assert prepared.train == [plain(prompt, row["chosen"]), plain(prompt, row["rejected"])]
+    else:
+        assert prepared.train == [rendered(prompt, GOOD), rendered(prompt, BAD)]
+    assert len(prepared.examples(prepared.plan.train)) == 1
+
+
+THUMBS: dict[str, tuple[Row, bool, Messages | str]] = {
+    "texts": ({"prompt": "two and two is", "completion": " four.", "label": True}, True, "two and two is"),
+    "messages": ({"prompt": ASKED, "completion": [says(GOOD)], "label": False}, False, ASKED),
+    "a conversation": ({"messages": [*TALK, says(GOOD)], "label": 1}, True, TALK),
+    "ShareGPT": ({"conversations": share_gpt([*TALK, says(GOOD)]), "kto_tag": False}, False, TALK),
+    "a question": ({"question": ASKED[0]["content"], "answer": GOOD, "label": "desirable"}, True, ASKED),
+    "Alpaca": (
+        {"system": "Be brief.", "instruction": ASKED[0]["content"], "output": GOOD, "label": "bad"},
+        False,
+        [*SYSTEM, *ASKED],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "is_good", "prompt"), THUMBS.values(), ids=THUMBS)
+def test_a_thumb_of_every_spelling_is_its_last_answer_with_what_is_said_of_it(
+    tmp_path: Path, row: Row, is_good: bool, prompt: Messages | str
+) -> None:
+    put(tmp_path, a_jsonl=jsonl([row]))
+    prepared = prepare_run(tmp_path, ALL)
+    assert prepared.train == [plain(prompt, " four.") if isinstance(prompt, str) else rendered(prompt, GOOD)]
+    (found,) = show_unrendered(context(tmp_path, ALL, attempt=2), Wanted())
+    assert found.answer == ("good" if is_good else "bad")
+
+
+def refusal(row: Row, format_: str) -> tuple[Problem, str]:
+    shape = next(each for each in SHAPES if each == format_)
+    found = read_row(row, shape, RowChoices())
+    assert isinstance(found, Broken), found
+    return found.problem, found.field
+
+
+@pytest.mark.parametrize(
+    ("row", "problem", "field"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, Problem.EMPTY, "rejected"),
+        ({"prompt": ASKED, "chosen": [says("")], "rejected": [says("b")]}, Problem.EMPTY, "chosen[0].content"),
+        ({"chosen": "a", "rejected": "b"}, Problem.MISSING_FIELD, "prompt"),
+        ({"chosen": [says("a")], "rejected": [says("b")]}, Problem.MISSING_FIELD, "prompt"),
+        ({"prompt": ASKED, "chosen": [says("a")], "rejected": TALK}, Problem.TWO_FIELDS, "rejected"),
+        ({"chosen": [*TALK, says("a")], "rejected": TALK}, Problem.LAST_NOT_ASSISTANT, "rejected"),
+        (
+            {"chosen": [*TALK, says("a")], "rejected": [*ASKED, *TALK[1:], says("b")]},
+            Problem.PROMPTS_DIFFER,
+            "rejected",
+        ),
+        (
+            {"prompt": ASKED, "chosen": [says("a")], "rejected": [says("b"), says("c")]},
+            Problem.PROMPTS_DIFFER,
+            "rejected",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": [says("b")]}, Problem.WRONG_TYPE, "rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, Problem.UNKNOWN_FIELD, "system"),
+        ({"prompt": "q", "question": "r", "chosen": "a", "rejected": "b"}, Problem.TWO_FIELDS, "question"),
+        (
+            {"prompt": ASKED, "chosen": [{**says("a"), "train": False}], "rejected": [says("b")]},
+            Problem.MASKED_ANSWER,
+            "chosen",
+        ),
+        (
+            {"conversations": share_gpt(TALK), "prompt": "other", "chosen": says("a"), "rejected": says("b")},
+            Problem.UNKNOWN_FIELD,
+            "prompt",
+        ),
+        ({"prompt": ASKED, "chosen": [says("a")], "rejected": [says("b")], "mood": "m"}, Problem.UNKNOWN_FIELD, "mood"),
+    ],
+)
+def test_a_pair_that_cannot_be_compared_is_refused_by_its_field(row: Row, problem: Problem, field: str) -> None:
+    assert refusal(row, "Pair") == (problem, field)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem", "field"),
+    [
+        ({"messages": [*ASKED, says("a")], "label": "maybe"}, Problem.WRONG_TYPE, "label"),
+        ({"messages": [*ASKED, says("a")], "label": 0.5}, Problem.WRONG_TYPE, "label"),
+        ({"messages": [*ASKED, says("a")], "label": True, "kto_tag": False}, Problem.TWO_FIELDS, "kto_tag"),
+        ({"messages": [*ASKED, says("a"), *ASKED], "label": True}, Problem.LAST_NOT_ASSISTANT, ""),
+        ({"messages": [*ASKED, {**says("a"), "weight": 0}], "label": True}, Problem.MASKED_ANSWER, ""),
+        ({"completion": "a", "label": True}, Problem.MISSING_FIELD, "prompt"),
+        ({"prompt": "q", "completion": "a", "label": True, "system": "s"}, Problem.UNKNOWN_FIELD, "system"),
+        ({"messages": [*ASKED, says("a")], "label": True, "mood": "m"}, Problem.UNKNOWN_FIELD, "mood"),
+    ],
+)
+def test_a_thumb_that_is_not_clear_is_refused_by_its_field(row: Row, problem: Problem, field: str) -> None:
+    assert refusal(row, "Thumb") == (problem, field)
+
+
+def test_what_an_earlier_answer_says_of_itself_changes_nothing_as_the_last_alone_is_learned() -> None:
+    talk = [TALK[0], {**TALK[1], "train": True}, TALK[2]]
+    found = read_row(
+        {"messages": [*talk, says("a")], "label": True}, next(each for each in SHAPES if each == "Thumb"), RowChoices()
+    )
+    assert isinstance(found, Found)
+    assert isinstance(found.row, Thumb)
+    assert isinstance(found.row.answer, Conversation)
+    assert found.row.answer.learned == (False, False, False, True)
+
+
+def test_changes_of_both_answers_are_told_once_and_the_row_has_its_weight() -> None:
+    row = {"chosen": [*TALK, TALK[2], says("a")], "rejected": [*TALK, TALK[2], says("b")], "weight": 2}
+    found = read_row(row, next(each for each in SHAPES if each == "Pair"), RowChoices())
+    assert isinstance(found, Found)
+    assert found.changes == {Change.NEIGHBOURS_KEPT}
+    assert isinstance(found.row, Pair)
+    assert (found.row.weight, found.row.chosen.weight) == (2.0, 1.0)
+
+
+def reasons(prepared: Prepared) -> dict[int, str]:
+    return {each["row"]: each["reason"] for each in prepared.decisions if each["action"] == "drop"}
+
+
+def pair(prompt: Messages, chosen: str, rejected: str) -> Row:
+    return {"prompt": prompt, "chosen": [says(chosen)], "rejected": [says(rejected)]}
+
+
+def test_pairs_in_which_nothing_is_preferred_are_dropped_each_for_its_reason(tmp_path: Path) -> None:
+    trimming = CHATML.replace("message['content']", "message['content'] | trim")
+    write_model(tmp_path / "model", template=trimming)
+    rows = [pair(ASKED, GOOD, BAD), pair(ASKED, GOOD, GOOD), pair(ASKED, GOOD, f" {GOOD}")]
+    put(tmp_path, a_jsonl=jsonl([*rows, {**pair(ASKED, GOOD, BAD), "weight": 0}]))
+    prepared = prepare_run(tmp_path, ALL)
+    assert reasons(prepared) == {2: "equal_answers", 3: "identical_tokens", 4: "no_label"}
+    assert [each["rows_in"] for each in prepared.report["files"]] == [4]
+
+
+def test_a_pair_that_is_too_long_loses_the_same_turns_before_both_answers(tmp_path: Path) -> None:
+    long = [
+        each for n in range(6) for each in ({"role": "user", "content": f"number {n}? " + "fox " * 20}, says("yes"))
+    ]
+    rows = [pair([*SYSTEM, *long, *ASKED], GOOD, BAD), pair(ASKED, "fox " * 200, BAD)]
+    put(tmp_path, a_jsonl=jsonl(rows))
+    limits = {"maxSequenceLength": 128, "tooLong": "Truncate", "maxTooLongFraction": 1}
+    prepared = prepare_run(tmp_path, {**ALL, "preprocessing": limits})
+    kept = [*long[-2:], *ASKED]
+    assert prepared.train == [rendered([*SYSTEM, *kept], GOOD), rendered([*SYSTEM, *kept], BAD)]
+    (change,) = [each for each in prepared.decisions if each["action"] == "change"]
+    assert (change["reason"], change["detail"]) == ("too_long", "the oldest 10 messages are left out")
+    assert reasons(prepared) == {2: "too_long"}
+
+
+def test_plain_texts_that_are_too_long_keep_one_prompt_before_both_answers(tmp_path: Path) -> None:
+    prompt = "a quick brown fox " * 60
+    put(tmp_path, a_jsonl=jsonl([{"prompt": prompt, "chosen": " jumps", "rejected": " sleeps over the lazy dog"}]))
+    limits = {"maxSequenceLength": 64, "tooLong": "Truncate", "maxTooLongFraction": 1}
+    (chosen, one), (rejected, other) = prepare_run(tmp_path, {**ALL, "preprocessing": limits}).train
+    assert max(len(chosen), len(rejected)) == 64
+    before = one.index(1)
+    assert before == other.index(1)
+    assert chosen[:before] == rejected[:before]
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_reasoning_of_both_answers_is_learned_and_that_before_is_as_a_server_sends_it(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=THINKING)
+    chosen, rejected = ({**says(words), "reasoning_content": f"so {words}"} for words in (GOOD, BAD))
+    put(tmp_path, a_jsonl=jsonl([{"prompt": TALK, "chosen": [chosen], "rejected": [rejected]}]))
+    learned = [
+        BPE.decode([i for i, label in zip(ids, labels, strict=True) if label], skip_special_tokens=False)
+        for ids, labels in prepare_run(tmp_path, ALL).train
+    ]
+    assert learned == [f"<think>\nso {words}\n</think>\n{words}<|im_end|>" for words in (GOOD, BAD)]
+
+
+def test_what_a_template_loses_of_one_answer_ends_the_job_and_says_of_which(tmp_path: Path) -> None:
+    rejected = {**says(BAD), "reasoning_content": "because"}
+    put(tmp_path, a_jsonl=jsonl([{"prompt": ASKED, "chosen": [says(GOOD)], "rejected": [rejected]}]))
+    with pytest.raises(StageError) as caught:
+        prepare_run(tmp_path, ALL)
+    assert caught.value.fault is Fault.PART_VANISHES
+    assert caught.value.args_by_name["field"] == "rejected.messages[1].reasoning_content"
+    aside = {"onBadRow": "Quarantine", "maxBrokenFraction": 1}
+    put(tmp_path, b_jsonl=jsonl([pair(ASKED, GOOD, BAD)]))
+    prepared = prepare_run(tmp_path, {**ALL, "preprocessing": aside}, attempt=2)
+    assert reasons(prepared) == {1: "vanishes"}
+    assert len(prepared.train) == 2
+
+
+def test_an_answer_that_does_not_end_says_which_message_of_which_answer(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template=CHATML.replace("+ '<|im_end|>'", ""))
+    put(tmp_path, a_jsonl=jsonl([pair(ASKED, GOOD, BAD)]))
+    with pytest.raises(StageError, match="message 2 of chosen in no token") as caught:
+        prepare_run(tmp_path, ALL)
+    assert caught.value.fault is Fault.NO_STOP_TOKEN
+
+
+def test_pairs_are_rendered_whole_however_much_is_rendered_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [pair([{"role": "user", "content": f"number {n}?"}], GOOD, BAD) for n in range(7)]
+    put(tmp_path, a_jsonl=jsonl(rows))
+    whole = prepare_run(tmp_path, ALL)
+    from finetune_trainer.data import renderer
+
+    render = renderer.Renderer.render
+    monkeypatch.setattr(renderer.Renderer, "render", lambda self, asked: render(self, asked[:3]))
+    again = prepare_run(tmp_path, ALL, attempt=2)
+    assert sorted(again.train) == sorted(whole.train)
+    assert len(whole.train) == 14
+
+
+def test_every_answer_of_pairs_is_compared_with_transformers(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([pair(ASKED, f"{GOOD} {n}", BAD) for n in range(3)]))
+    assert prepare_run(tmp_path, ALL).report["same_ids"]["rows"] == 6
+
+
+def test_finetune_data_show_says_which_answer_is_which(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([pair(ASKED, GOOD, BAD)]))
+    for found in (show(context(tmp_path, ALL), Wanted()), show_unrendered(context(tmp_path, ALL), Wanted())):
+        assert [(each.answer, each.sequence, each.sequences) for each in found] == [
+            ("chosen", 1, 2),
+            ("rejected", 2, 2),
+        ]
+        assert [next(part.text for part in each.segments if part.learned).strip()[-9:] for each in found]
+    chosen, rejected = show(context(tmp_path, ALL), Wanted())
+    assert [part.text for part in chosen.segments if part.learned] == [f"{GOOD}<|im_end|>"]
+    assert [part.text for part in rejected.segments if part.learned] == [f"{BAD}<|im_end|>"]
