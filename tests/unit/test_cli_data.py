@@ -78,6 +78,7 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
             {"text": "\n", "learned": False},
         ],
         "stop": "<|im_end|>",
+        "answer": None,
         "dropped": None,
         "words": None,
         "changed": [],

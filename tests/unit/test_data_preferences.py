@@ -17,6 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.kinds import PAIR, THUMB
 from finetune_trainer.data.problems import Broken, Change, Problem
+from finetune_trainer.data.renderer import Rendered, Renderer
 from finetune_trainer.data.rows import Conversation, Pair, Thumb
 from finetune_trainer.data.shapes import SHAPES, Found, RowChoices, read_row
 from finetune_trainer.methods import METHODS
@@ -78,7 +79,8 @@ def rendered(messages: Messages, answer: str, **variables: Any) -> tuple[list[in
 def plain(prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """A text and how it goes on, with the end token and without a template."""
     before = JUDGE.encode(prompt, add_special_tokens=False)
-    ids = [*JUDGE.encode(prompt + answer, add_special_tokens=False), JUDGE.eos_token_id]
+    end: Any = JUDGE.eos_token_id
+    ids = [*JUDGE.encode(prompt + answer, add_special_tokens=False), end]
     return ids, [int(place >= len(before)) for place in range(len(ids))]
 
 
@@ -351,10 +353,12 @@ def test_pairs_are_rendered_whole_however_much_is_rendered_at_once(
     rows = [pair([{"role": "user", "content": f"number {n}?"}], GOOD, BAD) for n in range(7)]
     put(tmp_path, a_jsonl=jsonl(rows))
     whole = prepare_run(tmp_path, ALL)
-    from finetune_trainer.data import renderer
+    render = Renderer.render
 
-    render = renderer.Renderer.render
-    monkeypatch.setattr(renderer.Renderer, "render", lambda self, asked: render(self, asked[:3]))
+    def three(self: Renderer, asked: list[Conversation]) -> list[Rendered | Broken]:
+        return render(self, asked[:3])
+
+    monkeypatch.setattr(Renderer, "render", three)
     again = prepare_run(tmp_path, ALL, attempt=2)
     assert sorted(again.train) == sorted(whole.train)
     assert len(whole.train) == 14
