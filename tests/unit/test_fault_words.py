@@ -27,7 +27,7 @@ _ADVICE = re.compile(
 )
 _BARE_ADVICE = re.compile(r"\b(?:raise|lower|set|fix|fewer) ([a-z]+)(?![\w.])", re.IGNORECASE)
 _VALUE = re.compile(rf"(?<![\w./:-])({_DOTTED}): ?([A-Za-z]\w*)")
-_NOT_OURS = {"oldSelf", "vLLM"}  # of CEL; a program
+_NOT_OURS = {"oldSelf", "vLLM", "nHuman", "nAssistant"}  # of CEL; a program; a turn after a line break in JSON
 _FILES = ("json", "jsonl", "safetensors", "yaml", "py", "md", "parquet", "gz", "jinja", "txt", "model", "bin", "dev")
 
 
