@@ -15,6 +15,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import StorageConfig
 from finetune_trainer.data.model_facts import read_model
 from finetune_trainer.data.template import ChatTemplate, plain_template
+from finetune_trainer.data.tokenizer import Tokenizer as ChildTokenizer
 from finetune_trainer.store import open_store
 
 LLAMA3 = (
@@ -108,9 +109,9 @@ def test_generation_tags_and_structure_find_the_same_answers(tmp_path: Path) -> 
 
 
 VOCABULARY = byte_bpe().get_vocab_size()
-WHOLE = byte_bpe().token_to_id("the")  # a token of the vocabulary that no added token is
-SPLIT = byte_bpe().token_to_id("Ċ")  # as its text, other bytes stand for it
-READ_APART = "the <x> fox <y>the Ċ"
+WHOLE = byte_bpe().get_vocab()["the"]  # a token of the vocabulary that no added token is
+SPLIT = byte_bpe().get_vocab()["Ċ"]  # as its text, other bytes stand for it
+READ_APART = "the  <x> fox <y>the Ċ other<X>  \n <x><y> <z>[PAD]y<x>y <s>"
 
 
 def save_again(folder: Path) -> None:
@@ -121,36 +122,83 @@ def save_again(folder: Path) -> None:
 
 
 def require_parity(folder: Path) -> None:
-    """Require that the model is taken, and that its rows are split as by AutoTokenizer."""
+    """Require that the model is taken, and that its rows are split as by AutoTokenizer, also where it is started again
+    elsewhere."""
     rows = read_model(open_store(StorageConfig()), folder.as_uri()).tokenizer
     judge = AutoTokenizer.from_pretrained(folder)
-    (tokens,) = rows.conversations([READ_APART], [[]], True)
-    assert tokens.ids.tolist() == judge.encode(READ_APART, add_special_tokens=False)
+    expected = judge.encode(READ_APART, add_special_tokens=False)
+    setup, content = rows.restartable
+    again = ChildTokenizer(content, setup["eos_token"], setup["eos_id"], json.loads(setup["files"]))
+    for each in (rows, again):
+        (tokens,) = each.conversations([READ_APART], [[]], True)
+        assert tokens.ids.tolist() == expected
+        assert each.vocabulary_size == 1 + max(judge.get_vocab().values())
+        each.close()
+
+
+def test_tokens_that_only_other_files_name_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    for number, (config, others) in enumerate(NAMED_ELSEWHERE):
+        folder = tmp_path / str(number)
+        write_model(folder, tokenizer_config=config, config={"vocab_size": VOCABULARY + 8})
+        for name, content in others.items():
+            (folder / name).write_text(json.dumps(content))
+        require_parity(folder)
+
+
+def listed(*tokens: dict[str, Any] | str, first: int = VOCABULARY) -> dict[str, Any]:
+    """Return tokens as added_tokens_decoder lists them, the first with the first id that is free."""
+    entries = [{"content": each} if isinstance(each, str) else each for each in tokens]
+    return {"added_tokens_decoder": {str(first + place): each for place, each in enumerate(entries)}}
+
+
+X: dict[str, Any] = {"__type": "AddedToken", "content": "<x>", "lstrip": True, "normalized": False}
+Config = dict[str, Any]
+NAMED_ELSEWHERE: list[tuple[Config, Config]] = [
+    (listed("<x>"), {}),
+    (listed("<x>", "<y>", "[PAD]"), {}),
+    ({"added_tokens_decoder": dict(reversed(listed("<x>", "<y>")["added_tokens_decoder"].items()))}, {}),
+    (listed({"content": "<x>", "lstrip": True}), {}),
+    (listed({"content": "<x>", "rstrip": True, "special": True}), {}),
+    (listed({"content": "<x>", "rstrip": True, "normalized": False}, {"content": "<z>", "single_word": True}), {}),
+    (listed("the", first=WHOLE), {}),
+    (listed({"content": "Ċ", "special": True}, first=SPLIT), {}),
+    (listed("<|endoftext|>", first=0) | {"pad_token": "[PAD]"}, {}),
+    (listed({"content": "<|im_end|>", "rstrip": True, "special": True}, first=2), {}),
+    (listed("<x>") | {"pad_token": "<x>", "unk_token": "<y>"}, {}),
+    (listed("<x>") | {"eos_token": "<x>"}, {}),
+    ({"eos_token": "<x>"}, {}),
+    ({"bos_token": X}, {}),
+    ({"bos_token": X, "cls_token": "<z>", "pad_token": "[PAD]", "additional_special_tokens": ["<y>"]}, {}),
+    ({"image_token": "<x>", "audio_token": X | {"content": "<y>"}, "unk_token": "the"}, {}),
+    ({"additional_special_tokens": ["<y>", X]}, {}),
+    ({"additional_special_tokens": ["<y>"], "extra_special_tokens": ["<x>"]}, {}),
+    ({"extra_special_tokens": {"image_token": "<x>", "eoi": "<y>"}}, {}),
+    ({"model_specific_special_tokens": {"image_token": "<x>"}}, {}),
+    ({"added_tokens_decoder": {}}, {"added_tokens.json": {"<x>": VOCABULARY}}),  # which is then not read
+    ({}, {"added_tokens.json": {"<y>": VOCABULARY, "<x>": VOCABULARY + 1}}),
+    ({"pad_token": "<y>"}, {"added_tokens.json": {"<x>": VOCABULARY, "<y>": VOCABULARY + 1}}),
+    ({"pad_token": X}, {"added_tokens.json": {"<x>": VOCABULARY, "<|im_end|>": 2}}),
+    ({"eos_token": "<y>"}, {"special_tokens_map.json": {"eos_token": "<x>", "pad_token": {"content": "[PAD]"}}}),
+    ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<x>"]}, "added_tokens.json": {"<x>": VOCABULARY}}),
+    (listed("<x>"), {"special_tokens_map.json": {"eos_token": "<y>"}}),
+    ({"extra_special_tokens": ["<y>"]}, {"special_tokens_map.json": {"extra_special_tokens": ["<y>", "<x>"]}}),
+]
 
 
 @pytest.mark.parametrize(
     ("config", "added", "words"),
     [
         (
-            {"added_tokens_decoder": {str(VOCABULARY): {"content": "<x>"}}},
+            {"added_tokens_decoder": {"9000": {"content": "<x>"}}},
             None,
-            f"tokenizer_config.json names the token '<x>' with the id {VOCABULARY}, but tokenizer.json does not have",
+            f"tokenizer_config.json names the token '<x>' with the id 9000, but AutoTokenizer gives it the id "
+            f"{VOCABULARY};",
         ),
-        ({"added_tokens_decoder": {"9000": {"content": "<x>"}}}, None, "'<x>' with the id 9000"),
-        ({"added_tokens_decoder": {str(SPLIT): {"content": "Ċ"}}}, None, f"'Ċ' with the id {SPLIT}"),
-        ({}, {"<y>": VOCABULARY}, f"added_tokens.json names the token '<y>' with the id {VOCABULARY}"),
+        ({}, {"<y>": 2}, "added_tokens.json names the token '<y>' with the id 2, but AutoTokenizer gives it the id"),
         ({}, {"<|im_end|>": 77}, "'<|im_end|>' with the id 77, but tokenizer.json gives it the id 2"),
-        ({"eos_token": "<x>"}, None, "tokenizer_config.json names the eos_token '<x>', but tokenizer.json"),
-        (
-            {"bos_token": {"__type": "AddedToken", "content": "<x>"}},
-            None,
-            "tokenizer_config.json names the bos_token '<x>'",
-        ),
-        ({"additional_special_tokens": ["<x>"]}, None, "token of additional_special_tokens '<x>'"),
-        ({"extra_special_tokens": {"image_token": "<x>"}}, None, "token of extra_special_tokens '<x>'"),
     ],
 )
-def test_a_token_that_only_another_file_names_is_refused_by_its_name_until_the_tokenizer_is_saved_again(
+def test_a_token_that_another_file_gives_another_id_is_refused_until_the_tokenizer_is_saved_again(
     tmp_path: Path, config: dict[str, Any], added: dict[str, int] | None, words: str
 ) -> None:
     folder = tmp_path / "model"
@@ -166,7 +214,7 @@ def test_a_token_that_only_another_file_names_is_refused_by_its_name_until_the_t
     require_parity(folder)
 
 
-@pytest.mark.parametrize("entry", [{"7": 3}, {"7": {}}, [], "<x>"])
+@pytest.mark.parametrize("entry", [{"7": 3}, {"7": {}}, {"x": {"content": "<x>"}}, [], "<x>"])
 def test_added_tokens_that_transformers_could_not_read_are_refused(tmp_path: Path, entry: Any) -> None:
     write_model(tmp_path / "model", tokenizer_config={"added_tokens_decoder": entry})
     with pytest.raises(StageError, match=r"added_tokens_decoder in tokenizer_config\.json") as caught:
@@ -178,8 +226,6 @@ def test_added_tokens_that_transformers_could_not_read_are_refused(tmp_path: Pat
     ("config", "added"),
     [
         ({"added_tokens_decoder": {"0": {"content": "<|endoftext|>"}, "2": {"content": "<|im_end|>"}}}, None),
-        ({"added_tokens_decoder": {str(WHOLE): {"content": "the"}}}, None),
-        ({"added_tokens_decoder": {}}, {"<x>": VOCABULARY}),  # which AutoTokenizer then does not read
         ({}, {"<|im_end|>": 2}),
         ({"pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}, None),
         ({"added_tokens_decoder": None, "extra_special_tokens": []}, None),

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,19 @@ def test_metaspace_tokenizers_are_labelled_by_their_own_offsets() -> None:
     assert tokens.labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("indent", ["  ", "    ", "\n  "])
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_white_space_that_begins_an_answer_is_learned_by_metaspace_tokenizers_too(indent: str, scheme: Any) -> None:
+    pieces = ["<unk>", "</s>", "▁", "▁a", "b", "▁b", "a", ":", "▁▁", "▁▁▁▁", "\n"]
+    plain: Any = Tokenizer(models.Unigram([(piece, -float(len(pieces) - len(piece))) for piece in pieces], 0))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    plain.decoder = decoders.Replace("▁", " ")
+    plain.add_special_tokens(["<unk>", "</s>"])
+    rows = RowTokenizer(plain, "</s>")
+    (tokens,) = rows.completions([("a:", indent + "b")], learn_all=False)
+    assert learned(tokens, rows) == [indent + "b</s>"]
+
+
 def test_truncation_and_padding_of_the_tokenizer_file_are_off() -> None:
     cut = Tokenizer.from_str(BPE.to_str())
     cut.enable_truncation(2)
@@ -180,8 +194,8 @@ def test_a_text_is_split_after_a_newline_in_the_second_half_of_a_piece() -> None
 
 def test_special_tokens_are_read_in_all_the_ways_they_are_written() -> None:
     config = {"eos_token": {"content": "</s>"}, "pad_token": None, "extra_special_tokens": {"image_token": "<i>"}}
-    assert special_tokens(config, {"bos_token": "<s>", "eos_token": "old"}) == {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "image_token": "<i>",
-    }
+    config |= {"end_of_thought_token": "<t>", "add_bos_token": True}
+    named = {"eos_token": "</s>", "image_token": "<i>", "end_of_thought_token": "<t>"}
+    older = {"bos_token": "<s>", "eos_token": "<e>"}
+    assert special_tokens(config, older) == {**named, **older}
+    assert special_tokens(config | {"added_tokens_decoder": {}}, older) == named

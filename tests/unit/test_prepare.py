@@ -23,6 +23,8 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as NativeTokenizer
+from tokenizers import models, pre_tokenizers
 
 from data_run import (
     CHATML,
@@ -169,6 +171,8 @@ def test_the_weight_of_rows_is_kept_through_every_notation_and_told_in_plan_and_
     labels = [sum(row_labels) for _, row_labels in found.train]
     expected = sum(weight * count for weight, count in zip(columns["weight"], labels, strict=True))
     assert batches["denominators"].sum() == pytest.approx(expected * found.plan.label_tokens / sum(labels))
+    folder = tmp_path / "out" / "bot-1a2b3" / ".job"
+    assert json.loads((folder / "plan.json").read_bytes())["denominator"] == "label_tokens"
 
 
 def test_a_row_that_is_held_out_is_not_learned_with_another_weight(tmp_path: Path) -> None:
@@ -1106,7 +1110,8 @@ def test_broken_rows_end_the_job_only_once_their_share_cannot_recover(tmp_path: 
 def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "model", config={"vocab_size": 10})
     put(tmp_path, a_jsonl=jsonl(chats(1)))
-    assert "ids above the model's vocabulary of 10" in str(fails(tmp_path))
+    said = str(fails(tmp_path))
+    assert "at row 1 of a.jsonl, but it has embeddings for 10 ids" in said
 
 
 def test_a_tokenizer_without_an_end_token_cannot_end_texts(tmp_path: Path) -> None:
@@ -1192,3 +1197,28 @@ def test_special_tokens_in_the_own_words_of_rows_are_counted_and_not_those_of_th
     put(tmp_path, a_jsonl=jsonl([*chats(20), *rows]))
     found = prepare_run(tmp_path)
     assert found.report["special_tokens_in_words"] == {"<|im_end|>": 2, "<|im_start|>": 1}
+
+
+def knows_few_words() -> NativeTokenizer:
+    """A tokenizer that reads other words than a few as `<unk>`."""
+    words = ["<unk>", "what", "is", "and", "one", "?", "the", "answer", ".", "user", "assistant"]
+    tokenizer: Any = NativeTokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_by_dataset_and_told_where_they_are_many(
+    tmp_path: Path,
+) -> None:
+    write_model(tmp_path / "model", tokenizer=knows_few_words())
+    known = [chat("what is one?", "the answer.") for _ in range(9)]
+    put(tmp_path, a_jsonl=jsonl(known), b_jsonl=jsonl([chat("what is ζ?", "ξ is the answer ω."), *known]))
+    spec = {"datasets": [{"uri": (tmp_path / "data" / name).as_uri()} for name in ("a.jsonl", "b.jsonl")]}
+    found = prepare_run(tmp_path, spec)
+    none = {"tokens": 0, "learned": 0, "rows": 0}
+    some = {"tokens": 3, "learned": 2, "rows": 1}
+    assert [each["unknown_words"] for each in found.report["datasets"]] == [none, some]
+    (noted,) = [each for each in found.plan.resolved if "unknown words" in each.field]
+    assert (noted.field, noted.value) == ("datasets[1]: unknown words", "1 rows")
+    assert noted.reason.startswith("3 of ")

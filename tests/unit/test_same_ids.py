@@ -123,6 +123,31 @@ def test_where_transformers_renders_no_row_that_is_told_as_no_comparison(tmp_pat
     assert told.startswith("compared on no row")
 
 
+X_LISTED = {"added_tokens_decoder": {str(byte_bpe().get_vocab_size()): {"content": "<x>", "special": True}}}
+
+
+def test_a_token_that_only_tokenizer_config_names_is_learned_by_the_id_that_transformers_gives_it(
+    tmp_path: Path,
+) -> None:
+    number = byte_bpe().get_vocab_size()
+    write_model(tmp_path / "model", tokenizer_config=X_LISTED, config={"vocab_size": number + 1})
+    put(tmp_path, a_jsonl=jsonl([chat("a <x>", "b <x> c"), *chats(2)]))
+    found = prepare_run(tmp_path)
+    assert compared(found)[0]["rows"] == 3
+    assert found.report["special_tokens_in_words"] == {"<x>": 1}
+
+
+def test_a_row_with_a_token_for_which_the_model_has_no_embedding_ends_the_job_by_its_name(tmp_path: Path) -> None:
+    number = byte_bpe().get_vocab_size()
+    write_model(tmp_path / "model", tokenizer_config=X_LISTED)
+    put(tmp_path, a_jsonl=jsonl(chats(2)))
+    assert compared(prepare_run(tmp_path))[0]["rows"] == 2, "what no row has is in nobody's way"
+    put(tmp_path, a_jsonl=jsonl([*chats(2), chat("a", "b<x>")]))
+    with pytest.raises(StageError, match=rf"reads '<x>' as id {number}, at row 3 of a\.jsonl, but it has") as caught:
+        prepare_run(tmp_path, attempt=2)
+    assert caught.value.fault is Fault.BROKEN_MODEL
+
+
 def test_a_template_that_writes_otherwise_each_time_ends_the_job_with_the_row(tmp_path: Path) -> None:
     write_model(tmp_path / "model", template=RANDOM)
     put(tmp_path, a_jsonl=jsonl(chats(9)))

@@ -1,5 +1,6 @@
-"""Show answers by the tokenizer that read the rows: tokenizer.json alone, in a process of its own."""
+"""Show answers by the tokenizer that read the rows, in a process of its own."""
 
+import json
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
@@ -9,17 +10,24 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
+from finetune_trainer.data.added_tokens import NAMING_FILES
 from finetune_trainer.data.tokenizer import Tokenizer, TokenizerFailedError
 from finetune_trainer.runplan import RunPlan
 
 log = logging.getLogger(__name__)
 
 
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    paths = [folder / name for name in NAMING_FILES]
+    files = [json.loads(path.read_bytes()) if path.exists() else {} for path in paths]
+    return Tokenizer((folder / "tokenizer.json").read_bytes(), files=files)
+
+
 @contextmanager
 def open_tokenizer(model_folder: Path, plan: RunPlan) -> Generator[Tokenizer]:
     """Start the tokenizer of the model in `model_folder`. Raises UNSUPPORTED_MODEL, also for what it does inside."""
     try:
-        with closing(Tokenizer((model_folder / "tokenizer.json").read_bytes())) as tokenizer:
+        with closing(_tokenizer_of(model_folder)) as tokenizer:
             yield tokenizer
     except TokenizerFailedError as error:
         facts, problem = plan.model, shortened(str(error), MAX_ARG_CHARS)
@@ -42,7 +50,7 @@ class LastWords:
             return ""
         try:
             if self._tokenizer is None:
-                self._tokenizer = Tokenizer((self._folder / "tokenizer.json").read_bytes())
+                self._tokenizer = _tokenizer_of(self._folder)
             return self._tokenizer.decode(ids)
         except (TokenizerFailedError, MemoryError, OSError) as error:
             self._failed = True

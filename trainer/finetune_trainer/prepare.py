@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
+from finetune_trainer.data.unknown_words import TokenCount
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
 from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
@@ -232,6 +234,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         shown = ", ".join(f"{share['reads_share']:.3g}" for share in shares)
         text = "as written: the share of the examples read that is of each dataset, in their order"
         stage.choices.note("datasets[].weight", shown, text)
+    _note_unknown_words(stage)
     weights = report.weights(train.columns["weight"])
     if weights:
         text = f"of {weights['examples']:,} of {len(train):,} examples; their losses are multiplied with it"
@@ -261,7 +264,10 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "lengths": lengths(division, stage.ledger),
         "answers": stage.taught.report(),
         "same_ids": None if stage.same_ids is None else stage.same_ids.report(),
-        "datasets": [{"uri": dataset.uri, **share} for dataset, share in zip(datasets, planned.shares, strict=True)],
+        "datasets": [
+            {"uri": dataset.uri, **share, "unknown_words": count.report()}
+            for dataset, share, count in zip(datasets, planned.shares, _token_counts(stage), strict=True)
+        ],
         "weights": planned.weights,
         "packing": report.packing(
             planned.batches, planned.train, int(train["longest"].max()), planned.sized.hyperparameters
@@ -334,6 +340,23 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         stage.kept.tidy()
     ctx.reporter.update(activity="Done", rows_read=ledger.rows_read)
     return _result(ctx, run_plan, plan, ledger, digest)
+
+
+def _token_counts(stage: PrepareStage) -> list[TokenCount]:
+    """Return what was counted of the tokens of each dataset."""
+    counts = [TokenCount() for _ in stage.first_files]
+    for index, account in enumerate(stage.ledger.files):
+        counts[bisect_right(stage.first_files, index) - 1].add(account.tokens)
+    return counts
+
+
+def _note_unknown_words(stage: PrepareStage) -> None:
+    """Say of which datasets the tokenizer does not know many words."""
+    for index, count in enumerate(_token_counts(stage)):
+        if count.is_much_unknown:
+            text = f"{count.unknown:,} of {count.tokens:,} tokens stand for words that the tokenizer does not know"
+            stage.choices.note(f"datasets[{index}]: unknown words", f"{count.unknown_rows:,} rows", text)
+            log.warning("datasets[%d]: %s; %d of them are learned", index, text, count.unknown_learned)
 
 
 def _mix(stage: PrepareStage, train: Examples) -> Mix:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import orjson
 
 from finetune_api.status import DroppedRows
+from finetune_trainer.data.unknown_words import TokenCount
 
 MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
 MAX_CHANGES_BYTES = 64 * 2**20  # of them, so that changes of all rows leave room for those that are left out
@@ -50,12 +51,14 @@ class StageAccount:
 
 @dataclass(kw_only=True)
 class FileRows:
-    """What was counted of some rows of one file. bytes_in: of the rows, at least; dropped: rows by reason."""
+    """What was counted of some rows of one file. bytes_in: of the rows, at least; dropped: rows by reason; tokens: of
+    the rows that were not."""
 
     rows_in: int
     bytes_in: int
     dropped: dict[str, int]
     stages: dict[str, StageAccount]
+    tokens: TokenCount
 
 
 @dataclass
@@ -78,12 +81,17 @@ class FileAccount:
     held_out: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
     stages: defaultdict[str, StageAccount] = field(default_factory=lambda: defaultdict(StageAccount))
+    tokens: TokenCount = field(default_factory=TokenCount)
 
     @property
     def rows(self) -> FileRows:
         """What was counted of its rows so far."""
         return FileRows(
-            rows_in=self.rows_in, bytes_in=self.bytes_in, dropped=dict(self.dropped), stages=dict(self.stages)
+            rows_in=self.rows_in,
+            bytes_in=self.bytes_in,
+            dropped=dict(self.dropped),
+            stages=dict(self.stages),
+            tokens=self.tokens,
         )
 
     @property
@@ -233,6 +241,7 @@ class Ledger:
         account.dropped.update(rows.dropped)
         for name, stage in rows.stages.items():
             account.stages[name].add(stage)
+        account.tokens.add(rows.tokens)
         self.rows_read += rows.rows_in
         self.file_read = file
 

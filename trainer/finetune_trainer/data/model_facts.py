@@ -56,6 +56,12 @@ class Model:
     stops: tuple[str, ...]  # the same as text
     files: Mapping[str, bytes]  # by name, those that transformers' AutoTokenizer reads
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for words which the tokenizer does not know, if one does and says nothing else."""
+        unknown_id = self.tokenizer.unknown_id
+        return None if unknown_id in (*self.stop_ids, self.tokenizer.eos_id, *self.tokenizer.prefix_ids) else unknown_id
+
 
 def read_model(store: Store, uri: str, judge: Judge = check_structure) -> Model:
     """Read and judge the model at `uri`, the structure of its weights by `judge`.

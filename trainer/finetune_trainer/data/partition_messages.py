@@ -19,6 +19,7 @@ from finetune_trainer.data.same_ids import ProbedRow
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.too_long import LongRow
+from finetune_trainer.data.unknown_words import TokenCount
 from finetune_trainer.runplan import ModelFacts
 
 
@@ -149,4 +150,5 @@ class PartitionResult:
 
 def _file_rows(values: dict[str, Any]) -> FileRows:
     values["stages"] = {name: StageAccount(**each) for name, each in values["stages"].items()}
+    values["tokens"] = TokenCount(**values["tokens"])
     return FileRows(**values)

@@ -4,6 +4,7 @@ It is our own code, without credentials: rows come as files and go as files. Spo
 `worker_pool`. It ends at once when its stdin does, in the middle of a partition too, and its own children with it.
 """
 
+import json
 import os
 import signal
 import sys
@@ -51,7 +52,8 @@ def _listen(requests: IO[bytes], waiting: "SimpleQueue[bytes]") -> None:
 def _serve(setup: dict[str, object], content: bytes, waiting: "SimpleQueue[bytes]", replies: IO[bytes]) -> None:
     rules = Rules(**setup["rules"])  # type: ignore[arg-type]
     eos_token, eos_id, slow_reason = setup["eos_token"], setup["eos_id"], setup["slow_reason"]
-    tokenizer = Tokenizer(content, eos_token, eos_id, fast_after=FAST_AFTER_IN_WORKER)  # type: ignore[arg-type]
+    files = json.loads(str(setup["files"]))
+    tokenizer = Tokenizer(content, eos_token, eos_id, files, FAST_AFTER_IN_WORKER)  # type: ignore[arg-type]
     if slow_reason is not None:
         tokenizer.start_slow(str(slow_reason))
     work = PartitionWork(rules, rules.model(tokenizer))

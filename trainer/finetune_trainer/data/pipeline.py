@@ -46,6 +46,7 @@ from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_sp
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, all_end_in
 from finetune_trainer.data.too_long import TooLongRows, from_turn, turns
+from finetune_trainer.data.unknown_words import counted
 
 _BATCH_ROWS = 512
 _BATCH_BYTES = 2**20
@@ -339,13 +340,9 @@ class Pipeline:
 
     def _store(self, item: Checked, examples: list[Example]) -> None:
         """Hand on one row, or record why it is left out."""
-        size = self.model.facts.vocabulary_size
-        if any(run.tokens.max(initial=0) >= size for example in examples for run in runs_of(example)):
-            raise StageError(
-                Fault.BROKEN_MODEL,
-                uri=place(self.model.facts.uri),
-                problem=f"its tokenizer makes ids above the model's vocabulary of {size}",
-            )
+        highest = max(int(run.tokens.max(initial=0)) for example in examples for run in runs_of(example))
+        if highest >= self.model.facts.vocabulary_size:
+            raise self._no_embedding(item, highest)
         reasons = [useless(example, self.too_long.limit.tokens) for example in examples]
         kept = [example for example, reason in zip(examples, reasons, strict=True) if reason is None]
         if reasons[0] is not None and not kept:
@@ -356,6 +353,8 @@ class Pipeline:
             self.ledger.decide(item.file, item.number, "tokenise", Action.CHANGE, reason, detail)
         members = [member for example in kept for member in example]
         self.model.tokenizer.special_words.count([member.row for member in members])
+        sequences = [each for member in members for each in member.sequences]
+        self.ledger.files[item.file].tokens.add(counted(sequences, self.model.unknown_id))
         for member in members:
             self.probe.take(item.file, item.number, member.row, member.sequences)
         self.sink.append(
@@ -373,6 +372,18 @@ class Pipeline:
             self.too_long.drop(item.file, item.number, longest(example))
         else:
             self.ledger.drop(item.file, item.number, "tokenise", reason)
+
+    def _no_embedding(self, item: Checked, token_id: int) -> StageError:
+        """Return what a row ends the job with that has a token beyond the model's embeddings."""
+        added = self.model.tokenizer.added.get(token_id)  # of others the text may be the row's own
+        token = "a text" if added is None else shortened(repr(added), 48)
+        file = shortened(self.ledger.files[item.file].uri.rpartition("/")[2], 64)
+        return StageError(
+            Fault.BROKEN_MODEL,
+            uri=place(self.model.facts.uri),
+            problem=f"its tokenizer reads {token} as id {token_id}, at row {item.number} of {file}, but it has "
+            f"embeddings for {self.model.facts.vocabulary_size} ids; save it after model.resize_token_embeddings",
+        )
 
     def _broken(self, item: Checked, broken: Broken) -> None:
         """Put a row that the template refuses aside, or end the job."""

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import orjson
 
 from finetune_trainer.data import child
+from finetune_trainer.data.added_tokens import NAMING_FILES
 from finetune_trainer.data.encoders import FAST, FAST_AFTER, HUGGING_FACE, Choice, FastDiffersError
 from finetune_trainer.data.rows import Completion
 from finetune_trainer.data.sequences import Span
 from finetune_trainer.data.special_words import SpecialWords
 from finetune_trainer.data.tokenizer_worker import CPU_S_PER_MIB, NO_MEMORY
-from finetune_trainer.data.tokens import Tokens
+from finetune_trainer.data.tokens import AddedWord, Tokens
 
 _MODULE = "finetune_trainer.data.tokenizer_worker"
 # A vocabulary of 256,000 pieces with 580,000 merges is loaded in 0.4 GiB and 4 s of CPU; a row of 8 MiB of noise, the
@@ -43,9 +44,9 @@ class Tokenizer:
     """A model's tokenizer and the tokens that begin and end rows, in a process of their own. Not thread-safe.
 
     content: tokenizer.json; eos_token: ends texts and completions, or else the token `eos_id`, None when the model
-    names none; files: the contents of tokenizer_config.json, added_tokens.json and special_tokens_map.json, which must
-    name no token otherwise; None where that was judged before; fast_after: characters of rows after which the faster
-    library is tried, FAST_AFTER where it is None. Raises TokenizerFailedError, here and in every call.
+    names none; files: the contents of NAMING_FILES, whose tokens are added, None where there are none; fast_after:
+    characters of rows after which the faster library is tried, FAST_AFTER where it is None. Raises
+    TokenizerFailedError, here and in every call.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Tokenizer:
         fast_after: int | None = None,
     ) -> None:
         self._content = content
+        files = [{} for _ in NAMING_FILES] if files is None else files
         fast_after = FAST_AFTER if fast_after is None else fast_after
         self._setup = {"eos_token": eos_token, "eos_id": eos_id, "files": files, "fast_after": fast_after}
         self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
@@ -76,17 +78,21 @@ class Tokenizer:
         self.eos_id: int | None = reply["eos_id"]
         self.prefix_ids: list[int] = reply["prefix_ids"]  # usually [] or the begin-of-text token
         self.vocabulary_size: int = reply["vocabulary_size"]  # one above the largest token id
-        self.special_words = SpecialWords(reply["special"])
+        self.unknown_id: int | None = reply["unknown_id"]  # the token of words that the vocabulary lacks
+        added = [AddedWord(*each) for each in reply["added"]]
+        self.added = {each.number: each.content for each in added}
+        self.special_words = SpecialWords(each.content for each in added if each.is_special)
         # (vocabulary,) whether a token contains a newline: where a text is best split
         self.breaks: npt.NDArray[np.bool_] = np.frombuffer(breaks, dtype=np.bool_)
 
     @property
     def restartable(self) -> tuple[dict[str, Any], bytes]:
-        """What another process starts the same tokenizer with: names of arguments, and tokenizer.json."""
+        """What another process starts the same tokenizer with: names of arguments, and tokenizer.json.
+
+        The other files are JSON in a text, as they may hold numbers that a message cannot."""
         slow_reason = self.choice.reason if self._setup["fast_after"] is None else None
-        return {"eos_token": self._setup["eos_token"], "eos_id": self._setup["eos_id"], "slow_reason": slow_reason}, (
-            self._content
-        )
+        named = {"eos_token": self._setup["eos_token"], "eos_id": self._setup["eos_id"]}
+        return named | {"files": json.dumps(self._setup["files"]), "slow_reason": slow_reason}, self._content
 
     def close(self) -> None:
         """End the process; nothing can be asked of it then."""

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from finetune_trainer.data.added_tokens import problem_of_tokens
+from finetune_trainer.data.added_tokens import TokenNamesError, add_named_tokens
 from finetune_trainer.data.child import limit_data, streams
 from finetune_trainer.data.encoders import FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
@@ -47,10 +47,11 @@ def _load(setup: dict[str, Any], content: bytes) -> RowTokenizer:
         tokenizer = Tokenizer.from_buffer(content)
     except ValueError as error:
         raise _UnusableError("its tokenizer.json cannot be read") from error
-    if setup["files"] is not None:
-        problem = problem_of_tokens(tokenizer, *setup["files"])
-        if problem is not None:
-            raise _UnusableError(problem)
+    try:
+        has_more = add_named_tokens(tokenizer, *setup["files"])
+    except TokenNamesError as error:
+        raise _UnusableError(str(error)) from error
+    whole = tokenizer.to_str() if has_more else content.decode()
     if getattr(tokenizer.model, "dropout", None):
         raise _UnusableError(
             "its tokenizer.json has a dropout, so it splits a text differently each time; set it to null"
@@ -61,13 +62,13 @@ def _load(setup: dict[str, Any], content: bytes) -> RowTokenizer:
     eos, eos_id = setup["eos_token"], setup["eos_id"]
     if eos is None and eos_id is not None:
         eos = tokenizer.id_to_token(eos_id)
-    rows = RowTokenizer(tokenizer, eos)  # an eos_token that is named was found in tokenizer.json
+    rows = RowTokenizer(tokenizer, eos)  # an eos_token that is named was found or added
     found = rows.conversations(PROBES, [[(0, len(text))] for text in PROBES], learn_all=False)
     rows.stop_ids.clear()
     _require_measured(PROBES, [each.ids for each in found])
     rows.decode(found[1].ids[:64].tolist())
     if setup["fast_after"] is not None:
-        rows.encoders.consider(content.decode(), setup["fast_after"])
+        rows.encoders.consider(whole, setup["fast_after"])
     return rows
 
 
@@ -145,10 +146,13 @@ def main() -> int:
         write_frame(replies, orjson.dumps({"problem": str(error)}))
         write_frame(replies, b"")
         return 0
+    unknown_id = rows.unknown_id(content)
     del content
     facts = {"problem": None, "eos_id": rows.eos_id, "prefix_ids": rows.prefix_ids}
-    special = [token.encode(errors="replace").decode() for token in rows.special]
-    write_frame(replies, orjson.dumps(facts | {"vocabulary_size": rows.vocabulary_size, "special": special}))
+    added = [each._replace(content=each.content.encode(errors="replace").decode()) for each in rows.added]
+    facts |= {"vocabulary_size": rows.vocabulary_size, "added": [list(each) for each in added]}
+    facts["unknown_id"] = unknown_id
+    write_frame(replies, orjson.dumps(facts))
     write_frame(replies, rows.breaks.tobytes())
     while (body := read_frame(requests, _MAX_REQUEST_BYTES)) is not None:
         request = orjson.loads(body)

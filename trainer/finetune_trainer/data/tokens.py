@@ -6,12 +6,14 @@ prompt ends in the space, is learned, as in transformers' `return_assistant_toke
 would never be.
 """
 
+import json
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from finetune_trainer.data.encoders import Encoders
 
@@ -27,6 +29,14 @@ _NEWLINES = ("Ċ", "\n", "<0x0A>")  # a newline in byte-level, plain and byte-fa
 
 Breaks = npt.NDArray[np.bool_]  # by token: whether a text may be split after it
 TEXT_PROMPT_TOKENS = 32  # of a document: what a sample of it begins with
+
+
+class AddedWord(NamedTuple):
+    """A token that is read wherever its text stands. is_special: whether it is no word of a language."""
+
+    number: int
+    content: str
+    is_special: bool
 
 
 class Tokens(NamedTuple):
@@ -56,20 +66,17 @@ def all_end_in(sequences: Sequence[Tokens], stop_ids: Collection[int]) -> bool:
 
 
 def special_tokens(config: dict[str, Any], legacy_map: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by name, as chat templates see them; tokenizer_config.json wins over special_tokens_map.json."""
+    """Return the special tokens by name, as chat templates see them.
+
+    special_tokens_map.json wins over tokenizer_config.json, but is read only where that lists no added tokens."""
     found: dict[str, str] = {}
-    extra: Any = config.get("extra_special_tokens")
-    sources: list[dict[str, Any]] = [legacy_map, config]
-    if isinstance(extra, dict):
-        sources.append(cast(dict[str, Any], extra))
-    for source in sources:
-        names = SPECIAL_TOKEN_NAMES if source is not extra else tuple(source)
-        for name in names:
-            value = source.get(name)
-            if isinstance(value, dict):
-                value = cast(dict[str, Any], value).get("content")
-            if isinstance(value, str) and value:
-                found[name] = value
+    for source in (config, {} if config.get("added_tokens_decoder") is not None else legacy_map):
+        extra: Any = source.get("extra_special_tokens")
+        named = {name: value for name, value in source.items() if name.endswith("_token")}
+        for name, value in {**named, **(cast(dict[str, Any], extra) if isinstance(extra, dict) else {})}.items():
+            text: Any = cast(dict[str, Any], value).get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and text:
+                found[name] = text
     return found
 
 
@@ -98,7 +105,7 @@ class RowTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self.special = [token.content for token in added.values() if token.special]
+        self.added = [AddedWord(number, token.content, token.special) for number, token in sorted(added.items())]
         # An end token need not be marked as special; what is no added token is split like other text.
         ends = [token.content for token in added.values() if token.special or token.content == eos_token]
         self._stops = tuple(ends)
@@ -120,6 +127,14 @@ class RowTokenizer:
     def vocabulary_size(self) -> int:
         """One above the largest token id."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def unknown_id(self, content: bytes) -> int | None:
+        """Return the token of words that the vocabulary lacks, if there is one. content: tokenizer.json."""
+        model: Any = self._tokenizer.model
+        if isinstance(model, Unigram):  # which does not tell
+            return json.loads(content)["model"].get("unk_id")
+        token = getattr(model, "unk_token", None)
+        return self._tokenizer.token_to_id(token) if token else None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
