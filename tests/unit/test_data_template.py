@@ -11,8 +11,8 @@ from data_run import CHATML, ENDS, every_answer, one_sequence
 from finetune_trainer.data import child as children
 from finetune_trainer.data import renderer
 from finetune_trainer.data.problems import Broken, Problem
-from finetune_trainer.data.render_worker import safe_words
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
+from finetune_trainer.data.renders import Chat
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.sequences import RenderedSequence
 from finetune_trainer.data.stops import Ends
@@ -21,6 +21,7 @@ from finetune_trainer.data.template import (
     find_template,
     plain_template,
 )
+from finetune_trainer.data.template_words import refusal_words
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -134,9 +135,12 @@ def test_of_templates_by_name_tool_use_is_for_rows_with_tools_and_default_for_ot
 
 
 def test_a_template_may_say_its_own_words_but_never_the_rows() -> None:
-    constants = ChatTemplate("{{ raise_exception('Only user and assistant') }}", {}, NOW).constants
-    assert safe_words(jinja2.TemplateError("Only user and assistant"), constants) == "Only user and assistant"
-    assert safe_words(jinja2.TemplateError("secret of the row"), constants) == "TemplateError"
+    template, chat = (
+        ChatTemplate("{{ raise_exception('Only user and assistant') }}", {}, NOW),
+        Chat(messages("q", "a"), (False, True)),
+    )
+    for said, told in (("Only user and assistant", "Only user and assistant"), ("secret of the row", "TemplateError")):
+        assert refusal_words(jinja2.TemplateError(said), template, chat) == told
 
 
 @pytest.mark.parametrize(
@@ -279,3 +283,49 @@ def test_a_child_that_somebody_kills_ends_the_attempt_and_blames_neither_row_nor
 def test_a_template_that_does_not_compile_is_refused() -> None:
     with pytest.raises(TemplateInvalidError, match="TemplateSyntaxError"):
         rendered("{% for %}", ("a", "b"))
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "secret"}}}
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "detail"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}",
+            "UndefinedError: it reads content, which messages[1] has not; it never reads tool_calls or tools: put a "
+            "template that does beside the model",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | length / 0 }}{{ m.tool_calls }}{{ tools }}{% endfor %}",
+            "ZeroDivisionError",
+        ),
+        (
+            "{% for m in messages %}{{ m.tool_calls }}{{ tools }}{{ documents_of_mine.x }}{% endfor %}",
+            "UndefinedError: it reads documents_of_mine, which is not given",
+        ),
+        (
+            "{{ tools }}{% for m in messages %}{% if m.tool_calls %}{{ m[m.tool_calls[0].function.arguments.town].x }}"
+            "{% endif %}{% endfor %}",
+            "UndefinedError",
+        ),
+        (
+            "{{ tools }}{% for m in messages %}{% if m.tool_calls %}"
+            "{{ raise_exception('no calls') if m.content is defined else m.content.x }}{% endif %}{% endfor %}",
+            "no calls",
+        ),
+    ],
+)
+def test_of_a_row_that_a_template_does_not_take_it_is_told_what_the_template_lacks(source: str, detail: str) -> None:
+    child = Renderer(source, {"eos_token": "</s>"}, NOW, ends=ENDS, learn_all=False)
+    row = Conversation(CALLING, every_answer(CALLING), tools=[CALL])
+    try:
+        assert child.render([row]) == [Broken(Problem.TEMPLATE_FAILED, detail=detail)]
+    finally:
+        child.close()

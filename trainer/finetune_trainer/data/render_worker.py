@@ -9,7 +9,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Collection
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -29,16 +28,15 @@ from finetune_trainer.data.renders import AnswerError, Chat
 from finetune_trainer.data.sequences import Note, RenderedSequence
 from finetune_trainer.data.stops import Ends, NoStopError
 from finetune_trainer.data.template import ChatTemplate
+from finetune_trainer.data.template_words import MAX_WORDS, refusal_words
 
 MEMORY_BYTES = 512 * 2**20
-_MAX_WORDS = 120
 _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 MAX_TEXT = MAX_LINE_BYTES + 2 * 2**20  # characters of a row: what the longest line holds, and what is written around it
 PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of one are held, and tokenised, at once
 _PIECE_CPU_S = 2.0
 _MAX_SHAPES = 4096  # of conversations that are remembered; others are tried again
 FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
-_NOT_ALLOWED = "it does what transformers' sandbox refuses too (SecurityError)"
 _PROBLEMS: dict[type[AnswerError], Problem] = {
     AnswerNotFoundError: Problem.GENERATION_PROMPT_NOT_KEPT,
     NoReasoningError: Problem.NO_REASONING,
@@ -53,16 +51,6 @@ class Shape(NamedTuple):
     dress: Dress
     lost: tuple[Lost, ...]
     notes: frozenset[Note]
-
-
-def safe_words(error: Exception, constants: Collection[str]) -> str:
-    """Return what a template says when it refuses a row, if that is all of a constant in its code.
-
-    Other words, also those in its comments, may be the row's."""
-    if isinstance(error, jinja2.exceptions.SecurityError):
-        return _NOT_ALLOWED
-    said = str(error)
-    return shortened(said, _MAX_WORDS) if said in constants and "\n" not in said else type(error).__name__
 
 
 class Writer:
@@ -88,7 +76,7 @@ class Writer:
         except AnswerError as error:
             return [None, [_PROBLEMS[type(error)], f"messages[{error.message}]", ""]]
         except FAILURES as error:
-            return [None, [Problem.TEMPLATE_FAILED, "", safe_words(error, self._template.constants)]]
+            return [None, [Problem.TEMPLATE_FAILED, "", refusal_words(error, self._template, chat)]]
         except (MemoryError, RecursionError) as error:
             return [None, [Problem.TEMPLATE_FAILED, "", type(error).__name__]]
         finally:
@@ -131,6 +119,7 @@ class Writer:
         else the least."""
         unique = of_unique_words(chat)
         best: Shape | None = None
+        told: Dress | None = None  # the first in which it refuses the conversation in its own words
         for dress in dresses(chat):
             try:
                 dressed = dress.on(unique)
@@ -139,9 +128,10 @@ class Writer:
                     best = Shape(dress, tuple(gone), self._marks(dressed))
                 if not gone:
                     break
-            except (AnswerError, *FAILURES):
-                continue  # the row itself tells how it fails
-        return best or Shape(Dress(), (), frozenset())
+            except (AnswerError, *FAILURES) as error:  # the row itself tells how it fails
+                if told is None and type(error) is jinja2.TemplateError:
+                    told = dress
+        return best or Shape(told or Dress(), (), frozenset())
 
     def _marks(self, chat: Chat) -> frozenset[Note]:
         """Return whether `{% generation %}` marks what the rule says."""
@@ -196,7 +186,7 @@ def _told(error: Exception) -> str:
     """Return what an error says that comes from the template alone, with its line."""
     line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
     said = str(getattr(error, "message", None) or error).partition("\n")[0]
-    return shortened(f"{type(error).__name__}{line}: {said}", _MAX_WORDS)
+    return shortened(f"{type(error).__name__}{line}: {said}", MAX_WORDS)
 
 
 def main() -> int:

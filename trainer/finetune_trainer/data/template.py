@@ -133,7 +133,8 @@ class ChatTemplate:
     moment for the whole stage. Raises jinja2.TemplateError when the template is not valid.
 
     constants: the texts in its code, which no row has written; marks: those of them that messages rarely have, such as
-    `</think>`; variables: the names it reads; marks_answers: whether it has `{% generation %}`.
+    `</think>`; variables: the names it reads; names: these, those of attributes, and all texts; marks_answers: whether
+    it has `{% generation %}`.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], now: datetime) -> None:
@@ -157,6 +158,8 @@ class ChatTemplate:
         code = environment.parse(source)
         self.constants = frozenset(node.value for node in code.find_all(nodes.Const) if isinstance(node.value, str))
         self.variables = frozenset(node.name for node in code.find_all(nodes.Name) if node.ctx == "load")
+        read = {node.attr for node in code.find_all(nodes.Getattr)}
+        self.names = self.constants | self.variables | read
         self.marks = sorted(each for each in self.constants if len(each) >= _MARK and not _MARKS.isdisjoint(each))
         self.marks_answers = next(code.find_all(nodes.ExtensionAttribute), None) is not None
         self._special_tokens = special_tokens
