@@ -111,6 +111,9 @@ class ProgressStatus(ApiModel):
     text: Str64 = Field(description="step/totalSteps, or in prepare such as '45% of data', for the printer column.")
     estimated_remaining_seconds: Count | None = Field(default=None, description="Time left at the present speed.")
     eta: Str64 | None = Field(default=None, description="Time left, for the printer column.")
+    rows_per_second: float | None = Field(
+        default=None, ge=0, description="Rows read per second in prepare, on the mean since the first."
+    )
     stale: bool = Field(default=False, description="Whether the pod has not answered for a while.")
     last_updated_time: Str64 = Field(description="When the pod last answered.")
 

@@ -31,6 +31,11 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def rate(rows_per_second: float) -> str:
+    """3,400 rows/s, or 0.5 rows/s."""
+    return f"{rows_per_second:,.{0 if rows_per_second >= 10 else 1}f} rows/s"
+
+
 def count_files(files: int) -> str:
     """Return the number of files with its noun."""
     return "1 file" if files == 1 else f"{files:,} files"
@@ -46,6 +51,8 @@ def describe(progress: Progress) -> str:
     parts = [progress.activity.lower()]
     if progress.rows_read:
         parts.append(f"{progress.rows_read:,} rows")
+    if progress.rows_per_second is not None:
+        parts.append(rate(progress.rows_per_second))
     if progress.bytes_total:
         parts.append(f"{progress.percentage}% of data")
     if progress.total_steps:

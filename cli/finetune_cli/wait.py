@@ -11,6 +11,7 @@ from finetune_api.printable import printable
 from finetune_api.reasons import Reason
 from finetune_cli.cluster import Cluster, UnavailableError
 from finetune_cli.errors import CommandError, Exit
+from finetune_cli.show import rate
 
 POLL_S = 2.0
 MAX_SILENCE_S = 300.0
@@ -35,13 +36,14 @@ def line(job: dict[str, Any]) -> str:
     """Return phase, place, loss and what the operator says, on one printable line."""
     status = job.get("status") or {}
     progress = status.get("progress") or {}
-    eta = progress.get("eta")
+    eta, rows_per_second = progress.get("eta"), progress.get("rowsPerSecond")
     loss = (status.get("metrics") or {}).get("loss")
     degraded = condition(job, "Degraded")
     told = degraded if degraded.get("status") == "True" else condition(job, "Succeeded")
     parts = [
         status.get("phase") or "Waiting for the operator",
         progress.get("text"),
+        rows_per_second and rate(rows_per_second),
         eta and f"{eta} left",
         loss and f"loss {loss}",
         told.get("message"),

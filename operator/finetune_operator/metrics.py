@@ -51,6 +51,9 @@ class Metrics:
             "learning_rate": gauge("finetune_job_learning_rate", "Last known learning rate.", _JOB),
             "tokens_per_second": gauge("finetune_job_tokens_per_second", "Last known real tokens per second.", _JOB),
             "remaining_seconds": gauge("finetune_job_remaining_seconds", "Estimated time left.", _JOB),
+            "rows_per_second": gauge(
+                "finetune_job_rows_per_second", "Last known rows read per second in prepare.", _JOB
+            ),
             "failures": gauge("finetune_job_failures", "Attempts that counted as retries.", _JOB),
             "disruptions": gauge("finetune_job_disruptions", "Disrupted pods.", _JOB),
             "gpu_seconds": gauge("finetune_job_gpu_seconds", "GPU seconds of ended attempts.", _JOB),
@@ -74,6 +77,7 @@ class Metrics:
             "failures": status.failures,
             "step": progress.step if progress is not None and progress.total_steps else None,
             "remaining_seconds": progress.estimated_remaining_seconds if progress is not None else None,
+            "rows_per_second": progress.rows_per_second if progress is not None else None,
             "last_progress_timestamp_seconds": progress_at_s if progress is not None else None,
             "planned_steps": status.plan.steps if status.plan is not None else None,
             "gpu_seconds": status.usage.gpu_seconds if status.usage is not None else None,

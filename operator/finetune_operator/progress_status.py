@@ -77,6 +77,7 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         text = f"{said.step}/{said.total_steps}" if said.total_steps else ""
     remaining = finite(said.eta_seconds)
     seconds = None if remaining is None else int(min(remaining, 10**9))
+    rows_per_second = finite(said.rows_per_second)
     return ProgressStatus(
         step=said.step,
         total_steps=said.total_steps,
@@ -84,15 +85,17 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         text=text[:64],
         estimated_remaining_seconds=seconds,
         eta=None if seconds is None else human_seconds(seconds),
+        rows_per_second=None if rows_per_second is None else round(max(0.0, rows_per_second), 1),
         last_updated_time=format_time(at),
     )
 
 
 def without_eta(status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Return the status without the time left, which nobody knows while no pod runs and answers."""
-    if status.progress is None or status.progress.estimated_remaining_seconds is status.progress.eta is None:
+    """Return the status without time left and speed of reading, which nobody knows while no pod runs and answers."""
+    if status.progress is None:
         return status
-    progress = status.progress.model_copy(update={"estimated_remaining_seconds": None, "eta": None})
+    unknown: dict[str, None] = dict.fromkeys(("estimated_remaining_seconds", "eta", "rows_per_second"))
+    progress = status.progress.model_copy(update=unknown)
     return status.model_copy(update={"progress": progress})
 
 

@@ -346,8 +346,11 @@ def test_while_data_are_read_a_person_sees_how_much_and_how_long_the_rest_takes(
         bytes_read=905,
         bytes_total=2000,
         eta_seconds=185,
+        rows_per_second=3400.2,
     )
-    assert show.describe(seen) == "reading, 7 rows, 45% of data, 3m05s left"
+    assert show.describe(seen) == "reading, 7 rows, 3,400 rows/s, 45% of data, 3m05s left"
+    slow = seen.model_copy(update={"rows_per_second": 0.51})
+    assert "0.5 rows/s" in show.describe(slow)
 
 
 def test_within_a_long_step_a_person_sees_that_it_moves() -> None:

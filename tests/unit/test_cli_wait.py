@@ -130,6 +130,11 @@ def test_a_degraded_job_says_why():
     assert line(found) == "Preparing · no bucket"
 
 
+def test_while_data_are_read_the_speed_is_told():
+    found = job("Preparing", progress={"text": "45% of data", "rowsPerSecond": 3400.1, "eta": "3m"})
+    assert line(found) == "Preparing · 45% of data · 3,400 rows/s · 3m left · as [told]"
+
+
 def test_describe_shows_all_there_is():
     found = job(
         "Training",

@@ -888,10 +888,14 @@ def test_prepare_shows_how_much_of_the_data_is_read_and_how_long_the_rest_takes(
     world.progress = heard(Progress.model_validate(reading | {"bytes_read": 10, "eta_seconds": 500.0}), world.now)
     assert world.step().status == before, "what is prepared at once is written once"
     world.now += timedelta(seconds=2)
-    world.progress = heard(Progress.model_validate(reading | {"bytes_read": 905, "eta_seconds": 185.0}), world.now)
+    world.progress = heard(
+        Progress.model_validate(reading | {"bytes_read": 905, "eta_seconds": 185.0, "rows_per_second": 3400.12}),
+        world.now,
+    )
     world.step()
     shown = world.status["progress"]
     assert (shown["text"], shown["percentage"], shown["eta"], shown["totalSteps"]) == ("45% of data", 45, "3m", 0)
+    assert shown["rowsPerSecond"] == 3400.1
     assert "metrics" not in world.status
     assert "lastStep" not in world.last
     written = world.writes
@@ -906,10 +910,11 @@ def test_prepare_that_is_tried_again_says_how_far_it_came_and_nothing_of_the_tim
     world = World().step().run("prepare-1").step()
     reading = {"stage": PREPARE, "attempt": 1, "activity": "Reading", "bytes_read": 1, "bytes_total": 2}
     world.now += timedelta(seconds=31)
-    world.progress = heard(Progress.model_validate(reading | {"eta_seconds": 9.0}), world.now)
+    world.progress = heard(Progress.model_validate(reading | {"eta_seconds": 9.0, "rows_per_second": 2.0}), world.now)
     world.step().end("prepare-1", code=137).step()
     assert world.status["progress"]["text"] == "50% of data"
     assert "eta" not in world.status["progress"]
+    assert "rowsPerSecond" not in world.status["progress"]
     loading = {"stage": PREPARE, "attempt": 2, "activity": "Loading"}
     world.run("prepare-2").step()
     world.now += timedelta(seconds=60)

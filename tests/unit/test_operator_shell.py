@@ -358,17 +358,20 @@ def test_what_speaks_against_a_model_is_a_metric_once_it_was_measured():
     assert metrics.registry.get_sample_value(name, {**labels, "reason": "WorseThanStart"}) is None
 
 
-def test_the_time_left_is_not_shown_any_more_once_nobody_knows_it():
+def test_time_left_and_speed_are_not_shown_any_more_once_nobody_knows_them():
     metrics = Metrics(CollectorRegistry())
     progress: dict[str, Any] = {
         "step": 7, "totalSteps": 9, "percentage": 77, "text": "7/9", "lastUpdatedTime": "x",
     }  # fmt: skip
-    running = FineTuneJobStatus.model_validate({"progress": {**progress, "estimatedRemainingSeconds": 60}})
+    running = FineTuneJobStatus.model_validate(
+        {"progress": {**progress, "estimatedRemainingSeconds": 60, "rowsPerSecond": 7}}
+    )
     ended = FineTuneJobStatus.model_validate({"progress": progress})
-    for status, seconds in ((running, 60), (ended, None)):
+    for status, seconds, rate in ((running, 60, 7), (ended, None, None)):
         metrics.export("a", "bot", status, 5.0)
         labels = {"job_namespace": "a", "job_name": "bot"}
         assert metrics.registry.get_sample_value("finetune_job_remaining_seconds", labels) == seconds
+        assert metrics.registry.get_sample_value("finetune_job_rows_per_second", labels) == rate
 
 
 # What Prometheus itself, a ServiceMonitor or a PodMonitor puts on every series: one of ours would become `exported_…`.
