@@ -17,7 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
-from finetune_trainer.data.too_long import LimitSource, SequenceLimit
+from finetune_trainer.data.too_long import ASSUMED_GPU_GIB, LimitSource, SequenceLimit
 from finetune_trainer.memory import kept_bytes, pass_bytes
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
@@ -30,7 +30,6 @@ GIB = 2**30
 _CPU_MICRO_BATCH_TOKENS = 2048
 _GPU_MICRO_BATCH_TOKENS = 8192
 _LEAST_LIMIT = 2048  # tokens of a sequence that are never too many by default, whatever memory there is
-_GPU_BYTES = 24 * GIB  # the least that GPUs in use for training have
 _MAX_PLANNED_ROWS = 500_000_000  # on disk; what is in memory is bounded by the examples: see batches
 _MAX_BATCH_TOKENS = 65536
 _PROCESS_BYTES = GIB  # torch and transformers: 0.7 GiB measured, and allocator slack
@@ -99,7 +98,7 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
     """Return how long a sequence may be: as the spec says, or as the model was made for and the memory allows.
 
     What the memory allows is counted for one row in a pass and the largest rank that may be chosen; below
-    _LEAST_LIMIT the job is rather refused. The memory of a GPU is not known here, so _GPU_BYTES are taken for it.
+    _LEAST_LIMIT the job is rather refused. The memory of a GPU is not known here, so ASSUMED_GPU_GIB is taken for it.
     Raises SEQUENCE_LENGTH_TOO_LONG when the spec asks for more than the model was made for.
     """
     asked = spec.preprocessing.max_sequence_length if spec.preprocessing else None
@@ -116,7 +115,7 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
 
     def fits(tokens: int) -> bool:
         if resources.gpus:
-            return gpu_memory_estimate(model, family, rank, tokens, tokens) <= _GPU_BYTES
+            return gpu_memory_estimate(model, family, rank, tokens, tokens) <= ASSUMED_GPU_GIB * GIB
         return memory_estimate(model, family, rank, tokens, tokens, gpus=0) <= resources.memory_bytes
 
     if fits(limit.tokens):

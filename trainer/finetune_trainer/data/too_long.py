@@ -17,6 +17,7 @@ from finetune_trainer.data.problems import Drop, place
 from finetune_trainer.data.rows import Conversation
 from finetune_trainer.data.tokens import Tokens
 
+ASSUMED_GPU_GIB = 24  # the least that GPUs in use for training have; neither job nor runtime says what GPU it is
 _ALWAYS_KEPT = ("system", "developer")
 _MAX_PERCENT = 100
 
@@ -27,7 +28,7 @@ class LimitSource(StrEnum):
     ASKED = "as preprocessing.maxSequenceLength says"
     CONTEXT = "the model's context length"
     MEMORY = "what the memory allows"
-    GPU = "what a GPU of 24 GiB holds"
+    GPU = f"what an assumed GPU of {ASSUMED_GPU_GIB} GiB holds"
     TEXTS = "the default limit of texts"
 
 
@@ -42,8 +43,10 @@ class SequenceLimit:
     def remedy(self) -> str:
         """How longer rows are let through."""
         match self.source:
-            case LimitSource.ASKED | LimitSource.TEXTS | LimitSource.GPU:
+            case LimitSource.ASKED | LimitSource.TEXTS:
                 return "raise preprocessing.maxSequenceLength"
+            case LimitSource.GPU:
+                return "write preprocessing.maxSequenceLength for a larger GPU"
             case LimitSource.CONTEXT:
                 return "take a model that was made for longer texts"
             case LimitSource.MEMORY:
