@@ -116,6 +116,19 @@ def test_one_row_that_is_repeated_without_end_is_found_a_piece_of_its_bucket_at_
     assert not (folder / "hashes").exists(), "what they were told by takes no more disk"
 
 
+def test_rows_of_one_cluster_are_never_both_trained_on_and_held_out(tmp_path: Path) -> None:
+    contents = list(range(120))
+    cluster_of = np.array(contents, dtype=np.uint64) // 3
+    clusters = np.zeros(len(contents), dtype=dividing.CLUSTER)
+    clusters["hash_high"] = cluster_of * np.uint64(0x9E3779B97F4A7C15)  # spread over the hashes
+    found = divide(spooled(tmp_path / "s", contents), 0.2, clusters=clusters)
+    assert (found.distinct, found.held_out, found.dropped, found.trained) == (40, 8, 16, 96)
+    held_out, trained = ({*cluster_of[of_rows(found, name)].tolist()} for name in ("held_out", "train"))
+    assert (len(held_out), held_out & trained) == (8, set())
+    dropped = np.flatnonzero(of_rows(found, "dropped"))
+    assert cluster_of[found.copy_of[dropped]].tolist() == cluster_of[dropped].tolist()
+
+
 def test_the_choice_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     contents = list(range(200))
     forward, backward = (spooled(tmp_path / name, order) for name, order in (("f", contents), ("b", contents[::-1])))

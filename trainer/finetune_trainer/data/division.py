@@ -23,6 +23,7 @@ CHUNK = 2**16  # rows, and examples if no row has more, that are worked on at on
 BUCKET_ROWS = 2**19  # distinct ones of a bucket, about; of all rows 24 bytes each lie on disk while they are divided
 DIVIDING_BYTES = 24 + 1 + 8  # of disk, for a row: its hash and number, its use, and the row that it is a copy of
 _HELD_OUT, _DROPPED, _COPY = 1, 2, 4  # bits of a row's use
+CLUSTER = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8")])  # a hash, as rows have one of their content
 _HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u8")])
 
 
@@ -98,18 +99,25 @@ class Division:
             token += int(examples["stored_tokens"].sum(dtype=np.int64))
 
 
-def divide(folder: Path, fraction: float | None, beat: Callable[[], None] = lambda: None) -> Division:
+def divide(
+    folder: Path,
+    fraction: float | None,
+    beat: Callable[[], None] = lambda: None,
+    clusters: Array | None = None,
+) -> Division:
     """Choose held-out rows by the hash of their content, the smallest hashes first, calling `beat` with every bucket.
 
     The choice does not depend on order, files or seed. Of equal rows the first is held out and the others are
     dropped, so that no held-out row is trained on. fraction: of the distinct rows; None takes HOLDOUT_FRACTION, at
     most MAX_HELD_OUT_ROWS rows and examples, and nothing of fewer than MIN_ROWS_TO_HOLD_OUT rows.
+    clusters: (rows,) CLUSTER, equal for rows of which none may be trained on where another is held out; None takes the
+    hash of their content.
     """
     rows, examples = mapped(folder / "rows", ROW), mapped(folder / "examples", EXAMPLE)
     use = new_mapped(folder / "use", np.dtype(np.uint8), len(rows))
     copy_of = new_mapped(folder / "copy_of", np.dtype("<i8"), len(rows))
     path = folder / "hashes"
-    buckets = _Buckets(path, rows)
+    buckets = _Buckets(path, rows if clusters is None else clusters)
     distinct = 0
     for bucket in range(buckets.count):
         distinct += len(_distinct(buckets.pieces(bucket), use))
