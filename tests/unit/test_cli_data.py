@@ -92,6 +92,10 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
     said = output.getvalue()
     assert "user\nHi\ufffd<|im_end|>\n<|im_start|>assistant\n⟦Höllo\ufffd<|im_end|>⟧" in said
     assert "a.jsonl row 2\ndropped: messages is empty (empty)\n" in said
+    output = io.StringIO()
+    coloured = cleaned(Console(file=output, width=200, force_terminal=True, color_system="standard"))
+    data.show(str(tmp_path / "job.yaml"), 1, None, False, None, SFT, coloured)
+    assert "assistant\n\x1b[1;32m⟦Höllo\ufffd<|im_end|>⟧\x1b[0m\n" in output.getvalue(), "what is learned, and no more"
     assert not (tmp_path / "out").exists()
 
 

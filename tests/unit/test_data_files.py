@@ -149,6 +149,21 @@ def test_any_damage_to_a_gzip_file_gives_rows_or_a_named_end(data: st.DataObject
         list(text_rows(unpacked(chunks(bytes(content)), Packing.GZIP, "f", 2**20), Notation.LINES, "f"))
 
 
+@pytest.mark.parametrize("at", ["head", "middle", "check"])
+def test_of_a_gzip_file_that_is_damaged_in_a_later_member_the_rows_before_are_read(at: str) -> None:
+    members = [
+        gzip.compress(b"".join(b'{"n":%d}\n' % n for n in range(begin, begin + 1000))) for begin in (0, 1000, 2000)
+    ]
+    place = {"head": 3, "middle": len(members[1]) // 2, "check": len(members[1]) - 6}[at]
+    members[1] = members[1][:place] + bytes([members[1][place] ^ 0xFF]) + members[1][place + 1 :]
+    found: list[int] = []
+    cut_off = text_rows(unpacked(iter([b"".join(members)]), Packing.GZIP, "f", 2**20), Notation.LINES, "f")
+    with pytest.raises(StageError, match="the gzip stream is damaged") as caught:
+        found.extend(row.number for row in cut_off)
+    assert found[:1000] == list(range(1, 1001))
+    assert caught.value.args_by_name["row"] == found[-1] + 1 <= 2000
+
+
 def decoded_by(decoder: ParquetDecoder, path: Path, file: str) -> Generator[Decoded]:
     return (decode_row(row) for row in decoder.rows(path, file))
 

@@ -385,7 +385,10 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(workers: int, tmp_path: P
     run(tmp_path, STARTED, 1)
     whole = left(tmp_path)
     gone(killed_in_the_middle(tmp_path, workers))
+    folder = tmp_path / "out" / "bot-1a2b3" / ".job" / "partitions"
+    (folder / ".finetune-1").write_bytes(b"half of a partition that was being kept")
     run(tmp_path, STARTED, 2, attempt=2)
+    assert [*folder.iterdir()] == []
     report = report_of(tmp_path)
     assert 0 < report["kept_rows"] < report["rows_in"]
     assert left(tmp_path) == whole, "and its partitions are gone"

@@ -75,11 +75,13 @@ class KeptPartitions:
             self._names.add(key)
 
     def tidy(self) -> None:
-        """Remove all of them; no job ends of one that stays."""
+        """Remove all of them, and what is left of one that was being kept at a kill; no job ends of what stays."""
         for name in sorted(self._names):
             with best_effort("a partition that is not needed any more stays"):
                 self._store.delete(join(self._folder, name))
         self._names.clear()
+        with best_effort("what is left of a partition stays"):
+            self._store.remove_unfinished(self._folder + "/")
 
 
 def _pack(path: Path, out: Path, result: PartitionResult) -> None:

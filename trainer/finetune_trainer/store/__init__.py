@@ -183,6 +183,11 @@ class Store:
         """Remove the object; no error when it does not exist."""
         self._files(uri).delete(uri)
 
+    def remove_unfinished(self, folder_uri: str) -> None:
+        """Remove what writers that were killed have left in a folder of this machine, in which nobody writes now."""
+        if not is_s3(folder_uri):
+            LocalFiles().remove_unfinished(folder_uri)
+
     def _open(self, uri: str, if_match: str | None) -> tuple[io.BufferedReader, ObjectInfo]:
         try:
             return self._files(uri).open(uri, if_match)

@@ -155,6 +155,15 @@ class LocalFiles:
         except OSError as error:
             fail_local(error, "delete", uri)
 
+    def remove_unfinished(self, folder_uri: str) -> None:
+        """Remove what writers that were killed have left in a folder; what is being written there is lost too."""
+        folder = local_path(folder_uri)
+        try:
+            for path in folder.glob(_HIDDEN + "*"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            fail_local(error, "delete", folder_uri)
+
     @contextlib.contextmanager
     def _staged(self, uri: str) -> Generator[tuple[IO[bytes], Path]]:
         """A temporary file in the target's folder; it is gone afterwards unless it was published."""
