@@ -18,18 +18,23 @@ from taught_forms import Judge, Lesson, qwen3_lessons, write_qwen3
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 Pod = dict[str, Any]
-MANY_ROWS = 12_000  # reading them takes seconds
+MANY_ROWS = 40_000  # of 17 MB: four partitions, which take seconds
+REPEATED = 8  # times that each question says its words
 OF_MANY_ROWS: dict[str, object] = {
     "datasets": [{"uri": "s3://e2e-data/many/"}],
     "hyperparameters": {"maxSteps": 3, "globalBatchSize": 4, "learningRate": 5e-3},
-    "evaluation": {"holdoutFraction": 0.005},
+    "evaluation": {"holdoutFraction": 0.0015},
 }
 
 
 @pytest.fixture(scope="module")
 def whole(lab: Lab) -> Submitted:
     """A job of many rows that nothing happens to. Submitted, not yet finished."""
-    lab.s3.put_object(Bucket="e2e-data", Key="many/rows.jsonl", Body=jsonl(chat_rows(MANY_ROWS)))
+    rows = chat_rows(MANY_ROWS)
+    for row in rows:
+        question = row["messages"][0]
+        question["content"] = " ".join([question["content"]] * REPEATED)
+    lab.s3.put_object(Bucket="e2e-data", Key="many/rows.jsonl", Body=jsonl(rows))
     return lab.submit("whole", **OF_MANY_ROWS)
 
 
@@ -97,14 +102,20 @@ def test_preparing_that_is_killed_in_the_middle_twice_ends_with_the_bits_of_one_
     assert status["failures"] == 2
     assert {**status["data"], "reportUri": ""} == {**expected["data"], "reportUri": ""}
     assert cut_off.adapter_sha256() == whole.adapter_sha256()
+    kept = {
+        job.name: json.loads(lab.read(f"{job.run_uri()}/.job/report.json"))["kept_rows"] for job in (whole, cut_off)
+    }
+    assert kept["whole"] == 0 < kept["cut-off"], "what was finished before the kill is not read again"
+    assert lab.keys(f"{cut_off.run_uri()}/.job/partitions/") == []
 
 
 def _hit_while_reading(job: Submitted, fault: Callable[[Pod], object]) -> None:
-    """Let a fault happen to the prepare pod when some rows are read and others are not."""
+    """Let a fault happen to the prepare pod when some rows are read and kept, and others are not."""
 
     def reading() -> dict[str, Any] | None:
         said = job.progress(Stage.PREPARE)
-        return said if said.get("bytes_read") else None
+        kept = job.lab.keys(f"{job.run_uri()}/.job/partitions/")
+        return said if said.get("bytes_read") and kept else None
 
     said = job.until(reading, f"{job.name} reads rows")
     pod = job.until_running(Stage.PREPARE)
