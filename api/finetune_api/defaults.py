@@ -26,6 +26,21 @@ MAX_BROKEN_FRACTION = 0.05
 SYSTEM_MESSAGES = "Keep"
 SAME_ROLE_MESSAGES = "Keep"
 
+# Preference methods. Rafailov et al. (2023) and TRL: beta 0.1; Meng et al. (2024): beta 2 and gamma / beta of a half;
+# Hong et al. (2024): lambda 0.1; Ethayarajh et al. (2024): beta 0.1. Learning rates: ten times TRL's without LoRA.
+DPO_LOSS = "Sigmoid"
+DPO_BETA = 0.1
+DPO_LABEL_SMOOTHING = 0.0
+DPO_NLL_WEIGHT = 0.0
+SIMPO_BETA = 2.0
+SIMPO_GAMMA = 1.0
+ORPO_LAMBDA = 0.1
+KTO_BETA = 0.1
+DPO_LEARNING_RATE = 1e-5
+ORPO_LEARNING_RATE = 5e-5
+PREFERENCE_SCHEDULE = "Linear"
+PREFERENCE_EPOCHS = 1.0
+
 MIN_EPOCHS = 1
 MAX_EPOCHS = 10
 BATCH_SIZES = (32, 16, 8, 4)  # the largest that leaves enough steps

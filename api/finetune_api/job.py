@@ -73,6 +73,9 @@ class ModelSpec(ApiModel):
 class MethodType(StrEnum):
     CPT = "CPT"
     SFT = "SFT"
+    DPO = "DPO"
+    ORPO = "ORPO"
+    KTO = "KTO"
 
 
 class LossOn(StrEnum):
@@ -90,19 +93,126 @@ class SftSpec(ApiModel):
     )
 
 
+class DpoLoss(StrEnum):
+    SIGMOID = "Sigmoid"
+    IPO = "IPO"
+    SIMPO = "SimPO"
+
+
+class DpoSpec(ApiModel):
+    """Options of direct preference optimisation."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.gamma) || (has(self.loss) && self.loss == 'SimPO')",
+                "gamma belongs to loss: SimPO; remove it or write loss: SimPO",
+            ),
+            (
+                "!has(self.labelSmoothing) || !has(self.loss) || self.loss != 'IPO'",
+                "labelSmoothing is for Sigmoid and SimPO; with loss: IPO leave it out",
+            ),
+        )
+    )
+    loss: DpoLoss | None = Field(
+        default=None,
+        description="Sigmoid is DPO as published. IPO aims at a fixed distance between both answers, for rows that "
+        "hold the same few preferences again and again. SimPO compares mean log-probabilities of tokens and needs no "
+        f"reference, so it is cheaper, and nothing holds it near the base model. Absent: {defaults.DPO_LOSS}.",
+    )
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="How much a deviation from the base model must be worth: lower lets the model move further away. "
+        f"Absent: {defaults.DPO_BETA}, with SimPO {defaults.SIMPO_BETA}.",
+    )
+    gamma: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="SimPO: by how much the chosen answer shall be ahead, in the same unit as beta. "
+        f"Absent: {defaults.SIMPO_GAMMA}.",
+    )
+    label_smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        lt=0.5,
+        description="Share of the rows whose answers are believed to be the wrong way round. "
+        f"Absent: {defaults.DPO_LABEL_SMOOTHING:g}.",
+    )
+    nll_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="Adds so many times the mean negative log-likelihood of the chosen answer's tokens, which keeps it "
+        f"from becoming unlikely itself; 0.1 to 1 is usual. Absent: {defaults.DPO_NLL_WEIGHT:g}.",
+    )
+
+
+class OrpoSpec(ApiModel):
+    """Options of odds ratio preference optimisation."""
+
+    lambda_: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        alias="lambda",
+        description="Weight of the odds ratio beside the likelihood of the chosen answer. "
+        f"Absent: {defaults.ORPO_LAMBDA}.",
+    )
+
+
+class KtoSpec(ApiModel):
+    """Options of Kahneman-Tversky optimisation."""
+
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="How much a deviation from the base model must be worth: lower lets the model move further away. "
+        f"Absent: {defaults.KTO_BETA}.",
+    )
+    desirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=10_000,
+        description="What the losses of good answers are multiplied with. Absent: so that good and bad answers count "
+        "alike, however many there are of each.",
+    )
+    undesirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=10_000,
+        description="What the losses of bad answers are multiplied with. Absent: so that good and bad answers count "
+        "alike, however many there are of each.",
+    )
+
+
 class MethodSpec(ApiModel):
     """The training method."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             ("!has(self.sft) || self.type == 'SFT'", "method.sft belongs to type: SFT; remove it or write type: SFT"),
+            ("!has(self.dpo) || self.type == 'DPO'", "method.dpo belongs to type: DPO; remove it or write type: DPO"),
+            (
+                "!has(self.orpo) || self.type == 'ORPO'",
+                "method.orpo belongs to type: ORPO; remove it or write type: ORPO",
+            ),
+            ("!has(self.kto) || self.type == 'KTO'", "method.kto belongs to type: KTO; remove it or write type: KTO"),
         )
     )
     type: MethodType = Field(
         description="CPT continues pre-training on plain text (field `text`). SFT learns answers from conversations "
-        "(`messages`) or `prompt` and `completion`."
+        "(`messages`) or `prompt` and `completion`. DPO learns from pairs of answers, of which one was preferred "
+        "(`chosen`, `rejected`). ORPO learns the chosen answers of pairs as SFT does and which are preferred at once, "
+        "from a model that was not tuned before. KTO learns from single answers that are each good or bad (`label`)."
     )
     sft: SftSpec | None = Field(default=None, description="Options of SFT; only with type: SFT.")
+    dpo: DpoSpec | None = Field(default=None, description="Options of DPO; only with type: DPO.")
+    orpo: OrpoSpec | None = Field(default=None, description="Options of ORPO; only with type: ORPO.")
+    kto: KtoSpec | None = Field(default=None, description="Options of KTO; only with type: KTO.")
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -314,7 +424,7 @@ class PreprocessingSpec(ApiModel):
         description="What becomes of rows above maxSequenceLength. Drop leaves them out. Truncate drops the oldest "
         "turns of a conversation, the beginning of a prompt, or the end of a text; an answer is never cut, where it "
         "does not fit its row is dropped. Split cuts texts (CPT) into pieces. Fail ends the job. Every such row is in "
-        f"decisions.jsonl. Absent: {defaults.CPT_TOO_LONG} for CPT, {defaults.SFT_TOO_LONG} for SFT.",
+        f"decisions.jsonl. Absent: {defaults.CPT_TOO_LONG} for CPT, {defaults.SFT_TOO_LONG} for SFT and others.",
     )
     max_too_long_fraction: float | None = Field(
         default=None,
@@ -372,7 +482,8 @@ class HyperparametersSpec(ApiModel):
         gt=0,
         le=1000,
         description="Passes over the data. Absent: by the number of rows, "
-        f"{defaults.MIN_EPOCHS} to {defaults.MAX_EPOCHS} (CPT: 1).",
+        f"{defaults.MIN_EPOCHS} to {defaults.MAX_EPOCHS}; 1 for CPT, {defaults.PREFERENCE_EPOCHS:g} for DPO, "
+        "ORPO and KTO.",
     )
     max_steps: int | None = Field(
         default=None,
@@ -387,7 +498,8 @@ class HyperparametersSpec(ApiModel):
         description="Peak learning rate of AdamW, a number such as 2e-4. Absent: by the model's family and width: "
         f"{defaults.LEARNING_RATE:.0e} for Llama and Qwen up to a width of {defaults.LEARNING_RATE_WIDTH}, less for "
         f"wider ones, {defaults.OTHER_LEARNING_RATE:.0e} for other families; times {defaults.SHORT_RUN_FACTOR} for "
-        f"fewer than {defaults.SHORT_RUN_STEPS} steps.".replace("e-0", "e-"),
+        f"fewer than {defaults.SHORT_RUN_STEPS} steps; {defaults.DPO_LEARNING_RATE:.0e} for DPO and KTO, "
+        f"{defaults.ORPO_LEARNING_RATE:.0e} for ORPO.".replace("e-0", "e-"),
     )
     global_batch_size: int | None = Field(
         default=None,
@@ -406,7 +518,8 @@ class HyperparametersSpec(ApiModel):
     schedule: Schedule | None = Field(
         default=None,
         description="How the learning rate falls after warm-up. "
-        f"Absent: {defaults.SFT_SCHEDULE} for SFT, {defaults.CPT_SCHEDULE} for CPT.",
+        f"Absent: {defaults.SFT_SCHEDULE} for SFT, {defaults.CPT_SCHEDULE} for CPT, "
+        f"{defaults.PREFERENCE_SCHEDULE} for others.",
     )
     weight_decay: float | None = Field(
         default=None, ge=0, le=1, description=f"AdamW weight decay. Absent: {defaults.WEIGHT_DECAY:g}."
@@ -626,7 +739,7 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.method.type == 'CPT' || !has(self.preprocessing) || !has(self.preprocessing.tooLong)"
                 " || self.preprocessing.tooLong != 'Split'",
-                "tooLong: Split is for texts (CPT); for SFT write Drop, Truncate or Fail",
+                "tooLong: Split is for texts (CPT); for other methods write Drop, Truncate or Fail",
             ),
             (
                 f"!{_OUTPUT_FOLDER}.startsWith({_MODEL_FOLDER}) && !{_MODEL_FOLDER}.startsWith({_OUTPUT_FOLDER})",

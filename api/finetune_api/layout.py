@@ -16,6 +16,7 @@ REPORT = f"{JOB}/report.json"
 DECISIONS = f"{JOB}/decisions.jsonl"
 PREPARED = f"{JOB}/prepared"
 PARTITIONS = f"{JOB}/partitions"  # KEY: partitions of rows that a prepare stage has finished, until there is a plan
+REFERENCE = f"{JOB}/reference"  # KEY/PART: what the base model says of the answers, for methods that compare with it
 CHECKPOINTS = f"{JOB}/checkpoints"
 LOGS = f"{JOB}/logs"
 METRICS = f"{JOB}/metrics.jsonl"

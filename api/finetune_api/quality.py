@@ -8,13 +8,19 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from finetune_api.base import Count, WireModel
+from finetune_api.base import Count, Str64, WireModel
 from finetune_api.reasons import Reason
 
-Concern = Literal[Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING]
+Concern = Literal[
+    Reason.WORSE_THAN_START,
+    Reason.ANSWERS_DO_NOT_END,
+    Reason.DIVERGING,
+    Reason.CHOSEN_UNLIKELY,
+    Reason.FAR_FROM_START,
+]
 
 _TEXTS: dict[Reason, str] = {
-    Reason.WORSE_THAN_START: "on {held_out_rows} held-out rows the loss is {loss} nats per token after training "
+    Reason.WORSE_THAN_START: "on {held_out_rows} held-out rows the loss is {loss} nats per {unit} after training "
     "and was {start_loss} before (standard error of the difference {change_error}): the model has become "
     "worse at this data. The adapter is kept, but try it before it serves anybody; train with a lower "
     "hyperparameters.learningRate or fewer hyperparameters.epochs",
@@ -24,6 +30,13 @@ _TEXTS: dict[Reason, str] = {
     "preprocessing.chatTemplate whose answers end with a stop token that the model knows",
     Reason.DIVERGING: "the training loss has been far above {first_train_loss}, where it began, for at least "
     "{steps_above_start} steps in a row; a lower hyperparameters.learningRate helps. Nothing was stopped",
+    Reason.CHOSEN_UNLIKELY: "on {held_out_rows} held-out rows the answers to give have lost {fall} nats of "
+    "log-probability per token: the model avoids the bad ones by writing neither. Try the adapter before it "
+    "serves anybody; train with "
+    "method.dpo.nllWeight, a higher beta, a lower hyperparameters.learningRate, or by SFT on the good answers first",
+    Reason.FAR_FROM_START: "answers that have nothing to do with their prompt have become likelier by {drift} nats per "
+    "token (the KL estimate of KTO): the model has moved far from the one it began with. Try the adapter before it "
+    "serves anybody; train with a higher method.kto.beta or a lower hyperparameters.learningRate",
 }
 _NO_ENDS = (
     "no answer ends with a stop token, as the chat template writes none that the tokenizer has: nothing teaches the "
@@ -32,13 +45,28 @@ _NO_ENDS = (
 )
 
 
+Unit = Literal["token", "example"]
+
+# What preference methods measure beside the loss, in the order in which it is told. Rewards: see methods/.
+FIGURE_WORDS = {
+    "reward_accuracy": "share of preferences that the model shares",
+    "reward_margin": "reward margin",
+    "log_odds_ratio": "log odds ratio",
+    "chosen_logprob": "log-probability of chosen answers",
+    "rejected_logprob": "log-probability of rejected answers",
+    "kl": "KL estimate",
+    "chosen_tokens": "tokens of a chosen answer",
+    "answer_tokens": "tokens of an answer",
+}
+
+
 class Quality(WireModel):
     """What was measured of the model, beside the model that the job began with. What is absent was not measured.
 
-    Losses are in nats per label token, weighted by token; probabilities are means over the true ends of answers.
+    Losses are in nats per `unit`; probabilities are means over the true ends of answers.
     """
 
-    concerns: list[Concern] = Field(default_factory=list[Concern], max_length=3)  # the worst first
+    concerns: list[Concern] = Field(default_factory=list[Concern], max_length=5)  # the worst first
     held_out_rows: Count = 0
     start_loss: float | None = None
     loss: float | None = None
@@ -48,6 +76,12 @@ class Quality(WireModel):
     end_probability: float | None = None
     first_train_loss: float | None = None
     steps_above_start: Count = 0  # in a row up to the last step, with a loss far above the first
+    unit: Unit = "token"  # what losses are means over
+    fall: float | None = None  # of the log-probability of answers to give, since the start, nats per token
+    drift: float | None = None  # estimate of the KL divergence from the start, nats per token
+    # Of preference methods, means over the held-out rows: before training, and now.
+    start_figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=8)
+    figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=8)
 
     @property
     def measured(self) -> bool:
@@ -80,14 +114,19 @@ def verdict(quality: Quality) -> Verdict:
 
 def concern_words(quality: Quality) -> list[str]:
     """Return a sentence for each concern: what was measured, and what to do."""
-    shown = {name: _shown(value) for name, value in quality.model_dump(exclude={"concerns"}).items()}
+    shown = {
+        name: _shown(value)
+        for name, value in quality.model_dump(exclude={"concerns", "start_figures", "figures"}).items()
+    }
     texts = _TEXTS if quality.answer_ends else _TEXTS | {Reason.ANSWERS_DO_NOT_END: _NO_ENDS}
     return [texts[concern].format_map(shown) for concern in quality.concerns]
 
 
-def _shown(figure: float | None) -> str:
+def _shown(figure: float | str | None) -> str:
     if figure is None:
         return "unknown"
+    if isinstance(figure, str):
+        return figure
     return f"{figure:,}" if isinstance(figure, int) else f"{figure:.3f}"
 
 
@@ -95,8 +134,11 @@ def figure_words(quality: Quality) -> str:
     """Return what was measured, without judging it."""
     parts: list[str] = []
     if quality.loss is not None and quality.start_loss is not None:
-        loss = f"loss {quality.loss:.3f} nats per token, {quality.start_loss:.3f} before training"
+        loss = f"loss {quality.loss:.3f} nats per {quality.unit}, {quality.start_loss:.3f} before training"
         parts.append(f"{quality.held_out_rows:,} held-out rows: {loss}")
+    for name, words in FIGURE_WORDS.items():
+        if name in quality.figures and name in quality.start_figures:
+            parts.append(f"{words} {quality.figures[name]:.3f}, {quality.start_figures[name]:.3f} before training")
     if quality.end_probability is not None and quality.start_end_probability is not None:
         ends = f"mean probability of the stop token at {quality.answer_ends:,} true ends of answers"
         parts.append(f"{ends} {quality.end_probability:.3f}, {quality.start_end_probability:.3f} before training")

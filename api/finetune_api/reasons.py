@@ -57,6 +57,8 @@ class Reason(StrEnum):
     WORSE_THAN_START = "WorseThanStart"
     ANSWERS_DO_NOT_END = "AnswersDoNotEnd"
     DIVERGING = "Diverging"
+    CHOSEN_UNLIKELY = "ChosenUnlikely"
+    FAR_FROM_START = "FarFromStart"
     NO_CONCERN = "NoConcern"
     NOT_MEASURED = "NotMeasured"
     # The operator's: waits that a person or the cluster can end.
@@ -173,6 +175,7 @@ class Fault(StrEnum):
     WRONG_FORMAT = "WrongFormat"
     TOO_MANY_LONG_ROWS = "TooManyLongRows"
     NO_TRAINING_DATA = "NoTrainingData"
+    ONE_SIDED_THUMBS = "OneSidedThumbs"
     INPUT_CHANGED = "InputChanged"
     BUCKET_NOT_FOUND = "BucketNotFound"
     OBJECT_NOT_FOUND = "ObjectNotFound"
@@ -374,6 +377,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.DATA_INVALID,
         "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because it {reason}; "
         "report.json and decisions.jsonl in the bucket name the rows",
+    ),
+    Fault.ONE_SIDED_THUMBS: FaultText(
+        Reason.DATA_INVALID,
+        "of the answers to train on {good} are good and {bad} are bad; KTO learns from both: add rows with the other "
+        "`label`, or, where all are good, learn them by method.type: SFT",
     ),
     Fault.INPUT_CHANGED: FaultText(
         Reason.DATA_INVALID,

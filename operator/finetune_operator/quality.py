@@ -6,7 +6,13 @@ from finetune_api.run import Progress
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.conditions import ConditionState, ConditionUpdate, find
 
-CONCERNS = (Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING)
+CONCERNS = (
+    Reason.WORSE_THAN_START,
+    Reason.ANSWERS_DO_NOT_END,
+    Reason.DIVERGING,
+    Reason.CHOSEN_UNLIKELY,
+    Reason.FAR_FROM_START,
+)
 _STATUS: dict[Reason, ConditionState] = {Reason.NO_CONCERN: "False", Reason.NOT_MEASURED: "Unknown"}
 
 

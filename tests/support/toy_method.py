@@ -31,7 +31,7 @@ def _losses(scores: "Scores", batch: "Batch") -> "Tensor":
 
 def _loss(scores: "Scores", batch: "Batch") -> Loss:
     losses, means = _losses(scores, batch), _means(scores, batch)
-    weights = losses.new_ones(len(losses)) if batch.sequence_weights is None else batch.sequence_weights
+    weights = losses.new_ones(len(losses)) if batch.example_weights is None else batch.example_weights
     return Loss((losses * weights).sum(), {"certainty": (means.exp() * weights).sum()})
 
 

@@ -4,7 +4,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences, one_segment, tree_of
+from finetune_trainer.data.examples import (
+    FlatSequence,
+    TokenRun,
+    Tree,
+    example_counts,
+    flat_sequences,
+    one_segment,
+    pair_of,
+    tree_of,
+)
 from finetune_trainer.data.spool import flat_lengths
 
 Plain = list[tuple[int, int]]  # (token, label) of each place
@@ -68,3 +77,30 @@ def test_a_tree_may_be_deep() -> None:
     flat = flat_sequences(tree_of([run([(0, 0)] * place + [(1, 1)]) for place in range(1500)]))
     assert [len(each.tokens) for each in flat] == list(range(1, 1501))
     assert sum(int(each.labels.sum()) for each in flat) == 1500
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=4), *[st.lists(st.integers(0, 2), min_size=1, max_size=6)] * 4)
+def test_a_pair_is_read_as_its_two_answers_however_alike_they_begin(
+    prompt: list[int], more: list[int], chosen: list[int], other: list[int], rejected: list[int]
+) -> None:
+    """The prompts may differ behind what is common, and one answer may be all of the other's beginning."""
+    runs = [
+        run([(token, 0) for token in [*prompt, *asked]] + [(token, 1) for token in answer])
+        for asked, answer in ((more, chosen), (other, rejected))
+    ]
+    tree = pair_of(*runs)
+    assert [(each.tokens.tolist(), each.labels.tolist()) for each in flat_sequences(tree)] == [
+        (each.tokens.tolist(), each.labels.tolist()) for each in runs
+    ]
+    assert len(tree.tokens) <= sum(len(each.tokens) for each in runs) - len(prompt)
+
+
+def test_answers_that_begin_alike_are_each_learned_from_their_first_token_on() -> None:
+    tree = pair_of(run([(7, 0), (8, 0), (1, 1), (2, 1)]), run([(7, 0), (8, 0), (1, 1), (3, 1)]))
+    assert segments(tree) == [([7, 8], 0), ([1, 2], 1), ([1, 3], 2)]
+
+
+def test_sequences_are_counted_by_the_example_that_they_are_read_for() -> None:
+    pair, twice, single = [(5, 11), (5, 12)], [(6, 13), (6, 14)] * 2, [(9, 20), (9, 20)]
+    read = [FlatSequence(*each) for each in (*pair, *twice, *single)]
+    assert example_counts(read) == [2, 2, 2, 1, 1]

@@ -107,6 +107,17 @@ def test_rows_are_divided_as_if_all_were_in_memory_however_small_buckets_and_chu
         assert (told["percentiles"], told["histogram"]) == (simple["percentiles"], simple["histogram"])
 
 
+def test_a_label_of_each_example_is_written_where_rows_have_one_and_else_no_file(tmp_path: Path) -> None:
+    ids, ones = np.arange(3, dtype=np.uint32), np.ones(3, dtype=np.uint8)
+    for name, labels in (("thumbs", [1, -1, -1]), ("rows", [0, 0, 0])):
+        with Spool(tmp_path / name) as spool:
+            for number, label in enumerate(labels, 1):
+                spool.append(bytes([number] * 16), 0, number, [one_segment(ids, ones)] * number, label=label)
+        examples = open_examples(written(tmp_path / name, divide(tmp_path / name, 0.0), "train").folder)
+        expected = np.repeat(labels, [1, 2, 3]).tolist() if any(labels) else None
+        assert (examples.columns["label"].tolist() if "label" in examples.columns else None) == expected
+
+
 def test_one_row_that_is_repeated_without_end_is_found_a_piece_of_its_bucket_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

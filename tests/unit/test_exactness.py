@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from finetune_api.job import MethodType
 from finetune_trainer import train
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.inputs import fetch_examples, fetch_steps
@@ -22,6 +23,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.methods import method_of
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
+from pair_run import preference_run
 from tiny_run import (
     TinyRun,
     byte_tokenizer,
@@ -192,6 +194,19 @@ def _train_with_kills(run: TinyRun, kills: Sequence[Kill]) -> None:
 def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_path: Path) -> None:
     kills = _kills(20, start_s=0.6)
     undisturbed, killed = (make_run(tmp_path / name, steps=_steps_for(kills)) for name in ("undisturbed", "killed"))
+    train.run(context(undisturbed), StopFlag(60))
+    _checkpoint_often(killed)
+    _train_with_kills(killed, kills)
+    assert undisturbed.adapter_bytes() == killed.adapter_bytes()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", [MethodType.DPO, MethodType.KTO])
+def test_preference_methods_too_are_bit_equal_after_20_random_kills(tmp_path: Path, method: MethodType) -> None:
+    kills = _kills(20, start_s=0.6)
+    undisturbed, killed = (
+        preference_run(tmp_path / name, method, steps=_steps_for(kills)) for name in ("undisturbed", "killed")
+    )
     train.run(context(undisturbed), StopFlag(60))
     _checkpoint_often(killed)
     _train_with_kills(killed, kills)

@@ -91,6 +91,20 @@ def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
     assert list(passes(rows, lengths, 60, packing=False)) == [[row] for row in rows]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sequences_of_an_example_stay_in_one_pass_where_the_method_wants_that(packing: bool) -> None:
+    pairs = [FlatSequence(number, 3 * number + leaf) for number in (4, 2, 4, 7) for leaf in (1, 2)]
+    lengths = [30, 10, 20, 20, 30, 10, 90, 80]
+    found = list(passes(pairs, lengths, 80, packing, whole=True))
+    assert sorted(each for group in found for each in group) == sorted(pairs)
+    assert all([example for example, _ in group[::2]] == [example for example, _ in group[1::2]] for group in found)
+    assert all(
+        first.leaf + 1 == second.leaf for group in found for first, second in zip(group[::2], group[1::2], strict=True)
+    )
+    tokens = [sum(lengths[pairs.index(each)] for each in group) for group in found]
+    assert sorted(tokens) == ([120, 170] if packing else [40, 40, 40, 170])
+
+
 def test_weights_do_not_depend_on_how_rows_are_divided_into_passes(run: TinyRun, tmp_path: Path) -> None:
     found: list[Tensor] = []
     for budget_tokens, packing in ((1000, True), (60, True), (1, True), (1000, False)):
@@ -235,9 +249,9 @@ def test_the_time_to_make_batches_is_counted(run: TinyRun, tmp_path: Path, monke
     stepper = _stepper(run, tmp_path)
     now_s = [0.0]
 
-    def slow(examples: Examples, sequences: Sequence[FlatSequence], device: torch.device) -> Batch:
+    def slow(*read: Any, **how: Any) -> Batch:
         now_s[0] += 7.0
-        return make_batch(examples, sequences, device)
+        return make_batch(*read, **how)
 
     def busy(self: LanguageModel, batch: Batch) -> Tensor:
         now_s[0] += 100.0

@@ -34,7 +34,8 @@ from tiny_run import make_run
 from toy_method import TOY
 
 ROOT = Path(__file__).resolve().parents[2]
-_ASKS = re.compile(r"MethodType\.[A-Z]+|\bcpt\b|[\"']?(CPT|SFT)[\"']? *(==|!=)|(==|!=|\bis|\bin) *[\"']?(CPT|SFT)\b")
+_NAMES = "|".join(MethodType)
+_ASKS = re.compile(rf"MethodType\.[A-Z]+|\bcpt\b|[\"']?({_NAMES})[\"']? *(==|!=)|(==|!=|\bis|\bin) *[\"']?({_NAMES})\b")
 
 
 def _completions(count: int) -> list[dict[str, Any]]:
@@ -155,15 +156,26 @@ def test_the_loss_of_a_step_is_the_weighted_sum_of_what_held_out_rows_are_measur
     run, chosen = make_run(tmp_path, steps=1), method_of(method)
     lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
     generator = np.random.default_rng(1)
-    rows = [generator.integers(0, 256, length) for length in (9, 4, 17)]
+    rows = [generator.integers(0, 256, length) for length in (9, 4, 17, 6)]
     labels = [np.arange(len(row)) > 2 for row in rows]
-    weights = np.array([0.5, 2.0, 1.0], dtype="f4") if weighted else None
-    batch = pack_rows(rows, labels, lm.device, weights)
+    counts = [chosen.sequences] * (4 // chosen.sequences)
+    of_examples = np.array([0.5, 2.0, 1.0, 4.0][: len(counts)], dtype="f4") if weighted else np.ones(len(counts), "f4")
+    weights = np.repeat(of_examples, counts) if weighted else None
+    batch = replace(
+        pack_rows(rows, labels, lm.device, weights, counts),
+        reference=-torch.arange(4.0) - 20,
+        desirable=torch.tensor([True, False] * 2),
+        drift=torch.tensor(0.3),
+    )
     with torch.no_grad():
-        loss = chosen.loss(Scores(lm, batch), batch)
-        losses = chosen.losses(Scores(lm, batch), batch)
-    units = chosen.denominator.units(np.array(batch.label_counts))
+        scores = Scores(lm, batch)
+        loss, losses = chosen.loss(scores, batch), chosen.losses(scores, batch)
+        measures = chosen.measures(scores, batch)
+    label_counts = np.array(batch.label_counts).reshape(len(counts), -1).sum(1)
+    units = chosen.denominator.units(label_counts)
     assert len(losses) == units.sum()
-    each = torch.from_numpy(np.repeat(np.ones(3, dtype="f4") if weights is None else weights, units))
+    each = torch.from_numpy(np.repeat(of_examples, units))
     torch.testing.assert_close(loss.sum, (losses * each).sum())
-    assert set(loss.figures) == set(chosen.figures)
+    assert set(loss.figures) == set(measures) == set(chosen.figures)
+    for name, values in measures.items():
+        torch.testing.assert_close(loss.figures[name], (values * each).sum())

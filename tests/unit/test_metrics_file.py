@@ -24,5 +24,5 @@ def test_a_disk_that_takes_no_rows_ends_nothing(tmp_path: Path) -> None:
     for path in (full, tmp_path / "no folder" / "metrics.jsonl"):
         file = MetricsFile(path, 10, b"", 0)
         file.step(1, loss=1.0)
-        file.evaluation(1, 2.0)
+        file.evaluation(1, 2.0, {"kl": 0.5})
         file.close()

@@ -1,6 +1,7 @@
 """The tiled loss head equals the plain one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,19 @@ def test_a_method_s_gradient_through_tiles_is_that_through_full_logits(tmp_path:
     (0.1 * (better - worse)).sigmoid().log().backward()  # type: ignore[no-untyped-call]
     for name, parameter in parameters.items():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_that_may_not_share_a_call_of_the_model_are_scored_as_if_they_were_alone(
+    tmp_path: Path, family: str
+) -> None:
+    """gpt2 is of no family whose rows may be packed."""
+    lm, _ = _lm(tmp_path, family=family)
+    assert lm.packed == (family == "llama")
+    rows, labels = [np.arange(9), np.arange(3, 8), np.arange(4)], [np.arange(9) > 2, np.arange(5) > 1, np.arange(4) > 0]
+    batch = replace(pack_rows(rows, labels, lm.device), apart=True)
+    with torch.no_grad():
+        alone = [
+            lm.token_logprobs(pack_rows([row], [label], lm.device)) for row, label in zip(rows, labels, strict=True)
+        ]
+        assert torch.equal(lm.token_logprobs(batch), torch.cat(alone))

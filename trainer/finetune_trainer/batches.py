@@ -177,12 +177,17 @@ def _whole_steps(steps: int, batch_size: int) -> Iterator[tuple[int, int]]:
         yield first, min(steps, first + at_once)
 
 
-def distinct_examples(read: npt.NDArray[np.int64], examples: int) -> int:
-    """Return how many different ones of so many examples are read."""
+def examples_read(read: npt.NDArray[np.int64], examples: int) -> npt.NDArray[np.bool_]:
+    """(examples,) whether each is read at all."""
     seen = np.zeros(examples, dtype=np.bool_)
     for begin in range(0, len(read), CHUNK):
         seen[read[begin : begin + CHUNK]] = True
-    return int(np.count_nonzero(seen))
+    return seen
+
+
+def distinct_examples(read: npt.NDArray[np.int64], examples: int) -> int:
+    """Return how many different ones of so many examples are read."""
+    return int(np.count_nonzero(examples_read(read, examples)))
 
 
 def _read_plainly(order: IntArray, rows: int, batch_size: int, seed: int) -> None:

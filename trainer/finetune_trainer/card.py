@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from finetune_api.printable import markdown, markdown_code, printable
-from finetune_api.quality import Quality, concern_words, verdict
+from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.methods import method_of
@@ -179,6 +179,11 @@ def _results(denominator: Denominator, found: Evaluations) -> str:
         rows.append((loss, f"{base.loss:.4f}", f"{tuned.loss:.4f}"))
         if denominator is Denominator.LABEL_TOKENS:
             rows.append(("perplexity on held-out rows", f"{base.perplexity:.3f}", f"{tuned.perplexity:.3f}"))
+        rows += [
+            (words, f"{base.figures[name]:.4f}", f"{tuned.figures[name]:.4f}")
+            for name, words in FIGURE_WORDS.items()
+            if name in base.figures and name in tuned.figures
+        ]
         if base.end_probability is not None and tuned.end_probability is not None:
             ends = f"probability of the stop token at {tuned.answer_ends:,} true ends of answers (mean)"
             rows.append((ends, f"{base.end_probability:.3f}", f"{tuned.end_probability:.3f}"))

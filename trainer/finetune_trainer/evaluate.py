@@ -1,22 +1,24 @@
 """What the model can do: loss on held-out rows, and answers to the sample prompts."""
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.base import StoredModel
 from finetune_api.defaults import MAX_HELD_OUT_ROWS
 from finetune_trainer.data.examples import Examples, FlatSequence
-from finetune_trainer.inputs import make_batch
-from finetune_trainer.loop import passes
+from finetune_trainer.inputs import Batch, make_batch
+from finetune_trainer.loop import log_ratios, passes
 from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.policy import Scores
@@ -41,6 +43,8 @@ class HeldOut(StoredModel):
     change_error: float | None = None  # standard error of `change`, paired by row
     answer_ends: int = Field(default=0, ge=0)  # label tokens that end an answer
     end_probability: float | None = None  # mean over them of the probability of the token that ends the answer
+    # What the method measures beside the loss, means over its units.
+    figures: dict[str, float] = Field(default_factory=dict[str, float], max_length=16)
 
     @property
     def perplexity(self) -> float:
@@ -113,43 +117,80 @@ def held_out_loss(
     measured = range(len(held_out)) if rows is None else rows
     place_of = measured if rows is None else {row: place for place, row in enumerate(rows)}
     row_losses, row_units = np.zeros(len(measured)), np.zeros(len(measured), dtype=np.int64)
+    figures = dict.fromkeys(method.figures, 0.0)
     end_probability, ends, label_tokens = 0.0, 0, 0
-    for group in _passes_over(held_out, measured, budget_tokens, packing):
+    whole = method.denominator.keeps_examples_whole
+    drift = _drift(lm, held_out.mismatched, measured, budget_tokens, packing, stop, on_pass)
+    for group in _passes_over(held_out, measured, budget_tokens, packing, whole):
         if stop.is_set():
             return None
-        batch = make_batch(held_out, group, lm.device)
+        batch = replace(make_batch(held_out, group, lm.device, apart=not packing), drift=drift)
         scores = Scores(lm, batch)
         losses = method.losses(scores, batch).cpu().numpy().astype(np.float64)
-        units = method.denominator.units(np.array(batch.label_counts))
-        rows_of_units = np.repeat([place_of[each.example] for each in group], units)
+        rows_of_units = _rows_of_units(group, batch, whole, place_of)
         np.add.at(row_losses, rows_of_units, losses)
         np.add.at(row_units, rows_of_units, 1)
+        for name, values in method.measures(scores, batch).items():
+            figures[name] += float(values.double().sum())
         label_tokens += len(batch.targets)
         is_end = np.isin(batch.targets.cpu().numpy(), list(end_ids))
         if last_ends:
             is_end = _last_of_each(is_end, np.repeat(np.arange(len(group)), batch.label_counts))
+        is_end &= np.repeat(method.wanted(batch), batch.label_counts)
         if is_end.any():
             end_probability += float(np.exp(scores.tokens.cpu().numpy().astype(np.float64)[is_end]).sum())
         ends += int(is_end.sum())
         on_pass()
+    units = max(1, int(row_units.sum()))
     found = HeldOut(
         step=step,
-        loss=float(row_losses.sum()) / max(1, int(row_units.sum())),
+        loss=float(row_losses.sum()) / units,
         rows=len(measured),
         label_tokens=label_tokens,
         answer_ends=ends,
         end_probability=end_probability / ends if ends else None,
+        figures={name: total / units for name, total in figures.items()},
     )
     return Measurement(found, row_losses.tolist(), row_units.tolist())
 
 
+def _drift(
+    lm: LanguageModel,
+    mismatched: Examples | None,
+    rows: Sequence[int],
+    budget_tokens: int,
+    packing: bool,
+    stop: StopFlag,
+    on_pass: Callable[[], None],
+) -> Tensor | None:
+    """Return what `Batch.drift` is of these rows; None where nothing asks for it, or there is no time for it."""
+    if mismatched is None:
+        return None
+    ratios: list[Tensor] = []
+    for group in _passes_over(mismatched, rows, budget_tokens, packing, whole=True):
+        if stop.is_set():
+            return None
+        ratios.append(log_ratios(lm, make_batch(mismatched, group, lm.device)))
+        on_pass()
+    return torch.cat(ratios).mean()
+
+
+def _rows_of_units(
+    group: Sequence[FlatSequence], batch: Batch, whole: bool, place_of: Sequence[int] | Mapping[int, int]
+) -> list[int]:
+    """Return the place of each unit's row among those that are measured, in the order of a pass."""
+    if whole:
+        return [place_of[group[end - 1].example] for end in accumulate(batch.example_counts)]
+    return np.repeat([place_of[each.example] for each in group], batch.label_counts).tolist()
+
+
 def _passes_over(
-    held_out: Examples, rows: Sequence[int], budget_tokens: int, packing: bool
+    held_out: Examples, rows: Sequence[int], budget_tokens: int, packing: bool, whole: bool
 ) -> Iterator[list[FlatSequence]]:
     """Yield the sequences of each pass, the rows packed so many at a time that all of them may be held out."""
     for begin in range(0, len(rows), MAX_HELD_OUT_ROWS):
         sequences = held_out.sequences_of(rows[begin : begin + MAX_HELD_OUT_ROWS])
-        yield from passes(sequences, held_out.lengths(sequences), budget_tokens, packing)
+        yield from passes(sequences, held_out.lengths(sequences), budget_tokens, packing, whole=whole)
 
 
 def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

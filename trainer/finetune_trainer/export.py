@@ -135,6 +135,7 @@ def _eval_json(plan: RunPlan, found: Evaluations) -> dict[str, object]:
         "held_out": [
             {name: finite(value) for name, value in evaluation.model_dump().items()}
             | {"perplexity": finite(evaluation.perplexity)}
+            | {"figures": {name: finite(value) for name, value in evaluation.figures.items()}}
             for evaluation in found.held_out
         ],
         "samples": [

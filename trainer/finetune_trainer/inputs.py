@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_trainer.attention import Segments
-from finetune_trainer.data.examples import Examples, FlatSequence, open_examples
+from finetune_trainer.data.examples import Examples, FlatSequence, example_counts, open_examples
 from finetune_trainer.identity import SAMPLE_BYTES, Evidence, evidence, is_other, sample_of
 from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
 from finetune_trainer.step_plan import StepPlan, open_steps
@@ -29,7 +29,9 @@ _MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 @dataclass(frozen=True)
 class Batch:
-    """S flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device."""
+    """S flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device.
+
+    The sequences are of E examples, one behind another. apart: each goes through the model alone."""
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, from 0 in every sequence
@@ -37,19 +39,36 @@ class Batch:
     sources: Tensor  # (N,) int64 places whose hidden state predicts the label
     targets: Tensor  # (N,) int64 token ids
     label_counts: tuple[int, ...]  # (S,) labels of each sequence, one behind another in the N
+    example_counts: tuple[int, ...]  # (E,) sequences of each example
     weights: Tensor | None = None  # (N,) fp32 what each label's loss is multiplied with; None: all with 1
-    sequence_weights: Tensor | None = None  # (S,) fp32, the same for what is counted in sequences
+    example_weights: Tensor | None = None  # (E,) fp32, the same for what is counted in examples
+    desirable: Tensor | None = None  # (E,) bool whether the answer is a good one; None where nothing says so
+    reference: Tensor | None = None  # (S,) fp32 log-probability of a sequence's labels before training, in nats
+    drift: Tensor | None = None  # () fp32 mean log-ratio of answers under other prompts, over the whole step
+    apart: bool = False
 
     @property
     def tokens(self) -> int:
         return self.segments.bounds[-1]
 
 
-def make_batch(examples: Examples, sequences: Sequence[FlatSequence], device: torch.device) -> Batch:
+def make_batch(
+    examples: Examples, sequences: Sequence[FlatSequence], device: torch.device, *, apart: bool = False
+) -> Batch:
     """Return one pass with the flat sequences one after another, in this order."""
     runs = [examples.read(sequence) for sequence in sequences]
-    weights = examples.weights(sequences)
-    return pack_rows([run.tokens for run in runs], [run.labels for run in runs], device, weights)
+    counts = example_counts(sequences)
+    batch = pack_rows(
+        [run.tokens for run in runs], [run.labels for run in runs], device, examples.weights(sequences), counts
+    )
+    label, reference = examples.columns.get("label"), examples.reference
+    firsts = np.cumsum([0, *counts[:-1]])
+    return replace(
+        batch,
+        desirable=None if label is None else _on(device, label[[sequences[at].example for at in firsts]] > 0),
+        reference=None if reference is None else _on(device, reference[[each.leaf for each in sequences]]),
+        apart=apart,
+    )
 
 
 def pack_rows(
@@ -57,32 +76,37 @@ def pack_rows(
     labels: Sequence[npt.NDArray[Any]],
     device: torch.device,
     weights: npt.NDArray[np.float32] | None = None,
+    example_counts: Sequence[int] | None = None,
 ) -> Batch:
     """Return one pass with the given rows one after another. labels[i][j] is 1 where tokens[i][j] is to be predicted.
 
-    weights: what the losses of each row's labels are multiplied with; None: with 1."""
+    weights: what the losses of each row's labels are multiplied with; None: with 1. example_counts: rows of each
+    example, one behind another; None: each is one."""
     lengths = [len(row) for row in tokens]
     bounds = np.cumsum([0, *lengths])
     places = np.flatnonzero(np.concatenate(labels))
     ids = np.concatenate(tokens).astype(np.int64)
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
-
-    def on_device(array: npt.NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
     counts = [int(np.count_nonzero(row)) for row in labels]
-    segments = Segments(tuple(bounds.tolist()), on_device(bounds.astype(np.int32)), max(lengths))
+    of_examples = tuple(example_counts or (1,) * len(lengths))
+    firsts = np.cumsum([0, *of_examples[:-1]])
+    segments = Segments(tuple(bounds.tolist()), _on(device, bounds.astype(np.int32)), max(lengths))
     return Batch(
-        input_ids=on_device(ids)[None],
-        position_ids=on_device(positions)[None],
+        input_ids=_on(device, ids)[None],
+        position_ids=_on(device, positions)[None],
         segments=segments,
-        sources=on_device(places - 1),
-        targets=on_device(ids[places]),
+        sources=_on(device, places - 1),
+        targets=_on(device, ids[places]),
         label_counts=tuple(counts),
-        weights=None if weights is None else on_device(np.repeat(weights, counts)),
-        sequence_weights=None if weights is None else on_device(weights),
+        example_counts=of_examples,
+        weights=None if weights is None else _on(device, np.repeat(weights, counts)),
+        example_weights=None if weights is None else _on(device, weights[firsts]),
     )
+
+
+def _on(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class ModelFile(NamedTuple):

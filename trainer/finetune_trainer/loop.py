@@ -9,14 +9,15 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from finetune_api.job import Schedule
 from finetune_trainer.batches import pack
-from finetune_trainer.data.examples import Examples, FlatSequence
+from finetune_trainer.data.examples import Examples, FlatSequence, example_counts
 from finetune_trainer.inputs import Batch, make_batch
 from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
@@ -45,14 +46,20 @@ def learning_rate(step: int, hyper: Hyperparameters) -> float:
 
 
 def passes(
-    sequences: Sequence[FlatSequence], lengths: Sequence[int], budget_tokens: int, packing: bool
+    sequences: Sequence[FlatSequence], lengths: Sequence[int], budget_tokens: int, packing: bool, *, whole: bool = False
 ) -> Iterator[list[FlatSequence]]:
-    """Divide a step's sequences into forward passes of at most `budget_tokens`, or of one each without packing."""
+    """Divide a step's sequences into forward passes of at most `budget_tokens`, or of one each without packing.
+
+    whole: all sequences of an example are in one pass; one that is larger than the budget has a pass of its own."""
+    counts = example_counts(sequences) if whole else [1] * len(sequences)
+    ends = list(accumulate(counts))
+    together = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
     if not packing:
-        yield from ([sequence] for sequence in sequences)
+        yield from (list(sequences[part]) for part in together)
         return
-    for places in pack(lengths, max(budget_tokens, max(lengths))):
-        yield [sequences[place] for place in places]
+    sizes = [sum(lengths[part]) for part in together]
+    for places in pack(sizes, max(budget_tokens, max(sizes))):
+        yield [sequence for place in places for sequence in sequences[together[place]]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,13 @@ class StepPart:
     passes_done: int
     passes: int
     tokens_done: int
+
+
+@torch.no_grad()
+def log_ratios(lm: LanguageModel, batch: Batch) -> Tensor:
+    """(S,) log of how many times as likely each sequence's labels are as they were before training."""
+    assert batch.reference is not None, "they are compared with the model that the job began with"
+    return Scores(lm, batch).sequences - batch.reference
 
 
 class StepAbandonedError(Exception):
@@ -86,7 +100,7 @@ class Stepper:
 
     def run(self, step: int) -> Tensor:
         """Train step `step`; returns (3 + figures,) fp64 on the device: loss in nats per unit, gradient norm before
-        clipping, 1 if both were finite, and the method's figures. Where they were not, AdamW leaves all as it was.
+        clipping, 1 if all were finite, and the method's figures. Where they were not, AdamW leaves all as it was.
 
         Raises StepAbandonedError when `after_pass` says so.
         """
@@ -95,10 +109,13 @@ class Stepper:
         figures = torch.zeros(len(self.method.figures), dtype=torch.float64, device=self.lm.device)
         denominator = float(self.steps.denominators[step]) or 1.0
         groups = self._passes_of(step)
+        before = self._mismatched_passes(step)
+        drift = self._drift(step, before, len(before) + len(groups))
         tokens_done = 0
         running: deque[torch.cuda.Event] = deque()
-        for done, batch in enumerate(self._batches(groups), start=1):
-            found = self.method.loss(Scores(self.lm, batch), batch)
+        for done, batch in enumerate(self._batches(self.examples, groups), start=1):
+            compared = batch if drift is None else replace(batch, drift=drift)
+            found = self.method.loss(Scores(self.lm, compared), compared)
             part = found.sum / denominator
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
@@ -106,16 +123,38 @@ class Stepper:
                 figures[place] += found.figures[name].detach() / denominator
             tokens_done += batch.tokens
             self._let_run_ahead(running)
-            if not self.after_pass(StepPart(step, done, len(groups), tokens_done)) and done < len(groups):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise StepAbandonedError
+            self._go_on(StepPart(step, len(before) + done, len(before) + len(groups), tokens_done))
         norm = nn.utils.clip_grad_norm_(self.parameters, self.hyper.max_grad_norm)
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(figures).all()
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips on the device
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.hyper)
         self.optimizer.step()
         return torch.cat([torch.stack([loss, norm.double(), finite.double()]), figures])
+
+    def _go_on(self, part: StepPart) -> None:
+        """Tell of a pass that has ended. Raises StepAbandonedError where passes are left that shall not be run."""
+        if not self.after_pass(part) and part.passes_done < part.passes:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise StepAbandonedError
+
+    def _drift(self, step: int, groups: Sequence[Sequence[FlatSequence]], passes: int) -> Tensor | None:
+        """Return what `Batch.drift` is in this step; None for methods that do not ask for it."""
+        if self.examples.mismatched is None:
+            return None
+        ratios: list[Tensor] = []
+        for done, batch in enumerate(self._batches(self.examples.mismatched, groups), start=1):
+            ratios.append(log_ratios(self.lm, batch))
+            self._go_on(StepPart(step, done, passes, 0))
+        return torch.cat(ratios).mean()
+
+    def _mismatched_passes(self, step: int) -> list[list[FlatSequence]]:
+        """Return the passes without gradients that come before those of a step."""
+        if self.examples.mismatched is None:
+            return []
+        sequences = self.examples.mismatched.sequences_of(self.steps.examples_of(step))
+        lengths = self.examples.mismatched.lengths(sequences)
+        return list(passes(sequences, lengths, self.budget_tokens, self.hyper.packing))
 
     def largest_pass_tokens(self, step: int) -> int:
         """Return the tokens of the largest pass of a step."""
@@ -123,7 +162,9 @@ class Stepper:
 
     def _passes_of(self, step: int) -> list[list[FlatSequence]]:
         sequences = self.examples.sequences_of(self.steps.examples_of(step))
-        return list(passes(sequences, self.examples.lengths(sequences), self.budget_tokens, self.hyper.packing))
+        whole = self.method.denominator.keeps_examples_whole
+        lengths = self.examples.lengths(sequences)
+        return list(passes(sequences, lengths, self.budget_tokens, self.hyper.packing, whole=whole))
 
     def _let_run_ahead(self, running: deque[torch.cuda.Event]) -> None:
         """Wait for the pass before this one on CUDA: the host is one pass ahead, and what it reports has happened."""
@@ -135,10 +176,10 @@ class Stepper:
         if len(running) > 1:
             running.popleft().synchronize()
 
-    def _batches(self, groups: Sequence[Sequence[FlatSequence]]) -> Iterator[Batch]:
+    def _batches(self, examples: Examples, groups: Sequence[Sequence[FlatSequence]]) -> Iterator[Batch]:
         began_s = time.perf_counter()
         for group in groups:
-            batch = make_batch(self.examples, group, self.lm.device)
+            batch = make_batch(examples, group, self.lm.device, apart=not self.hyper.packing)
             self.data_wait_s += time.perf_counter() - began_s
             yield batch
             began_s = time.perf_counter()

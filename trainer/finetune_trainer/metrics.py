@@ -2,12 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -54,6 +54,12 @@ class TrainMetrics:
         self.epoch_ratio = gauge("epoch_ratio", "Passes over the training rows so far.")
         self.goodput_ratio = gauge("goodput_ratio", "Time in kept steps divided by time since training first started.")
         self.mfu_ratio = gauge("mfu_ratio", "Model FLOPs per second divided by the GPU's dense bf16 peak.")
+        self.method_figures = Gauge(
+            "finetune_train_method_figure",
+            "What the method measures beside the loss, in the last step: mean over its examples.",
+            ["figure"],
+            registry=registry,
+        )
         self.label_tokens = counter(
             "label_tokens", "Tokens learned from, by all attempts, without those of skipped steps."
         )
@@ -95,8 +101,9 @@ class MetricsFile:
         if step == 1 or step % self._every == 0:
             self._write({"step": step, **figures})
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self._write({"step": step, "eval_loss": loss})
+    def evaluation(self, step: int, loss: float, figures: Mapping[str, float]) -> None:
+        """Add the row of an evaluation. figures: what the method measures beside the loss."""
+        self._write({"step": step, "eval_loss": loss} | {f"eval_{name}": value for name, value in figures.items()})
 
     def close(self) -> None:
         if self._file is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer import attention, world
+from finetune_trainer.attention import Segments
 from finetune_trainer.base_weights import load_weights, require_finite, told_of_the_model
 from finetune_trainer.families import MIXTURE_FIELDS
 from finetune_trainer.flops import ModelSize
@@ -57,12 +59,26 @@ class LanguageModel:
         return world.autocast(self.device, self.dtype)
 
     def predicting_states(self, batch: Batch) -> Tensor:
-        """(N, h) hidden states that predict the batch's N label tokens."""
+        """(N, h) hidden states that predict the batch's N label tokens.
+
+        Rows that may not share a call of the model have one each."""
+        segments = batch.segments
+        if (self.packed and not batch.apart) or len(segments.bounds) == 2:
+            return self._states(batch.input_ids, batch.position_ids, segments)[batch.sources]
+        alone: list[Tensor] = []
+        for place, (begin, end) in enumerate(pairwise(segments.bounds)):
+            cumulative = segments.cumulative[place : place + 2] - segments.cumulative[place]
+            one = Segments((0, end - begin), cumulative, end - begin)
+            alone.append(self._states(batch.input_ids[:, begin:end], batch.position_ids[:, begin:end], one))
+        return torch.cat(alone)[batch.sources]
+
+    def _states(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
+        """(T, h) last hidden states of the rows of one call of the model."""
         decoder = getattr(self.causal, self.causal.base_model_prefix)
-        rows: dict[str, Any] = {"segments": batch.segments} if self.packed else {}
+        rows: dict[str, Any] = {"segments": segments} if self.packed else {}
         with self.precision():
-            output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **rows)
-        return output.last_hidden_state[0, batch.sources]
+            output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rows)
+        return output.last_hidden_state[0]
 
     def nll_sum(self, batch: Batch) -> Tensor:
         """Sum of the label tokens' negative log-likelihoods, each times its weight: a scalar in nats, fp32."""

@@ -214,6 +214,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
     examples = {"held_out": np.empty(0, dtype=EXAMPLE)} | {name: each.examples for name, each in written.items()}
     train = open_examples(written["train"].folder)
     require_order_fits(len(train), stage.resources.memory_bytes)
+    stage.options = stage.method.settle(stage.options, train.columns, stage.choices)
     mix = _mix(stage, train)
     facts = _data_facts(stage, division, examples, mix)
     sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources)
@@ -301,6 +302,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     stop_token_ids = sorted(model.tokenizer.stop_ids)[:16]
     run_plan = RunPlan(
         method=spec.method.type,
+        options=stage.options,
         loss_on=stage.loss_on,
         formats=stage.formats,
         chat_template=stage.template,

@@ -5,13 +5,13 @@ come with them (a ratio estimator with rows as clusters; Miller, "Adding Error B
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from finetune_api.base import finite
-from finetune_api.quality import Concern, Quality
+from finetune_api.quality import Concern, Quality, Unit
 from finetune_api.reasons import Reason
 from finetune_trainer.evaluate import HeldOut
 
@@ -23,6 +23,11 @@ MIN_ENDS = 5
 # at others, where more could have followed; a mean of 1 in 20 is that of a model whose answers run on.
 MIN_END_PROBABILITY = 0.05
 DIVERGING_STEPS = 10
+# Preference methods may make both answers less likely, but by little: with a fall of half a nat each token of a good
+# answer is 40 % less likely than it was.
+MAX_FALL_NATS = 0.5  # per token of answers to give
+MAX_DRIFT_NATS = 0.5  # per token of answers under prompts of others
+_GIVEN = ("chosen", "good")  # of the figures of answers to give, by the method
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,34 @@ def while_training(first_loss: float | None, steps_above: int) -> Quality | None
     return Quality(concerns=[Reason.DIVERGING], first_train_loss=first_loss, steps_above_start=steps_above)
 
 
+def fall(start: HeldOut, now: HeldOut) -> float | None:
+    """Return by how much answers to give have become less likely, in nats per token; None where it is not measured."""
+    for given in _GIVEN:
+        tokens = now.figures.get(f"{given}_tokens")
+        before, after = (each.figures.get(f"{given}_logprob") for each in (start, now))
+        if tokens and before is not None and after is not None:
+            return (before - after) / tokens
+    return None
+
+
+def drift(now: HeldOut) -> float | None:
+    """Return the estimate of the KL divergence from the start in nats per token; None where it is not measured."""
+    kl, tokens = now.figures.get("kl"), now.figures.get("answer_tokens")
+    return None if kl is None or not tokens else kl / tokens
+
+
 def after_training(
-    evaluations: Sequence[HeldOut], first_loss: float | None, steps_above: int, *, no_ends: bool = False
+    evaluations: Sequence[HeldOut],
+    first_loss: float | None,
+    steps_above: int,
+    *,
+    no_ends: bool = False,
+    unit: Unit = "token",
 ) -> Quality:
     """Return what is known of the finished model; the first evaluation is of the model that the job began with.
 
     Without held-out rows the steps are all there is to judge by; with them they are not needed. no_ends: no answer
-    that was learned ends with a stop token.
+    that was learned ends with a stop token. unit: what losses are means over.
     """
     if not evaluations:
         found = while_training(first_loss, steps_above) or Quality()
@@ -103,6 +129,11 @@ def after_training(
         concerns.append(Reason.WORSE_THAN_START)
     if no_ends or answers_run_on(now):
         concerns.append(Reason.ANSWERS_DO_NOT_END)
+    fallen, drifted = fall(start, now), drift(now)
+    if fallen is not None and not fallen <= MAX_FALL_NATS:
+        concerns.append(Reason.CHOSEN_UNLIKELY)
+    if drifted is not None and not drifted <= MAX_DRIFT_NATS:
+        concerns.append(Reason.FAR_FROM_START)
     return Quality(
         concerns=concerns,
         held_out_rows=now.rows,
@@ -114,4 +145,13 @@ def after_training(
         end_probability=finite(now.end_probability),
         first_train_loss=finite(first_loss),
         steps_above_start=steps_above,
+        unit=unit,
+        fall=finite(fallen),
+        drift=finite(drifted),
+        start_figures=_finite_ones(start.figures),
+        figures=_finite_ones(now.figures),
     )
+
+
+def _finite_ones(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

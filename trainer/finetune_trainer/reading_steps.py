@@ -17,6 +17,7 @@ from finetune_api.job import (
     DatasetFormat,
     DatasetSpec,
     LossOn,
+    MethodSpec,
     OnBadRow,
     PreprocessingSpec,
     SameRoleMessages,
@@ -91,6 +92,7 @@ class PrepareStage(RowsStage):
 
     model: Model
     limit: SequenceLimit
+    options: MethodSpec  # of the method; all are chosen once rows are read
     loss_on: LossOn = LossOn.ALL
     template: str | None = None  # the chat template, if any conversation was rendered
     taught: Taught = field(default_factory=Taught)
@@ -142,7 +144,7 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
         ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
 
     with Ledger(ctx.work_dir / DECISIONS_FILE, told) as ledger:
-        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit)
+        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit, options=ctx.config.spec.method)
 
 
 def find_inputs(stage: RowsStage) -> list[Inputs]:
@@ -189,7 +191,8 @@ def begin(stage: PrepareStage) -> Reading:
     """Find all files and choose what is the same for all their rows: every way to read them begins so.
 
     Raises what `find_files` does, and BROKEN_MODEL for a tokenizer that cannot end texts."""
-    stage.loss_on = loss_on(stage)
+    stage.options = stage.method.choose(stage.ctx.config.spec.method, stage.choices)
+    stage.loss_on = stage.method.labels(stage.options)
     bad = bad_rows(stage)
     if stage.method.needs_end_token:
         require_end_token(stage.model)
@@ -254,13 +257,6 @@ def choose_formats(stage: RowsStage) -> None:
     if any(dataset.format is None for dataset in stage.ctx.config.spec.datasets):
         formats = ", ".join(dict.fromkeys(stage.formats))
         stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
-
-
-def loss_on(stage: PrepareStage) -> LossOn:
-    """Choose which tokens are learned, and the other options of the method."""
-    spec = stage.ctx.config.spec.method
-    stage.method.choose(spec, stage.choices)
-    return stage.method.labels(spec)
 
 
 def bad_rows(stage: RowsStage) -> BadRows:

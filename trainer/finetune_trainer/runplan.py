@@ -30,8 +30,9 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
 from finetune_api.errors import StageError
-from finetune_api.job import DatasetFormat, LossOn, MethodType, Schedule
+from finetune_api.job import DatasetFormat, LossOn, MethodSpec, MethodType, Schedule
 from finetune_api.layout import PLAN, PLANS, join
+from finetune_api.quality import Unit
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.status import ResolvedValue
@@ -51,6 +52,13 @@ FIRST_TO_CHANGE = (
     "preprocessing.maxTooLongFraction",
     "peft.rank",
     "method.sft.lossOn",
+    "method.dpo.loss",
+    "method.dpo.beta",
+    "method.dpo.gamma",
+    "method.orpo.lambda",
+    "method.kto.beta",
+    "method.kto.desirableWeight",
+    "method.kto.undesirableWeight",
     "evaluation.holdoutFraction",
     "preprocessing.onBadRow",
     "preprocessing.maxBrokenFraction",
@@ -112,18 +120,23 @@ class ModelFacts(StoredModel):
 class Denominator(StrEnum):
     """The units that the losses of a step are of; their sum is divided by that of the units, each times its weight.
 
-    LABEL_TOKENS: the label tokens of the step's examples. EXAMPLES: the examples, each of them one flat sequence."""
+    LABEL_TOKENS: the label tokens of the step's examples. EXAMPLES: the examples, each of which is in one pass."""
 
     LABEL_TOKENS = "label_tokens"
     EXAMPLES = "examples"
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What one of them is called beside a loss."""
         return "token" if self is Denominator.LABEL_TOKENS else "example"
 
+    @property
+    def keeps_examples_whole(self) -> bool:
+        """Whether all flat sequences of an example have to be in one pass, as its loss is one of them together."""
+        return self is Denominator.EXAMPLES
+
     def units(self, label_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return how many units each flat sequence is, by its label tokens."""
+        """Return how many units each example is, by its label tokens; or each flat sequence, if not kept whole."""
         return label_tokens if self is Denominator.LABEL_TOKENS else np.ones_like(label_tokens)
 
 
@@ -177,6 +190,7 @@ class RunPlan(StoredModel):
 
     version: Literal[3] = PLAN_VERSION
     method: MethodType
+    options: MethodSpec | None = None  # of the method, every one chosen; None: of a release before they were kept
     loss_on: LossOn
     formats: list[DatasetFormat] = Field(max_length=20)
     chat_template: str | None = Field(default=None, max_length=65536)  # None: rows are plain text

@@ -154,7 +154,11 @@ class Session:
             return quality.while_training(position.first_loss, position.steps_above_start)
         no_ends = self.end_ids is not None and not self.end_ids
         return quality.after_training(
-            position.evaluations, position.first_loss, position.steps_above_start, no_ends=no_ends
+            position.evaluations,
+            position.first_loss,
+            position.steps_above_start,
+            no_ends=no_ends,
+            unit=self.stepper.method.denominator.unit,
         )
 
     def _evaluated_step(self) -> int | None:
@@ -198,7 +202,9 @@ class Session:
         self.reporter.touch()
         seconds = max(1e-9, time.monotonic() - self._running_since_s)
         fields: dict[str, object] = {"step_tokens": part.tokens_done}
-        if not self._recent and part.passes_done < part.passes:  # the first step has no other speed to tell
+        if (
+            not self._recent and part.tokens_done and part.passes_done < part.passes
+        ):  # the first step has no other speed to tell
             speed = part.tokens_done / seconds
             left = self.stepper.steps.total_tokens - self.position.tokens - part.tokens_done
             fields |= {"tokens_per_second": speed, "eta_seconds": left / speed}
@@ -260,6 +266,8 @@ class Session:
         )
         self.metrics.step_seconds.observe(seconds)
         self.metrics.grad_norm.set(norm)
+        for name, value in zip(self.stepper.method.figures, others, strict=True):
+            self.metrics.method_figures.labels(name).set(value)
         self.metrics.label_tokens.inc(labels if finite else 0)
         self.metrics.steps_above_start.set(position.steps_above_start)
         self.metrics.nonfinite_steps.inc(not finite)
@@ -323,7 +331,7 @@ class Session:
             if kept[0].end_probability is not None and found.end_probability is not None:
                 self.metrics.base_end_probability.set(kept[0].end_probability)
                 self.metrics.end_probability.set(found.end_probability)
-            self.metrics_file.evaluation(found.step, found.loss)
+            self.metrics_file.evaluation(found.step, found.loss, found.figures)
             log.info("held-out loss %.4f after step %d", found.loss, found.step)
         self.reporter.update(activity="Training")
         self._step_began_s = time.monotonic()

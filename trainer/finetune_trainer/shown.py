@@ -110,6 +110,7 @@ class _Shown:
         prompt_tokens: int = 0,  # noqa: ARG002
         weight: float = 1.0,  # noqa: ARG002
         answers: Sequence[str] = (),
+        label: int = 0,  # noqa: ARG002
     ) -> None:
         """Keep one row."""
         of_trees = [flat_sequences(tree) for tree in examples]

@@ -97,9 +97,10 @@ class Choices:
 def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resources: RunResources) -> SequenceLimit:
     """Return how long a sequence may be: as the spec says, or as the model was made for and the memory allows.
 
-    What the memory allows is counted for one row in a pass and the largest rank that may be chosen; below
-    _LEAST_LIMIT the job is rather refused. The memory of a GPU is not known here, so ASSUMED_GPU_GIB is taken for it.
-    Raises SEQUENCE_LENGTH_TOO_LONG when the spec asks for more than the model was made for.
+    What the memory allows is counted for one row in a pass, or all sequences of one example, and the largest rank that
+    may be chosen; below _LEAST_LIMIT the job is rather refused. The memory of a GPU is not known here, so
+    ASSUMED_GPU_GIB is taken for it. Raises SEQUENCE_LENGTH_TOO_LONG when the spec asks for more than the model was
+    made for.
     """
     asked = spec.preprocessing.max_sequence_length if spec.preprocessing else None
     if asked is not None:
@@ -114,9 +115,10 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
     rank = (spec.peft and spec.peft.rank) or method.ranks[-1]
 
     def fits(tokens: int) -> bool:
+        together = method.sequences * tokens
         if resources.gpus:
-            return gpu_memory_estimate(model, family, rank, tokens, tokens) <= ASSUMED_GPU_GIB * GIB
-        return memory_estimate(model, family, rank, tokens, tokens, gpus=0) <= resources.memory_bytes
+            return gpu_memory_estimate(model, family, rank, together, tokens) <= ASSUMED_GPU_GIB * GIB
+        return memory_estimate(model, family, rank, together, tokens, gpus=0) <= resources.memory_bytes
 
     if fits(limit.tokens):
         return limit
@@ -163,7 +165,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
         field = "spec.hyperparameters.maxSteps" if hyper.max_steps else "spec.hyperparameters.epochs"
         problem = f"{total_rows:,} rows would be read in all; at most {_MAX_PLANNED_ROWS:,} are planned, so write less"
         raise StageError(Fault.CONFIG_UNREADABLE, field=field, problem=problem)
-    learning_rate = _learning_rate(choices, hyper, model, family, steps)
+    learning_rate = _learning_rate(choices, hyper, model, family, steps, method)
     warmup_ratio = choices.pick(
         "hyperparameters.warmupRatio", hyper.warmup_ratio, defaults.WARMUP_RATIO, "usual for LoRA"
     )
@@ -173,7 +175,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     )
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
     packing = _packing(choices, preprocessing, model, family, data)
-    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace)
+    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace, method)
     if not resources.gpus:
         reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
@@ -322,8 +324,12 @@ def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, ep
     return batch
 
 
-def _learning_rate(choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int) -> float:
-    """5e-4 · (2000 / hidden)^p: p is 0.781 for Llama and 0.0775 for Qwen (Tinker cookbook, 2025)."""
+def _learning_rate(
+    choices: Choices, spec: HyperparametersSpec, model: ModelFacts, family: str, steps: int, method: Method
+) -> float:
+    """The method's, or 5e-4 · (2000 / hidden)^p: p is 0.781 for Llama, 0.0775 for Qwen (Tinker cookbook, 2025)."""
+    if method.learning_rate is not None:
+        return choices.pick("hyperparameters.learningRate", spec.learning_rate, *method.learning_rate)
     exponent = next((p for name, p in defaults.LEARNING_RATE_EXPONENTS.items() if family.startswith(name)), None)
     if exponent is None:
         value, reason = defaults.OTHER_LEARNING_RATE, f"{family}: usual for LoRA"
@@ -377,24 +383,27 @@ def _micro_batch(
     batch: int,
     resources: RunResources,
     pace: _Pace,
+    method: Method,
 ) -> tuple[int, int]:
-    """(tokens of one forward pass, bytes of memory): the most that fits both, never less than the longest row."""
+    """(tokens of one forward pass, bytes of memory): the most that fits both, never less than has to be in one pass."""
+    whole = method.denominator.keeps_examples_whole
+    least = data.largest_row if whole else data.longest_row
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
         tokens = min(tokens, batch * data.largest_row)
         return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus)
 
-    tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, data.longest_row)
+    tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, least)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
-    while tokens > data.longest_row and tokens > pace.step_tokens:
-        tokens = max(data.longest_row, tokens // 2)
+    while tokens > least and tokens > pace.step_tokens:
+        tokens = max(least, tokens // 2)
         reason = f"more may take long on {pace.machine}"
-    while tokens > data.longest_row and needed(tokens) > resources.memory_bytes:
-        tokens = max(data.longest_row, tokens // 2)
+    while tokens > least and needed(tokens) > resources.memory_bytes:
+        tokens = max(least, tokens // 2)
         reason = "what the memory allows"
-    if tokens == data.longest_row:
-        reason = "the longest row"
+    if tokens == least:
+        reason = "the largest example, all of which is in one pass" if whole else "the longest row"
     if tokens / pace.tokens_per_s > pace.deadline_s:
         seconds = math.ceil(tokens / pace.tokens_per_s)
         reason += f"; it may take {seconds:,} s on {pace.machine}: set recovery.progressDeadlineSeconds above that"

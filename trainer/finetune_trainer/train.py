@@ -7,10 +7,13 @@ what counts is published last and whole, and the next attempt goes on from there
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
@@ -27,7 +30,7 @@ from finetune_api.run import MAX_ARG_CHARS, RunResources, RunResult
 from finetune_api.status import Artifact, CheckpointStatus
 from finetune_trainer import checkpoint, commit, export, inputs, results, world
 from finetune_trainer.base_weights import told_of_the_model
-from finetune_trainer.batches import distinct_examples
+from finetune_trainer.batches import distinct_examples, examples_read
 from finetune_trainer.card import RELOAD_ROWS, Evaluations, Learned, Lineage
 from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
@@ -38,12 +41,14 @@ from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
 from finetune_trainer.logs import Uploader, take_over_transformers
 from finetune_trainer.loop import Stepper, make_optimizer
-from finetune_trainer.methods import method_of
+from finetune_trainer.methods import planned_method
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
+from finetune_trainer.mismatched import Mismatched
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
-from finetune_trainer.runplan import RunPlan, StoredPlan, read_plan
+from finetune_trainer.reference import Kept, reference_key, reference_of, reference_uri
+from finetune_trainer.runplan import RunPlan, SplitFiles, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
 from finetune_trainer.speed import slow_tokens_per_second
@@ -95,6 +100,7 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     lm = _load(ctx, fetched, found)
     beat()
     adapted = add_adapter(lm, fetched.plan)
+    fetched = _with_reference(ctx, fence, fetched, lm, adapted, beat)
     session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, found, stop)
     del found  # its tensors are in the model now
     resumed_step = resumed_from.step if resumed_from else None
@@ -180,6 +186,44 @@ def _load(ctx: StageContext, fetched: _Fetched, found: checkpoint.Restored | Non
     return lm
 
 
+def _with_reference(
+    ctx: StageContext,
+    fence: commit.Fence,
+    fetched: _Fetched,
+    lm: LanguageModel,
+    adapted: PeftModel,
+    beat: Callable[[], None],
+) -> _Fetched:
+    """Add what the model that the job began with says of the answers, where the method compares with it."""
+    plan, train, held_out = fetched.plan, fetched.examples, fetched.held_out
+    method, hyper = planned_method(plan), fetched.plan.hyperparameters
+    if not method.needs_reference:
+        return fetched
+    ctx.reporter.update(activity="Evaluating")
+    base = inputs.digest_of(fetched.model_digests)
+
+    def values(
+        examples: Examples, split: SplitFiles, is_read: npt.NDArray[np.bool_], name: str
+    ) -> npt.NDArray[np.float32]:
+        key = reference_key(plan, split, base, lm.dtype, name)
+        kept = Kept(store=ctx.store, fence=fence, folder_uri=reference_uri(ctx.config.run_uri, key), beat=beat)
+        return reference_of(lm, examples, is_read, plan, kept, ctx.work_dir / "prepared" / f"reference-{name}")
+
+    def compared(examples: Examples, split: SplitFiles, is_read: npt.NDArray[np.bool_], name: str) -> Examples:
+        found = replace(examples, reference=values(examples, split, is_read, name))
+        if not method.needs_drift:
+            return found
+        others = Mismatched.of(examples, hyper.seed, hyper.max_sequence_length)
+        reference = values(others, split, is_read, f"{name}-mismatched")
+        return replace(found, mismatched=replace(others, reference=reference))
+
+    with adapted.disable_adapter():
+        train = compared(train, plan.train, examples_read(fetched.steps.examples, len(train)), "train")
+        if held_out is not None and plan.held_out is not None:
+            held_out = compared(held_out, plan.held_out, np.ones(len(held_out), dtype=np.bool_), "held-out")
+    return replace(fetched, examples=train, held_out=held_out)
+
+
 def _begin(
     ctx: StageContext,
     fence: commit.Fence,
@@ -247,7 +291,7 @@ def _begin(
     )
     stepper = Stepper(
         lm,
-        method_of(plan.method),
+        planned_method(plan),
         list(parameters.values()),
         optimizer,
         fetched.examples,
@@ -261,7 +305,7 @@ def _begin(
         adapted,
         parameters,
         fetched.held_out,
-        method_of(plan.method).answer_end_ids(plan),
+        planned_method(plan).answer_end_ids(plan),
         plan.loss_on is LossOn.ALL,
         position,
         checkpointer,
@@ -341,7 +385,7 @@ def _finish(
             raise StageError(Fault.INTERRUPTED, step=step) if session.saved else StageError(Fault.STOPPED)
 
     ctx.reporter.update(activity="Evaluating")
-    stop_ids = method_of(plan.method).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder, plan))
+    stop_ids = planned_method(plan).stop_token_ids(plan, export.model_stop_ids(fetched.model_folder, plan))
     with closing(LastWords(fetched.model_folder)) as words:
         with adapted.disable_adapter():
             base_answers = answers(lm, words, plan.sample_prompts, stop_ids, beat)

@@ -30,6 +30,7 @@ COLUMNS = {  # (examples,) each
     "file": np.dtype("<u4"),  # of the row, as an index into the plan's inputs
     "row": np.dtype("<u8"),  # its number there, from 1
     "weight": np.dtype("<f4"),  # what the losses of its labels are multiplied with, above 0
+    "label": np.dtype("<i1"),  # 1: its answer is a good one, -1: a bad one; there is no such file where none says so
 }
 Tokens32 = npt.NDArray[np.uint32]
 Labels8 = npt.NDArray[np.uint8]
@@ -112,6 +113,27 @@ def _insert(siblings: dict[int, _Node], tokens: Tokens32, labels: Labels8) -> No
         siblings, tokens, labels = node.children, tokens[same:], labels[same:]
 
 
+def pair_of(chosen: TokenRun, rejected: TokenRun) -> Tree:
+    """Return the tree of two answers to one prompt, in this order: what begins alike before labels is held once.
+
+    Labels stay with their own sequence even where both answers begin alike, as each is scored as a whole."""
+    unlabelled = min(int(run.labels.argmax()) if run.labels.any() else len(run.labels) for run in (chosen, rejected))
+    most = min(unlabelled, len(chosen.tokens) - 1, len(rejected.tokens) - 1)
+    others = np.flatnonzero(chosen.tokens[:most] != rejected.tokens[:most])
+    shared = int(others[0]) if len(others) else most
+    runs = [TokenRun(run.tokens[shared:], run.labels[shared:]) for run in (chosen, rejected)]
+    if not shared:
+        parts, parents = runs, [0, 0]
+    else:
+        parts, parents = [TokenRun(chosen.tokens[:shared], chosen.labels[:shared]), *runs], [0, 1, 2]
+    return Tree(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.array([len(part.tokens) for part in parts], dtype=np.int64),
+        np.array(parents, dtype=np.uint32),
+    )
+
+
 def flat_sequences(tree: Tree) -> list[TokenRun]:
     """Return what a tree is read as, in the order of its leaves."""
     offsets = np.concatenate([[0], np.cumsum(tree.lengths)])
@@ -135,9 +157,27 @@ class FlatSequence(NamedTuple):
     leaf: int
 
 
+def example_counts(sequences: Sequence[FlatSequence]) -> list[int]:
+    """Return how many of these sequences, which are in the order of their examples, belong to each.
+
+    An example that is read twice in a row is two: its leaves begin anew."""
+    counts: list[int] = []
+    before: FlatSequence | None = None
+    for each in sequences:
+        if before is not None and each.example == before.example and each.leaf > before.leaf:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+        before = each
+    return counts
+
+
 @dataclass(frozen=True)
 class Examples:
-    """The prepared examples of one split; the arrays may be mapped from files. columns: by name, (examples,)."""
+    """The prepared examples of one split; the arrays may be mapped from files. columns: by name, (examples,).
+
+    reference: (segments,) of each leaf, the log-probability of its flat sequence's labels by the model that the job
+    began with, in nats; mismatched: the same prompts with the answers of others. None where a method needs no such."""
 
     tokens: npt.NDArray[np.uint32]
     labels: npt.NDArray[np.uint8]
@@ -145,6 +185,8 @@ class Examples:
     parents: npt.NDArray[np.uint32]
     example_offsets: npt.NDArray[np.int64]
     columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict[str, npt.NDArray[Any]])
+    reference: npt.NDArray[np.float32] | None = None
+    mismatched: "Examples | None" = None
 
     @classmethod
     def of_rows(cls, tokens: Tokens32, labels: Labels8, offsets: npt.NDArray[np.int64]) -> Self:
@@ -200,4 +242,4 @@ def open_examples(folder: Path) -> Examples:
     dtypes = ARRAYS | COLUMNS
     arrays = {path.name: mapped(path, dtypes[path.name]) for path in folder.iterdir() if path.name in dtypes}
     columns = {name: arrays[name] for name in COLUMNS if name in arrays}
-    return Examples(**{name: arrays[name] for name in ARRAYS}, columns=columns)
+    return Examples(*(arrays[name] for name in ARRAYS), columns=columns)

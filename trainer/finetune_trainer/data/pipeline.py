@@ -91,6 +91,7 @@ class Sink(Protocol):
         prompt_tokens: int = 0,
         weight: float = 1.0,
         answers: Sequence[str] = (),
+        label: int = 0,
     ) -> None:
         """Take one row, as the spool does. answers: what is said of each sequence of an example, as chosen."""
         ...
@@ -365,6 +366,7 @@ class Pipeline:
             prompt_tokens=members[0].sequences[0].prompt_tokens,
             weight=item.row.weight,
             answers=member_names(item.row),
+            label=kind_of(item.row).label(item.row),
         )
 
     def _drop(self, item: Checked, example: Example, reason: Drop) -> None:

@@ -36,7 +36,9 @@ def write_split(
 ) -> Written:
     """Copy the examples of a split's rows, in order, calling `beat` with every part."""
     target.mkdir(parents=True, exist_ok=True)
-    files = {name: _Writing(target / name) for name in (*ARRAYS, *COLUMNS, _RECORDS)}
+    labelled = any(bool(chunk.rows["label"].any()) for chunk in division.chunks())
+    columns = [name for name in COLUMNS if labelled or name != "label"]
+    files = {name: _Writing(target / name) for name in (*ARRAYS, *columns, _RECORDS)}
     for name in ("tokens", "labels"):
         runs = (run for chunk in division.chunks() for run in _runs(chunk, SPLITS[split]))
         _copy(spool / name, files[name], ARRAYS[name].itemsize, runs, beat)
@@ -62,10 +64,12 @@ def write_split(
             "file": np.repeat(chunk.rows["file"][rows], counts),
             "row": np.repeat(chunk.rows["number"][rows], counts),
             "weight": np.repeat(chunk.rows["weight"][rows], counts),
+            "label": np.repeat(chunk.rows["label"][rows], counts),
             _RECORDS: examples,
         }
-        for name, array in arrays.items():
-            files[name].add(array.astype((ARRAYS | COLUMNS).get(name, EXAMPLE), copy=False))
+        for name, file in files.items():
+            if name in arrays:
+                file.add(arrays[name].astype((ARRAYS | COLUMNS).get(name, EXAMPLE), copy=False))
         beat()
     sha256 = {name: file.end() for name, file in files.items()}
     del sha256[_RECORDS]

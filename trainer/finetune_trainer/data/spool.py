@@ -23,6 +23,7 @@ ROW = np.dtype(
         ("examples", "<u4"),
         ("prompt_tokens", "<u4"),
         ("weight", "<f4"),
+        ("label", "<i1"),  # as in examples.COLUMNS; 0: it has none
     ]
 )
 EXAMPLE = np.dtype(
@@ -78,10 +79,12 @@ class Spool:
         prompt_tokens: int = 0,
         weight: float = 1.0,
         answers: Sequence[str] = (),  # noqa: ARG002 (only for people)
+        label: int = 0,
     ) -> None:
-        """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered."""
+        """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered; label: 1
+        where its answer is a good one, -1 for a bad one, 0 where nothing says so."""
         high, low = int.from_bytes(content_hash[:8], "big"), int.from_bytes(content_hash[8:], "big")
-        record = np.array((high, low, file, number, len(examples), prompt_tokens, weight), dtype=ROW)
+        record = np.array((high, low, file, number, len(examples), prompt_tokens, weight, label), dtype=ROW)
         self._files["rows"].write(record.tobytes())
         for tree in examples:
             segments = np.empty(len(tree.lengths), dtype=SEGMENT)

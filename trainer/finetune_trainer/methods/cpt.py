@@ -25,8 +25,9 @@ def _examples(pieces: Sequence[TokenRun]) -> list[Tree]:
     return [one_segment(*piece) for piece in pieces]
 
 
-def _choose(spec: MethodSpec, choices: "Choices") -> None:
+def _choose(spec: MethodSpec, _: "Choices") -> MethodSpec:
     """Choose nothing: there are no options."""
+    return spec
 
 
 def _stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:

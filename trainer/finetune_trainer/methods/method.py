@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import numpy.typing as npt
+
 from finetune_api.job import DatasetFormat, LossOn, MethodSpec, Schedule, TooLong
 from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.kind import Kind
@@ -36,32 +38,62 @@ class Loss(NamedTuple):
     figures: Mapping[str, "Tensor"]
 
 
+def _nothing(scores: "Scores", batch: "Batch") -> Mapping[str, "Tensor"]:  # noqa: ARG001 (every method's has it)
+    """Measure nothing beside the loss."""
+    return {}
+
+
+def _all(batch: "Batch") -> Sequence[bool]:
+    """Take every answer for one to give."""
+    return [True] * len(batch.label_counts)
+
+
+def _settled(spec: MethodSpec, columns: Mapping[str, npt.NDArray[Any]], choices: "Choices") -> MethodSpec:  # noqa: ARG001
+    """Have no options that depend on the examples."""
+    return spec
+
+
+def _as_it_is(method: "Method", _: MethodSpec) -> "Method":
+    """Have no options that the loss needs."""
+    return method
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a method decides about rows, the plan, the step, held-out rows and the card.
 
     A job's losses are of *units*, which the denominator names. `losses` gives that of each unit of a pass, in order,
-    for held-out rows; `loss` gives their sum, each times its weight, for the step: so both are the same function."""
+    for held-out rows; `loss` gives their sum, each times its weight, for the step: so both are the same function, as
+    are `measures` and the figures of `loss`."""
 
     # Rows
     kinds: tuple[Kind[Any], ...]  # that it takes
     labels: Callable[[MethodSpec], LossOn]  # which tokens of its rows are to be learned
-    choose: Callable[[MethodSpec, "Choices"], None]  # records the options that the spec leaves open
+    choose: Callable[[MethodSpec, "Choices"], MethodSpec]  # fills in the options left open, and records them
+    # Fills in the options that depend on the columns of the examples that are trained on, and records them.
+    settle: Callable[[MethodSpec, Mapping[str, npt.NDArray[Any]], "Choices"], MethodSpec] = _settled
     examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what a row's sequences, or a text's pieces, become
     too_long: TooLong  # what becomes of rows that are too long, by default
     needs_end_token: bool  # whether every row ends with the tokenizer's end token
 
     # The plan
     longest_tokens: int | None  # of a sequence, by default; None: as many as the model and the memory allow
+    sequences: int = 1  # of an example at most, where they have to be in one pass
     ranks: tuple[int, ...]  # of the adapter, from which the number of tokens to learn chooses
     epochs: Callable[[float], Default[float]]  # by the rows that one of them reads
     schedule: Default[Schedule]
     denominator: Denominator
+    learning_rate: Default[float] | None = None  # None: by the base model's family and width
 
     # The step, and held-out rows
     loss: Callable[["Scores", "Batch"], Loss]
     losses: Callable[["Scores", "Batch"], "Tensor"]  # (units,) fp32, nats
     figures: tuple[str, ...] = ()  # of `loss`: what metrics.jsonl tells beside it, each over the step's denominator
+    measures: Callable[["Scores", "Batch"], Mapping[str, "Tensor"]] = _nothing  # (units,) of each figure
+    wanted: Callable[["Batch"], Sequence[bool]] = _all  # (sequences,) whether an answer is one to give
+    needs_reference: bool = False  # whether `batch.reference` is to be there
+    needs_drift: bool = False  # and `batch.drift`, of examples of one sequence each
+    bound: Callable[["Method", MethodSpec], "Method"] = _as_it_is  # with the options of a job
 
     # Answers of the tuned model
     stop_token_ids: Callable[[RunPlan, list[int]], list[int]]  # that end them; the base model's are given

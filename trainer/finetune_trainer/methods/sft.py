@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune_api import defaults
-from finetune_api.job import LossOn, MethodSpec, Schedule, TooLong
+from finetune_api.job import LossOn, MethodSpec, Schedule, SftSpec, TooLong
 from finetune_trainer.data.examples import TokenRun, Tree, tree_of
 from finetune_trainer.data.kinds import CHAT, COMPLETION
 from finetune_trainer.methods.likelihood import likelihood_loss, token_losses
@@ -23,9 +23,10 @@ def _labels(spec: MethodSpec) -> LossOn:
     return defaults.given(spec.sft and spec.sft.loss_on, LossOn(defaults.LOSS_ON))
 
 
-def _choose(spec: MethodSpec, choices: "Choices") -> None:
+def _choose(spec: MethodSpec, choices: "Choices") -> MethodSpec:
     given, reason = spec.sft and spec.sft.loss_on, "the answers and the token that ends them"
-    choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
+    loss_on = choices.pick("method.sft.lossOn", given, LossOn(defaults.LOSS_ON), reason)
+    return spec.model_copy(update={"sft": SftSpec(loss_on=loss_on)})
 
 
 def _examples(sequences: Sequence[TokenRun]) -> list[Tree]:

@@ -1,0 +1,120 @@
+"""Preference methods from the user's rows to a committed adapter, and the jobs that they refuse."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from data_run import context, jsonl, prepare_run, put
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.layout import ADAPTER, join
+from finetune_api.names import Stage
+from finetune_api.reasons import Fault
+from finetune_trainer import prepare, train
+from finetune_trainer.methods import method_of
+from finetune_trainer.serve import Reporter
+from finetune_trainer.stop import StopFlag
+from tiny_run import byte_tokenizer, tiny_config, tiny_model
+
+
+def _pairs(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"what is {i} and one? ",
+            "chosen": f"it is {i + 1}.",
+            "rejected": f"oh, {'well ' * (i % 3)}go away.",
+        }
+        for i in range(count)
+    ]
+
+
+def _thumbs(count: int, good: float = 1 / 3) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"what is {i} and one? ", "completion": f"it is {i + 1}.", "label": (i % 12) < 12 * good}
+        for i in range(count)
+    ]
+
+
+def _model(folder: Path) -> None:
+    tiny_model(tiny_config("llama", max_position_embeddings=512)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def _spec(method: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "method": method,
+        "peft": {"type": "LoRA", "rank": 4},
+        "evaluation": {"holdoutFraction": 0.2},
+        "hyperparameters": {"maxSteps": 4, "globalBatchSize": 8, "learningRate": 1e-3},
+    }
+
+
+@pytest.mark.parametrize("method", ["DPO", "ORPO", "KTO"])
+def test_rows_become_a_committed_adapter(tmp_path: Path, method: str) -> None:
+    _model(tmp_path / "model")
+    put(tmp_path, a_jsonl=jsonl(_thumbs(60) if method == "KTO" else _pairs(60)))
+    ctx = context(tmp_path, _spec({"type": method}))
+    prepared = prepare.run(ctx)
+    assert prepared.plan is not None
+    chosen = {value.field: value for value in prepared.plan.resolved}
+    work_dir = tmp_path / "train"
+    work_dir.mkdir()
+    reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
+    training = replace(ctx, stage=Stage.TRAIN, plan_digest=prepared.plan.digest, reporter=reporter, work_dir=work_dir)
+    result = train.run(training, StopFlag(60))
+    assert result.artifact is not None
+    assert result.quality is not None
+    figures = set(method_of(MethodType(method)).figures)
+    assert set(result.quality.figures) == set(result.quality.start_figures) == figures
+    assert result.quality.start_figures["reward_accuracy"] == pytest.approx(0.5, abs=0.5)
+    assert result.quality.unit == "example"
+    card = ctx.store.read(join(ctx.config.run_uri, ADAPTER, "README.md"), max_bytes=2**20)[0].decode()
+    assert f"trained by {method_of(MethodType(method)).name}." in card
+    assert "| share of preferences that the model shares |" in card
+    assert "(nats per example)" in card
+    if method == "KTO":
+        assert "count alike" in chosen["method.kto.desirableWeight"].reason
+        assert float(chosen["method.kto.undesirableWeight"].value) == 1
+
+
+def test_options_and_learning_rate_are_chosen_with_their_reasons(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(_pairs(40)))
+    plan = prepare_run(tmp_path, {"method": {"type": "DPO", "dpo": {"loss": "SimPO"}}}).plan
+    chosen = {value.field: value.value for value in plan.resolved}
+    assert (chosen["method.dpo.beta"], chosen["method.dpo.gamma"]) == ("2", "1")
+    assert "method.dpo.loss" not in chosen
+    assert (chosen["hyperparameters.learningRate"], chosen["hyperparameters.epochs"]) == ("1e-05", "1")
+    assert plan.options is not None
+    assert plan.options.dpo is not None
+    assert (plan.options.dpo.beta, plan.options.dpo.gamma, plan.options.dpo.nll_weight) == (2, 1, 0)
+
+
+def test_both_answers_of_a_pair_are_planned_into_one_pass(tmp_path: Path) -> None:
+    """Passes are no smaller than the largest pair, though each of its answers would fit a smaller one."""
+    long = "word " * 60
+    put(tmp_path, a_jsonl=jsonl([{"prompt": "q", "chosen": long + "yes", "rejected": long + "no"}, *_pairs(9)]))
+    memory = {"resources": {"memory": "1200Mi"}}
+    plan = prepare_run(tmp_path, {"method": {"type": "DPO"}, **memory}).plan
+    assert plan.hyperparameters.micro_batch_tokens >= 2 * (plan.train.longest_row - 8)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_thumbs_that_all_point_one_way_are_refused(tmp_path: Path, label: bool) -> None:
+    put(tmp_path, a_jsonl=jsonl(_thumbs(20, good=float(label))))
+    with pytest.raises(StageError) as caught:
+        prepare.run(context(tmp_path, _spec({"type": "KTO"}) | {"evaluation": {"holdoutFraction": 0}}))
+    assert caught.value.fault is Fault.ONE_SIDED_THUMBS
+    assert caught.value.args_by_name == {"good": 20 * label, "bad": 20 * (not label)}
+
+
+def test_pairs_that_are_all_left_out_end_the_job_with_the_reason(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([{"prompt": f"q{i}", "chosen": "the same", "rejected": "the same"} for i in range(5)]))
+    with pytest.raises(StageError, match="two answers that say the same") as caught:
+        prepare.run(context(tmp_path, _spec({"type": "DPO"})))
+    assert caught.value.fault is Fault.NO_TRAINING_DATA
+    report = json.loads((tmp_path / "out" / "bot-1a2b3" / ".job" / "report.json").read_text())
+    assert report["state"] == "failed"

@@ -1,0 +1,166 @@
+"""What the base model says of the answers is computed once, whole or not at all, whatever ends an attempt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetune_api.errors import StageError
+from finetune_api.job import MethodType
+from finetune_api.layout import REFERENCE
+from finetune_api.reasons import Fault
+from finetune_trainer import reference, train
+from finetune_trainer.commit import Fence, raise_epoch
+from finetune_trainer.data.examples import Examples
+from finetune_trainer.inputs import Batch, fetch_examples, make_batch
+from finetune_trainer.model import LanguageModel, load_base
+from finetune_trainer.policy import Scores
+from finetune_trainer.reference import Kept, reference_key, reference_of
+from finetune_trainer.stop import StopFlag
+from finetune_trainer.store import Store
+from pair_run import preference_run
+from tiny_run import TinyRun, context
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRun:
+    monkeypatch.setattr(reference, "PART_TOKENS", 300)
+    return preference_run(tmp_path, MethodType.DPO, rows=40, steps=4, equal=False)
+
+
+@dataclass
+class Asked:
+    """A run's training examples, the base, and how to ask it of them."""
+
+    run: TinyRun
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.examples: Examples = fetch_examples(self.run.store, self.run.plan.train, self.folder / "train")
+        self.lm: LanguageModel = load_base(self.run.folder / "model", self.run.plan, torch.device("cpu"))
+        self.fence: Fence = raise_epoch(self.run.store, self.run.run_uri, 1, "pod-1")
+        self.is_read = np.arange(len(self.examples)) % 3 != 0
+        self.passes = 0
+
+    def values(self, beat: Callable[[], None] = lambda: None, store: Store | None = None) -> np.ndarray:
+        """Return what the base says, and count the passes that it took."""
+        self.passes = 0
+
+        def count(lm: LanguageModel, batch: Batch) -> torch.Tensor:
+            self.passes += 1
+            return original(lm, batch)
+
+        original = LanguageModel.token_logprobs
+        uri = f"{self.run.run_uri}/{REFERENCE}/key"
+        kept = Kept(store=store or self.run.store, fence=self.fence, folder_uri=uri, beat=beat)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LanguageModel, "token_logprobs", count)
+            path = self.folder / "values"
+            return reference_of(self.lm, self.examples, self.is_read, self.run.plan, kept, path).copy()
+
+    @property
+    def parts(self) -> list[Path]:
+        return sorted(path for path in self.run.local(REFERENCE, "key").iterdir() if path.name.isdecimal())
+
+
+@pytest.fixture
+def asked(run: TinyRun, tmp_path: Path) -> Asked:
+    return Asked(run, tmp_path / "fetched")
+
+
+def test_it_is_the_log_probability_of_each_answer_that_is_read(asked: Asked) -> None:
+    found = asked.values()
+    expected = np.full(len(asked.examples.parents), np.nan)
+    with torch.no_grad():
+        for each in asked.examples.sequences_of(np.flatnonzero(asked.is_read).tolist()):
+            batch = make_batch(asked.examples, [each], asked.lm.device)
+            expected[each.leaf] = float(Scores(asked.lm, batch).sequences)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(asked.parts) > 2
+
+
+def test_it_is_computed_once_for_all_attempts(asked: Asked) -> None:
+    first = asked.values()
+    assert asked.passes
+    np.testing.assert_array_equal(asked.values(), first)
+    assert not asked.passes
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_an_attempt_that_was_killed_is_gone_on_with_behind_its_last_part(run: TinyRun, tmp_path: Path) -> None:
+    asked, other = Asked(run, tmp_path / "a"), Asked(run, tmp_path / "b")
+    asked.fence = other.fence
+    expected = asked.values()
+    whole = asked.passes
+    for part in asked.parts[1:]:
+        part.unlink()
+    began = 0
+
+    def die_soon() -> None:
+        nonlocal began
+        began += 1
+        if began == 4:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        other.values(die_soon)
+    kept = len(other.parts)
+    np.testing.assert_array_equal(other.values(), expected)
+    assert 1 <= kept < len(other.parts)
+    assert other.passes < whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, None])
+def test_a_part_that_is_not_as_it_was_written_is_computed_again(asked: Asked, damage: bytes | None) -> None:
+    expected = asked.values()
+    part = asked.parts[1]
+    part.write_bytes(part.read_bytes()[:-1] + b"\0" if damage is None else damage)
+    np.testing.assert_array_equal(asked.values(), expected)
+    assert asked.passes
+    asked.values()
+    assert not asked.passes, "it was written again"
+
+
+def test_a_store_that_takes_nothing_only_makes_it_computed_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise StageError(Fault.ACCESS_DENIED, action="write", uri="s3://b/k", problem="no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", refuse)
+        first = asked.values()
+    assert asked.passes
+    np.testing.assert_array_equal(asked.values(), first)
+    assert asked.passes
+
+
+def test_an_attempt_that_a_newer_one_has_taken_over_from_ends(asked: Asked) -> None:
+    raise_epoch(asked.run.store, asked.run.run_uri, 2, "pod-2")
+    with pytest.raises(StageError) as caught:
+        asked.values()
+    assert caught.value.fault is Fault.SUPERSEDED
+
+
+def test_another_base_or_other_tokens_or_another_precision_have_a_key_of_their_own(run: TinyRun) -> None:
+    plan, train_split, held_out = run.plan, run.plan.train, run.plan.held_out
+    assert held_out is not None
+    keys = [
+        reference_key(plan, train_split, "sha256:a", torch.float32, "train"),
+        reference_key(plan, train_split, "sha256:b", torch.float32, "train"),
+        reference_key(plan, held_out, "sha256:a", torch.float32, "train"),
+        reference_key(plan, train_split, "sha256:a", torch.bfloat16, "train"),
+        reference_key(plan, train_split, "sha256:a", torch.float32, "mismatched"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == reference_key(plan, train_split, "sha256:a", torch.float32, "train")
+
+
+def test_a_run_begins_where_nothing_has_changed_and_keeps_what_the_base_says(run: TinyRun) -> None:
+    """At step 0 no answer is likelier or less likely than it was: its preferences are ties."""
+    assert train.run(context(run), StopFlag(60)).artifact is not None
+    assert list(run.local(REFERENCE).rglob("000000"))

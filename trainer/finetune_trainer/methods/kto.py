@@ -1,0 +1,179 @@
+"""Kahneman-Tversky optimisation: learn from answers that are each good or bad, without pairs.
+
+Ethayarajh et al. (2024, https://arxiv.org/abs/2402.01306), section 4.1. z0, where gain turns into loss, is the mean
+log-ratio of answers to prompts that are not theirs, at least 0; no gradient goes through it. It is taken over the whole
+step, where the paper and TRL take it over a micro-batch, and the answers of prompts are exchanged as the plan says
+(`mismatched`). Weights of good and bad answers: section 4.2, where both count alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from finetune_api import defaults
+from finetune_api.errors import StageError
+from finetune_api.job import KtoSpec, LossOn, MethodSpec, Schedule, TooLong
+from finetune_api.reasons import Fault
+from finetune_trainer.data.examples import TokenRun, Tree, one_segment
+from finetune_trainer.data.kinds import THUMB
+from finetune_trainer.methods.method import Default, Loss, Method
+from finetune_trainer.methods.preference import once, share_above, stop_token_ids, summed
+from finetune_trainer.runplan import Denominator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune_trainer.inputs import Batch
+    from finetune_trainer.policy import Scores
+    from finetune_trainer.sizing import Choices
+
+FIGURES = ("reward_accuracy", "reward_margin", "kl", "good_logprob", "good_tokens", "answer_tokens")
+
+
+def reference_point(mismatched_ratios: "Tensor") -> "Tensor":
+    """Return z0. mismatched_ratios: (answers,) log-ratios of answers under other prompts, of a whole global step."""
+    return mismatched_ratios.detach().mean().clamp(min=0.0)
+
+
+def kto_losses(
+    ratios: "Tensor",
+    desirable: "Tensor",
+    z0: "Tensor",
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> "Tensor":
+    """Return λ_D sigmoid(β (z0 - log-ratio)) of good answers, λ_U sigmoid(β (log-ratio - z0)) of bad ones.
+
+    ratios: (answers,) log of how many times as likely each is as it was; desirable: (answers,) bool."""
+    gains = beta * (ratios - z0)
+    good, bad = desirable_weight * (-gains).sigmoid(), undesirable_weight * gains.sigmoid()
+    return good.where(desirable, bad)
+
+
+def _filled(spec: KtoSpec | None) -> KtoSpec:
+    """Return the options with a value for each that the job leaves open."""
+    given = spec or KtoSpec()
+    return KtoSpec(
+        beta=defaults.given(given.beta, defaults.KTO_BETA),
+        desirable_weight=given.desirable_weight or 1.0,
+        undesirable_weight=given.undesirable_weight or 1.0,
+    )
+
+
+def _choose(spec: MethodSpec, choices: "Choices") -> MethodSpec:
+    given = spec.kto or KtoSpec()
+    beta = choices.pick("method.kto.beta", given.beta, defaults.KTO_BETA, "as its authors trained")
+    return spec.model_copy(update={"kto": given.model_copy(update={"beta": beta})})
+
+
+def _settle(spec: MethodSpec, columns: Mapping[str, npt.NDArray[Any]], choices: "Choices") -> MethodSpec:
+    """Balance good and bad answers: both kinds count alike, however many there are of each, as in section 4.2.
+
+    Raises ONE_SIDED_THUMBS where there are only good ones or only bad ones."""
+    label = columns["label"]
+    good, bad = int((label > 0).sum()), int((label < 0).sum())
+    if not good or not bad:
+        raise StageError(Fault.ONE_SIDED_THUMBS, good=good, bad=bad)
+    given = spec.kto or KtoSpec()
+    reason = f"{good:,} good and {bad:,} bad answers count alike"
+    desirable = choices.pick("method.kto.desirableWeight", given.desirable_weight, max(1.0, bad / good), reason)
+    undesirable = choices.pick("method.kto.undesirableWeight", given.undesirable_weight, max(1.0, good / bad), reason)
+    update = {"desirable_weight": desirable, "undesirable_weight": undesirable}
+    return spec.model_copy(update={"kto": given.model_copy(update=update)})
+
+
+def _ratios(scores: "Scores", batch: "Batch") -> "Tensor":
+    assert batch.reference is not None, "KTO compares with the model that the job began with"
+    return scores.sequences - batch.reference
+
+
+def _losses(options: KtoSpec, scores: "Scores", batch: "Batch") -> "Tensor":
+    assert batch.desirable is not None, "each answer is good or bad"
+    assert batch.drift is not None, "z0 is of the whole step"
+    return kto_losses(
+        _ratios(scores, batch),
+        batch.desirable,
+        batch.drift.clamp(min=0.0),
+        beta=options.beta or 0.0,
+        desirable_weight=options.desirable_weight or 1.0,
+        undesirable_weight=options.undesirable_weight or 1.0,
+    )
+
+
+def _measures(options: KtoSpec, scores: "Scores", batch: "Batch") -> Mapping[str, "Tensor"]:
+    """An answer is judged right where a good one's reward is above 0, as it was before training, or a bad one's below.
+
+    reward_margin: of a good answer its reward, of a bad one what it has lost; good_…: 0 of bad answers."""
+    ratios = _ratios(scores, batch).detach()
+    assert batch.desirable is not None
+    assert batch.drift is not None
+    rightly = (options.beta or 0.0) * ratios.where(batch.desirable, -ratios)
+    good, tokens = batch.desirable.float(), ratios.new_tensor(batch.label_counts)
+    return {
+        "reward_accuracy": share_above(rightly),
+        "reward_margin": rightly,
+        "kl": batch.drift.clamp(min=0.0).expand(len(ratios)),
+        "good_logprob": good * scores.sequences.detach(),
+        "good_tokens": good * tokens,
+        "answer_tokens": tokens,
+    }
+
+
+def _loss(options: KtoSpec, scores: "Scores", batch: "Batch") -> Loss:
+    return summed(_losses(options, scores, batch), _measures(options, scores, batch), batch)
+
+
+def _bound(method: Method, spec: MethodSpec) -> Method:
+    options = _filled(spec.kto)
+    return replace(
+        method,
+        loss=partial(_loss, options),
+        losses=partial(_losses, options),
+        measures=partial(_measures, options),
+    )
+
+
+def _examples(sequences: Sequence[TokenRun]) -> list[Tree]:
+    """Return one example: a prompt and its answer."""
+    (sequence,) = sequences
+    return [one_segment(*sequence)]
+
+
+def _good(batch: "Batch") -> Sequence[bool]:
+    assert batch.desirable is not None
+    return batch.desirable.tolist()
+
+
+_OPTIONS = _filled(None)
+KTO = Method(
+    kinds=(THUMB,),
+    labels=lambda _: LossOn.ASSISTANT,
+    choose=_choose,
+    settle=_settle,
+    examples=_examples,
+    too_long=TooLong(defaults.SFT_TOO_LONG),
+    needs_end_token=False,
+    longest_tokens=None,
+    ranks=defaults.LORA_RANKS,
+    epochs=once,
+    schedule=Default(Schedule(defaults.PREFERENCE_SCHEDULE), "preference methods fall linearly to 0"),
+    denominator=Denominator.EXAMPLES,
+    learning_rate=Default(defaults.DPO_LEARNING_RATE, "ten times what is usual without LoRA"),
+    loss=partial(_loss, _OPTIONS),
+    losses=partial(_losses, _OPTIONS),
+    figures=FIGURES,
+    measures=partial(_measures, _OPTIONS),
+    wanted=_good,
+    needs_reference=True,
+    needs_drift=True,
+    bound=_bound,
+    stop_token_ids=stop_token_ids,
+    answer_end_ids=lambda plan: plan.stop_token_ids,
+    name="Kahneman-Tversky optimisation",
+    rows_name="rated answers",
+)
