@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -418,3 +418,35 @@ def test_any_damage_to_a_parquet_file_gives_rows_or_a_named_end(
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with named_end():
         list(decoded_by(decoder, path, "a.parquet"))
+
+
+class Pairs(list[tuple[str, Any]]):
+    """The fields of an object as they are written, of which some may be repeated."""
+
+
+KEYS = st.sampled_from(["a", "b", '"', '"":', "é", "a:"])
+TREES = st.recursive(
+    st.text('"\\:,{}[]a \n', max_size=6) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(KEYS, inner), max_size=3).map(Pairs),
+    max_leaves=12,
+)
+
+
+def written(value: Any, quote: str, colon: str) -> str:
+    if isinstance(value, Pairs):
+        fields = (written(name, quote, colon) + colon + written(each, quote, colon) for name, each in value)
+        return "{" + ", ".join(fields) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(written(each, quote, colon) for each in cast(list[Any], value)) + "]"
+    if isinstance(value, str):
+        return f'"{quote.join(json.dumps(part, ensure_ascii=False)[1:-1] for part in value.split(chr(34)))}"'
+    return json.dumps(value)
+
+
+@given(tree=TREES, quote=st.sampled_from(['\\"', "\\u0022"]), colon=st.sampled_from([": ", ":", " :", "\t: "]))
+def test_what_is_read_is_what_python_reads_or_has_a_repeated_key(tree: Any, quote: str, colon: str) -> None:
+    line = written(tree, quote, colon).encode()
+    repeats: list[bool] = []
+    json.loads(line, object_pairs_hook=lambda pairs: repeats.append(len(dict(pairs)) < len(pairs)))
+    found = decode(line)
+    assert found == (Broken(Problem.REPEATED_FIELD) if any(repeats) else json.loads(line))

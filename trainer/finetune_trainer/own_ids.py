@@ -22,9 +22,9 @@ import orjson
 
 from finetune_trainer.data.child import limit_data, streams
 from finetune_trainer.data.frames import read_frame, write_frame
-from finetune_trainer.data.render_worker import FAILURES, Writer
+from finetune_trainer.data.render_worker import Writer
 from finetune_trainer.data.same_ids import MAX_MESSAGE_BYTES, Cause, Difference, Found, Untold
-from finetune_trainer.data.template import ChatTemplate, Message
+from finetune_trainer.data.template import FAILURES, ChatTemplate, Message
 
 _TRIES = 4  # renders of a row that is not the same, to tell a template that is random
 
@@ -39,6 +39,7 @@ class OwnTemplate(ChatTemplate):
 
         super().__init__(setup["source"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
         self.marks_answers = False  # ids do not depend on it
+        self._turnwise = None  # every beginning is rendered by transformers, and none cut out of another text
         self.untaken: Untold | None = None
         self._tokenizer = tokenizer
         self._given = {"chat_template": self.source, **given}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, cast
 
-from finetune_trainer.data.reasoning import REASONING_BLOCKS, reasoning_of, words_of
+from finetune_trainer.data.reasoning import REASONING_BLOCKS, may_close, reasoning_of, words_of
 from finetune_trainer.data.renders import Chat
 from finetune_trainer.data.template import Message
 
@@ -95,6 +95,9 @@ def shape_of(chat: Chat) -> Any:
 
 
 def _shape(message: Message, learned: bool) -> Any:
+    content = message.get("content")
+    if len(message) == 2 and type(content) is str and not may_close(content):  # no more than its role beside it
+        return message["role"], learned, bool(content) and not content.isspace()
     reasoning, closing, after = reasoning_of(message)
     calls = min(len(message.get("tool_calls") or ()), _MAX_TRIED_CALLS)
     return message["role"], learned, bool(reasoning), closing, bool(after.strip()), calls, *sorted(message)
@@ -159,7 +162,7 @@ def lost(chat: Chat, context: str, answers: Mapping[int, str]) -> list[Lost]:
     for index, message in enumerate(chat.messages):
         field = f"messages[{index}]"
         answer = answers.get(index)
-        if index <= last and not text.shows(speaker_of(message)):
+        if "name" in message and index <= last and not text.shows(speaker_of(message)):
             found.append(Lost(Part.NAME, f"{field}.name"))
         if answer is not None:
             found += _lost_of_answer(message, field, answer)
@@ -177,8 +180,10 @@ def lost(chat: Chat, context: str, answers: Mapping[int, str]) -> list[Lost]:
 
 
 def _lost_of_answer(message: Message, field: str, answer: str) -> Iterator[Lost]:
-    text = _Text(answer)
     reasoning, closing, content = reasoning_of(message)
+    if not reasoning and "tool_calls" not in message and content.strip() in answer:
+        return
+    text = _Text(answer)
     if not text.shows(reasoning):
         yield Lost(Part.REASONING, f"{field}.content" if closing else f"{field}.reasoning_content")
     if not text.shows(content):

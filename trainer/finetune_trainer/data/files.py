@@ -25,6 +25,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(rb'"\s*:')
 _AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MANY_DIGITS = b"0" * 19  # a whole number that has fewer is within 64 bits
+_QUOTE, _QUOTE_AS_NUMBER = b'"', rb"\u0022"
+_PLAIN_DEPTH = 16  # of rows as they mostly are
+_UNSURE = -(2**32)  # more than all quotes of a line
+_WHOLE_FLOAT = 2.0**63  # from which on a float may be a whole number that was beyond 64 bits
 _KEY_END = b'":'
 _ESCAPED = (rb"\u0022", rb"\u003a", rb"\u003A")  # a quote, and a colon
 _BEFORE_COLON = (b" :", b"\t:", b"\n:", b"\r:")
@@ -138,6 +142,8 @@ def _decoded(line: bytes, most_values: int) -> object:
         return Broken(Problem.NOT_JSON, detail=f"column {error.colno}{words}")
     if most_values > MAX_VALUES and _has_too_many_values(value):
         return Broken(Problem.TOO_MANY_VALUES)
+    if _quotes(value, _PLAIN_DEPTH) == line.count(_QUOTE) and _QUOTE_AS_NUMBER not in line:
+        return value  # a key that is repeated would have quotes of its own in the line
     written = _indented(value)  # at most 2 * MAX_DEPTH bytes more for each value that is not too deep
     if written is None or _TOO_DEEP in written:
         return Broken(Problem.TOO_DEEP)
@@ -146,6 +152,24 @@ def _decoded(line: bytes, most_values: int) -> object:
         return Broken(Problem.REPEATED_FIELD)
     # orjson makes a float of a whole number beyond 64 bits, and of its digits only the first 16 are kept.
     return json.loads(line) if _MANY_DIGITS in line.translate(_AS_ZEROS) else value
+
+
+def _quotes(value: Any, most_depth: int) -> int:
+    """Return the quotes that a value is written with, if none is written by its number; a negative number where the
+    value is nested deeper, or has a number that was perhaps read otherwise than it was written."""
+    kind = type(value)
+    if kind is dict or kind is list:
+        if not most_depth:
+            return _UNSURE
+        found, items = 0, value
+        if kind is dict:
+            found, items = 2 * len(value) + "".join(value).count('"'), value.values()
+        for each in items:
+            found += 2 + each.count('"') if type(each) is str else _quotes(each, most_depth - 1)
+        return found
+    if kind is str:
+        return 2 + value.count('"')
+    return _UNSURE if kind is float and not -_WHOLE_FLOAT < value < _WHOLE_FLOAT else 0
 
 
 def _is_json_of_python(line: bytes) -> bool:

@@ -17,6 +17,7 @@ REASONING_BLOCKS = {
     "◁think▷": "◁/think▷",
     "<|channel>thought": "<channel|>",
 }
+_OPENINGS = tuple(REASONING_BLOCKS)
 # Variables by which published templates write their prompt with or without reasoning, and the value that says so.
 WITH_REASONING = (("enable_thinking", True), ("thinking", True), ("enable_reasoning", True))
 WITHOUT_REASONING = (
@@ -38,14 +39,18 @@ def words_of(message: Message) -> str:
 
 
 def may_close(content: str) -> bool:
-    """Whether a content may hold what closes reasoning: of all that does, each has one of these letters."""
-    return "/" in content or "|" in content
+    """Whether a content may hold what closes reasoning: of all that does, each has one of these letters, and pairs."""
+    if "/" not in content and "|" not in content:
+        return False
+    return "</" in content or "|>" in content or "/t" in content or "[/" in content
 
 
 def reasoning_of(message: Message) -> tuple[str, str, str]:
     """Return a message's reasoning, what closes it inside its content (nothing where it stands apart), and the content
     after it. The reasoning is empty where there is none."""
-    content = words_of(message)
+    content = message.get("content")
+    if type(content) is not str:
+        content = words_of(message)
     reasoning = message.get("reasoning_content")
     if isinstance(reasoning, str) and reasoning.strip():
         return reasoning, "", content
@@ -64,8 +69,10 @@ def reasoning_of(message: Message) -> tuple[str, str, str]:
 def opened_by(template: ChatTemplate, context: str) -> str | None:
     """Return what opens reasoning at the end of a prompt, if the template itself has put it there."""
     bare = context.rstrip()
-    tag = next((each for each in REASONING_BLOCKS if bare.endswith(each)), None)
-    return tag if tag is not None and tag in template.source else None
+    if not bare.endswith(_OPENINGS):
+        return None
+    tag = next(each for each in REASONING_BLOCKS if bare.endswith(each))
+    return tag if tag in template.source else None
 
 
 def begin_of_empty_block(template: ChatTemplate, context: str) -> int | None:

@@ -27,7 +27,7 @@ from finetune_trainer.data.prompts import AnswerNotFoundError, NoReasoningError
 from finetune_trainer.data.renders import AnswerError, Chat
 from finetune_trainer.data.sequences import Note, RenderedSequence
 from finetune_trainer.data.stops import Ends, NoStopError
-from finetune_trainer.data.template import ChatTemplate
+from finetune_trainer.data.template import FAILURES, ChatTemplate
 from finetune_trainer.data.template_words import MAX_WORDS, refusal_words
 
 MEMORY_BYTES = 512 * 2**20
@@ -36,7 +36,6 @@ MAX_TEXT = MAX_LINE_BYTES + 2 * 2**20  # characters of a row: what the longest l
 PIECE_TEXT = 2 * 2**20  # characters after which an answer is sent: all texts of one are held, and tokenised, at once
 _PIECE_CPU_S = 2.0
 _MAX_SHAPES = 4096  # of conversations that are remembered; others are tried again
-FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 _PROBLEMS: dict[type[AnswerError], Problem] = {
     AnswerNotFoundError: Problem.GENERATION_PROMPT_NOT_KEPT,
     NoReasoningError: Problem.NO_REASONING,

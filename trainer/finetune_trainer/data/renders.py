@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_trainer.data.sequences import Note
 from finetune_trainer.data.template import ChatTemplate, Message
+from finetune_trainer.data.turnwise import ByTurns
 
 
 class AnswerError(Exception):
@@ -30,32 +31,60 @@ class Chat:
         return max(index for index, learned in enumerate(self.learned) if learned)
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known of the conversation with some variables. by_turns: None where the template does not write so."""
+
+    variables: Mapping[str, Any]
+    by_turns: ByTurns | None
+    whole: str | None
+    prompt: str | None = None
+
+
 class Renders:
-    """Renders parts of one conversation, the whole of it once for the same variables. notes: what was done to it."""
+    """Renders parts of one conversation, the whole of it once for the same variables. notes: what was done to it.
+
+    Where the template writes one message after another, parts are cut out of the whole."""
 
     def __init__(self, template: ChatTemplate, chat: Chat) -> None:
         self.template = template
         self.chat = chat
         self.notes = set[Note]()
-        self._wholes: list[tuple[Mapping[str, Any], str]] = []
+        self._all_known: list[_Known] = []
 
     def whole(self, variables: Mapping[str, Any]) -> str:
-        for known, text in self._wholes:
-            if known == variables:
-                return text
-        text = self.of(self.chat.messages, variables)
-        self._wholes.append((variables, text))
-        return text
+        known = self._known(variables)
+        if known.whole is None:
+            known.whole = self.of(self.chat.messages, variables)
+        return known.whole
 
     def context(self, index: int, variables: Mapping[str, Any]) -> str:
         """Return what a server sends for the answer at `index`."""
-        return self.of(self.chat.messages[:index], variables, prompt=True)
+        known = self._known(variables)
+        begin = known.by_turns and known.by_turns.through(index)
+        if begin is not None and known.prompt is None:
+            known.prompt = self.template.prompt_after(self.chat.messages[:index], self.chat.tools, variables)
+        if begin is None or known.prompt is None:
+            return self.of(self.chat.messages[:index], variables, prompt=True)
+        return begin + known.prompt
 
     def finished(self, index: int, variables: Mapping[str, Any]) -> str:
         """Return the conversation that ends with the answer at `index`."""
         if index == len(self.chat.messages) - 1:
             return self.whole(variables)
-        return self.of(self.chat.messages[: index + 1], variables)
+        by_turns = self._known(variables).by_turns
+        begin = by_turns and by_turns.through(index + 1)
+        if by_turns is None or begin is None:
+            return self.of(self.chat.messages[: index + 1], variables)
+        return begin + by_turns.ending
 
     def of(self, messages: list[Message], variables: Mapping[str, Any], prompt: bool = False) -> str:
         return self.template.render(messages, prompt, self.chat.tools, variables)
+
+    def _known(self, variables: Mapping[str, Any]) -> _Known:
+        for known in self._all_known:
+            if known.variables is variables or known.variables == variables:
+                return known
+        by_turns = self.template.by_turns(self.chat.messages, False, self.chat.tools, variables)
+        self._all_known.append(_Known(variables, by_turns, by_turns and by_turns.text))
+        return self._all_known[-1]

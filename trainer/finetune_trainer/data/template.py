@@ -19,7 +19,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from finetune_trainer.data.turnwise import ByTurns, turnwise
+
 MAX_TEMPLATE_BYTES = 65536
+FAILURES = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 _MARK, _MARKS = 3, frozenset("<[{|")  # characters that such a text has at least, and one of which it has
 _NEWLINE_AT_END = re.compile(r"(\r\n|\r|\n)\Z")
 _SPACE_AT_BEGIN = re.compile(r"\A[ \t]+(?=\{[%#](?!\+))")
@@ -163,6 +166,8 @@ class ChatTemplate:
         self.marks = sorted(each for each in self.constants if len(each) >= _MARK and not _MARKS.isdisjoint(each))
         self.marks_answers = next(code.find_all(nodes.ExtensionAttribute), None) is not None
         self._special_tokens = special_tokens
+        self._turnwise = turnwise(environment, code)
+        self._fixed_prompt: str | None = None  # for an answer, where no row changes it
 
     def render(
         self,
@@ -173,10 +178,52 @@ class ChatTemplate:
     ) -> str:
         """Return the conversation as text. template_kwargs: what the row hands to the template by name."""
         self._generation.marked.clear()
-        given: dict[str, Any] = {**self._special_tokens, **(template_kwargs or {})}
+        return self._template.render(self._names_given(messages, add_generation_prompt, tools, template_kwargs or {}))
+
+    def by_turns(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> ByTurns | None:
+        """Return what `render` does, and where each message is in it; None where that is not sure, or it fails."""
+        if self._turnwise is None:
+            return None
+        self._generation.marked.clear()
+        try:
+            found = self._turnwise.write(self._names_given(messages, add_generation_prompt, tools, template_kwargs))
+        except FAILURES:
+            return None  # `render` tells how
+        if found is None:
+            self._turnwise = None  # nor will it be of the next conversations
+        return found
+
+    def prompt_after(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, template_kwargs: Mapping[str, Any]
+    ) -> str | None:
+        """Return the prompt for the answer to these messages, which is the same behind any of them by turns.
+
+        None where that is not sure."""
+        is_fixed = self._turnwise is not None and self._turnwise.ending_reads.isdisjoint(("tools", *template_kwargs))
+        if is_fixed and self._fixed_prompt is not None:
+            return self._fixed_prompt
+        found = self.by_turns(messages, True, tools, template_kwargs)
+        if found is not None and is_fixed:
+            self._fixed_prompt = found.ending
+        return found and found.ending
+
+    def _names_given(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        given: dict[str, Any] = {"documents": None, **self._special_tokens, **template_kwargs}
         given |= {"messages": [_with_reasoning(message) for message in messages], "tools": tools}
         given |= {"add_generation_prompt": add_generation_prompt}
-        return self._template.render({"documents": None, **given})
+        return given
 
     @property
     def marked(self) -> list[str]:

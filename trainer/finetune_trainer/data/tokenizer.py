@@ -140,9 +140,13 @@ class Tokenizer:
             self._may_be_fast = reply["fast_is_due"] or self.choice.library == FAST
         self.stop_ids.update(reply["stop_ids"])
         ids, labels = np.frombuffer(all_ids, dtype=np.uint32), np.frombuffer(all_labels, dtype=np.uint8)
-        cuts = np.cumsum(reply["lengths"])[:-1]
-        parts = zip(np.split(ids, cuts), np.split(labels, cuts), reply["prompts"], strict=True)
-        return [Tokens(*part) for part in parts]
+        found: list[Tokens] = []
+        begin = 0
+        for length, prompt_tokens in zip(reply["lengths"], reply["prompts"], strict=True):
+            here = slice(begin, begin + length)
+            found.append(Tokens(ids[here], labels[here], prompt_tokens))
+            begin += length
+        return found
 
     def _ask(self, *frames: bytes, more: int = 0) -> tuple[dict[str, Any], list[bytes]]:
         """Send frames; return the reply, and the `more` frames after it."""
