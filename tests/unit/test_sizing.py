@@ -362,6 +362,8 @@ def test_rows_that_were_too_long_are_told_beside_the_chosen_length() -> None:
     assert found.hyperparameters.max_sequence_length == 2000
     field = "preprocessing.maxSequenceLength"
     assert "3 rows above 2,048, the model's context length, were dropped" in reason(found, field)
+    of_a_gpu = sized(spec(), data(too_long_rows=3, longest_row=2000, limit=SequenceLimit(4096, LimitSource.GPU)))
+    assert "3 rows above 4,096, what an assumed GPU of 24 GiB holds, were dropped" in reason(of_a_gpu, field)
 
 
 def test_only_texts_are_said_to_be_split_at_the_limit() -> None:
