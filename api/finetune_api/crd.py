@@ -95,6 +95,11 @@ def object_schema() -> Schema:
                 "metadata.name may hold only lower-case letters, digits and -, no dot and no - at an end; write such a "
                 "name, as pods are named after it",
             ),
+            (
+                "!has(self.spec.model.adapterFrom) || !has(self.spec.model.adapterFrom.jobName) "
+                "|| self.spec.model.adapterFrom.jobName != self.metadata.name",
+                "model.adapterFrom.jobName is this job itself; name the job before it",
+            ),
         ),
     }
 

@@ -61,12 +61,38 @@ DnsSubdomain = Annotated[
 ]
 
 
+class AdapterFromSpec(ApiModel):
+    """The adapter that training goes on with."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            ("has(self.jobName) != has(self.uri)", "write either jobName or uri in model.adapterFrom"),
+        )
+    )
+    job_name: DnsName | None = Field(
+        default=None,
+        description="A FineTuneJob of the same namespace, which may come later. This job waits until that one has "
+        "committed its adapter, and ends where it fails, is deleted, or is only planned. Absent: uri names the "
+        "adapter. Example: support-cpt",
+    )
+    uri: FolderUri | None = Field(
+        default=None,
+        description="Folder of an adapter that a FineTuneJob committed, as status.artifacts[].uri of that job names "
+        "it. Absent: jobName names its job. Example: s3://adapters/support/support-cpt-1a2b3/adapter",
+    )
+
+
 class ModelSpec(ApiModel):
     """The base model."""
 
     uri: FolderUri = Field(
         description="Folder with the model in Hugging Face layout: config.json, tokenizer files and safetensors "
         "weights. Pickled weights and models that need their own code are refused. Example: s3://models/smollm2-135m"
+    )
+    adapter_from: AdapterFromSpec | None = Field(
+        default=None,
+        description="An earlier adapter of the same base model that training goes on with, so that one adapter holds "
+        "what both have learned: continued pre-training, then answers. Its rank and alpha stay. Absent: a new adapter.",
     )
 
 
@@ -744,6 +770,10 @@ class FineTuneJobSpec(ApiModel):
             (
                 f"!{_OUTPUT_FOLDER}.startsWith({_MODEL_FOLDER}) && !{_MODEL_FOLDER}.startsWith({_OUTPUT_FOLDER})",
                 "output.uri and model.uri lie in one another; write an output.uri beside the model's folder",
+            ),
+            (
+                "!has(self.model.adapterFrom) || !has(self.peft) || (!has(self.peft.rank) && !has(self.peft.alpha))",
+                "the adapter of model.adapterFrom keeps its rank and alpha; remove peft.rank and peft.alpha",
             ),
         )
     )

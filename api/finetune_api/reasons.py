@@ -50,6 +50,7 @@ class Reason(StrEnum):
     SUSPENDING = "Suspending"
     RESUMED = "Resumed"
     AWAITING_APPROVAL = "AwaitingApproval"
+    WAITING_FOR_JOB = "WaitingForJob"
     PLANNED = "Planned"
     HEALTHY = "Healthy"
     SUCCEEDED = "Succeeded"
@@ -84,6 +85,7 @@ class Reason(StrEnum):
     RETRIES_EXHAUSTED = "RetriesExhausted"
     DISRUPTION_BUDGET = "DisruptionBudget"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    NO_ADAPTER_TO_COME = "NoAdapterToCome"  # of a job whose adapter was waited for
 
 
 # 10-29 are final (but prepare is tried again for a while after 12 and 13, see retry.py), 30-49 retryable, and so are 1
@@ -166,6 +168,8 @@ class Fault(StrEnum):
     SEQUENCE_LENGTH_TOO_LONG = "SequenceLengthTooLong"
     UNSUPPORTED_MODEL = "UnsupportedModel"
     BROKEN_MODEL = "BrokenModel"
+    ADAPTER_UNUSABLE = "AdapterUnusable"
+    ADAPTER_OF_OTHER_BASE = "AdapterOfOtherBase"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     DISK_TOO_SMALL = "DiskTooSmall"
     PREPARE_TOO_SMALL = "PrepareTooSmall"
@@ -335,6 +339,16 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID, "the model at {uri}, a {architecture}, cannot be trained as it is: {problem}"
     ),
     Fault.BROKEN_MODEL: FaultText(Reason.CONFIG_INVALID, "the model at {uri} cannot be used as it is: {problem}"),
+    Fault.ADAPTER_UNUSABLE: FaultText(
+        Reason.CONFIG_INVALID,
+        "training cannot go on with the adapter at {uri}: {problem}; name in model.adapterFrom one that a FineTuneJob "
+        "of this release committed, or leave model.adapterFrom out",
+    ),
+    Fault.ADAPTER_OF_OTHER_BASE: FaultText(
+        Reason.MODEL_MISMATCH,
+        "the adapter at {uri} was trained on another base model than {model}: {file} differs; name in model.uri the "
+        "model that it was trained on",
+    ),
     Fault.MEMORY_TOO_SMALL: FaultText(
         Reason.CONFIG_INVALID,
         "training needs about {needed_gib} GiB of memory, but resources.memory allows {limit_gib} GiB; "

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints, model_validator
 
 from finetune_api import defaults
-from finetune_api.base import Count, Seconds, Str64, Str256, Uri, WireModel
+from finetune_api.base import Count, Digest, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
 from finetune_api.quality import Concern, Quality
@@ -114,6 +114,13 @@ class StorageConfig(WireModel):
     ca_bundle_path: Str256 | None = None
 
 
+class StartingAdapter(WireModel):
+    """The committed adapter that training goes on with. digest: of its manifest; None: whatever lies there is meant."""
+
+    uri: Uri
+    digest: Digest | None = None
+
+
 class RunResources(WireModel):
     """What one pod may use."""
 
@@ -142,6 +149,7 @@ class RunConfig(WireModel):
     job: JobRef
     spec: FineTuneJobSpec
     run_uri: Uri  # output.uri/NAME-UID5
+    starting_adapter: StartingAdapter | None = None  # of model.adapterFrom; None: training begins with a new one
     image: Str256 | None = None  # as the runtime names it: a digest says what ran, a tag only what was asked for
     storage: StorageConfig
     resources: RunResources  # of the train pod

@@ -123,7 +123,9 @@ class MetricsStatus(ApiModel):
 
     train_loss: float | None = Field(default=None, description="Loss of the last step, nats per label token.")
     eval_loss: float | None = Field(default=None, description="Last loss on held-out rows.")
-    base_eval_loss: float | None = Field(default=None, description="Loss of the base model on held-out rows.")
+    base_eval_loss: float | None = Field(
+        default=None, description="Loss on held-out rows of the model that training began with."
+    )
     learning_rate: float | None = Field(default=None, description="Learning rate of the last step.")
     tokens_per_second: float | None = Field(default=None, description="Real tokens per second.")
     loss: Str64 | None = Field(default=None, description="Loss to three decimals, for the printer column.")
@@ -182,6 +184,14 @@ class Artifact(ApiModel):
     rank: int = Field(ge=1, le=65536, description="LoRA rank; vLLM needs --max-lora-rank at least so high.")
 
 
+class AdapterSource(ApiModel):
+    """The adapter that a job goes on with. uri and digest: absent until the job that makes it has committed it."""
+
+    job_uid: Str64 = Field(description="UID of the job that makes it: one created anew under its name is another.")
+    uri: Uri | None = Field(default=None, description="Folder of the adapter.")
+    digest: Digest | None = Field(default=None, description="SHA-256 of its manifest.")
+
+
 class OperatorRecord(ApiModel):
     """Bookkeeping of the operator, so that a restart decides alike."""
 
@@ -191,6 +201,9 @@ class OperatorRecord(ApiModel):
     )
     run_digest: Digest | None = Field(
         default=None, description="SHA-256 of that ConfigMap's data: with another content it is not used."
+    )
+    adapter_from: AdapterSource | None = Field(
+        default=None, description="Of model.adapterFrom.jobName: which job that is, and what it has committed."
     )
     storage_wait_since: Str64 | None = Field(default=None, description="Since when storage is missing or denied.")
     # None where nothing is to be said, not 0: a CRD that does not know these fields drops them, in every round anew.

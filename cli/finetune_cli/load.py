@@ -15,9 +15,20 @@ MAX_FILE_BYTES = 1 << 20
 
 
 def load_job(path: Path) -> dict[str, Any]:
-    """The one FineTuneJob in a file, which may hold other objects too.
+    """Return the one FineTuneJob in a file, which may hold other objects too.
 
-    Raises CommandError when the file is not readable, is no YAML, or has no or several jobs.
+    Raises CommandError as `load_jobs`, and when there are several.
+    """
+    jobs = load_jobs(path)
+    if len(jobs) != 1:
+        raise CommandError(f"{path} has {len(jobs)} objects of kind {KIND}; write one", Exit.USAGE)
+    return jobs[0]
+
+
+def load_jobs(path: Path) -> list[dict[str, Any]]:
+    """Return the FineTuneJobs in a file, which may hold other objects too.
+
+    Raises CommandError when the file is not readable, is no YAML, or has no job.
     """
     try:
         with path.open("rb") as file:
@@ -42,9 +53,9 @@ def load_job(path: Path) -> dict[str, Any]:
             f"{path} is no YAML: {shortened(str(error), 200)}; quote what is a word", Exit.USAGE
         ) from error
     jobs = [cast(dict[str, Any], one) for one in documents if isinstance(one, dict) and one.get("kind") == KIND]
-    if len(jobs) != 1:
-        raise CommandError(f"{path} has {len(jobs) or 'no'} objects of kind {KIND}; write one", Exit.USAGE)
+    if not jobs:
+        raise CommandError(f"{path} has no objects of kind {KIND}; write one", Exit.USAGE)
     try:
-        return cast(dict[str, Any], json.loads(json.dumps(jobs[0], allow_nan=False, default=str)))
+        return cast(list[dict[str, Any]], json.loads(json.dumps(jobs, allow_nan=False, default=str)))
     except (ValueError, TypeError) as error:
         raise CommandError(f"{path}: {error}; write plain numbers, words and lists", Exit.USAGE) from error

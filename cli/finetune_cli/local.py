@@ -20,7 +20,7 @@ from finetune_api.base import Digest, WireModel
 from finetune_api.crd import MUTABLE_FIELDS
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import Stage, run_name
-from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StorageConfig
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, StartingAdapter, StorageConfig
 from finetune_cli.errors import CommandError, Exit
 
 NAMESPACE = "local"
@@ -89,6 +89,7 @@ def run_config(
         contract_version=CONTRACT_VERSION,
         job=JobRef(name=job["metadata"]["name"], namespace=NAMESPACE, uid=state.uid, created_at=state.created_at),
         spec=spec,
+        starting_adapter=_starting_adapter(spec) if trains_here else None,
         run_uri=layout.join(spec.output.uri, run_name(job["metadata"]["name"], state.uid)),
         storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
         resources=_granted(machine, asked) if trains_here else RunResources(**asdict(machine)).with_asked(asked),
@@ -97,6 +98,17 @@ def run_config(
         http_port=0,
         termination_log=str(work_dir / "termination-log"),
     )
+
+
+def _starting_adapter(spec: FineTuneJobSpec) -> StartingAdapter | None:
+    """Return the adapter that training goes on with. Raises CommandError for a job's: only a cluster knows it."""
+    source = spec.model.adapter_from
+    if source is None:
+        return None
+    if source.uri is None:
+        text = f"model.adapterFrom.jobName: {source.job_name} is a job in a cluster, which is not asked here"
+        raise CommandError(f"{text}; write model.adapterFrom.uri, the folder of its adapter", Exit.USAGE)
+    return StartingAdapter(uri=source.uri)
 
 
 def _endpoint_of(env: Mapping[str, str]) -> str | None:

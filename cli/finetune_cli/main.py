@@ -87,14 +87,14 @@ def describe_command(name: Name, namespace: Namespace = None, context: Context =
 
 @app.command("validate")
 def validate_command(
-    jobs: Annotated[list[Path], typer.Argument(help="Files with a FineTuneJob each.", show_default=False)],
+    jobs: Annotated[list[Path], typer.Argument(help="Files with one FineTuneJob or more.", show_default=False)],
 ) -> None:
     """Judge jobs as the cluster would, without one: for editors, hooks and pipelines."""
-    from finetune_cli.load import load_job
+    from finetune_cli.load import load_jobs
     from finetune_cli.validate import problems
 
     console = terminal(stderr=True)
-    wrong = [f"{path}: {line}" for path in jobs for line in problems(load_job(path), local=False)]
+    wrong = [f"{path}: {line}" for path in jobs for job in load_jobs(path) for line in problems(job, local=False)]
     for line in wrong:
         console.print(line, markup=False, soft_wrap=True)
     raise typer.Exit(Exit.USAGE if wrong else Exit.SUCCEEDED)

@@ -24,6 +24,7 @@ from finetune_operator.decision import CreateK8sJob
 from finetune_operator.job_reader import FineTuneJob
 from finetune_operator.observation import Blocked
 from finetune_operator.observed import observe_k8s_job
+from finetune_operator.parent_job import starting_adapter
 from finetune_operator.run_config import config_map, digest_of, new_run, of_earlier_operator, renewed_run, stored_run
 from finetune_operator.runtimes import Runtimes
 
@@ -89,7 +90,7 @@ class ChildCreator:
             text = f"this cluster has no runtime {asked}: ask the platform team, or name another in a new job"
             raise RefusedError(Blocked(Reason.RUNTIME_NOT_FOUND, text))
         if found is None:
-            return FoundRun(new_run(job, job.spec, runtime), exists=False)
+            return FoundRun(new_run(job, job.spec, runtime, starting_adapter(job.spec, status)), exists=False)
         if found.runtime == runtime:
             return FoundRun(found, exists=True)
         return FoundRun(renewed_run(found, job.spec, runtime, planned=status.plan is not None), exists=False)

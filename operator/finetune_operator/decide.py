@@ -17,14 +17,17 @@ from finetune_operator.conditions import ConditionUpdate, with_updates
 from finetune_operator.counted_time import with_suspended_clock, with_wait_clock
 from finetune_operator.decision import Action, Decision
 from finetune_operator.final_status import Limits
-from finetune_operator.gates import GateAnswer, Open, Over, ask_gates, deadline
+from finetune_operator.gates import GateAnswer, Open, Over, Wait, ask_gates, deadline
 from finetune_operator.job_events import events_between
 from finetune_operator.job_reader import FineTuneJob, ttl_s_of
 from finetune_operator.observation import Blocked, Observation
+from finetune_operator.parent_job import with_parent
 from finetune_operator.pod_waits import PATIENCE, SLOW_START_S, PodState
 from finetune_operator.progress_status import is_write_due, with_age, with_progress, without_eta
 from finetune_operator.running_status import running_status
 from finetune_operator.status_size import bounded
+
+PARENT_ASKED_EVERY_S = 15.0  # by a job that waits for another's adapter
 
 
 def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decision:
@@ -43,8 +46,10 @@ def decide(job: FineTuneJob, observation: Observation, now: datetime) -> Decisio
     status = _accepted(job, now)
     # Attempts that ended are closed, once, with everything that their pods tell.
     state = close_attempts(status, observation, now)
+    # The adapter that it goes on with is taken once another job has committed it.
+    state = state.with_status(with_parent(state.status, observation.parent))
     # The gates say whether it may go on.
-    gate = ask_gates(spec, state.status, now)
+    gate = ask_gates(spec, state.status, observation, now)
     # Where it may not, an attempt of which nothing exists yet is given up.
     state = attempt_steps.drop_unstarted(state, gate, now)
     # So is one that waits for what the platform team has mended meanwhile.
@@ -148,6 +153,8 @@ def _requeue_after_s(
     patience_ends = waiting_since + PATIENCE if waiting_since is not None else None
     moments = [moment for moment in (deadline(spec, state.status, now), patience_ends) if moment is not None]
     waits_s = [max(1.0, (moment - now).total_seconds()) for moment in moments]
+    if isinstance(gate, Wait) and gate.reason == Reason.WAITING_FOR_JOB:
+        waits_s.append(PARENT_ASKED_EVERY_S)
     if isinstance(gate, Open) and attempt_steps.may_begin_next(state, observation):
         retry_s = attempt_steps.seconds_to_next(state, now)
         waits_s += [retry_s] if retry_s > 0 else []

@@ -10,6 +10,8 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.clock import parse_time
+from finetune_operator.observation import Observation
+from finetune_operator.parent_job import kept_source, parent_name, wants_parent
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,57 @@ class Over:
 
 
 GateAnswer = Open | Wait | Over
-Gate = Callable[[FineTuneJobSpec, FineTuneJobStatus, datetime], GateAnswer]
+Gate = Callable[[FineTuneJobSpec, FineTuneJobStatus, Observation, datetime], GateAnswer]
 
 
-def is_in_time(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
+def is_in_time(
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, _observation: Observation, now: datetime
+) -> GateAnswer:
     """End a job that was not done within activeDeadlineSeconds."""
     due = deadline(spec, status, now)
     if due is None or now < due:
         return Open()
     text = f"the job was not done {spec.active_deadline_seconds} s after it was accepted (activeDeadlineSeconds)"
     held_s = suspended_s(status.record, now)
-    text += f"; the {held_s} s in which it was suspended or waited for approval are not counted" if held_s else ""
+    text += (
+        f"; the {held_s} s in which it was suspended, or waited for approval or another job, are not counted"
+        if held_s
+        else ""
+    )
     return Over(Reason.DEADLINE_EXCEEDED, text)
 
 
-def is_not_suspended(spec: FineTuneJobSpec, _status: FineTuneJobStatus, _now: datetime) -> GateAnswer:
+def is_not_suspended(
+    spec: FineTuneJobSpec, _status: FineTuneJobStatus, _observation: Observation, _now: datetime
+) -> GateAnswer:
     """Hold back a job whose user has suspended it."""
     return Wait(Reason.SUSPENDED, "spec.suspend is true") if spec.suspend is True else Open()
 
 
-def is_approved(spec: FineTuneJobSpec, status: FineTuneJobStatus, _now: datetime) -> GateAnswer:
+def has_its_adapter(
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, observation: Observation, _now: datetime
+) -> GateAnswer:
+    """Hold back a job until the one whose adapter it goes on with has committed that; end it where none will come."""
+    name = parent_name(spec)
+    if name is None or not wants_parent(spec, status):
+        return Open()
+    parent, kept = observation.parent, kept_source(status)
+    what = f"FineTuneJob {name}, whose adapter this job was to go on with (model.adapterFrom),"
+    if kept is not None and (parent is None or parent.uid != kept.job_uid):
+        became = "deleted" if parent is None else "deleted and created anew"
+        text = f"{what} was {became} before it had one; create this job anew to wait for the job of that name"
+        return Over(Reason.NO_ADAPTER_TO_COME, text)
+    if parent is None:
+        text = f"FineTuneJob {name} of model.adapterFrom does not exist in this namespace yet"
+        return Wait(Reason.WAITING_FOR_JOB, text)
+    if parent.end is not None:
+        return Over(Reason.NO_ADAPTER_TO_COME, f"{what} ended without one: {parent.end}")
+    return Wait(Reason.WAITING_FOR_JOB, f"FineTuneJob {name} of model.adapterFrom is {parent.phase}")
+
+
+def is_approved(
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, _observation: Observation, _now: datetime
+) -> GateAnswer:
     """Hold back the training of a job whose user wants to see the plan first."""
     if start_policy(spec) != StartPolicy.MANUAL or status.plan is None or has_trained(status):
         return Open()
@@ -61,13 +94,13 @@ def is_approved(spec: FineTuneJobSpec, status: FineTuneJobStatus, _now: datetime
     return Wait(Reason.AWAITING_APPROVAL, words)
 
 
-# The first that is not open decides. Another job and a queue will stand here too.
-GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended, is_approved)
+# The first that is not open decides. A queue will stand here too.
+GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended, has_its_adapter, is_approved)
 
 
-def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) -> GateAnswer:
+def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, observation: Observation, now: datetime) -> GateAnswer:
     """Return the answer of the first gate that is not open, else Open."""
-    answers = (gate(spec, status, now) for gate in GATES)
+    answers = (gate(spec, status, observation, now) for gate in GATES)
     return next((answer for answer in answers if not isinstance(answer, Open)), Open())
 
 
@@ -93,7 +126,7 @@ def deadline(spec: FineTuneJobSpec, status: FineTuneJobStatus, now: datetime) ->
 
 
 def suspended_s(record: OperatorRecord | None, now: datetime) -> int:
-    """Return for how many seconds the job was suspended, or waited for approval, up to now."""
+    """Return for how many seconds the job was suspended, or waited for approval or another job, up to now."""
     if record is None:
         return 0
     since = parse_time(record.suspended_since)

@@ -10,7 +10,7 @@ from finetune_operator.job_reader import is_finished, reason_of
 # Ways of not running that are no news: the condition that caused them has its own event.
 _QUIET = (Reason.PREPARING, Reason.TRAINING, Reason.SUCCEEDED, Reason.SUSPENDED, Reason.COMMITTED)
 # Ways of waiting in which nothing is wrong.
-_NO_FAULT = (Reason.JOB_SUSPENDED, Reason.AWAITING_APPROVAL)
+_NO_FAULT = (Reason.JOB_SUSPENDED, Reason.AWAITING_APPROVAL, Reason.WAITING_FOR_JOB)
 
 
 def events_between(

@@ -8,6 +8,7 @@ from finetune_api.reasons import Reason
 from finetune_api.run import Progress
 from finetune_api.status import AttemptStatus
 from finetune_operator.observed import ObservedK8sJob, ObservedPod
+from finetune_operator.parent_job import ParentJob
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Observation:
     silences: tuple[PodSilence, ...] = ()
     created: CreatedK8sJob | None = None
     runtime_changed: bool = False  # since the run was made; looked at only while nothing of the job runs
+    parent: ParentJob | None = None  # looked at while its adapter is waited for; None then: there is no such job
     pods_listed: bool = False  # the pods were listed after the Jobs were seen: none that there is, is missing
 
     def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:

@@ -27,6 +27,7 @@ from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import with_live_pods
+from finetune_operator.parent_job import ParentJob, parent_name, read_parent, wants_parent
 from finetune_operator.pod_waits import explain_events, is_slow_to_start, needs_explanation
 from finetune_operator.runtimes import Runtimes
 
@@ -153,6 +154,8 @@ class Reconciler:
             created=self._created.get(job.owner),
         )
         entries = job.status.attempts
+        if job.spec is not None and not job.finished and wants_parent(job.spec, job.status):
+            observation = replace(observation, parent=self._parent(job.namespace, parent_name(job.spec)))
         if job.finished or job.spec is None or not entries:
             return observation
         if wants_live_pods(job.status, observation, self._now()):
@@ -166,6 +169,10 @@ class Reconciler:
             return observation
         events = self._events.of(job.namespace, uid)
         return replace(observation, blocked=explain_events(events, job.namespace, self._now()))
+
+    def _parent(self, namespace: str, name: str | None) -> ParentJob | None:
+        body = self._cluster.get("finetunejobs", namespace, name) if name is not None else None
+        return read_parent(body) if body is not None else None
 
     def _runtime_changed(self, job: FineTuneJob) -> bool:
         """Return True if the runtime was mended since the job's last attempt began; False as well if just asked."""

@@ -14,16 +14,16 @@ from finetune_api.job import FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.names import Stage
 from finetune_api.platform import Runtime, runtime_of_snapshot
-from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, StorageConfig
+from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, StartingAdapter, StorageConfig
 from finetune_operator.children.base import Manifest, Run, default_resources, owned_metadata
 from finetune_operator.job_reader import FineTuneJob
 
 RUNTIME_FILE = "runtime.json"
 
 
-def new_run(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> Run:
-    """Return the run of a job that begins now with this runtime."""
-    return _made_run(job, run_config(job, spec, runtime), runtime)
+def new_run(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime, adapter: StartingAdapter | None = None) -> Run:
+    """Return the run of a job that begins now with this runtime, and with this adapter."""
+    return _made_run(job, run_config(job, spec, runtime, adapter), runtime)
 
 
 def renewed_run(run: Run, spec: FineTuneJobSpec, runtime: Runtime, *, planned: bool) -> Run:
@@ -31,7 +31,7 @@ def renewed_run(run: Run, spec: FineTuneJobSpec, runtime: Runtime, *, planned: b
 
     planned: its data is prepared; the plan was made for the resources that the run has, which stay then."""
     if not planned:
-        return new_run(run.job, spec, runtime)
+        return new_run(run.job, spec, runtime, run.config.starting_adapter)
     update = {"image": runtime.image, "grace_period_s": runtime.termination_grace_period_seconds}
     return _made_run(run.job, run.config.model_copy(update=update), runtime)
 
@@ -48,7 +48,9 @@ def of_earlier_operator(run: Run) -> Run:
     return replace(run, name=names.run_name(run.job.name, run.job.uid), config_digest=None)
 
 
-def run_config(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> RunConfig:
+def run_config(
+    job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime, adapter: StartingAdapter | None = None
+) -> RunConfig:
     """Return the configuration, every default of the platform decided, so that all attempts of the job run alike."""
     storage = spec.storage
     endpoint = storage.endpoint if storage else None
@@ -58,6 +60,7 @@ def run_config(job: FineTuneJob, spec: FineTuneJobSpec, runtime: Runtime) -> Run
         contract_version=CONTRACT_VERSION,
         job=JobRef(name=job.name, namespace=job.namespace, uid=job.uid, created_at=job.created_at),
         spec=spec,
+        starting_adapter=adapter,
         run_uri=join(spec.output.uri, names.run_name(job.name, job.uid)),
         image=runtime.image,
         storage=StorageConfig(

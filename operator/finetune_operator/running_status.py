@@ -22,7 +22,7 @@ from finetune_operator.progress_status import is_unanswered
 
 _WAITS = (
     *REFUSED, Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.MISSING_REF, Reason.NODE_UNREACHABLE, Reason.SUSPENDED,
-    Reason.JOB_SUSPENDED, Reason.POD_NOT_STARTED, Reason.AWAITING_APPROVAL,
+    Reason.JOB_SUSPENDED, Reason.POD_NOT_STARTED, Reason.AWAITING_APPROVAL, Reason.WAITING_FOR_JOB,
 )  # fmt: skip
 # What a trainer may say that it cannot save for.
 TROUBLE_REASONS = (

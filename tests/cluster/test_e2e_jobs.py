@@ -53,7 +53,13 @@ def test_an_sft_job_ends_with_a_whole_adapter_that_beats_the_base(lab: Lab, undi
     assert lab.keys(f"{undisturbed.run_uri()}/.job/checkpoints/")  # the last one is kept
 
 
-def test_a_manual_cpt_job_waits_at_its_plan_and_ends_with_a_whole_adapter_once_it_is_approved(lab: Lab):
+def test_a_manual_cpt_job_waits_at_its_plan_and_ends_with_a_whole_adapter_that_a_job_applied_before_goes_on_with(
+    lab: Lab,
+):
+    answers = lab.submit(
+        "answers", model={"uri": "s3://e2e-models/tiny", "adapterFrom": {"jobName": "texts"}}, peft={"type": "LoRA"}
+    )
+    answers.until(lambda: answers.condition("Running").get("reason") == "WaitingForJob", "it waits for a job to come")
     job = lab.submit(
         "texts",
         startPolicy="Manual",
@@ -69,6 +75,13 @@ def test_a_manual_cpt_job_waits_at_its_plan_and_ends_with_a_whole_adapter_once_i
     assert status["metrics"]["evalLoss"] < status["metrics"]["baseEvalLoss"]
     assert_adapter_is_whole(lab, job)
 
+    assert answers.pods() == [] or answers.status()["record"]["adapterFrom"]["uri"] == status["artifacts"][0]["uri"]
+    figures = answers.until_succeeded()["metrics"]
+    assert figures["evalLoss"] < figures["baseEvalLoss"]
+    assert_adapter_is_whole(lab, answers)
+    begun_with = json.loads(lab.read(answers.status()["artifacts"][0]["manifestUri"]))["starting_adapter"]
+    assert begun_with == {name: status["artifacts"][0][name] for name in ("uri", "digest")}
+
 
 def test_a_job_that_is_only_planned_ends_with_plan_and_report_and_no_training_pod(lab: Lab):
     job = lab.submit("planned", startPolicy="PlanOnly")
@@ -83,6 +96,8 @@ def test_a_job_that_is_only_planned_ends_with_plan_and_report_and_no_training_po
 
 def test_a_broken_row_fails_the_job_before_any_training_pod_and_is_named(lab: Lab):
     job = lab.submit("broken", datasets=[{"uri": "s3://e2e-data/broken/"}])
+    model = {"uri": "s3://e2e-models/tiny", "adapterFrom": {"jobName": "broken"}}
+    waiting = lab.submit("after-broken", model=model, peft={"type": "LoRA"})
     status = job.until_finished()
     assert status["phase"] == "Failed", job.explain()
     verdict = job.condition("Succeeded")
@@ -94,6 +109,11 @@ def test_a_broken_row_fails_the_job_before_any_training_pod_and_is_named(lab: La
     assert f"{BAD_FILE} row {BAD_ROW}" in event["message"]
     assert event["type"] == "Warning"
     lab.kubectl("wait", "--for=condition=Finished", "ftj/broken", "--timeout=60s")
+
+    assert waiting.until_finished()["phase"] == "Failed", waiting.explain()
+    verdict = waiting.condition("Succeeded")
+    assert (verdict["reason"], waiting.pods()) == ("NoAdapterToCome", [])
+    assert BAD_FILE in verdict["message"], "it says why the job that it waited for ended"
 
 
 def _event(job: Submitted, reason: str) -> dict[str, Any] | None:

@@ -13,28 +13,28 @@ _TABLE: dict[str, Any] = YAML(typ="safe", pure=True).load(ROOT / "tests/specs/re
 
 
 def accepted() -> list[tuple[str, dict[str, Any]]]:
-    return [(name, _merged(_TABLE["base"], patch)) for name, patch in _TABLE["accepted"].items()]
+    return [(name, merged(_TABLE["base"], patch)) for name, patch in _TABLE["accepted"].items()]
 
 
 def refused() -> list[tuple[str, dict[str, Any], str]]:
     """Name, object, and what the message must say."""
-    return [(name, _merged(_TABLE["base"], case["patch"]), case["says"]) for name, case in _TABLE["refused"].items()]
+    return [(name, merged(_TABLE["base"], case["patch"]), case["says"]) for name, case in _TABLE["refused"].items()]
 
 
 def refused_changes() -> list[tuple[str, dict[str, Any], str]]:
     """Name, the object as it would become, and what the message must say."""
-    return [(name, _merged(_TABLE["base"], case["patch"]), case["says"]) for name, case in _TABLE["changes"].items()]
+    return [(name, merged(_TABLE["base"], case["patch"]), case["says"]) for name, case in _TABLE["changes"].items()]
 
 
 def allowed_changes() -> list[tuple[str, dict[str, Any]]]:
-    return [(name, _merged(_TABLE["base"], patch)) for name, patch in _TABLE["allowed_changes"].items()]
+    return [(name, merged(_TABLE["base"], patch)) for name, patch in _TABLE["allowed_changes"].items()]
 
 
 def base() -> dict[str, Any]:
     return deepcopy(_TABLE["base"])
 
 
-def _merged(target: Any, patch: Any) -> Any:
+def merged(target: Any, patch: Any) -> Any:
     """RFC 7386 merge patch; `REPEAT-n` stands for something too long to write down."""
     if isinstance(patch, str) and "REPEAT-" in patch:
         prefix, _, count = patch.partition("REPEAT-")
@@ -46,5 +46,5 @@ def _merged(target: Any, patch: Any) -> Any:
         if value is None:
             result.pop(key, None)
         else:
-            result[key] = _merged(result.get(key), value)
+            result[key] = merged(result.get(key), value)
     return result

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 import spec_cases
-from finetune_cli.load import load_job
+from finetune_cli.load import load_jobs
 from finetune_cli.validate import problems
 
 
 @pytest.mark.parametrize("path", spec_cases.EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_accepted(path: Path):
-    assert problems(load_job(path), local=False) == []
+    assert [problems(job, local=False) for job in load_jobs(path)] == [[]] * len(load_jobs(path))
 
 
 @pytest.mark.parametrize(("name", "body"), spec_cases.accepted())

@@ -13,14 +13,15 @@ from pydantic import ValidationError
 from finetune_api.names import MAX_NAME_LENGTH, Stage, child_name
 from finetune_api.reasons import EXIT_CODES, FAULTS, Fault, Reason
 from finetune_api.run import Progress, RunResult
-from finetune_api.status import FINAL_PHASES, ConditionType, Phase
+from finetune_api.status import FINAL_PHASES, Artifact, ConditionType, Phase
 from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import wants_live_pods
-from finetune_operator.decide import decide
+from finetune_operator.decide import PARENT_ASKED_EVERY_S, decide
 from finetune_operator.decision import CreateK8sJob, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.job_reader import FineTuneJob, read_job
 from finetune_operator.observation import Blocked, CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import ObservedK8sJob, ObservedPod, as_gone
+from finetune_operator.parent_job import ParentJob
 from status_samples import ARTIFACT, CHECKPOINT, DATA, DIGEST, PLAN, SPEC
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -52,6 +53,7 @@ class World:
         self.silence: PodSilence | None = None
         self.blocked: Blocked | None = None
         self.runtime_changed = False
+        self.parent: ParentJob | None = None
         self.events: list[JobEvent] = []
         self.writes = 0
         self.created: list[str] = []
@@ -73,6 +75,7 @@ class World:
             silences=(self.silence,) if self.silence is not None else (),
             created=self.last_created,
             runtime_changed=self.runtime_changed,
+            parent=self.parent,
             pods_listed=True,
         )
 
@@ -1485,9 +1488,8 @@ def test_the_time_in_which_a_job_is_suspended_does_not_count_against_its_deadlin
     assert world.requeue_after_s == 1
     world.step(after_s=1)
     assert world.verdict == ("False", "DeadlineExceeded")
-    assert "100000 s in which it was suspended or waited for approval are not counted" in world.message(
-        ConditionType.SUCCEEDED
-    )
+    words = "100000 s in which it was suspended, or waited for approval or another job, are not counted"
+    assert words in world.message(ConditionType.SUCCEEDED)
 
 
 def test_time_in_a_queue_that_suspends_the_kubernetes_job_does_not_count_against_the_deadline_either():
@@ -1683,6 +1685,74 @@ def test_a_manual_job_that_is_suspended_while_it_waits_says_suspended_and_then_w
     world.spec["suspend"] = False
     world.step()
     assert (world.phase, world.condition(ConditionType.RUNNING)) == (Phase.WAITING, ("False", "AwaitingApproval"))
+
+
+ADAPTER = Artifact.model_validate(ARTIFACT)
+PARENT = ParentJob(uid="uid-of-cpt", phase=Phase.TRAINING, end=None, artifact=None)
+COMMITTED = replace(PARENT, phase=Phase.SUCCEEDED, end="Succeeded: committed", artifact=ADAPTER)
+
+
+def child(**spec: Any) -> World:
+    """A job that goes on with the adapter of a job which does not exist yet."""
+    return World(model=SPEC["model"] | {"adapterFrom": {"jobName": "cpt"}}, **spec).step()
+
+
+def test_a_job_waits_for_the_one_whose_adapter_it_goes_on_with_from_before_that_exists_to_its_commit():
+    world = child()
+    assert (world.phase, world.condition(ConditionType.RUNNING)) == (Phase.WAITING, ("False", "WaitingForJob"))
+    assert "FineTuneJob cpt of model.adapterFrom does not exist" in world.message(ConditionType.RUNNING)
+    assert world.requeue_after_s == PARENT_ASKED_EVERY_S
+    world.parent = PARENT
+    world.step(after_s=500_000)
+    assert world.message(ConditionType.RUNNING) == "FineTuneJob cpt of model.adapterFrom is Training"
+    assert world.condition(ConditionType.DEGRADED) == ("False", "Healthy")
+    assert "Warning" not in {event.type for event in world.events}
+    assert world.created == []
+    world.parent = COMMITTED
+    world.step()
+    assert world.created == ["prepare-1"]
+    kept = {"jobUid": "uid-of-cpt", "uri": ADAPTER.uri, "digest": ADAPTER.digest}
+    assert world.status["record"]["adapterFrom"] == kept
+    world.parent = None
+    world.step()
+    assert world.phase == Phase.PENDING, "it has the adapter: the job that made it may be deleted"
+    assert world.status["record"]["adapterFrom"] == kept
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (replace(PARENT, phase=Phase.FAILED, end="Diverged: 5 steps"), "ended without one: Diverged: 5 steps"),
+        (replace(PARENT, phase=Phase.PLANNED, end="Planned: planned"), "ended without one: Planned: planned"),
+        (None, "was deleted before it had one"),
+        (replace(PARENT, uid="another"), "was deleted and created anew before it had one"),
+        (replace(COMMITTED, uid="another"), "was deleted and created anew before it had one"),
+    ],
+)
+def test_a_job_ends_where_the_adapter_that_it_waits_for_will_not_come(seen: ParentJob | None, words: str):
+    world = child()
+    world.parent = PARENT
+    world.step()
+    world.parent = seen
+    world.step()
+    assert world.verdict == ("False", "NoAdapterToCome")
+    assert words in world.message(ConditionType.SUCCEEDED)
+    assert world.created == []
+
+
+def test_time_in_which_a_job_waits_for_another_does_not_count_against_the_deadline():
+    world = child(activeDeadlineSeconds=3600)
+    world.parent = PARENT
+    world.step(after_s=100_000)
+    assert world.phase == Phase.WAITING
+    world.parent = COMMITTED
+    world.step()
+    assert world.created == ["prepare-1"]
+
+
+def test_an_adapter_that_is_named_by_its_place_is_not_waited_for():
+    world = World(model=SPEC["model"] | {"adapterFrom": {"uri": "s3://adapters/cpt/adapter"}}).step()
+    assert world.created == ["prepare-1"]
 
 
 def test_a_job_that_is_only_planned_ends_with_its_plan_and_no_training_pod():

@@ -25,7 +25,8 @@ from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CONFLICTS, RUNTIME_ASKED_EVERY_S, Reconciler
 from finetune_operator.run_config import RUNTIME_FILE, digest_of
 from finetune_operator.runtimes import Runtimes
-from status_samples import PROGRESS, SPEC
+from spec_cases import merged
+from status_samples import ARTIFACT, PROGRESS, SPEC
 
 UID = "1a2b3c4d-0000"
 KEY = ("a", "bot")
@@ -105,7 +106,7 @@ class FakeCluster:
         body = self.objects["finetunejobs", name]
         self.version += 1
         body["metadata"]["resourceVersion"] = str(self.version)
-        body["status"] = body.get("status", {}) | patch
+        body["status"] = merged(body.get("status", {}), patch)
         for name in self.dropped:
             body["status"].get("record", {}).pop(name, None)
         return body
@@ -582,6 +583,30 @@ def test_a_job_that_ended_before_the_watch_told_of_its_pod_gets_the_verdict_of_t
     assert cluster.condition("Succeeded") == ("False", "DataInvalid")
     reconciler.reconcile(KEY)
     assert cluster.lists_of_pods == 1
+
+
+def test_a_job_begins_with_the_adapter_that_the_job_before_it_has_committed(
+    reconciler: Reconciler, cluster: FakeCluster
+):
+    cluster.objects["finetunejobs", "bot"]["spec"] = SPEC | {
+        "model": SPEC["model"] | {"adapterFrom": {"jobName": "cpt"}}
+    }
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Running") == ("False", "WaitingForJob")
+    meta = {"name": "cpt", "namespace": "a", "uid": "uid-of-cpt", "generation": 1, "resourceVersion": "1"}
+    over = {"type": "Finished", "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": "x",
+            "observedGeneration": 1}  # fmt: skip
+    status = {"phase": "Succeeded", "conditions": [over], "artifacts": [ARTIFACT]}
+    cluster.objects["finetunejobs", "cpt"] = {"metadata": meta, "spec": SPEC, "status": status}
+    reconciler.reconcile(KEY)
+    (name,) = config_maps(cluster)
+    config = json.loads(cluster.objects["configmaps", name]["data"][names.CONFIG_FILE])
+    assert config["starting_adapter"] == {"uri": ARTIFACT["uri"], "digest": ARTIFACT["digest"]}
+    assert cluster.jobs() == [FIRST]
+    del cluster.objects["finetunejobs", "cpt"], cluster.objects["jobs", FIRST], cluster.objects["configmaps", name]
+    reconciler.reconcile(KEY)
+    (again,) = config_maps(cluster)
+    assert again == name, "what is made anew begins with the same adapter"
 
 
 def test_a_pod_that_starts_slowly_has_its_runtime_looked_at_now_and_then_not_in_every_round(

@@ -10,7 +10,7 @@ from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.methods import method_of
-from finetune_trainer.runplan import ANSWERS_FIELD, Denominator, RunPlan
+from finetune_trainer.runplan import ANSWERS_FIELD, AdapterFacts, Denominator, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
@@ -27,6 +27,7 @@ class Lineage:
     versions: dict[str, str]
     image: str | None  # of the trainer, as the runtime names it; None: it ran without a container
     base_known_by: dict[str, str] = field(default_factory=dict[str, str])  # name -> identity.Evidence
+    starting_adapter: AdapterFacts | None = None  # that training went on with
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ tags: [lora, {plan.method.value.lower()}]
 """,
         "\n".join(f"> **{reason}**: {words}\n" for reason, words in _concerns(found.quality)),
         f"""A LoRA adapter for {markdown_code(plan.model.uri)} ({model}),
-trained by {method_of(plan.method).name}.
+trained by {method_of(plan.method).name}{_after(plan)}.
 {_learned(plan, learned)}{_not_adapted(plan)}
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
 the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
@@ -118,12 +119,22 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
                 ("training labels", str(plan.train.arrays["labels"].sha256)),
                 ("base model", lineage.base_digest),
                 *((f"base model: {markdown(file)}", _known(file, lineage)) for file in sorted(lineage.base_files)),
+                *_begun_with(lineage.starting_adapter),
                 ("trainer image, as it was named", markdown(lineage.image or "none, it ran without a container")),
                 *((package, version) for package, version in sorted(lineage.versions.items())),
             ],
         ),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _after(plan: RunPlan) -> str:
+    adapter = plan.starting_adapter
+    return f", going on with the adapter {markdown_code(adapter.uri)}, whose work is in it" if adapter else ""
+
+
+def _begun_with(adapter: AdapterFacts | None) -> list[tuple[str, str]]:
+    return [(f"adapter that training went on with: {markdown(adapter.uri)}", adapter.digest)] if adapter else []
 
 
 def _known(file: str, lineage: Lineage) -> str:

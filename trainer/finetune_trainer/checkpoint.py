@@ -29,7 +29,7 @@ from finetune_api.errors import StageError
 from finetune_api.layout import CHECKPOINTS, join
 from finetune_api.reasons import Fault
 from finetune_api.status import CheckpointStatus
-from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
+from finetune_trainer.commit import MANIFEST, Fence, ManifestFile, publish_manifest
 from finetune_trainer.evaluate import MAX_HELD_OUT_ROWS, HeldOut
 from finetune_trainer.patience import FailedTries, after_failure, best_effort, pause_s
 from finetune_trainer.precision import ComputedIn
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
-MANIFEST = "manifest.json"
 _MANIFEST_URI = re.compile(r"/(\d{8})-(\d+)/manifest\.json$")
 _FOLDER_URI = re.compile(r"/\d{8}-(\d+)/[^/]+$")
 _OS_ERROR = re.compile(r"os error (\d+)")

@@ -32,6 +32,7 @@ from finetune_trainer.store import PreconditionFailed, Store
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
 _MAX_WRITERS = 2000
 _MAX_RACES = 20  # lost races before giving up; each one means that another writer has moved on
 _MANIFEST_BYTES = 16 << 20

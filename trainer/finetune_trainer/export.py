@@ -24,14 +24,14 @@ from finetune_api.quality import Quality
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact
 from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, repetition, stop_ratio
-from finetune_trainer.checkpoint import MANIFEST, disk_error, file_digest
-from finetune_trainer.commit import Fence, ManifestFile, publish_manifest
+from finetune_trainer.checkpoint import disk_error, file_digest
+from finetune_trainer.commit import MANIFEST, Fence, ManifestFile, publish_manifest
 from finetune_trainer.data.tokens import TOKENIZER_CLASS, end_ids
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
 from finetune_trainer.patience import Patience
-from finetune_trainer.runplan import RunPlan
+from finetune_trainer.runplan import AdapterFacts, RunPlan
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import PreconditionFailed, Store
 
@@ -88,6 +88,17 @@ def write_adapter(
         raise disk_error(error, "the adapter") from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise StageError(Fault.NOT_FINITE, count=1, step=plan.hyperparameters.total_steps)
+
+
+def _named(adapter: AdapterFacts) -> dict[str, str]:
+    return {"uri": adapter.uri, "digest": adapter.digest}
+
+
+def require_change(folder: Path, starting_adapter: Path) -> None:
+    """Raises ADAPTER_NO_EFFECT when the adapter in the folder is the one that training began with."""
+    before, after = load_file(starting_adapter), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    if all(torch.equal(before[name].to(each.dtype), each) for name, each in after.items()):
+        raise StageError(Fault.ADAPTER_NO_EFFECT, difference=0.0)
 
 
 def _sort_config(path: Path) -> None:
@@ -253,6 +264,7 @@ def upload(
             "files": lineage.base_files,
             "known_by": lineage.base_known_by,
         },
+        **({"starting_adapter": _named(lineage.starting_adapter)} if lineage.starting_adapter else {}),
         "versions": lineage.versions,
         "image": lineage.image,
         "checks": checks,

@@ -138,6 +138,17 @@ def fetch_model(store: Store, plan: RunPlan, folder: Path) -> dict[str, ModelFil
     return fetched
 
 
+def fetch_starting_adapter(store: Store, plan: RunPlan, folder: Path) -> Path | None:
+    """Download the weights of the adapter that training goes on with; None where it begins with a new one.
+
+    Raises MODEL_CHANGED when they are not what its job committed."""
+    if plan.starting_adapter is None:
+        return None
+    path = folder / "adapter.safetensors"
+    _fetch(store, plan.starting_adapter.weights, path, Fault.MODEL_CHANGED)
+    return path
+
+
 def _fetch(store: Store, record: FileRecord, path: Path, changed: Fault) -> ModelFile:
     """Download one file, all of one version. Raises `changed` when it has another content than was planned with.
 

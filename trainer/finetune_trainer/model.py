@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -234,6 +236,19 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
     config.base_model_name_or_path = plan.model.uri
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def load_starting_adapter(adapted: PeftModel, path: Path, plan: RunPlan) -> None:
+    """Put the weights of an earlier adapter into the new one, all of them. Raises ADAPTER_UNUSABLE."""
+    assert plan.starting_adapter is not None
+    tensors, uri = load_file(path), shortened(plan.starting_adapter.uri, MAX_ARG_CHARS)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes = {name: each.shape for name, each in own.items()}
+    if shapes != {name: each.shape for name, each in tensors.items()}:
+        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="its weights are of other layers than the model has")
+    if not all(bool(torch.isfinite(each).all()) for each in tensors.values()):
+        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="some of its weights are not finite")
+    set_peft_model_state_dict(adapted, tensors)
 
 
 def model_size(lm: LanguageModel, adapted: PeftModel) -> ModelSize | None:

@@ -217,7 +217,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
     stage.options = stage.method.settle(stage.options, train.columns, stage.choices)
     mix = _mix(stage, train)
     facts = _data_facts(stage, division, examples, mix)
-    sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources)
+    sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources, stage.starting_adapter)
     hyper = sized.hyperparameters
     plan = batches.plan_batches(
         ctx.work_dir / STEPS_FILE,
@@ -310,6 +310,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         same_ids=None if stage.same_ids is None else stage.same_ids.words,
         stop_tokens=[shortened(model.tokenizer.decode([each]), 64) for each in stop_token_ids],
         model=model.facts,
+        starting_adapter=stage.starting_adapter,
         hyperparameters=sized.hyperparameters,
         train=splits["train"],
         held_out=splits.get("held_out"),

@@ -51,7 +51,9 @@ from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.kept_partitions import KeptPartitions
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
+from finetune_trainer.runplan import AdapterFacts
 from finetune_trainer.sizing import Choices
+from finetune_trainer.starting_adapter import read_adapter
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ class PrepareStage(RowsStage):
     model: Model
     limit: SequenceLimit
     options: MethodSpec  # of the method; all are chosen once rows are read
+    starting_adapter: AdapterFacts | None = None
     loss_on: LossOn = LossOn.ALL
     template: str | None = None  # the chat template, if any conversation was rendered
     taught: Taught = field(default_factory=Taught)
@@ -135,8 +138,12 @@ def _exactly(model: Model, work: Callable[[Model], Result]) -> Result:
 
 @contextmanager
 def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
-    """Begin a stage with empty accounts, whose decisions go to decisions.jsonl in the work folder."""
-    limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources)
+    """Begin a stage with empty accounts, whose decisions go to decisions.jsonl in the work folder.
+
+    Raises SEQUENCE_LENGTH_TOO_LONG, and what `read_adapter` does."""
+    source = ctx.config.starting_adapter
+    adapter = None if source is None else read_adapter(ctx.store, source, model.facts)
+    limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources, adapter)
     began_s = time.monotonic()
 
     def told(rows: int) -> None:
@@ -144,7 +151,8 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
         ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
 
     with Ledger(ctx.work_dir / DECISIONS_FILE, told) as ledger:
-        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit, options=ctx.config.spec.method)
+        options = ctx.config.spec.method
+        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit, options=options, starting_adapter=adapter)
 
 
 def find_inputs(stage: RowsStage) -> list[Inputs]:

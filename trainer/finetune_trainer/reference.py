@@ -1,9 +1,9 @@
 """What the model that a job began with says of the prepared answers: computed once, and kept with the job.
 
-Of every flat sequence that is read, the log-probability of its labels, computed with the adapter off, so that no
-second model is in memory. They lie in parts below `.job/reference/KEY/`: each is whole or not there, and KEY is made of
-all that they follow from. So a killed attempt goes on behind the parts that it has finished, and later epochs and
-attempts compute nothing. Here they are in a file that is mapped, 4 bytes a segment.
+Of every flat sequence that is read, the log-probability of its labels, computed with the adapter as it was at the
+start, so that no second model is in memory. They lie in parts below `.job/reference/KEY/`: each is whole or not there,
+and KEY is made of all that they follow from. So a killed attempt goes on behind the parts that it has finished, and
+later epochs and attempts compute nothing. Here they are in a file that is mapped, 4 bytes a segment.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def reference_key(plan: RunPlan, split: SplitFiles, base_digest: str, dtype: tor
 
     name: tells the values of one split from others of it.
 
-    The model that a job begins with is its base: no job begins with an adapter yet."""
+    The model that a job begins with is its base, with the earlier adapter that training goes on with."""
     arrays = {name: record.sha256 for name, record in split.arrays.items()}
     told = {
         "version": _VERSION,
@@ -72,7 +72,7 @@ def reference_key(plan: RunPlan, split: SplitFiles, base_digest: str, dtype: tor
             plan.hyperparameters.max_sequence_length,
         ],  # by which prompts get others' answers
         "base": base_digest,
-        "adapter": None,
+        "adapter": plan.starting_adapter.digest if plan.starting_adapter is not None else None,
         "arrays": arrays,
         "read": plan.batches.sha256,
         "computed_in": str(dtype),

@@ -117,6 +117,17 @@ class ModelFacts(StoredModel):
     frequencies_change_after: int | None = None  # tokens of a row; see families.frequencies_change_after
 
 
+class AdapterFacts(StoredModel):
+    """The adapter that training goes on with, as its job committed it."""
+
+    uri: Uri
+    digest: Digest  # of its manifest
+    weights: FileRecord
+    base_files: dict[Str256, Digest] = Field(max_length=1000)  # that decide what the base model computes
+    rank: int
+    alpha: int
+
+
 class Denominator(StrEnum):
     """The units that the losses of a step are of; their sum is divided by that of the units, each times its weight.
 
@@ -198,6 +209,7 @@ class RunPlan(StoredModel):
     stop_tokens: list[Str64] = Field(default=[], max_length=16)  # the same as text
     same_ids: Str256 | None = None  # on how many rows ids are those of transformers; None where none is a conversation
     model: ModelFacts
+    starting_adapter: AdapterFacts | None = None  # None: training begins with a new one
     hyperparameters: Hyperparameters
     train: SplitFiles
     held_out: SplitFiles | None

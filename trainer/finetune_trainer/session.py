@@ -112,8 +112,7 @@ class Session:
         self.stepper.after_pass = self._after_pass
         self.reporter.update(quality=self.quality())
         if not self.position.evaluations:
-            with self.adapted.disable_adapter():
-                self._evaluate()
+            self._evaluate()  # a new adapter changes nothing yet, and an earlier one belongs to the start
         self.reporter.update(activity="Training")
         self._train(total)
         done = self.position.step == total

@@ -21,7 +21,7 @@ from finetune_trainer.data.too_long import ASSUMED_GPU_GIB, LimitSource, Sequenc
 from finetune_trainer.memory import kept_bytes, pass_bytes
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
-from finetune_trainer.runplan import Hyperparameters, ModelFacts
+from finetune_trainer.runplan import AdapterFacts, Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES
 
@@ -94,7 +94,13 @@ class Choices:
         self.resolved.append(ResolvedValue(field=field, value=str(value)[:64], reason=reason[:160]))
 
 
-def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resources: RunResources) -> SequenceLimit:
+def sequence_limit(
+    spec: FineTuneJobSpec,
+    model: ModelFacts,
+    family: str,
+    resources: RunResources,
+    starting_adapter: AdapterFacts | None = None,
+) -> SequenceLimit:
     """Return how long a sequence may be: as the spec says, or as the model was made for and the memory allows.
 
     What the memory allows is counted for one row in a pass, or all sequences of one example, and the largest rank that
@@ -112,7 +118,7 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
     limit = SequenceLimit(model.context_length, LimitSource.CONTEXT)
     if method.longest_tokens is not None and limit.tokens > method.longest_tokens:
         limit = SequenceLimit(method.longest_tokens, LimitSource.TEXTS)
-    rank = (spec.peft and spec.peft.rank) or method.ranks[-1]
+    rank = starting_adapter.rank if starting_adapter else (spec.peft and spec.peft.rank) or method.ranks[-1]
 
     def fits(tokens: int) -> bool:
         together = method.sequences * tokens
@@ -127,7 +133,14 @@ def sequence_limit(spec: FineTuneJobSpec, model: ModelFacts, family: str, resour
     return SequenceLimit(min(limit.tokens, max(_LEAST_LIMIT, most)), source)
 
 
-def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts, resources: RunResources) -> Sizing:
+def size(
+    spec: FineTuneJobSpec,
+    model: ModelFacts,
+    family: str,
+    data: DataFacts,
+    resources: RunResources,
+    starting_adapter: AdapterFacts | None = None,
+) -> Sizing:
     """Decide every number of the run. `family` is the model_type of config.json.
 
     Raises MEMORY_TOO_SMALL or DISK_TOO_SMALL when what is granted clearly does not suffice, CONFIG_UNREADABLE for
@@ -139,7 +152,7 @@ def size(spec: FineTuneJobSpec, model: ModelFacts, family: str, data: DataFacts,
     hyper = spec.hyperparameters or HyperparametersSpec()
     length = _sequence_length(choices, preprocessing, data, method)
     epochs = _epochs(choices, hyper, data.epoch_rows, method)
-    rank, alpha = _adapter(choices, spec, model, _most_learned(hyper, data))
+    rank, alpha = _adapter(choices, spec, model, _most_learned(hyper, data), starting_adapter)
     pace = _Pace(
         tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
         deadline_s=defaults.given(
@@ -258,7 +271,17 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
     return choices.pick("preprocessing.packing", spec.packing, safe, reason)
 
 
-def _adapter(choices: Choices, spec: FineTuneJobSpec, model: ModelFacts, label_tokens: int) -> tuple[int, int]:
+def _adapter(
+    choices: Choices,
+    spec: FineTuneJobSpec,
+    model: ModelFacts,
+    label_tokens: int,
+    starting_adapter: AdapterFacts | None,
+) -> tuple[int, int]:
+    if starting_adapter is not None:
+        reason = "that of the adapter in model.adapterFrom, which training goes on with"
+        rank = choices.pick("peft.rank", None, starting_adapter.rank, reason)
+        return rank, choices.pick("peft.alpha", None, starting_adapter.alpha, reason)
     peft, candidates = spec.peft, method_of(spec.method.type).ranks
     per_rank = model.lora_parameters_per_rank
     rank = next((r for r in candidates if r * per_rank >= label_tokens), candidates[-1])

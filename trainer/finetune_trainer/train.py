@@ -8,7 +8,7 @@ what counts is published last and whole, and the next attempt goes on from there
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.methods import planned_method
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.mismatched import Mismatched
-from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_starting_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
 from finetune_trainer.reference import Kept, reference_key, reference_of, reference_uri
@@ -53,6 +53,7 @@ from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.standstill import end_process
+from finetune_trainer.starting_adapter import require_same_base
 from finetune_trainer.step_plan import StepPlan
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
@@ -100,6 +101,8 @@ def _attempt(ctx: StageContext, stop: StopFlag) -> RunResult:
     lm = _load(ctx, fetched, found)
     beat()
     adapted = add_adapter(lm, fetched.plan)
+    if fetched.starting_adapter is not None:
+        load_starting_adapter(adapted, fetched.starting_adapter, fetched.plan)
     fetched = _with_reference(ctx, fence, fetched, lm, adapted, beat)
     session, uploader, resumed_from = _begin(ctx, fence, fetched, lm, adapted, found, stop)
     del found  # its tensors are in the model now
@@ -130,6 +133,7 @@ class _Fetched:
     examples: Examples
     held_out: Examples | None
     steps: StepPlan
+    starting_adapter: Path | None  # its weights
 
     @property
     def model_digests(self) -> dict[str, str]:
@@ -151,7 +155,11 @@ def _fetch(ctx: StageContext) -> _Fetched:
     steps = inputs.fetch_steps(store, plan, prepared)
     model_folder = ctx.work_dir / "model"
     model_files = inputs.fetch_model(store, plan, model_folder)
-    return _Fetched(store, plan, stored.digest, model_folder, model_files, examples, held_out, steps)
+    adapter = inputs.fetch_starting_adapter(store, plan, ctx.work_dir / "starting_adapter")
+    if plan.starting_adapter is not None:
+        digests = {name: file.sha256 for name, file in model_files.items()}
+        require_same_base(plan.starting_adapter, plan.model.uri, digests)
+    return _Fetched(store, plan, stored.digest, model_folder, model_files, examples, held_out, steps, adapter)
 
 
 def _read_plan(ctx: StageContext) -> StoredPlan:
@@ -217,7 +225,8 @@ def _with_reference(
         reference = values(others, split, is_read, f"{name}-mismatched")
         return replace(found, mismatched=replace(others, reference=reference))
 
-    with adapted.disable_adapter():
+    # A new adapter changes nothing yet, and would cost time.
+    with nullcontext() if plan.starting_adapter is not None else adapted.disable_adapter():
         train = compared(train, plan.train, examples_read(fetched.steps.examples, len(train)), "train")
         if held_out is not None and plan.held_out is not None:
             held_out = compared(held_out, plan.held_out, np.ones(len(held_out), dtype=np.bool_), "held-out")
@@ -398,6 +407,7 @@ def _finish(
         export.package_versions(),
         ctx.config.image,
         {name: file.known_by.value for name, file in fetched.model_files.items()},
+        plan.starting_adapter,
     )
     ctx.reporter.update(activity="Committing")
     folder = ctx.work_dir / ADAPTER
@@ -407,6 +417,8 @@ def _finish(
     )
     learned = _learned(session)
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
+    if fetched.starting_adapter is not None:
+        export.require_change(folder, fetched.starting_adapter)
     for concern in concern_words(quality):
         log.warning("%s", concern)
     examples = fetched.held_out or fetched.examples

@@ -1,0 +1,266 @@
+"""Training that goes on with an earlier adapter: what is taken, what is refused, and that the work of both is in it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import data_run
+from finetune_api.base import sha256_digest
+from finetune_api.errors import StageError
+from finetune_api.layout import ADAPTER
+from finetune_api.reasons import Fault
+from finetune_api.run import StartingAdapter
+from finetune_trainer import prepare, train
+from finetune_trainer.model import load_base
+from finetune_trainer.runplan import RunPlan
+from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from finetune_trainer.stop import StopFlag
+from tiny_run import TinyRun, context, make_run, stop_before
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A job that has committed its adapter."""
+    run = make_run(tmp_path_factory.mktemp("first"), steps=8)
+    train.run(context(run), StopFlag(60))
+    return run
+
+
+def source_of(run: TinyRun) -> StartingAdapter:
+    folder = run.local(ADAPTER)
+    return StartingAdapter(uri=folder.as_uri(), digest=sha256_digest((folder / "manifest.json").read_bytes()))
+
+
+def going_on(folder: Path, run: TinyRun, **changes: Any) -> TinyRun:
+    """A second job with the adapter of `run` in its plan."""
+    second = make_run(folder, steps=6, **changes)
+    adapter = read_adapter(run.store, source_of(run), second.plan.model)
+    second.write_plan(second.plan.model_copy(update={"starting_adapter": adapter}))
+    return second
+
+
+def held_out_losses(run: TinyRun) -> list[float]:
+    return [each["loss"] for each in json.loads(run.local(ADAPTER, "eval.json").read_bytes())["held_out"]]
+
+
+def test_training_begins_where_the_earlier_adapter_ended_and_one_adapter_holds_the_work_of_both(
+    tmp_path: Path, first: TinyRun
+) -> None:
+    second = going_on(tmp_path, first)
+    result = train.run(context(second), StopFlag(60))
+    assert result.exit_code == 0
+    before, after = held_out_losses(first), held_out_losses(second)
+    assert after[0] == before[-1] < before[0], "the start is measured with the earlier adapter in place"
+    assert after[-1] < after[0]
+    alone = load_base(second.folder / "model", second.plan, torch.device("cpu")).causal
+    config = json.loads(second.local(ADAPTER, ADAPTER_CONFIG).read_bytes())
+    assert (config["r"], config["lora_alpha"]) == (first.plan.hyperparameters.lora_rank, 32)
+    PeftModel.from_pretrained(alone, str(second.local(ADAPTER)))  # on the bare base, with nothing of the first beside
+    manifest = json.loads(second.local(ADAPTER, "manifest.json").read_bytes())
+    assert manifest["starting_adapter"] == source_of(first).model_dump()
+    card = second.local(ADAPTER, "README.md").read_text()
+    assert f"going on with the adapter `{source_of(first).uri}`" in card
+    assert str(source_of(first).digest) in card
+
+
+def test_a_resumed_attempt_goes_on_with_its_checkpoint_and_not_with_the_earlier_adapter(
+    tmp_path: Path, first: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (going_on(tmp_path / name, first) for name in ("whole", "cut"))
+    train.run(context(whole), StopFlag(60))
+    stop = StopFlag(60)
+    with monkeypatch.context() as patch:
+        stop_before(patch, stop, 3)
+        with pytest.raises(StageError) as caught:
+            train.run(context(cut), stop)
+    assert caught.value.fault is Fault.INTERRUPTED
+    result = train.run(context(cut, attempt=2), StopFlag(60))
+    assert result.resumed_from_step == 3
+    assert cut.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_an_adapter_that_did_not_change_is_not_committed_as_if_it_had(tmp_path: Path, first: TinyRun) -> None:
+    second = going_on(tmp_path, first, learning_rate=0.0)
+    with pytest.raises(StageError) as caught:
+        train.run(context(second), StopFlag(60))
+    assert caught.value.fault is Fault.ADAPTER_NO_EFFECT
+
+
+def test_weights_of_another_base_that_only_train_can_tell_are_refused_before_step_1(
+    tmp_path: Path, first: TinyRun
+) -> None:
+    second = going_on(tmp_path, first)
+    adapter = second.plan.starting_adapter
+    assert adapter is not None
+    files = adapter.base_files | {"model.safetensors": "sha256:" + "7" * 64}
+    changed = adapter.model_copy(update={"base_files": files})
+    second.write_plan(second.plan.model_copy(update={"starting_adapter": changed}))
+    with pytest.raises(StageError) as caught:
+        train.run(context(second), StopFlag(60))
+    assert (caught.value.fault, caught.value.args_by_name["file"]) == (Fault.ADAPTER_OF_OTHER_BASE, "model.safetensors")
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def with_more(weights: Weights) -> Weights:
+    return {**weights, "more": torch.zeros(2)}
+
+
+def not_finite(weights: Weights) -> Weights:
+    return {name: each * float("nan") for name, each in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (with_more, "other layers"),
+        (not_finite, "not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_refused_before_step_1(
+    tmp_path: Path, first: TinyRun, change: Callable[[Weights], Weights], problem: str
+) -> None:
+    second = going_on(tmp_path, first)
+    adapter = second.plan.starting_adapter
+    assert adapter is not None
+    path = tmp_path / "weights.safetensors"
+    save_file(change(load_file(first.local(ADAPTER, ADAPTER_WEIGHTS))), path)
+    record = adapter.weights.model_copy(
+        update={
+            "uri": path.as_uri(),
+            "size_bytes": path.stat().st_size,
+            "sha256": sha256_digest(path.read_bytes()),
+        }
+    )
+    changed = adapter.model_copy(update={"weights": record})
+    second.write_plan(second.plan.model_copy(update={"starting_adapter": changed}))
+    with pytest.raises(StageError) as caught:
+        train.run(context(second), StopFlag(60))
+    assert caught.value.fault is Fault.ADAPTER_UNUSABLE
+    assert problem in str(caught.value.args_by_name["problem"])
+
+
+class Prepared:
+    """A model, rows, and an adapter of that model as a job commits one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.adapter = folder, folder / "earlier"
+        data_run.put(folder, a_jsonl=data_run.jsonl(data_run.chats(40)))
+        self.plan: RunPlan = data_run.prepare_run(folder).plan
+        self.config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "r": 7,
+            "lora_alpha": 9,
+            "target_modules": sorted(self.plan.model.target_modules),
+            "base_model_name_or_path": "elsewhere",
+        }
+        self.base_files = {
+            file.uri.rpartition("/")[2]: file.sha256 for file in self.plan.model.files if file.sha256 is not None
+        }
+
+    def write(self) -> str:
+        """Write the adapter; returns the digest of its manifest."""
+        self.adapter.mkdir(exist_ok=True)
+        (self.adapter / ADAPTER_CONFIG).write_text(json.dumps(self.config))
+        (self.adapter / ADAPTER_WEIGHTS).write_bytes(b"weights")
+        files = [
+            {"path": path.name, "size_bytes": path.stat().st_size, "sha256": sha256_digest(path.read_bytes())}
+            for path in sorted(self.adapter.iterdir())
+            if path.name != "manifest.json"
+        ]
+        content = json.dumps({"version": 1, "files": files, "base": {"files": self.base_files}}).encode()
+        (self.adapter / "manifest.json").write_bytes(content)
+        return sha256_digest(content)
+
+    def prepare(self, digest: str | None = None) -> RunPlan:
+        ctx = data_run.context(self.folder, {}, attempt=2)
+        source = StartingAdapter(uri=self.adapter.as_uri(), digest=digest)
+        config = ctx.config.model_copy(update={"starting_adapter": source})
+        prepare.run(replace(ctx, config=config))
+        content = (self.folder / "out" / "bot-1a2b3" / ".job" / "plan.json").read_bytes()
+        return RunPlan.model_validate_json(content)
+
+    def fault(self, digest: str | None = None) -> StageError:
+        with pytest.raises(StageError) as caught:
+            self.prepare(digest)
+        return caught.value
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    return Prepared(tmp_path)
+
+
+def test_the_plan_holds_the_earlier_adapter_whose_rank_and_alpha_stay(prepared: Prepared) -> None:
+    digest = prepared.write()
+    plan = prepared.prepare(digest)
+    assert plan.starting_adapter is not None
+    assert plan.starting_adapter.digest == digest
+    assert (plan.hyperparameters.lora_rank, plan.hyperparameters.lora_alpha) == (7, 9)
+    reasons = {value.field: value.reason for value in plan.resolved}
+    assert "model.adapterFrom" in reasons["peft.rank"]
+
+
+def test_an_adapter_that_is_not_where_the_job_says_is_named_with_its_field(prepared: Prepared) -> None:
+    error = prepared.fault()
+    assert (error.fault, error.args_by_name["field"]) == (Fault.OBJECT_NOT_FOUND, "model.adapterFrom")
+
+
+def test_an_adapter_that_was_changed_since_its_job_committed_it_is_refused(prepared: Prepared) -> None:
+    digest = prepared.write()
+    prepared.config["lora_alpha"] = 90
+    prepared.write()
+    assert prepared.fault(digest).fault is Fault.MODEL_CHANGED
+    (prepared.adapter / ADAPTER_CONFIG).write_text("{}")
+    assert prepared.fault().fault is Fault.MODEL_CHANGED
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_adapter_of_another_base_model_is_refused_in_prepare(prepared: Prepared, name: str) -> None:
+    prepared.base_files[name] = "sha256:" + "7" * 64
+    prepared.write()
+    error = prepared.fault()
+    assert (error.fault, error.args_by_name["file"]) == (Fault.ADAPTER_OF_OTHER_BASE, name)
+
+
+def test_a_base_with_more_weights_than_this_one_has_is_another(prepared: Prepared) -> None:
+    prepared.base_files["model-2.safetensors"] = "sha256:" + "7" * 64
+    prepared.write()
+    assert prepared.fault().fault is Fault.ADAPTER_OF_OTHER_BASE
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"r": "eight"}, "(see r)"),
+        ({"target_modules": ["q_proj"]}, "it adapts q_proj"),
+    ],
+)
+def test_an_adapter_of_a_kind_that_is_not_trained_here_is_refused_in_words(
+    prepared: Prepared, change: dict[str, Any], problem: str
+) -> None:
+    prepared.config |= change
+    prepared.write()
+    error = prepared.fault()
+    assert error.fault is Fault.ADAPTER_UNUSABLE
+    assert problem in str(error.args_by_name["problem"])
+
+
+def test_a_manifest_of_somebody_else_is_refused(prepared: Prepared) -> None:
+    prepared.write()
+    (prepared.adapter / "manifest.json").write_text('{"files": []}')
+    assert prepared.fault().fault is Fault.ADAPTER_UNUSABLE
