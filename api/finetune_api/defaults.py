@@ -16,6 +16,8 @@ CPT_LORA_RANKS = (64, 128)
 LORA_ALPHA = 32
 
 DATASET_WEIGHT = 1.0
+PAIRING = "BestVsWorst"
+MAX_PAIRS_PER_PROMPT = 8
 TEXT_SEQUENCE_LENGTH = 8192  # tokens of a piece of a long text at most
 SFT_TOO_LONG = "Drop"
 CPT_TOO_LONG = "Split"

@@ -274,6 +274,7 @@ class DatasetFormat(StrEnum):
     TEXT = "Text"
     PAIR = "Pair"
     THUMB = "Thumb"
+    RANKING = "Ranking"
 
 
 FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -311,6 +312,15 @@ class ColumnsSpec(ApiModel):
     text: FieldName | None = Field(default=None, description="A document (Text). Absent: text.")
     chosen: FieldName | None = Field(default=None, description="The preferred answer (Pair). Absent: chosen.")
     rejected: FieldName | None = Field(default=None, description="The other answer (Pair). Absent: rejected.")
+    responses: FieldName | None = Field(
+        default=None, description="Several answers to one prompt (Ranking). Absent: responses."
+    )
+    scores: FieldName | None = Field(
+        default=None, description="Their scores, of which the highest is the best (Ranking). Absent: scores."
+    )
+    rating: FieldName | None = Field(
+        default=None, description="How good an answer is, as a number (Thumb). Absent: rating."
+    )
     label: FieldName | None = Field(
         default=None, description="Whether an answer is good or bad (Thumb). Absent: label."
     )
@@ -318,6 +328,51 @@ class ColumnsSpec(ApiModel):
         default=None,
         description="What the losses of a row's tokens are multiplied with: 0 leaves it out, 2 counts it twice. "
         "Absent: weight.",
+    )
+
+
+class Pairing(StrEnum):
+    """Which answers of a ranking make pairs."""
+
+    BEST_VS_WORST = "BestVsWorst"
+    ALL = "All"
+
+
+class PreferenceSpec(ApiModel):
+    """How scores and ratings say which answers are preferred."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.maxPairsPerPrompt) || (has(self.pairs) && self.pairs == 'All')",
+                "maxPairsPerPrompt needs more pairs than one; write pairs: All beside it, or leave it out",
+            ),
+        )
+    )
+    pairs: Pairing | None = Field(
+        default=None,
+        description="Which answers of a Ranking make pairs: BestVsWorst, or All, those of the largest margin first. "
+        f"Answers that are scored alike make none. Absent: {defaults.PAIRING}.",
+    )
+    min_margin: float | None = Field(
+        default=None,
+        ge=0,
+        le=1e6,
+        description="By how much the chosen answer of a Ranking is to be scored better, or ranked. "
+        "Absent: by anything.",
+    )
+    max_pairs_per_prompt: int | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description=f"How many pairs a row of a Ranking makes at most. Absent: {defaults.MAX_PAIRS_PER_PROMPT}.",
+    )
+    good_from: float | None = Field(
+        default=None,
+        ge=-1e6,
+        le=1e6,
+        description="From which `rating` (or `score`) on an answer is good, where rows of Thumb have no `label`. "
+        "Absent: such rows are broken.",
     )
 
 
@@ -336,14 +391,18 @@ class DatasetSpec(ApiModel):
         default=None,
         description="Messages (`messages`), ShareGPT (`conversations`), Alpaca (`instruction`, `input`, `output`), "
         "Dolly (`instruction`, `context`, `response`), QuestionAnswer (`question`, `answer`), PromptCompletion "
-        "(`prompt`, `completion`: plain text), Text (`text`), Pair (`chosen`, `rejected`) or Thumb (an answer "
-        "and its `label`). Absent: told from the first thousand rows, and every "
+        "(`prompt`, `completion`: plain text), Text (`text`), Pair (`chosen`, `rejected`), Thumb (an answer "
+        "and its `label`) or Ranking (`responses`, `scores`). Absent: told from the first thousand rows, and every "
         "row is checked.",
     )
     columns: ColumnsSpec | None = Field(
         default=None,
         description="What the files call a field that is known here under another name. Example: {messages: dialog} "
         "reads the conversation from `dialog`. Absent: the names of the format.",
+    )
+    preference: PreferenceSpec | None = Field(
+        default=None,
+        description="How scores and ratings say which answers are preferred. Absent: as the fields in it say.",
     )
     ignore_fields: list[FieldName] | None = Field(
         default=None,

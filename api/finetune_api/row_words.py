@@ -7,6 +7,7 @@ MAX_LINE_BYTES = 8 * 2**20
 MAX_DEPTH = 64
 MAX_VALUES = 500_000  # of JSON in one row: numbers of token ids are fewer, and in 8 MiB there is room for millions
 MAX_MESSAGES = 512
+MAX_ANSWERS = 64  # to one prompt
 MIN_ROW_WEIGHT, MAX_ROW_WEIGHT = 1e-6, 1e6  # of one row, unless it is 0: what is beyond is rather another figure
 
 ROW_WORDS: dict[str, str] = {
@@ -39,6 +40,7 @@ ROW_WORDS: dict[str, str] = {
     "unknown_role": "is no role that is known; write system, user, assistant or tool",
     "order": "breaks the order of a conversation",
     "no_assistant_message": "has no assistant message to learn from",
+    "too_many_answers": f"has more than {MAX_ANSWERS} answers to one prompt",
     "last_not_assistant": "ends with a message that is not the assistant's, which alone can be preferred",
     "masked_answer": "asks not to learn the answer that it is about; leave the mask out, or the row",
     "prompts_differ": "has two answers that follow different messages, so that they cannot be compared",
@@ -57,6 +59,9 @@ ROW_WORDS: dict[str, str] = {
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",
     "equal_answers": "has two answers that say the same, so that nothing is preferred",
     "identical_tokens": "has two answers that are the same tokens once they are rendered and cut to the limit",
+    "one_answer": "has one answer alone, which nothing can be preferred to",
+    "tied": "has answers that are all scored alike, so that none is preferred",
+    "small_margin": "has no two answers whose scores differ by datasets[].preference.minMargin",
     "other": "is left out for one of several further reasons",
 }
 

@@ -17,6 +17,7 @@ from finetune_trainer.data.kinds import (
     COMPLETION,
     KINDS,
     PAIR,
+    RANKING,
     TEXT,
     THUMB,
     content_hash,
@@ -25,7 +26,7 @@ from finetune_trainer.data.kinds import (
     with_texts,
 )
 from finetune_trainer.data.problems import Broken, Drop, Problem
-from finetune_trainer.data.rows import Completion, Conversation, Pair, Row, Text, Thumb
+from finetune_trainer.data.rows import Completion, Conversation, Pair, RankedPair, Ranking, Row, Text, Thumb
 from finetune_trainer.data.shapes import SHAPES, Shape
 from finetune_trainer.data.special_words import SpecialWords
 from finetune_trainer.data.tokens import of_document
@@ -71,6 +72,13 @@ ROWS: dict[str, tuple[Kind[Any], list[Any]]] = {
         ],
     ),
     "thumb": (THUMB, [Thumb(CHATS[0], True), Thumb(Completion("q", "a"), False, 0.5)]),
+    "ranking": (
+        RANKING,
+        [
+            Ranking((Completion("q", "a"), Completion("q", "b")), (1.5, 2.0), (RankedPair(1, 0),)),
+            Ranking((CHATS[0],), (1.0,), ()),
+        ],
+    ),
     "no row": (CHAT, []),
 }
 

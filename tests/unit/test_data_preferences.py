@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from data_run import CHATML, Prepared, byte_bpe, context, jsonl, prepare_run, put, write_model
 from finetune_api.errors import StageError
-from finetune_api.job import MethodType
+from finetune_api.job import MethodType, PreferenceSpec
 from finetune_api.reasons import Fault
 from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import PAIR, THUMB
+from finetune_trainer.data.kinds import PAIR, RANKING, THUMB
 from finetune_trainer.data.problems import Broken, Change, Problem
 from finetune_trainer.data.renderer import Rendered, Renderer
 from finetune_trainer.data.rows import Conversation, Pair, Thumb
@@ -64,7 +64,7 @@ def side_by_side(runs: Sequence[TokenRun]) -> list[Tree]:
 
 @pytest.fixture(autouse=True)
 def a_method_of_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = replace(SFT, kinds=(PAIR, THUMB), examples=side_by_side)
+    method = replace(SFT, kinds=(PAIR, RANKING, THUMB), examples=side_by_side)
     monkeypatch.setitem(METHODS, MethodType.SFT, method)
 
 
@@ -380,3 +380,121 @@ def test_finetune_data_show_says_which_answer_is_which(tmp_path: Path) -> None:
     chosen, rejected = show(context(tmp_path, ALL), Wanted())
     assert [part.text for part in chosen.segments if part.learned] == [f"{GOOD}<|im_end|>"]
     assert [part.text for part in rejected.segments if part.learned] == [f"{BAD}<|im_end|>"]
+
+
+def ranked(responses: Sequence[object], scores: Sequence[object], **beside: Any) -> Row:
+    return {
+        "prompt": ASKED,
+        "responses": [[says(each)] if isinstance(each, str) else each for each in responses],
+        "scores": list(scores),
+        **beside,
+    }
+
+
+BEST, MIDDLE, WORST = "four.", "it may be four.", "a fox"
+
+
+@pytest.mark.parametrize(
+    ("row", "preference", "expected"),
+    [
+        (ranked([MIDDLE, BEST, WORST], [2, 3, 1]), {}, [(BEST, WORST)]),
+        (ranked([BEST, WORST], [2, 1]), {"minMargin": 1}, [(BEST, WORST)]),
+        (ranked([WORST, BEST], [2, 1], rank=None), {"pairs": "BestVsWorst"}, [(WORST, BEST)]),
+        ({"question": ASKED[0]["content"], "responses": [WORST, BEST], "rank": [2, 1]}, {}, [(BEST, WORST)]),
+        (
+            {
+                "instruction": ASKED[0]["content"],
+                "completions": [{"response": WORST, "overall_score": 1}, {"response": BEST, "overall_score": 9.5}],
+            },
+            {},
+            [(BEST, WORST)],
+        ),
+        ({"messages": ASKED, "answers": json.dumps([WORST, BEST]), "ratings": "[1, 2]"}, {}, [(BEST, WORST)]),
+        (
+            ranked([MIDDLE, BEST, WORST], [2, 3, 1]),
+            {"pairs": "All"},
+            [(BEST, WORST), (MIDDLE, WORST), (BEST, MIDDLE)],
+        ),
+        (ranked([MIDDLE, BEST, WORST], [2, 3, 1]), {"pairs": "All", "minMargin": 1.5}, [(BEST, WORST)]),
+        (ranked([MIDDLE, BEST, WORST], [2, 3, 1]), {"pairs": "All", "maxPairsPerPrompt": 1}, [(BEST, WORST)]),
+        (ranked([MIDDLE, BEST, WORST], [3, 3, 1]), {"pairs": "All"}, [(MIDDLE, WORST), (BEST, WORST)]),
+        (ranked([BEST, WORST, BEST], [3, 2, 1]), {"pairs": "All"}, [(BEST, WORST), (WORST, BEST)]),
+    ],
+)
+def test_a_ranking_makes_the_pairs_that_the_job_asks_for_as_examples_of_one_row(
+    tmp_path: Path, row: Row, preference: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    put(tmp_path, a_jsonl=jsonl([row]))
+    datasets = [{"uri": (tmp_path / "data").as_uri() + "/", "preference": preference}]
+    prepared = prepare_run(tmp_path, {**ALL, "datasets": datasets})
+    assert prepared.train == [rendered(ASKED, each) for pair in expected for each in pair]
+    assert len(prepared.examples(prepared.plan.train)) == len(expected)
+    assert prepared.report["files"][0]["rows_used"] == 1
+
+
+def test_a_ranking_of_texts_stays_plain(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([{"prompt": "two and two is", "responses": [" five", " four"], "scores": [1, 2]}]))
+    assert prepare_run(tmp_path, ALL).train == [plain("two and two is", " four"), plain("two and two is", " five")]
+
+
+def test_rankings_without_a_pair_are_dropped_each_for_its_reason(tmp_path: Path) -> None:
+    rows = [
+        ranked([BEST, WORST], [3, 1]),
+        ranked([BEST, WORST], [2, 2]),
+        ranked([BEST], [2]),
+        ranked([BEST, WORST], [2, 1]),
+        ranked([BEST, BEST], [3, 1]),
+    ]
+    put(tmp_path, a_jsonl=jsonl(rows))
+    datasets = [{"uri": (tmp_path / "data").as_uri() + "/", "preference": {"minMargin": 1.5}}]
+    prepared = prepare_run(tmp_path, {**ALL, "datasets": datasets})
+    assert reasons(prepared) == {2: "tied", 3: "one_answer", 4: "small_margin", 5: "equal_answers"}
+
+
+def test_of_a_ranking_a_pair_that_is_too_long_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([ranked([MIDDLE, BEST, "fox " * 200], [2, 3, 1])]))
+    datasets = [{"uri": (tmp_path / "data").as_uri() + "/", "preference": {"pairs": "All"}}]
+    prepared = prepare_run(tmp_path, {**ALL, "datasets": datasets, "preprocessing": {"maxSequenceLength": 64}})
+    assert prepared.train == [rendered(ASKED, BEST), rendered(ASKED, MIDDLE)]
+    (change,) = prepared.decisions
+    assert (change["action"], change["reason"]) == ("change", "too_long")
+    assert change["detail"] == "2 of 3 pairs are left out"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem", "field"),
+    [
+        (ranked([BEST, WORST], [1]), Problem.WRONG_TYPE, "scores"),
+        (ranked([BEST, WORST], [1, "high"]), Problem.WRONG_TYPE, "scores[1]"),
+        (ranked([BEST, WORST], [1, None]), Problem.WRONG_TYPE, "scores[1]"),
+        ({"prompt": "q", "responses": ["a", "b"]}, Problem.MISSING_FIELD, "scores"),
+        ({"prompt": "q", "responses": [], "scores": []}, Problem.EMPTY, "responses"),
+        ({"prompt": "q", "responses": ["a", ""], "scores": [1, 2]}, Problem.EMPTY, "responses[1]"),
+        ({"prompt": "q", "responses": ["a"] * 65, "scores": [1] * 65}, Problem.TOO_MANY_ANSWERS, "responses"),
+        ({"prompt": "q", "responses": ["a", [says("b")]], "scores": [1, 2]}, Problem.WRONG_TYPE, "responses[1]"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2], "mood": 1}, Problem.UNKNOWN_FIELD, "mood"),
+        ({"responses": ["a", "b"], "scores": [1, 2]}, Problem.MISSING_FIELD, "prompt"),
+    ],
+)
+def test_a_ranking_that_is_not_clear_is_refused_by_its_field(row: Row, problem: Problem, field: str) -> None:
+    assert refusal(row, "Ranking") == (problem, field)
+
+
+@pytest.mark.parametrize(("rating", "says_good"), [(4, True), (3.5, True), (3, False), ("5", True)])
+def test_a_rating_is_good_from_where_the_job_says(rating: object, says_good: bool) -> None:
+    choices = RowChoices(preference=PreferenceSpec(good_from=3.5))
+    row = {"messages": [*ASKED, says("a")], "rating": rating}
+    found = read_row(row, next(each for each in SHAPES if each == "Thumb"), choices)
+    assert isinstance(found, Found)
+    assert isinstance(found.row, Thumb)
+    assert found.row.is_good is says_good
+    assert refusal(row, "Thumb") == (Problem.MISSING_FIELD, "label")
+
+
+def test_which_answers_make_pairs_stands_in_the_plan_where_the_job_does_not_say(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl([ranked([BEST, WORST], [3, 1])]))
+    for preference, chosen in (({}, "BestVsWorst"), ({"pairs": "All"}, None)):
+        datasets = [{"uri": (tmp_path / "data").as_uri() + "/", "preference": preference}]
+        prepared = prepare_run(tmp_path, {**ALL, "datasets": datasets}, attempt=1 if chosen else 2)
+        values = {each.field: each.value for each in prepared.plan.resolved}
+        assert values.get("datasets[].preference.pairs") == chosen

@@ -408,7 +408,7 @@ def test_a_renamed_field_never_hides_another() -> None:
 
 
 def test_every_name_that_can_be_given_is_one_that_is_read() -> None:
-    read_by_shapes = {name for shape in SHAPES.values() for name in shape.reads}
+    read_by_shapes = {name for shape in SHAPES.values() for name in shape.reads.union(*shape.needs)}
     assert set(ColumnsSpec.model_fields) <= read_by_shapes | {"role", "content"}
     needed = {group[0] for shape in SHAPES.values() for group in shape.needs} - {"conversations"}
     assert needed <= set(ColumnsSpec.model_fields)

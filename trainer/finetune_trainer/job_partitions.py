@@ -78,6 +78,7 @@ class JobPartitions:
             same_role=choices.same_role,
             learns_all=choices.learns_all,
             told_by=choices.told_by,
+            preference=choices.preference.model_dump(mode="json", exclude_none=True),
         )
 
     def rows_of(self, partition: Partition) -> DecodedRows:

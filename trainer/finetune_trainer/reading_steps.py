@@ -19,6 +19,8 @@ from finetune_api.job import (
     LossOn,
     MethodSpec,
     OnBadRow,
+    Pairing,
+    PreferenceSpec,
     PreprocessingSpec,
     SameRoleMessages,
     SystemMessages,
@@ -265,6 +267,7 @@ def choose_formats(stage: RowsStage) -> None:
     if any(dataset.format is None for dataset in stage.ctx.config.spec.datasets):
         formats = ", ".join(dict.fromkeys(stage.formats))
         stage.choices.pick("datasets[].format", None, formats, "told from the first rows; every row was checked")
+    _choose_pairs(stage)
 
 
 def bad_rows(stage: RowsStage) -> BadRows:
@@ -318,6 +321,7 @@ def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_rol
         ignored=frozenset(dataset.ignore_fields or ()),
         system_messages=system_messages,
         same_role=same_role,
+        preference=dataset.preference or PreferenceSpec(),
     )
 
 
@@ -378,3 +382,12 @@ def _require_taught(stage: PrepareStage, taught: Taught) -> None:
     given, default = stage.preprocessing.max_unrolled_fraction, defaults.MAX_UNROLLED_FRACTION
     reason = "what one sequence for each answer may repeat, of all tokens"
     taught.require_at_most(stage.choices.pick("preprocessing.maxUnrolledFraction", given, default, reason))
+
+
+def _choose_pairs(stage: RowsStage) -> None:
+    """Record which answers of rankings make pairs, where a dataset has some and does not say."""
+    datasets = zip(stage.ctx.config.spec.datasets, stage.formats, strict=False)  # those that were read
+    ranked = [each.preference or PreferenceSpec() for each, found in datasets if found is DatasetFormat.RANKING]
+    if any(each.pairs is None for each in ranked):
+        reason = "of each prompt the clearest preference, so that none counts more than another"
+        stage.choices.pick("datasets[].preference.pairs", None, Pairing(defaults.PAIRING), reason)

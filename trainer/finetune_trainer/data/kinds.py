@@ -16,7 +16,18 @@ from finetune_api.job import DatasetFormat
 from finetune_trainer.data.end_token import require_end_token, require_stop_at_end_token
 from finetune_trainer.data.kind import KIND_NAME, ArrowBatch, Kind, Members, SaidText, Untemplated
 from finetune_trainer.data.problems import Broken, Drop, Problem
-from finetune_trainer.data.rows import Answered, Completion, Conversation, Message, Pair, Row, Text, Thumb
+from finetune_trainer.data.rows import (
+    Answered,
+    Completion,
+    Conversation,
+    Message,
+    Pair,
+    RankedPair,
+    Ranking,
+    Row,
+    Text,
+    Thumb,
+)
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
 from finetune_trainer.data.tokens import Breaks, Tokens, of_document, split
 from finetune_trainer.data.too_long import without_beginning
@@ -233,9 +244,10 @@ def _answer(row: Thumb) -> dict[str, Answered]:
 
 
 _PLAIN_PAIR = frozenset(("chosen", "rejected", "weight"))  # beside the prompt
+_PLAIN_RANKING = frozenset(("weight",))  # beside the prompt, the answers and their scores
 PAIR = Kind[Pair](
     name="pair",
-    formats=frozenset((DatasetFormat.PAIR,)),
+    formats=frozenset((DatasetFormat.PAIR, DatasetFormat.RANKING)),  # whoever takes pairs takes those of rankings
     texts=lambda row: _texts_of_members(_sides(row)),
     with_texts=lambda row, given: replace(
         row, **{name: _member_with_texts(name, each, given) for name, each in _sides(row).items()}
@@ -272,12 +284,70 @@ THUMB = Kind[Thumb](
     label=lambda row: 1 if row.is_good else -1,
 )
 
+
+def _answers(row: Ranking) -> dict[str, Answered]:
+    return {f"answers[{at}]": each for at, each in enumerate(row.answers)}
+
+
+def _ranking_with_texts(row: Ranking, given: Mapping[str, str]) -> Ranking:
+    return replace(row, answers=tuple(_member_with_texts(name, each, given) for name, each in _answers(row).items()))
+
+
+def _no_pair_of(row: Ranking) -> Drop | None:
+    """Return why a ranking makes no pair, if it makes none."""
+    if row.pairs:
+        return None
+    if len(row.answers) == 1:
+        return Drop.ONE_ANSWER
+    if min(row.scores) == max(row.scores):
+        return Drop.TIED
+    first = _content(row.answers[0])
+    return Drop.EQUAL_ANSWERS if all(_content(each) == first for each in row.answers) else Drop.SMALL_MARGIN
+
+
+RANKING = Kind[Ranking](
+    name="ranking",
+    formats=frozenset((DatasetFormat.RANKING,)),
+    texts=lambda row: _texts_of_members(_answers(row)),
+    with_texts=_ranking_with_texts,
+    content=lambda row: [[_content(each) for each in row.answers], row.scores],
+    unlearnable=_no_pair_of,
+    columns=pa.schema(
+        [
+            ("answers", pa.list_(_MEMBER_COLUMN)),
+            ("scores", pa.list_(pa.float64())),
+            ("pairs", pa.list_(pa.struct([("chosen", pa.int32()), ("rejected", pa.int32())]))),
+            ("weight", pa.float64()),
+        ]
+    ),
+    to_columns=lambda row: {
+        "answers": [_member_columns(each) for each in row.answers],
+        "scores": list(row.scores),
+        "pairs": [{"chosen": each.chosen, "rejected": each.rejected} for each in row.pairs],
+        "weight": row.weight,
+    },
+    from_columns=lambda columns: Ranking(
+        tuple(_member_of_columns(each) for each in columns["answers"]),
+        tuple(columns["scores"]),
+        tuple(RankedPair(**each) for each in columns["pairs"]),
+        columns["weight"],
+    ),
+    members=Members(
+        rows=lambda row: [row.answers[at] for pair in row.pairs for at in (pair.chosen, pair.rejected)],
+        names=lambda _: ("chosen", "rejected"),
+    ),
+    only_fields=lambda row: _PLAIN_RANKING if isinstance(row.answers[0], Completion) else None,
+    nested=lambda row: _nested_of_members(_answers(row)),
+    contents=lambda row: [said for each in row.answers for said in kind_of(each).contents(each)],
+)
+
 KINDS: dict[type, Kind[Any]] = {  # by the class of the row
     Conversation: CHAT,
     Completion: COMPLETION,
     Text: TEXT,
     Pair: PAIR,
     Thumb: THUMB,
+    Ranking: RANKING,
 }
 
 

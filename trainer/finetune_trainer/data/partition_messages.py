@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from finetune_api.errors import StageError
-from finetune_api.job import SameRoleMessages, SystemMessages
+from finetune_api.job import PreferenceSpec, SameRoleMessages, SystemMessages
 from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import FileRows, RowPlace, StageAccount
 from finetune_trainer.data.bad_rows import BrokenRow
@@ -74,6 +74,7 @@ class Task:
     same_role: str
     learns_all: bool
     told_by: str
+    preference: dict[str, Any]
     most_rows: int | None = None
 
     @property
@@ -85,6 +86,7 @@ class Task:
             same_role=SameRoleMessages(self.same_role),
             learns_all=self.learns_all,
             told_by=self.told_by,
+            preference=PreferenceSpec.model_validate(self.preference),
         )
 
 

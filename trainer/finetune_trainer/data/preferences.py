@@ -11,11 +11,12 @@ from finetune_api.row_words import MAX_MESSAGES
 from finetune_trainer.data.field_names import CONTENT, CONVERSATION, ROLE, says_nothing
 from finetune_trainer.data.messages import Said, text
 from finetune_trainer.data.problems import Change, Problem, RefusedError
-from finetune_trainer.data.row_reader import RowReader, is_text_of_messages
+from finetune_trainer.data.row_reader import NUMBER, RowReader, is_text_of_messages
 from finetune_trainer.data.rows import Answered, Completion, Conversation, Pair, Thumb
 
 ASKED = ("question", "query", "input")  # names of a question that a template renders; `prompt` may be plain text
 LABEL = ("label", "kto_tag")
+RATING = ("rating", "score")
 _GOOD = frozenset(("true", "1", "good", "desirable", "up", "like", "chosen"))
 _BAD = frozenset(("false", "0", "-1", "bad", "undesirable", "down", "dislike", "rejected"))
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # as Anthropic's HH writes conversations
@@ -23,7 +24,7 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prompt:
     """What a row says before its answers. plain: a text that is no message where the answer is plain text too."""
 
     said: list[Said]
@@ -32,10 +33,10 @@ class _Prompt:
 
 def pair(reading: RowReader) -> Pair:
     """Return the two answers to one prompt that a row has as `chosen` and `rejected`."""
-    prompt = _prompt(reading)
-    chosen, rejected = (_answered(reading, prompt, reading.row.get(name), name) for name in ("chosen", "rejected"))
+    prompt = prompt_of(reading)
+    chosen, rejected = (answered(reading, prompt, reading.row.get(name), name) for name in ("chosen", "rejected"))
     if isinstance(chosen, Conversation) and isinstance(rejected, Conversation):
-        return Pair(chosen, _after_the_same(chosen, rejected), reading.weight())
+        return Pair(chosen, after_the_same(chosen, rejected, "rejected"), reading.weight())
     if type(chosen) is not type(rejected):
         raise RefusedError(Problem.WRONG_TYPE, "rejected", "must be a text where chosen is one, else messages too")
     return Pair(chosen, rejected, reading.weight())
@@ -53,38 +54,60 @@ def thumb(reading: RowReader, answer: Answered) -> Thumb:
 
 
 def _is_good(reading: RowReader) -> bool:
+    """Return what the row says of its answer: its label, or else its rating where the job says what is good."""
     name = reading.one_of(LABEL)
     if name is None:
-        raise RefusedError(Problem.MISSING_FIELD, LABEL[0])
+        return _is_rated_good(reading)
     value = reading.row[name]
-    said = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    said = str(whole).strip().lower() if isinstance(whole, bool | int | str) else ""
     if said not in _GOOD | _BAD:
         raise RefusedError(Problem.WRONG_TYPE, name, "must be true or false, 1 or 0, good or bad")
     return said in _GOOD
 
 
-def _prompt(reading: RowReader) -> _Prompt:
+def _is_rated_good(reading: RowReader) -> bool:
+    name, good_from = reading.one_of(RATING), reading.choices.preference.good_from
+    if name is None:
+        raise RefusedError(Problem.MISSING_FIELD, LABEL[0])
+    if good_from is None:
+        detail = "or say from which rating on an answer is good by datasets[].preference.goodFrom"
+        raise RefusedError(Problem.MISSING_FIELD, LABEL[0], detail)
+    reading.also_read.update(RATING)
+    return number(reading.row[name], name) >= good_from
+
+
+def number(value: object, field: str) -> float:
+    """Return a number, or that which a text says, as a table of texts has it. Raises RefusedError."""
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise RefusedError(Problem.WRONG_TYPE, field, "must be a number")
+    return float(value)
+
+
+def prompt_of(reading: RowReader) -> Prompt:
     """Return the prompt by the first of its spellings that the row has; another one is a field that is not read."""
     row, read = reading.row, reading.also_read
     if not says_nothing(row.get("instruction")):
         read.update(("instruction", "input", "history"))
-        return _Prompt([*reading.history(), _of_user(reading.instruction("input"))])
+        return Prompt([*reading.history(), _of_user(reading.instruction("input"))])
     talked = reading.one_of(CONVERSATION if _is_again_the_chosen(reading) else ("messages", *CONVERSATION))
     if talked is not None:
         read.update(("messages", *CONVERSATION))
-        return _Prompt(reading.messages.read(row[talked], talked))
+        return Prompt(reading.messages.read(row[talked], talked))
     asked = reading.one_of(("prompt", *ASKED))
     if asked is None:
-        return _Prompt([])
+        return Prompt([])
     read.update(("prompt", *ASKED))
     given = row[asked]
     if isinstance(given, list | dict) or is_text_of_messages(given):
-        return _Prompt(reading.messages.read(given, asked))
+        return Prompt(reading.messages.read(given, asked))
     words = text(given, asked)
     if asked == "prompt" and says_nothing(row.get("history")):
-        return _Prompt([_of_user(words)], words)
+        return Prompt([_of_user(words)], words)
     read.add("history")
-    return _Prompt([*reading.history(), _of_user(words)])
+    return Prompt([*reading.history(), _of_user(words)])
 
 
 def _is_again_the_chosen(reading: RowReader) -> bool:
@@ -96,7 +119,7 @@ def _is_again_the_chosen(reading: RowReader) -> bool:
     return True
 
 
-def _answered(reading: RowReader, prompt: _Prompt, value: object, field: str) -> Answered:
+def answered(reading: RowReader, prompt: Prompt, value: object, field: str) -> Answered:
     """Return the prompt with one answer. value: a text, a message, messages, or a whole conversation."""
     if isinstance(value, str) and not is_text_of_messages(value):
         if prompt.plain is not None:
@@ -119,14 +142,14 @@ def _answered(reading: RowReader, prompt: _Prompt, value: object, field: str) ->
     return replace(reading.conversation([*context, said[-1]], field), weight=1.0)
 
 
-def _after_the_same(chosen: Conversation, rejected: Conversation) -> Conversation:
-    """Return the rejected conversation with the chosen one's own messages before the answer. Raises RefusedError."""
+def after_the_same(chosen: Conversation, rejected: Conversation, field: str) -> Conversation:
+    """Return the second conversation with the first one's own messages before its answer. Raises RefusedError."""
     one, other = chosen.messages[:-1], rejected.messages[:-1]
     if one == other:
         return replace(rejected, messages=[*one, rejected.messages[-1]])
     pairs = enumerate(zip(one, other, strict=False))
     same = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-    raise RefusedError(Problem.PROMPTS_DIFFER, "rejected", f"they differ from message {same + 1} on")
+    raise RefusedError(Problem.PROMPTS_DIFFER, field, f"they differ from message {same + 1} on")
 
 
 def _holds(said: list[Said], prompt: list[Said]) -> bool:

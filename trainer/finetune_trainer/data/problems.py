@@ -41,6 +41,7 @@ class Problem(StrEnum):
     MASKED_ANSWER = "masked_answer"
     PROMPTS_DIFFER = "prompts_differ"
     TOO_MANY_MESSAGES = "too_many_messages"
+    TOO_MANY_ANSWERS = "too_many_answers"
     TEMPLATE_FAILED = "template_failed"
     GENERATION_PROMPT_NOT_KEPT = "generation_prompt_not_kept"
     NO_REASONING = "no_reasoning"
@@ -77,6 +78,9 @@ class Drop(StrEnum):
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"
     EQUAL_ANSWERS = "equal_answers"
     IDENTICAL_TOKENS = "identical_tokens"
+    ONE_ANSWER = "one_answer"
+    TIED = "tied"
+    SMALL_MARGIN = "small_margin"
 
 
 @dataclass(frozen=True, slots=True)

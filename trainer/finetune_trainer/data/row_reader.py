@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from finetune_api.job import SameRoleMessages, SystemMessages
+from finetune_api.job import PreferenceSpec, SameRoleMessages, SystemMessages
 from finetune_api.row_words import MAX_MESSAGES, MAX_ROW_WEIGHT, MIN_ROW_WEIGHT
 from finetune_trainer.data import toolcalls
 from finetune_trainer.data.field_names import CONTENT, ROLE, SYSTEM, TOOLS, says_nothing, shown
@@ -19,7 +19,7 @@ _JOINT = "\n\n"  # between an instruction and the input or context that belongs 
 # How a list of messages begins as text, as the cells of a table have it; also as Python writes one, which is refused.
 _MESSAGES_AS_TEXT = re.compile(rf"""\s*\[\s*\{{\s*(["'])({"|".join((*ROLE, *CONTENT))})\1\s*:""")
 
-_NUMBER = re.compile(r"[+-]?([0-9]{1,40}([.][0-9]{0,40})?|[.][0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
+NUMBER = re.compile(r"[+-]?([0-9]{1,40}([.][0-9]{0,40})?|[.][0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 
 # Names that the template gets from us. A row that sets one of them would not be rendered as it is served.
 _OF_THE_RENDERER = """
@@ -41,6 +41,7 @@ class RowChoices:
     nulls_are_absent: bool = False
     learns_all: bool = False
     told_by: str = "its dataset has"
+    preference: PreferenceSpec = field(default_factory=PreferenceSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class RowReader:
 
     def __init__(self, row: Mapping[str, Any], choices: RowChoices) -> None:
         self.row = row
-        self._choices = choices
+        self.choices = choices
         self.messages = MessageReader(choices.ignored, choices.columns, choices.nulls_are_absent, choices.learns_all)
         self.changes: set[Change] = set()
         self.also_read: set[str] = set()  # names of fields, beside those of the shape
@@ -85,7 +86,7 @@ class RowReader:
                 said = [Said({"role": "system", "content": told}), *said]
             elif before.get("content") != told:
                 raise RefusedError(Problem.TWO_FIELDS, system, "the messages begin with another system message")
-        ordered = Ordered(said, self._choices.system_messages, self._choices.same_role, where)
+        ordered = Ordered(said, self.choices.system_messages, self.choices.same_role, where)
         self.changes |= ordered.changes
         offered = self.one_of(TOOLS)
         tools = None if offered is None else toolcalls.tools(self.messages.filled(self.row[offered]), offered)
@@ -112,7 +113,7 @@ class RowReader:
             return 1.0
         if isinstance(given, Broken):
             raise RefusedError(given.problem, "weight", given.detail)
-        if isinstance(given, str) and _NUMBER.fullmatch(given.strip()):
+        if isinstance(given, str) and NUMBER.fullmatch(given.strip()):
             given = float(given)
         if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
             raise RefusedError(Problem.WRONG_TYPE, "weight", "must be a number")

@@ -60,4 +60,22 @@ class Thumb:
     weight: float = 1.0
 
 
-Row = Conversation | Completion | Text | Pair | Thumb
+@dataclass(frozen=True, slots=True)
+class RankedPair:
+    """Two answers of a ranking, by their places."""
+
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Answers to one prompt with their scores, and the pairs of them that are learned."""
+
+    answers: tuple[Answered, ...]
+    scores: tuple[float, ...]
+    pairs: tuple[RankedPair, ...]
+    weight: float = 1.0
+
+
+Row = Conversation | Completion | Text | Pair | Thumb | Ranking

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from finetune_api.job import DatasetFormat
-from finetune_trainer.data import preferences
+from finetune_trainer.data import preferences, rankings
 from finetune_trainer.data.field_names import (
     ANSWER,
     CONVERSATION,
@@ -225,17 +225,36 @@ SHAPES: dict[DatasetFormat, Shape] = {
         ),
     ),
     DatasetFormat.THUMB: Shape(
-        needs=(preferences.LABEL, ("messages", *CONVERSATION, "completion", *ANSWER)),
+        needs=((*preferences.LABEL, *preferences.RATING), ("messages", *CONVERSATION, "completion", *ANSWER)),
         reads=frozenset(("weight", *preferences.LABEL)),
         to_row=_thumb,
         meaning="An answer that is good or bad, under one of "
         + ", ".join(f"`{each}`" for each in preferences.LABEL)
-        + ": true or false, 1 or 0, `good` or `bad`, `desirable` or `undesirable`. What is answered has any of the "
+        + ": true or false, 1 or 0, `good` or `bad`, `desirable` or `undesirable`; or with a `rating`, a number, good "
+        "from `datasets[].preference.goodFrom` on. What is answered has any of the "
         "shapes before this one but Text; its last answer alone is learned, and must be its end.",
         examples=(
             '{"prompt": "The capital of Norway is", "completion": " Oslo.", "label": true}',
             '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}], "label": 0}',
             '{"question": "2+2?", "answer": "4", "label": "desirable"}',
+        ),
+    ),
+    DatasetFormat.RANKING: Shape(
+        needs=(rankings.ANSWERS, (*rankings.PROMPTS, *rankings.SCORES, *rankings.RANKS)),
+        reads=_BESIDE,
+        to_row=rankings.ranking,
+        meaning="Several answers to one prompt under one of "
+        + ", ".join(f"`{each}`" for each in rankings.ANSWERS)
+        + ", which become pairs: the best and the worst one, or what `datasets[].preference` says. How good each is "
+        "stands in a list under "
+        + ", ".join(f"`{each}`" for each in (*rankings.SCORES, *rankings.RANKS))
+        + " (of ranks 1 is the best), or beside the text of each as `score`, `rating` or `overall_score`. Prompt and "
+        "answers are as those of Pair.",
+        examples=(
+            '{"prompt": "2 and 2 is", "responses": [" 4.", " 5.", " more than 3."], "scores": [5, 1, 3]}',
+            '{"question": "2+2?", "responses": ["5", "4"], "rank": [2, 1]}',
+            '{"instruction": "2+2?", "completions": [{"response": "4", "overall_score": 9.5}, {"response": "5", '
+            '"overall_score": 2}]}',
         ),
     ),
 }
