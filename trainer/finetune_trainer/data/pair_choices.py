@@ -25,7 +25,7 @@ class PairChoices:
         given = spec or PreferenceSpec()
         return cls(
             pairing=defaults.given(given.pairs, _PAIRING),
-            min_margin=defaults.given(given.min_margin, 0.0),
+            min_margin=given.min_margin or 0.0,
             most=defaults.given(given.max_pairs_per_prompt, defaults.MAX_PAIRS_PER_PROMPT),
         )
 
