@@ -79,8 +79,9 @@ test-fast: $(READY)  ## The tests that need no cluster and no real model
 	$(BIN)/pytest -m "not control_plane and not cluster and not real_model"
 
 .PHONY: soak
-soak: assets  ## Longer than a change waits for: the real model killed at twenty random moments
+soak: assets testbed images  ## Longer than a change waits for: twenty kills of the real model; a queue that holds a job for minutes
 	FINETUNE_REAL_KILLS=20 $(BIN)/pytest tests/unit/test_exactness.py -k real_model
+	FINETUNE_HELD_S=300 $(BIN)/pytest tests/cluster/test_e2e_disturbances.py -k queue
 
 .PHONY: templates
 templates: $(READY)  ## Write bench/results/templates.md: what becomes of conversations by every chat template of TRL

@@ -3,7 +3,9 @@
 One job suffers it all, attempt after attempt; the tests may run in any order or alone.
 """
 
+import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ from finetune_api.names import Stage
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 Pod = dict[str, Any]
+
+HELD_S = float(os.environ.get("FINETUNE_HELD_S", "0"))  # by the queue; `make soak` lets it be minutes
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,14 @@ def test_a_queue_that_suspends_the_kubernetes_job_frees_the_pod_and_the_same_att
     assert disturbed.condition("Admitted")["status"] == "False"
     live = [pod for pod in disturbed.pods(Stage.TRAIN) if pod["status"]["phase"] in ("Pending", "Running")]
     assert live == []
+
+    held = disturbed.status()
+    resumed_s = time.monotonic() + HELD_S
+    while time.monotonic() < resumed_s:
+        time.sleep(1)
+        assert disturbed.condition("Running")["reason"] == "JobSuspended"
+        assert disturbed.condition("Degraded").get("status") != "True"
+        assert disturbed.status()["attempts"] == held["attempts"]
 
     lab.kubectl("patch", "job", k8s_job, "--type=merge", "-p", '{"spec": {"suspend": false}}')
     after = disturbed.until_resumed(before["attempt"])
