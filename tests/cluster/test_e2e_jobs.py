@@ -77,7 +77,7 @@ def test_a_manual_cpt_job_waits_at_its_plan_and_ends_with_a_whole_adapter_that_a
 
     assert answers.pods() == [] or answers.status()["record"]["adapterFrom"]["uri"] == status["artifacts"][0]["uri"]
     figures = answers.until_succeeded()["metrics"]
-    assert figures["evalLoss"] < figures["baseEvalLoss"]
+    assert figures["baseEvalLoss"] < status["metrics"]["baseEvalLoss"] - 0.5, "it begins with what the texts taught"
     assert_adapter_is_whole(lab, answers)
     begun_with = json.loads(lab.read(answers.status()["artifacts"][0]["manifestUri"]))["starting_adapter"]
     assert begun_with == {name: status["artifacts"][0][name] for name in ("uri", "digest")}
