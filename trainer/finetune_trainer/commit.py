@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _MAX_WRITERS = 2000
 _MAX_RACES = 20  # lost races before giving up; each one means that another writer has moved on
-_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 
 
 class ManifestFile(WireModel):
@@ -121,7 +121,7 @@ def publish_manifest(store: Store, fence: Fence, uri: str, manifest: dict[str, o
     try:
         store.put(uri, content, if_none_match=True)
     except PreconditionFailed:
-        if store.read(uri, max_bytes=_MANIFEST_BYTES)[0] != content:
+        if store.read(uri, max_bytes=MAX_MANIFEST_BYTES)[0] != content:
             raise ValueError(f"{uri} holds another manifest") from None
     return sha256_digest(content)
 
@@ -130,7 +130,7 @@ def read_manifest(store: Store, uri: str, digest: str | None = None) -> dict[str
     """The manifest at `uri`, with every file it names verified by size and SHA-256 (each is read once).
 
     Raises StageError(CORRUPT_TRANSFER) when it, or a file, is not what it was; OBJECT_NOT_FOUND."""
-    content, _etag = store.read(uri, max_bytes=_MANIFEST_BYTES)
+    content, _etag = store.read(uri, max_bytes=MAX_MANIFEST_BYTES)
     if digest is not None and sha256_digest(content) != digest:
         raise StageError(Fault.CORRUPT_TRANSFER, uri=uri, tries=1)
     try:

@@ -96,7 +96,7 @@ def reference_of(
 ) -> npt.NDArray[np.float32]:
     """Return (segments,) what `Examples.reference` holds, mapped from `path`; NaN where nothing is read.
 
-    The caller has taken the adapter off. is_read: (examples,). What storage refuses ends nothing: it is only computed
+    The adapter is as it was at the start. is_read: (examples,). What storage refuses ends nothing: it is only computed
     again after a kill. Raises what `kept.beat` does, and SUPERSEDED."""
     values = new_mapped(path, _DTYPE, len(examples.parents))
     names: set[str] = set()

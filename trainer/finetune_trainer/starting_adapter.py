@@ -15,14 +15,13 @@ from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS, StartingAdapter
-from finetune_trainer.commit import MANIFEST, ManifestFile
+from finetune_trainer.commit import MANIFEST, MAX_MANIFEST_BYTES, ManifestFile
 from finetune_trainer.runplan import MAX_MODULES, AdapterFacts, FileRecord, ModelFacts
 from finetune_trainer.store import Store, spec_field
 
 ADAPTER_CONFIG = "adapter_config.json"  # both as PEFT names them, which prepare does not import
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FIELD = "model.adapterFrom"
-_MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_CONFIG_BYTES = 2**20
 _DECIDING_FILES = ("config.json", "tokenizer.json")  # of a base model, besides its weights
 
@@ -61,7 +60,7 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
     ADAPTER_OF_OTHER_BASE as far as the base's files are known by now."""
     manifest_uri = join(source.uri, MANIFEST)
     with spec_field(_FIELD):
-        content, _ = store.read(manifest_uri, max_bytes=_MAX_MANIFEST_BYTES)
+        content, _ = store.read(manifest_uri, max_bytes=MAX_MANIFEST_BYTES)
     digest = sha256_digest(content)
     if source.digest is not None and digest != source.digest:
         raise StageError(Fault.MODEL_CHANGED, uri=shortened(manifest_uri, MAX_ARG_CHARS))

@@ -156,10 +156,10 @@ def _fetch(ctx: StageContext) -> _Fetched:
     model_folder = ctx.work_dir / "model"
     model_files = inputs.fetch_model(store, plan, model_folder)
     adapter = inputs.fetch_starting_adapter(store, plan, ctx.work_dir / "starting_adapter")
+    fetched = _Fetched(store, plan, stored.digest, model_folder, model_files, examples, held_out, steps, adapter)
     if plan.starting_adapter is not None:
-        digests = {name: file.sha256 for name, file in model_files.items()}
-        require_same_base(plan.starting_adapter, plan.model.uri, digests)
-    return _Fetched(store, plan, stored.digest, model_folder, model_files, examples, held_out, steps, adapter)
+        require_same_base(plan.starting_adapter, plan.model.uri, fetched.model_digests)
+    return fetched
 
 
 def _read_plan(ctx: StageContext) -> StoredPlan:

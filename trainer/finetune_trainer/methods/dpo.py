@@ -18,7 +18,7 @@ from finetune_api import defaults
 from finetune_api.job import DpoLoss, DpoSpec, LossOn, MethodSpec, Schedule, TooLong
 from finetune_trainer.data.examples import TokenRun, Tree, pair_of
 from finetune_trainer.data.kinds import PAIR
-from finetune_trainer.methods.method import Default, Loss, Method
+from finetune_trainer.methods.method import Default, Loss, Method, answer_stop_token_ids
 from finetune_trainer.methods.preference import (
     Answers,
     first_of_each,
@@ -26,7 +26,6 @@ from finetune_trainer.methods.preference import (
     once,
     pairs_of,
     share_above,
-    stop_token_ids,
     summed,
 )
 from finetune_trainer.runplan import Denominator
@@ -166,7 +165,7 @@ DPO = Method(
     wanted=first_of_each,
     needs_reference=True,
     bound=_bound,
-    stop_token_ids=stop_token_ids,
+    stop_token_ids=answer_stop_token_ids,
     answer_end_ids=lambda plan: plan.stop_token_ids,
     name="direct preference optimisation",
     rows_name="pairs",

@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
-from finetune_api.job import KtoSpec, LossOn, MethodSpec, Schedule, TooLong
+from finetune_api.job import KtoSpec, MethodSpec
 from finetune_api.reasons import Fault
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment
 from finetune_trainer.data.kinds import THUMB
-from finetune_trainer.methods.method import Default, Loss, Method
-from finetune_trainer.methods.preference import once, share_above, stop_token_ids, summed
-from finetune_trainer.runplan import Denominator
+from finetune_trainer.methods.dpo import DPO
+from finetune_trainer.methods.method import Loss, Method
+from finetune_trainer.methods.preference import share_above, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,30 +150,20 @@ def _good(batch: "Batch") -> Sequence[bool]:
 
 
 _OPTIONS = _filled(None)
-KTO = Method(
+KTO = replace(
+    DPO,
     kinds=(THUMB,),
-    labels=lambda _: LossOn.ASSISTANT,
     choose=_choose,
     settle=_settle,
     examples=_examples,
-    too_long=TooLong(defaults.SFT_TOO_LONG),
-    needs_end_token=False,
-    longest_tokens=None,
-    ranks=defaults.LORA_RANKS,
-    epochs=once,
-    schedule=Default(Schedule(defaults.PREFERENCE_SCHEDULE), "preference methods fall linearly to 0"),
-    denominator=Denominator.EXAMPLES,
-    learning_rate=Default(defaults.DPO_LEARNING_RATE, "ten times what is usual without LoRA"),
+    sequences=1,
     loss=partial(_loss, _OPTIONS),
     losses=partial(_losses, _OPTIONS),
     figures=FIGURES,
     measures=partial(_measures, _OPTIONS),
     wanted=_good,
-    needs_reference=True,
     needs_drift=True,
     bound=_bound,
-    stop_token_ids=stop_token_ids,
-    answer_end_ids=lambda plan: plan.stop_token_ids,
     name="Kahneman-Tversky optimisation",
     rows_name="rated answers",
 )

@@ -58,6 +58,11 @@ def _as_it_is(method: "Method", _: MethodSpec) -> "Method":
     return method
 
 
+def answer_stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
+    """Return the tokens that training put at the end of answers; an answer ends nowhere else."""
+    return plan.stop_token_ids or model_stop_ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a method decides about rows, the plan, the step, held-out rows and the card.

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finetune_api import defaults
 from finetune_trainer.methods.method import Default, Loss
-from finetune_trainer.runplan import RunPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +75,3 @@ def first_of_each(batch: "Batch") -> Sequence[bool]:
 def once(rows: float) -> Default[float]:  # noqa: ARG001 (every method's has it)
     """One pass over the data."""
     return Default(defaults.PREFERENCE_EPOCHS, "preferences are read once: they are soon learned by heart")
-
-
-def stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
-    """The tokens that end the answers of the rows; an answer ends nowhere else."""
-    return plan.stop_token_ids or model_stop_ids

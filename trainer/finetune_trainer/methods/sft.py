@@ -12,8 +12,8 @@ from finetune_api.job import LossOn, MethodSpec, Schedule, SftSpec, TooLong
 from finetune_trainer.data.examples import TokenRun, Tree, tree_of
 from finetune_trainer.data.kinds import CHAT, COMPLETION
 from finetune_trainer.methods.likelihood import likelihood_loss, token_losses
-from finetune_trainer.methods.method import Default, Method
-from finetune_trainer.runplan import Denominator, RunPlan
+from finetune_trainer.methods.method import Default, Method, answer_stop_token_ids
+from finetune_trainer.runplan import Denominator
 
 if TYPE_CHECKING:
     from finetune_trainer.sizing import Choices
@@ -41,11 +41,6 @@ def _epochs(rows: float) -> Default[float]:
     return Default(epochs, f"{read}: 3 passes, more for fewer than 34 rows, fewer above 8,333")
 
 
-def _stop_token_ids(plan: RunPlan, model_stop_ids: list[int]) -> list[int]:
-    """The tokens that training put at the end of answers; an answer ends nowhere else."""
-    return plan.stop_token_ids or model_stop_ids
-
-
 SFT = Method(
     kinds=(CHAT, COMPLETION),
     labels=_labels,
@@ -60,7 +55,7 @@ SFT = Method(
     denominator=Denominator.LABEL_TOKENS,
     loss=likelihood_loss,
     losses=token_losses,
-    stop_token_ids=_stop_token_ids,
+    stop_token_ids=answer_stop_token_ids,
     answer_end_ids=lambda plan: plan.stop_token_ids,
     name="supervised fine-tuning",
     rows_name="rows",
