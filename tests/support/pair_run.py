@@ -1,6 +1,5 @@
 """A run of tiny_run.py with examples of a preference method: some bytes are better than others."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from finetune_trainer.batches import plan_batches
 from finetune_trainer.data.examples import ARRAYS, COLUMNS, TokenRun, Tree, one_segment, pair_of
 from finetune_trainer.data.spool import flat_lengths
 from finetune_trainer.methods import method_of
-from finetune_trainer.runplan import FileRecord, SplitFiles
+from finetune_trainer.runplan import SplitFiles
 from finetune_trainer.store import Store
-from tiny_run import STOP_ID, TinyRun, make_run
+from tiny_run import STOP_ID, TinyRun, make_run, record_of
 
 GOOD, BAD = 64, 128  # the first of eight bytes that good answers are made of, and of those of bad ones
 HELD_OUT = 30
@@ -49,14 +48,6 @@ def thumbs(count: int, seed: int) -> tuple[list[Tree], list[int]]:
     return found, labels
 
 
-def _record(store: Store, path: Path) -> FileRecord:
-    uri = f"file://{path}"
-    info = store.head(uri)
-    assert info is not None
-    digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-    return FileRecord(uri=uri, size_bytes=info.size_bytes, etag=info.etag, sha256=digest)
-
-
 def write_trees(store: Store, folder: Path, trees: Sequence[Tree], labels: Sequence[int] | None = None) -> SplitFiles:
     """Write a split as prepare does."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +73,7 @@ def write_trees(store: Store, folder: Path, trees: Sequence[Tree], labels: Seque
         total_tokens=sum(lengths),
         label_tokens=int(arrays["labels"].sum()),
         longest_row=max(lengths),
-        arrays={name: _record(store, folder / name) for name in arrays},
+        arrays={name: record_of(store, folder / name) for name in arrays},
     )
 
 
@@ -121,7 +112,7 @@ def preference_run(
         "held_out": held_out,
         "denominator": denominator,
         "options": MethodSpec.model_validate(spec),
-        "batches": _record(run.store, path),
+        "batches": record_of(run.store, path),
         "train_tokens": train.total_tokens,
         "label_tokens": train.label_tokens,
     }

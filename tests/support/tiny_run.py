@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from peft import LoraConfig, get_peft_model
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -84,6 +85,20 @@ def linear_modules(model: Any) -> list[str]:
     return sorted(names - set(_NOT_LINEAR_TARGETS))
 
 
+def plain_peft(run: "TinyRun") -> Any:
+    """The run's model with its adapter as PEFT alone makes them, for TRL to train."""
+    hyper = run.plan.hyperparameters
+    base = tiny_model(tiny_config("llama"))
+    config = LoraConfig(
+        r=hyper.lora_rank,
+        lora_alpha=hyper.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=linear_modules(base),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -141,7 +156,8 @@ class TinyRun:
         path.write_text(plan.model_dump_json())
 
 
-def _record(store: Store, path: Path) -> FileRecord:
+def record_of(store: Store, path: Path) -> FileRecord:
+    """What a plan holds of a file."""
     uri = f"file://{path}"
     info = store.head(uri)
     assert info is not None
@@ -164,7 +180,7 @@ def _write_split(store: Store, folder: Path, rows: int, seed: int, longest: int)
         total_tokens=int(offsets[-1]),
         label_tokens=int(np.concatenate(labels).sum()),
         longest_row=max(map(len, tokens)),
-        arrays={name: _record(store, folder / name) for name in ARRAYS},
+        arrays={name: record_of(store, folder / name) for name in ARRAYS},
     )
 
 
@@ -187,7 +203,7 @@ def _write_batches(store: Store, folder: Path, split: SplitFiles, steps: int, ba
         },
         folder / "batches.safetensors",
     )
-    return _record(store, folder / "batches.safetensors")
+    return record_of(store, folder / "batches.safetensors")
 
 
 def make_run(
@@ -236,7 +252,7 @@ def make_run(
             **hyper,
         }
     )
-    files = [_record(store, path) for path in sorted(model_folder.iterdir())]
+    files = [record_of(store, path) for path in sorted(model_folder.iterdir())]
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n]
     batches = _write_batches(store, prepared, train, steps, batch, hyperparameters.seed)
     prompt = "".join(chr(c) for c in range(65, 75))
@@ -305,7 +321,7 @@ def use_model(run: TinyRun, folder: Path) -> None:
     facts = run.plan.model.model_copy(
         update={
             "uri": f"file://{folder}",
-            "files": [_record(run.store, path) for path in sorted(folder.iterdir())],
+            "files": [record_of(run.store, path) for path in sorted(folder.iterdir())],
             "vocabulary_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "layers": config.num_hidden_layers,

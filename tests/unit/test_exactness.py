@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from finetune_api.job import MethodType
@@ -28,11 +26,9 @@ from tiny_run import (
     TinyRun,
     byte_tokenizer,
     context,
-    linear_modules,
     make_run,
+    plain_peft,
     steps_file,
-    tiny_config,
-    tiny_model,
     train_in_child,
     use_model,
 )
@@ -49,16 +45,7 @@ def _trl(
     """Loss and LoRA gradients of TRL's SFTTrainer on the rows `ids` as one padded batch, with LoRA weights `values`."""
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
-    hyper = run.plan.hyperparameters
-    base = tiny_model(tiny_config("llama"))
-    config = LoraConfig(
-        r=hyper.lora_rank,
-        lora_alpha=hyper.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=linear_modules(base),
-        task_type="CAUSAL_LM",
-    )
-    model: Any = get_peft_model(base, config)
+    model = plain_peft(run)
     for name, value in values.items():
         model.get_parameter(name).data.copy_(value)
     runs = [rows.read(sequence) for sequence in rows.sequences_of(ids)]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from finetune_api.job import MethodType
@@ -23,7 +22,7 @@ from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.policy import Scores
 from finetune_trainer.stop import StopFlag
 from pair_run import preference_run
-from tiny_run import TinyRun, byte_tokenizer, context, linear_modules, tiny_config, tiny_model
+from tiny_run import TinyRun, byte_tokenizer, context, plain_peft
 
 DPO, ORPO, KTO = MethodType.DPO, MethodType.ORPO, MethodType.KTO
 CPU = torch.device("cpu")
@@ -79,19 +78,6 @@ class OurStep:
         return self.rows.sequences_of(self.numbers)
 
 
-def _peft_model(run: TinyRun) -> Any:
-    hyper = run.plan.hyperparameters
-    base = tiny_model(tiny_config("llama"))
-    config = LoraConfig(
-        r=hyper.lora_rank,
-        lora_alpha=hyper.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=linear_modules(base),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config)
-
-
 def _rows_of_trl(ours: OurStep) -> list[dict[str, list[int]]]:
     runs = [ours.rows.read(each) for each in ours.sequences()]
     found: list[dict[str, list[int]]] = []
@@ -145,7 +131,7 @@ def test_loss_and_lora_gradients_of_dpo_are_those_of_trl(
     # No clipping, and several passes per step, so that our accumulation is compared with TRL's one padded batch.
     run = preference_run(tmp_path, DPO, options, batch=8, equal=False, micro_batch_tokens=90, max_grad_norm=1e9)
     ours = OurStep(run, tmp_path / "fetched")
-    rows, model = _rows_of_trl(ours), _peft_model(run)
+    rows, model = _rows_of_trl(ours), plain_peft(run)
     monkeypatch.setattr(trl.DPOTrainer, "_prepare_dataset", _as_it_is)
     trainer = trl.DPOTrainer(
         model=model,
@@ -185,7 +171,7 @@ def test_loss_and_lora_gradients_of_kto_are_those_of_trl(tmp_path: Path, monkeyp
         )
     monkeypatch.setattr(trl.KTOTrainer, "_prepare_dataset", _as_it_is)
     trainer = trl.KTOTrainer(
-        model=_peft_model(run),
+        model=plain_peft(run),
         args=trl.KTOConfig(
             output_dir=str(tmp_path / "trl"),
             per_device_train_batch_size=8,
@@ -229,7 +215,7 @@ def test_loss_and_lora_gradients_without_a_reference_are_those_of_trl(
     orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
     run = preference_run(tmp_path, method, options, batch=8, equal=False, micro_batch_tokens=90, max_grad_norm=1e9)
     ours = OurStep(run, tmp_path / "fetched")
-    rows, model = _rows_of_trl(ours), _peft_model(run)
+    rows, model = _rows_of_trl(ours), plain_peft(run)
     for name, value in ours.values.items():
         model.get_parameter(name).data.copy_(value)
     used = orpo if method is ORPO else cpo
