@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from bench.api_server import CORE, ApiServer, Body
+from bench.api_server import CORE, TIMEOUT_S, ApiServer, Body
 from finetune_api import names
 from finetune_api.reasons import Fault
 
@@ -48,15 +48,18 @@ class ActedKubelet:
         self._due: list[tuple[float, int, int, Body]] = []  # when, order, step, the pod as it was made
         self._order = itertools.count()
         self.failures: list[str] = []
+        self._thread = threading.Thread(target=self._run, name="kubelet", daemon=True)
 
     def start(self) -> None:
         self._api.follow(self._path, self._born, self._ended)
-        threading.Thread(target=self._run, name="kubelet", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
+        """Act no more, and wait for what is being said: the API server is ended after this."""
         self._ended.set()
         with self._changed:
             self._changed.notify_all()
+        self._thread.join(TIMEOUT_S)
 
     def _born(self, event: str, pod: Body) -> None:
         if event == "ADDED":
@@ -79,6 +82,7 @@ class ActedKubelet:
                         continue
                     _, _, step, pod = heapq.heappop(self._due)
                 pool.submit(self._act, step, pod)
+            pool.shutdown(cancel_futures=True)
 
     def _act(self, step: int, pod: Body) -> None:
         path = f"{self._path}/{pod['metadata']['name']}/status"

@@ -76,6 +76,15 @@ class ChildCache:
         for key, owner in touched:
             self._changed(key, owner)
 
+    def take_written(self, body: Body) -> None:
+        """Take a Kubernetes Job that a write of ours changed, before its watch tells of that; nobody is told.
+
+        Only where it is known: it may be deleted by now, of which no watch would tell once more."""
+        place, uid = _place(body), str(body["metadata"]["uid"])
+        with self._lock:
+            if place is not None and uid in self._jobs.get(place[1], {}):
+                self._put("jobs", place[1], place[0], body, deleted=False)
+
     def keep_only(self, kind: str, namespace: str | None, listed: set[str]) -> None:
         """These UIDs are all there are: what is missing was deleted while nobody watched."""
         vanished: set[tuple[Key, Owner]] = set()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import orjson
 import urllib3
@@ -178,11 +178,11 @@ class Cluster:
         query = {"fieldManager": FIELD_MANAGER}
         return self._write("patch", "finetunejobs/status", "PATCH", path, body, query)
 
-    def set_ttl(self, namespace: str, name: str, seconds: int) -> None:
-        """Let Kubernetes remove a finished Job after that time."""
+    def set_ttl(self, namespace: str, name: str, seconds: int) -> Body | None:
+        """Let Kubernetes remove a finished Job after that time. Return it as it is then; None if it is gone."""
         body = {"spec": {"ttlSecondsAfterFinished": seconds}}
         path = _path("jobs", namespace, name)
-        self._gone_is_fine("patch", "PATCH", path, body, {"fieldManager": FIELD_MANAGER})
+        return self._gone_is_fine("patch", "PATCH", path, body, {"fieldManager": FIELD_MANAGER})
 
     def delete_k8s_job(self, namespace: str, name: str, uid: str) -> None:
         """In the background, because batch/v1's default leaves the pods running; only this very object."""
@@ -287,13 +287,14 @@ class Cluster:
             self._selection.answered(selected=True)
         return answer
 
-    def _gone_is_fine(self, verb: str, method: str, path: str, body: Body, query: dict[str, str]) -> None:
+    def _gone_is_fine(self, verb: str, method: str, path: str, body: Body, query: dict[str, str]) -> Body | None:
         try:
-            self._write(verb, "jobs", method, path, body, query)
+            return self._write(verb, "jobs", method, path, body, query)
         except ApiError as error:
             # 409: the precondition failed, so another object has the name by now.
             if error.status not in (404, 409):
                 raise
+            return None
 
     def _write(
         self, verb: str, resource: str, method: str, path: str, body: Body, query: dict[str, str] | None = None
@@ -333,10 +334,10 @@ class Cluster:
         waits = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s)
         try:
             entry = self._current_entry()
-            url = f"{entry.host}{path}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
+            url = f"{entry.prefix}{path}" + (f"?{urlencode(query, quote_via=quote)}" if query else "")
             headers = entry.headers | ({"Content-Type": _CONTENT[method]} if method in _CONTENT else {})
             content = None if body is None else json.dumps(body).encode()
-            answer = self._pool.request(
+            answer = entry.pool.urlopen(
                 method, url, body=content, headers=headers, timeout=waits, preload_content=False
             )
             if answer.status >= 400:
@@ -358,7 +359,10 @@ class Cluster:
             _, host, headers, *_ = self._client.param_serialize(
                 "GET", "", header_params=given, auth_settings=["BearerToken"]
             )
-            self._entry = entry = _Entry(host, headers, time.monotonic() + CREDENTIALS_S)
+            # Else it is searched for, and the address read, with each request.
+            pool = self._pool.connection_from_url(host)
+            prefix = urlsplit(host).path.rstrip("/")
+            self._entry = entry = _Entry(pool, prefix, headers, time.monotonic() + CREDENTIALS_S)
         return entry
 
     def _error(self, answer: urllib3.BaseHTTPResponse) -> ApiError:
@@ -385,9 +389,11 @@ _CONTENT = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """The server's address and the headers of each request, with the credentials. until_s: monotonic."""
+    """The connections to the server, with what stands before each path and the headers of each request, with the
+    credentials. until_s: monotonic."""
 
-    host: str
+    pool: urllib3.HTTPConnectionPool
+    prefix: str
     headers: dict[str, str]
     until_s: float
 

@@ -62,7 +62,7 @@ class Engine:
                 name,
                 cluster=cluster,
                 children=self._children,
-                finished=FinishedJobs(self._children, self._series, self._read_again),
+                finished=FinishedJobs(self._children, self._series, self._read_again, self._queue.is_in_work),
                 metrics=metrics,
                 on_listed=self._wake.set,
             )
@@ -118,8 +118,11 @@ class Engine:
         scope.hear((namespace, uid), (namespace, name))
         version = str(meta.get("resourceVersion"))
         if not self._known.has_written((namespace, name), version):
+            is_new = not body.get("status")
+            if is_new:
+                self._known.offer(read_job(body))
             self._known.hear((namespace, name), version)
-            self._queue.put((namespace, name), 0.0 if body.get("status") else -HEAD_START_S)
+            self._queue.put((namespace, name), -HEAD_START_S if is_new else 0.0)
 
     def takes_echo(self, body: Mapping[str, Any]) -> bool:
         """Return True for a version of an unfinished job that our own write made, of which only the watch's life is
@@ -223,7 +226,11 @@ class Engine:
                 for k, uid in shown.items()
                 if (k[0], uid) not in found.unfinished and (k[0], uid) not in scope.finished
             ]
-            for key in (*found.unfinished.values(), *lost, *scope.finished.wanting_rounds()):
+            for key, version in found.versions.items():
+                self._known.listed(key, version)
+                self._queue.put(key)
+            unlisted = [key for key in found.unfinished.values() if key not in found.versions]
+            for key in (*unlisted, *lost, *scope.finished.wanting_rounds()):
                 self._read_again(key)
         self._resync_moved_s = time.monotonic()
         self._count_phases()
@@ -244,6 +251,7 @@ class Engine:
                 found.phases[job.owner] = job.status.phase or Phase.PENDING
                 found.generations[job.uid] = job.generation
                 found.unfinished[job.owner] = job.key
+                found.versions[job.key] = job.resource_version
         for owner, (key, phase) in scope.finished.unjudged().items():
             found.phases[owner], found.unfinished[owner] = phase, key
         return found

@@ -29,10 +29,17 @@ class FinishedJob:
 
 
 class FinishedJobs:
-    """Thread-safe. `changed` is called with the key of a job that wants a round."""
+    """Thread-safe. `changed` is called with the key of a job that wants a round; `is_in_work` says whether one goes on,
+    which tidies up once it has written its verdict."""
 
-    def __init__(self, children: ChildCache, series: JobSeries, changed: Callable[[Key], None]) -> None:
-        self._children, self._series, self._changed = children, series, changed
+    def __init__(
+        self,
+        children: ChildCache,
+        series: JobSeries,
+        changed: Callable[[Key], None],
+        is_in_work: Callable[[Key], bool],
+    ) -> None:
+        self._children, self._series, self._changed, self._is_in_work = children, series, changed, is_in_work
         self._lock = threading.Lock()
         self._jobs: dict[Owner, FinishedJob] = {}
         self._unjudged: dict[Owner, tuple[Key, str]] = {}  # and their phases
@@ -87,7 +94,7 @@ class FinishedJobs:
             self._unjudged.pop(owner, None)
         if event == "ITEM":
             self._series.note(self, finished_at, body)
-        elif self._wants_round(owner, job):
+        elif self._wants_round(owner, job) and not (job.acknowledged and self._is_in_work(key)):
             self._changed(key)
 
     def hear(self, event: str | None, body: Mapping[str, Any]) -> None:

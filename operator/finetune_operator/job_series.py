@@ -18,6 +18,7 @@ MAX_FINISHED = 200  # about 1.5 KB of /metrics each; the figures of older ones a
 @dataclass(frozen=True)
 class _Shown:
     uid: str
+    resource_version: str
     finished_at: str | None
 
 
@@ -38,14 +39,16 @@ class JobSeries:
         self._lock = threading.Lock()
 
     def show(self, job: FineTuneJob) -> None:
-        """Show the job's last known figures, unless MAX_FINISHED others have finished after it."""
+        """Show the job's last known figures, unless they are shown or MAX_FINISHED others have finished after it."""
         progress = job.status.progress
         answered = parse_time(progress.last_updated_time) if progress else None
         with self._lock:
             before = self._shown.get(job.key)
             if before is not None and before.uid != job.uid:
                 self._forget(job.key)  # of another job that had the name
-            self._shown[job.key] = shown = _Shown(job.uid, _finished_at(job))
+            elif before is not None and job.resource_version and before.resource_version == job.resource_version:
+                return
+            self._shown[job.key] = shown = _Shown(job.uid, job.resource_version, _finished_at(job))
             # One that is not finished pushes nobody out, and is shown with each of its writes: no search then.
             if shown.finished_at is None or self._drop_oldest() != job.key:
                 self._metrics.export(job.namespace, job.name, job.status, answered.timestamp() if answered else None)

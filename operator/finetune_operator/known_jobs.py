@@ -24,23 +24,23 @@ class KnownJobs:
         self._written: dict[Key, deque[str]] = {}  # the versions of each unfinished job that our last writes made
         self._heard: dict[Key, str | None] = {}  # the last version of each, until its next round
 
+    def offer(self, job: FineTuneJob) -> None:
+        """Know a job that a watch tells of for the first time, so that its first round need not read it."""
+        with self._lock:
+            if job.key not in self._jobs:
+                self._keep(job)
+
     def take(self, key: Key) -> FineTuneJob | None:
         """Return the job and know it no more, so that a round that fails reads it; None if it is to be read."""
         with self._lock:
+            is_known = key not in self._heard or self._is_known(key, self._heard.pop(key))
             job = self._jobs.pop(key, None)
-            if key not in self._heard or job is None:
-                self._heard.pop(key, None)
-                return job
-            heard = self._heard.pop(key)
-            return job if heard == job.resource_version or heard in self._written.get(key, ()) else None
+            return job if is_known else None
 
     def keep(self, job: FineTuneJob) -> None:
         """Know the job as it is stored now, in place of the one that was kept longest ago if there are too many."""
         with self._lock:
-            self._jobs[job.key] = job
-            self._jobs.move_to_end(job.key)
-            if len(self._jobs) > MAX_KNOWN:
-                self._jobs.popitem(last=False)
+            self._keep(job)
 
     def wrote(self, job: FineTuneJob) -> None:
         """Remember the version that our own write of its status made."""
@@ -62,9 +62,28 @@ class KnownJobs:
         with self._lock:
             self._heard[key] = version
 
+    def listed(self, key: Key, version: str) -> None:
+        """Have the next round read the job, unless this version is known by then. A list may be older than what a watch
+        has told since it was read: where that was of another hand, it stays."""
+        with self._lock:
+            heard = self._heard.get(key, version)
+            if heard == version or self._is_known(key, heard):
+                self._heard[key] = version
+
     def forget(self, key: Key) -> None:
         """Forget a job that is finished or deleted."""
         with self._lock:
             self._jobs.pop(key, None)
             self._written.pop(key, None)
             self._heard.pop(key, None)
+
+    def _is_known(self, key: Key, version: str | None) -> bool:
+        job = self._jobs.get(key)
+        is_last = job is not None and job.resource_version == version
+        return is_last or version in self._written.get(key, ())
+
+    def _keep(self, job: FineTuneJob) -> None:
+        self._jobs[job.key] = job
+        self._jobs.move_to_end(job.key)
+        if len(self._jobs) > MAX_KNOWN:
+            self._jobs.popitem(last=False)

@@ -69,6 +69,10 @@ class WorkQueue(Generic[Key]):
                 self._working[key].moved_s = now
                 self._moved_s = now
 
+    def is_in_work(self, key: Key) -> bool:
+        with self._changed:
+            return key in self._working
+
     def done(self, key: Key) -> None:
         """The round went well."""
         with self._changed:

@@ -184,7 +184,9 @@ class Reconciler:
 
     def _store(self, job: FineTuneJob, decision: Decision) -> FineTuneJob:
         """Write the status if it differs, then tell what changed. Return the job as it is stored then."""
-        patch = status_patch(_dump(job.status), _dump(decision.status))
+        # Most rounds change nothing: comparing is cheaper than writing both down.
+        unchanged = decision.status == job.status
+        patch = {} if unchanged else status_patch(_dump(job.status), _dump(decision.status))
         if patch:
             job = read_job(self._cluster.patch_status(job.namespace, job.name, job.resource_version, patch))
             self._known.wrote(job)
@@ -201,7 +203,9 @@ class Reconciler:
             case DeleteK8sJob(name, uid):
                 self._cluster.delete_k8s_job(job.namespace, name, uid)
             case SetK8sJobTtl(name, seconds):
-                self._cluster.set_ttl(job.namespace, name, seconds)
+                written = self._cluster.set_ttl(job.namespace, name, seconds)
+                if written is not None:
+                    self._children.take_written(written)
 
     def _tell(self, job: FineTuneJob, event: JobEvent) -> None:
         """Best effort: the status has it all, and is written already."""

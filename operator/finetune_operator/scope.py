@@ -27,6 +27,7 @@ class Listed:
     """What one list of its unfinished FineTuneJobs showed."""
 
     unfinished: dict[Owner, Key] = field(default_factory=dict[Owner, Key])
+    versions: dict[Key, str] = field(default_factory=dict[Key, str])
     generations: dict[str, int] = field(default_factory=dict[str, int])
     phases: dict[Owner, str] = field(default_factory=dict[Owner, str])
 

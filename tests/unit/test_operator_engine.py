@@ -345,7 +345,7 @@ def test_an_operator_that_can_read_no_namespace_is_not_ready_after_a_while_and_l
 
 def scope_of(cluster: QuietCluster, metrics: Metrics) -> Scope:
     children = ChildCache(lambda _key, _owner: None)
-    finished = FinishedJobs(children, JobSeries(metrics), lambda _key: None)
+    finished = FinishedJobs(children, JobSeries(metrics), lambda _key: None, lambda _key: False)
     return Scope(
         "b", cluster=cast(Any, cluster), children=children, finished=finished, metrics=metrics, on_listed=lambda: None
     )

@@ -25,10 +25,11 @@ class Room:
 
     def __init__(self) -> None:
         self.asked: list[Key] = []
+        self.in_work: set[Key] = set()
         self.metrics = Metrics(CollectorRegistry())
         self.children = ChildCache(lambda _key, _owner: None)
         self.series = JobSeries(self.metrics)
-        self.finished = FinishedJobs(self.children, self.series, self.asked.append)
+        self.finished = FinishedJobs(self.children, self.series, self.asked.append, self.in_work.__contains__)
 
     def list(self, *bodies: dict[str, Any]) -> None:
         for body in bodies:
@@ -135,11 +136,35 @@ def test_a_list_that_was_cut_leaves_no_series_of_a_job_that_was_deleted_since(ro
     assert room.metrics.registry.get_sample_value("finetune_job_failures", figures) == 2
 
 
+@pytest.mark.parametrize(("generation", "asked"), [(1, []), (2, [("a", "done")])], ids=["its verdict", "a change"])
+def test_the_round_that_writes_a_verdict_tidies_up_and_no_other_is_asked_for_but_for_a_change_of_the_spec(
+    room: Room, generation: int, asked: list[Key]
+):
+    room.children.take("jobs", "ADDED", ended_k8s_job("done", None))
+    room.in_work.add(("a", "done"))
+    room.finished.take(KIND, "ADDED", finished_job("done", generation=generation))
+    assert room.asked == asked
+    room.list(finished_job("done", generation=generation))  # should that round have failed, the next list asks
+    assert room.asked == [*asked, ("a", "done")]
+
+
+def test_what_a_write_of_ours_made_of_a_kubernetes_job_is_known_before_its_watch_tells(room: Room):
+    room.children.take("jobs", "ADDED", ended_k8s_job("done", None))
+    room.children.take_written(ended_k8s_job("done", 86400))
+    room.list(finished_job("done"))
+    assert room.asked == []
+
+
+def test_a_kubernetes_job_that_was_deleted_meanwhile_does_not_come_back_by_the_answer_to_a_write(room: Room):
+    room.children.take_written(ended_k8s_job("done", 86400))
+    assert room.children.of(DONE) == ((), ())
+
+
 def test_while_many_namespaces_are_listed_at_once_no_more_of_the_newest_are_kept(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(job_series, "MAX_FINISHED", 3)
-    scopes = [FinishedJobs(room.children, room.series, room.asked.append) for _ in range(4)]
+    scopes = [FinishedJobs(room.children, room.series, room.asked.append, room.in_work.__contains__) for _ in range(4)]
     listed: set[str] = set()
     for number in range(5):
         for place, scope in enumerate(scopes):
@@ -171,7 +196,9 @@ def test_series_are_of_all_unfinished_jobs_and_of_the_newest_finished_ones(room:
     figures = {name: failures("finetune_job_failures", {"job_namespace": "a", "job_name": name}) for name in
                ("busy-0", "done-1", "done-2")}  # fmt: skip
     assert figures == {"busy-0": 0, "done-1": None, "done-2": 0}
-    room.series.show(read_job(finished_job("busy-0", at="2026-02-01T00:00:00Z")))
+    ended = finished_job("busy-0", at="2026-02-01T00:00:00Z")
+    ended["metadata"]["resourceVersion"] = "2"
+    room.series.show(read_job(ended))
     assert room.shown() == {*(f"busy-{number}" for number in range(5)), "done-3"}
 
 

@@ -81,3 +81,37 @@ def test_nothing_is_left_of_a_job_that_is_forgotten(known: KnownJobs):
     assert not known.has_written(KEY, "2")
     known.keep(replace(job("3")))
     assert known.take(KEY) is not None
+
+
+def test_a_job_that_a_watch_tells_of_for_the_first_time_is_known_to_its_first_round(known: KnownJobs):
+    known.offer(job("5"))
+    known.hear(KEY, "5")
+    assert known.take(KEY) == job("5")
+
+
+def test_what_a_watch_tells_of_a_job_does_not_replace_what_a_round_left_of_it(known: KnownJobs):
+    left = wrote(known, "6")
+    known.offer(job("5"))
+    assert known.take(KEY) == left
+
+
+@pytest.mark.parametrize(
+    ("heard", "listed", "is_known"),
+    [
+        ((), "3", True),
+        ((), "2", True),
+        ((), "9", False),
+        (("3",), "9", False),
+        (("9",), "3", False),
+        ((None,), "3", False),
+    ],
+    ids=["own-last", "own", "other", "other-unheard", "older-than-what-was-heard", "nobody-knows"],
+)
+def test_a_list_has_the_job_read_where_it_shows_what_no_round_knows_and_hides_nothing_that_was_heard(
+    known: KnownJobs, heard: tuple[str | None, ...], listed: str, is_known: bool
+):
+    wrote(known, "2", "3")
+    for version in heard:
+        known.hear(KEY, version)
+    known.listed(KEY, listed)
+    assert (known.take(KEY) is not None) == is_known

@@ -59,6 +59,9 @@ class FakeCluster:
 
     def changed_by_another_hand(self) -> None:
         """The watch tells of a version that the operator did not write."""
+        if ("finetunejobs", "bot") in self.objects:
+            self.version += 1
+            self.objects["finetunejobs", "bot"]["metadata"]["resourceVersion"] = str(self.version)
         self.known.hear(KEY, "of another hand")
 
     def condition(self, kind: str) -> tuple[str, str]:
