@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from finetune_api.errors import StageError
+from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER, METRICS
 from finetune_api.reasons import Fault
 from finetune_trainer import attention, train
 from finetune_trainer.attention import Segments
 from finetune_trainer.export import EVAL
 from finetune_trainer.guard import OomRetry
-from finetune_trainer.inputs import fetch_examples, fetch_steps
+from finetune_trainer.inputs import fetch_examples, fetch_steps, pack_rows
 from finetune_trainer.loop import Stepper, make_optimizer
+from finetune_trainer.methods import planned_method
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import adapter_parameters, add_adapter, load_base
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.world import release_memory
+from pair_run import preference_run
 from tiny_run import TinyRun, context, make_run, stop_before, use_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch here")
@@ -46,6 +49,42 @@ def test_flash_attention_over_packed_rows_equals_the_dense_mask(kv_heads: int, w
         torch.autograd.grad(flash, (q, k, v), upstream), torch.autograd.grad(dense, (q, k, v), upstream), strict=True
     ):
         torch.testing.assert_close(found, expected, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_over_rows_that_share_beginnings_equals_that_of_the_cpu(
+    kv_heads: int, window: int | None
+) -> None:
+    """A row that goes on behind seven tokens of the first, one behind all but two of that, and one by itself."""
+    rows = [np.arange(length) for length in (9, 12, 15, 6)]
+    shared = [0, 7, 10, 0]
+    labels = [np.arange(len(row)) >= max(1, begin) for row, begin in zip(rows, shared, strict=True)]
+    on_gpu, on_cpu = (pack_rows(rows, labels, torch.device(name), shared=shared) for name in ("cuda", "cpu"))
+    tokens = on_cpu.input_ids.numel()
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, tokens, 16, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, tokens, 16, requires_grad=True) for _ in "kv")
+    half_q, half_k, half_v = half = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    flash = attention._flash(half_q, half_k, half_v, on_gpu.segments, None, window)  # pyright: ignore[reportPrivateUsage]
+    wide_k, wide_v = (attention._repeat_heads(x, 4) for x in (k, v))  # pyright: ignore[reportPrivateUsage]
+    plain = attention._per_row(q, wide_k, wide_v, on_cpu.segments, None, window)  # pyright: ignore[reportPrivateUsage]
+    torch.testing.assert_close(flash.cpu().float(), plain, atol=2e-2, rtol=2e-2)
+    upstream = torch.randn_like(plain)
+    found = torch.autograd.grad(flash, half, upstream.to("cuda", torch.bfloat16))
+    for one, expected in zip(found, torch.autograd.grad(plain, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(one.cpu().float(), expected, atol=5e-2, rtol=5e-2)
+
+
+def test_a_step_of_pairs_in_trees_is_that_of_their_flat_sequences_in_bf16(tmp_path: Path) -> None:
+    run = preference_run(tmp_path, MethodType.ORPO, batch=8, equal=False, model_changes=WIDE)
+    losses: list[float] = []
+    for trees in (False, True):
+        stepper = _stepper(run, tmp_path / str(trees))
+        stepper.method = planned_method(run.plan)
+        stepper.hyper = stepper.hyper.model_copy(update={"trees": trees})
+        losses.append(float(stepper.run(0)[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 def _stepper(run: TinyRun, folder: Path) -> Stepper:

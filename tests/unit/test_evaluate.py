@@ -10,8 +10,11 @@ from finetune_trainer.evaluate import MAX_NEW_TOKENS, HeldOut, answers, held_out
 from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import LanguageModel, load_base
+from finetune_trainer.runplan import PassLayout
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, byte_tokenizer, make_run
+
+PACKED = PassLayout.PACKED
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +27,12 @@ def lm(run: TinyRun) -> LanguageModel:
     return load_base(run.folder / "model", run.plan, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("budget_tokens", "packing"), [(1, True), (64, True), (10_000, True), (64, False)])
+@pytest.mark.parametrize(
+    ("budget_tokens", "layout"),
+    [(1, PACKED), (64, PACKED), (10_000, PACKED), (64, PassLayout.APART), (64, PassLayout.TREES)],
+)
 def test_the_held_out_loss_weighs_every_label_token_alike(
-    run: TinyRun, lm: LanguageModel, tmp_path: Path, budget_tokens: int, packing: bool
+    run: TinyRun, lm: LanguageModel, tmp_path: Path, budget_tokens: int, layout: PassLayout
 ) -> None:
     assert run.plan.held_out is not None
     rows = fetch_examples(run.store, run.plan.held_out, tmp_path)
@@ -39,7 +45,7 @@ def test_the_held_out_loss_weighs_every_label_token_alike(
             logprobs = lm.causal(input_ids=ids[None]).logits[0].log_softmax(-1)
             total -= float(logprobs[:-1].gather(1, ids[1:, None])[labels[1:]].sum())
             count += int(labels.sum())
-    measured = held_out_loss(lm, SFT, rows, budget_tokens, packing, 3, StopFlag(60))
+    measured = held_out_loss(lm, SFT, rows, budget_tokens, layout, 3, StopFlag(60))
     assert measured is not None
     found = measured.held_out
     assert (found.step, found.rows, found.label_tokens) == (3, 10, count)
@@ -51,7 +57,7 @@ def test_an_evaluation_ends_early_once_asked_to_stop(run: TinyRun, lm: LanguageM
     stop = StopFlag(60)
     stop.set()
     rows = fetch_examples(run.store, run.plan.held_out, tmp_path)
-    assert held_out_loss(lm, SFT, rows, 64, True, 0, stop) is None
+    assert held_out_loss(lm, SFT, rows, 64, PACKED, 0, stop) is None
 
 
 def test_answers_are_greedy_bounded_and_equal_the_model_s_own(run: TinyRun, lm: LanguageModel) -> None:

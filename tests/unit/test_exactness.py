@@ -192,7 +192,8 @@ def test_weights_after_20_random_kills_are_bit_equal_to_the_undisturbed_run(tmp_
 def test_preference_methods_too_are_bit_equal_after_20_random_kills(tmp_path: Path, method: MethodType) -> None:
     kills = _kills(20, start_s=0.6)
     undisturbed, killed = (
-        preference_run(tmp_path / name, method, steps=_steps_for(kills)) for name in ("undisturbed", "killed")
+        preference_run(tmp_path / name, method, steps=_steps_for(kills), trees=True)
+        for name in ("undisturbed", "killed")
     )
     train.run(context(undisturbed), StopFlag(60))
     _checkpoint_often(killed)

@@ -44,6 +44,8 @@ def test_the_formula_is_a_sum_over_weights_and_pairs_of_tokens() -> None:
     size = ModelSize(layer_weights=1000, head_weights=100, adapter_weights=10, layers=2, width=8)
     assert step_flops(size, [], 0) == 0
     assert step_flops(size, [3, 4], 5) == (4 * 1000 + 6 * 10) * 7 + 12 * 2 * 8 * (9 + 16) + 4 * 100 * 5
+    # Of the second only one token, which sees all four.
+    assert step_flops(size, [3, 4], 5, [3, 1]) == (4 * 1000 + 6 * 10) * 4 + 12 * 2 * 8 * (9 + 4) + 4 * 100 * 5
 
 
 @pytest.mark.parametrize("tied", [False, True])

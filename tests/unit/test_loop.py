@@ -15,13 +15,15 @@ from finetune_api.errors import StageError
 from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
 from finetune_trainer import guard, loop
-from finetune_trainer.data.examples import Examples, FlatSequence, TokenRun, Tree, tree_of
+from finetune_trainer.data.examples import Examples, TokenRun, Tree, one_segment, pair_of, tree_of
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
-from finetune_trainer.loop import Stepper, learning_rate, make_optimizer, passes
+from finetune_trainer.loop import Stepper, learning_rate, make_optimizer
 from finetune_trainer.methods.method import Loss, Method
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_base
+from finetune_trainer.passes import passes
 from finetune_trainer.policy import Scores
+from finetune_trainer.runplan import PassLayout
 from finetune_trainer.step_plan import StepPlan
 from tiny_run import TinyRun, make_run
 
@@ -83,26 +85,27 @@ def test_the_learning_rate_is_a_function_of_the_step(run: TinyRun, schedule: Sch
 
 
 def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
-    rows, lengths = [FlatSequence(each, 2 * each) for each in (7, 3, 9, 4)], [30, 50, 20, 120]
-    packed = list(passes(rows, lengths, 60, packing=True))
+    examples = _joined([one_segment(*_zeros(length)) for length in (30, 50, 20, 120, 7)])
+    rows = examples.sequences_of([2, 0, 1, 3])
+    packed = list(passes(examples, [2, 0, 1, 3], 60, PassLayout.PACKED))
     assert sorted(row for group in packed for row in group) == sorted(rows)
     # A row longer than the budget has to fit somewhere.
-    assert all(sum(lengths[rows.index(row)] for row in group) <= 120 for group in packed)
-    assert list(passes(rows, lengths, 60, packing=False)) == [[row] for row in rows]
+    assert all(sum(examples.lengths(group)) <= 120 for group in packed)
+    assert list(passes(examples, [2, 0, 1, 3], 60, PassLayout.APART)) == [[row] for row in rows]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_sequences_of_an_example_stay_in_one_pass_where_the_method_wants_that(packing: bool) -> None:
-    pairs = [FlatSequence(number, 3 * number + leaf) for number in (4, 2, 4, 7) for leaf in (1, 2)]
-    lengths = [30, 10, 20, 20, 30, 10, 90, 80]
-    found = list(passes(pairs, lengths, 80, packing, whole=True))
-    assert sorted(each for group in found for each in group) == sorted(pairs)
+@pytest.mark.parametrize("layout", [PassLayout.PACKED, PassLayout.APART])
+def test_the_sequences_of_an_example_stay_in_one_pass_where_the_method_wants_that(layout: PassLayout) -> None:
+    lengths = [(30, 10), (20, 20), (90, 80)]
+    examples = _joined([pair_of(*(_zeros(length) for length in each)) for each in lengths])
+    found = list(passes(examples, [0, 1, 0, 2], 80, layout, whole=True))
+    assert sorted(each for group in found for each in group) == sorted(examples.sequences_of([0, 1, 0, 2]))
     assert all([example for example, _ in group[::2]] == [example for example, _ in group[1::2]] for group in found)
     assert all(
         first.leaf + 1 == second.leaf for group in found for first, second in zip(group[::2], group[1::2], strict=True)
     )
-    tokens = [sum(lengths[pairs.index(each)] for each in group) for group in found]
-    assert sorted(tokens) == ([120, 170] if packing else [40, 40, 40, 170])
+    tokens = [sum(examples.lengths(group)) for group in found]
+    assert sorted(tokens) == ([120, 170] if layout is PassLayout.PACKED else [40, 40, 40, 170])
 
 
 def test_weights_do_not_depend_on_how_rows_are_divided_into_passes(run: TinyRun, tmp_path: Path) -> None:
@@ -201,15 +204,21 @@ def _joined(trees: Sequence[Tree], **columns: Any) -> Examples:
     )
 
 
+def _zeros(length: int) -> TokenRun:
+    return TokenRun(np.zeros(length, dtype="u4"), (np.arange(length) > 0).astype("u1"))
+
+
 def _runs(seed: int, count: int) -> list[TokenRun]:
     generator = np.random.default_rng(seed)
     lengths = generator.integers(4, 20, count)
     return [TokenRun(generator.integers(0, 256, n).astype("u4"), (np.arange(n) > n // 2).astype("u1")) for n in lengths]
 
 
-def test_a_step_over_trees_learns_what_its_sequences_say_one_by_one(run: TinyRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_step_over_trees_learns_what_its_sequences_say_one_by_one(run: TinyRun, tmp_path: Path, trees: bool) -> None:
     """Two answers of one conversation that share their beginning, which is learned in the first alone."""
     stepper = _unclipped(run, tmp_path)
+    stepper.hyper = stepper.hyper.model_copy(update={"trees": trees})
     common, first, second, other = _runs(1, 4)
     joined = [
         TokenRun(np.concatenate([common.tokens, end.tokens]), np.concatenate([common.labels, end.labels]))

@@ -1,7 +1,7 @@
 """The memory of a pass is planned from what autograd really keeps, and the measured table belongs to this plan."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,10 @@ def _counting(kept: dict[int, int], model: torch.nn.Module) -> Generator[None]:
         yield
 
 
-def _counted_bytes(config: Any, facts: ModelFacts, gpu: bool) -> int:
+def _counted_bytes(
+    config: Any, facts: ModelFacts, gpu: bool, lengths: Sequence[int] = (TOKENS,), shared: int = 0
+) -> int:
+    """Return what a pass over rows of these lengths keeps, all of which begin with the same tokens."""
     dtype = torch.bfloat16 if gpu else torch.float32
     causal = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     AttentionInterface.register("stand_in", _stand_in)  # type: ignore[arg-type]
@@ -110,10 +113,12 @@ def _counted_bytes(config: Any, facts: ModelFacts, gpu: bool) -> int:
     causal.set_attn_implementation("stand_in" if gpu else attention.PACKED)
     get_peft_model(causal, LoraConfig(r=RANK, target_modules=facts.target_modules, task_type="CAUSAL_LM"))
     lm = LanguageModel(causal, CPU, packed=True, logit_scale=1.0)
-    row = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS)
+    row = np.random.default_rng(0).integers(0, config.vocab_size, max(lengths))
+    behind = [shared if place else 0 for place in range(len(lengths))]
+    labels = [np.arange(length) >= max(1, begin) for length, begin in zip(lengths, behind, strict=True)]
     kept: dict[int, int] = {}
     with _counting(kept, causal):
-        lm.nll_sum(pack_rows([row], [np.arange(TOKENS) > 0], CPU))
+        lm.nll_sum(pack_rows([row[:length] for length in lengths], labels, CPU, shared=behind))
     return sum(kept.values())
 
 
@@ -133,6 +138,22 @@ def test_a_layer_keeps_what_the_plan_counts(family: str, gpu: bool, key_heads: i
             counted[-1] -= 2 * RANK * facts.lora_parameters_per_rank  # autocast's copies, planned with the adapter
         planned.append(kept_bytes(facts, family, RANK, TOKENS, TOKENS, gpu))
     assert planned[0] - planned[1] == pytest.approx(counted[0] - counted[1], rel=0.02)
+
+
+@pytest.mark.parametrize("family", sorted(PACKING_FAMILIES))
+def test_what_is_copied_for_rows_that_share_their_beginning_is_in_the_plan(family: str) -> None:
+    """The plan takes all rows to be copied, where the first of them is not."""
+    lengths, shared = (TOKENS, TOKENS - 8), TOKENS - 16
+    tokens = sum(lengths) - shared
+    counted, planned, alone = [], [], []
+    for layers in (3, 1):
+        config = _config(family, layers)
+        facts = _facts(config)
+        counted.append(_counted_bytes(config, facts, gpu=False, lengths=lengths, shared=shared))
+        planned.append(kept_bytes(facts, family, RANK, tokens, TOKENS, gpu=False, copied_tokens=sum(lengths)))
+        alone.append(kept_bytes(facts, family, RANK, tokens, TOKENS, gpu=False))
+    assert alone[0] - alone[1] < counted[0] - counted[1] <= planned[0] - planned[1]
+    assert planned[0] - planned[1] < 1.25 * (counted[0] - counted[1])
 
 
 def test_a_wide_mlp_needs_its_memory() -> None:

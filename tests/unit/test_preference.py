@@ -117,19 +117,20 @@ def _compare(ours: OurStep, model: Any, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "settings"),
+    ("options", "settings", "trees"),
     [
-        ({"beta": 0.3}, {"beta": 0.3}),
-        ({"beta": 0.3, "loss": "IPO"}, {"beta": 0.3, "loss_type": ["ipo"]}),
+        ({"beta": 0.3}, {"beta": 0.3}, True),
+        ({"beta": 0.3, "loss": "IPO"}, {"beta": 0.3, "loss_type": ["ipo"]}, False),
     ],
 )
 def test_loss_and_lora_gradients_of_dpo_are_those_of_trl(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], settings: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], settings: dict[str, Any], trees: bool
 ) -> None:
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     # No clipping, and several passes per step, so that our accumulation is compared with TRL's one padded batch.
-    run = preference_run(tmp_path, DPO, options, batch=8, equal=False, micro_batch_tokens=90, max_grad_norm=1e9)
+    passes = {"micro_batch_tokens": 90, "trees": trees}
+    run = preference_run(tmp_path, DPO, options, batch=8, equal=False, max_grad_norm=1e9, **passes)
     ours = OurStep(run, tmp_path / "fetched")
     rows, model = _rows_of_trl(ours), plain_peft(run)
     monkeypatch.setattr(trl.DPOTrainer, "_prepare_dataset", _as_it_is)

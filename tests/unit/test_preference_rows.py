@@ -16,6 +16,7 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_trainer import prepare, train
 from finetune_trainer.methods import method_of
+from finetune_trainer.runplan import PassLayout
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from tiny_run import byte_tokenizer, tiny_config, tiny_model
@@ -100,6 +101,20 @@ def test_both_answers_of_a_pair_are_planned_into_one_pass(tmp_path: Path) -> Non
     memory = {"resources": {"memory": "1200Mi"}}
     plan = prepare_run(tmp_path, {"method": {"type": "DPO"}, **memory}).plan
     assert plan.hyperparameters.micro_batch_tokens >= 2 * (plan.train.longest_row - 8)
+
+
+def test_a_prompt_that_is_long_beside_its_answers_is_planned_and_computed_once(tmp_path: Path) -> None:
+    prompts = [f"{'word ' * 40}{number}" for number in range(40)]
+    put(tmp_path, a_jsonl=jsonl([{"prompt": each, "chosen": "yes", "rejected": "no"} for each in prompts]))
+    prepared = prepare_run(tmp_path, {"method": {"type": "DPO"}, "evaluation": {"holdoutFraction": 0}})
+    plan, chosen = prepared.plan, {value.field: value for value in prepared.plan.resolved}
+    assert plan.hyperparameters.layout is PassLayout.TREES
+    assert plan.computed_tokens is not None
+    assert plan.train_tokens == plan.train.total_tokens, "each pair is read once"
+    assert plan.computed_tokens == plan.train.stored_tokens < 0.6 * plan.train.total_tokens
+    tokens = f"{plan.train.stored_tokens:,} tokens are computed in the place of {plan.train.total_tokens:,}"
+    assert (chosen["treeAttention"].value, tokens in chosen["treeAttention"].reason) == ("true", True)
+    assert prepared.report["packing"]["sharing_saved"] > 0.4
 
 
 @pytest.mark.parametrize("label", [True, False])

@@ -23,6 +23,7 @@ from finetune_trainer.export import EVAL
 from finetune_trainer.inputs import fetch_examples
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import load_base
+from finetune_trainer.runplan import PassLayout
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run, random_rows, tiny_config, tiny_model, use_model
 
@@ -320,11 +321,13 @@ def test_where_questions_are_learned_too_only_the_last_end_of_a_row_is_an_answer
     learned = replace(rows, tokens=ids, labels=every)
     lm = load_base(run.folder / "model", run.plan, torch.device("cpu"))
     found = [
-        held_out_loss(lm, SFT, learned, 10_000, True, 0, StopFlag(60), end_ids=[STOP_ID], last_ends=last_ends)
+        held_out_loss(
+            lm, SFT, learned, 10_000, PassLayout.PACKED, 0, StopFlag(60), end_ids=[STOP_ID], last_ends=last_ends
+        )
         for last_ends in (False, True)
     ]
     assert [each.held_out.answer_ends for each in found if each is not None] == [20, 10]
-    alone = held_out_loss(lm, SFT, rows, 10_000, True, 0, StopFlag(60), end_ids=[STOP_ID])
+    alone = held_out_loss(lm, SFT, rows, 10_000, PassLayout.PACKED, 0, StopFlag(60), end_ids=[STOP_ID])
     assert alone is not None
     assert alone.held_out.answer_ends == 10
 

@@ -71,7 +71,10 @@ def asked(run: TinyRun, tmp_path: Path) -> Asked:
     return Asked(run, tmp_path / "fetched")
 
 
-def test_it_is_the_log_probability_of_each_answer_that_is_read(asked: Asked) -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_it_is_the_log_probability_of_each_answer_that_is_read(asked: Asked, trees: bool) -> None:
+    hyper = asked.run.plan.hyperparameters.model_copy(update={"trees": trees})
+    asked.run.plan = asked.run.plan.model_copy(update={"hyperparameters": hyper})
     found = asked.values()
     expected = np.full(len(asked.examples.parents), np.nan)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from finetune_api.job import FineTuneJobSpec, Schedule
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_trainer.data.too_long import LimitSource, SequenceLimit
-from finetune_trainer.runplan import ModelFacts
+from finetune_trainer.runplan import ModelFacts, PassLayout
 from finetune_trainer.sizing import DataFacts, Sizing, memory_estimate, sequence_limit, size
 from finetune_trainer.speed import slow_tokens_per_second
 
@@ -56,6 +56,8 @@ SMALL = model(
     widths={"query": 576, "key": 192, "mlp": 1536, "window": None, "windowed_layers": 0},
 )
 
+UNPACKED = SMALL.model_copy(update={"packing_safe": False})
+
 
 def data(rows: int = 1000, **fields: Any) -> DataFacts:
     values: dict[str, Any] = {
@@ -67,6 +69,9 @@ def data(rows: int = 1000, **fields: Any) -> DataFacts:
         "longest_row": 300,
         "longest_of_all": 300,
         "largest_row": fields.get("longest_row", 300),
+        "stored_tokens": fields.get("tokens", rows * 100),
+        "largest_tree": fields.get("longest_row", 300),
+        "most_repeated": 1.0,
         "measured_tokens": rows * 2,
         "prepared_bytes": rows * 500,
         "too_long_rows": 0,
@@ -380,6 +385,43 @@ def test_a_forward_pass_shrinks_to_the_memory_but_never_below_the_longest_row() 
     assert tight.hyperparameters.micro_batch_tokens == 512
     assert tight.memory_bytes <= memory_estimate(SMALL, "llama", 16, 512, 300, 0)
     assert reason(tight, "microBatchTokens") == "what the memory allows"
+
+
+SHARING: dict[str, Any] = {
+    "tokens": 1000 * 3400,
+    "stored_tokens": 1000 * 1900,
+    "longest_row": 1700,
+    "largest_row": 3400,
+    "largest_tree": 1900,
+    "most_repeated": 3400 / 1900,
+}
+
+
+def test_what_the_answers_of_pairs_share_is_planned_once_in_tokens_and_memory() -> None:
+    """Passes hold more pairs, and the least that has to be in one of them is smaller."""
+    shared, flat = sized(spec("DPO"), data(**SHARING)), sized(spec("DPO"), data(**SHARING), UNPACKED)
+    assert shared.hyperparameters.layout is PassLayout.TREES
+    assert reason(shared, "treeAttention").startswith("1,900,000 tokens are computed in the place of 3,400,000")
+    assert flat.hyperparameters.layout is PassLayout.APART
+    assert "sequences may not share a pass" in reason(flat, "treeAttention")
+    assert (shared.hyperparameters.micro_batch_tokens, flat.hyperparameters.micro_batch_tokens) == (2048, 3400)
+    assert shared.memory_bytes < 0.8 * flat.memory_bytes
+    alone = memory_estimate(SMALL, "llama", 16, 2048, 1700, 0)
+    assert shared.memory_bytes > alone, "keys and values of the prompt are copied for each answer"
+    assert shared.hyperparameters.global_batch_size == flat.hyperparameters.global_batch_size
+
+
+def test_a_conversation_whose_answers_do_not_fit_one_pass_is_computed_flat() -> None:
+    facts = data(**{**SHARING, "largest_tree": 200_000})
+    found = sized(spec(), facts, memory_bytes=8 * GIB)
+    assert found.hyperparameters.layout is PassLayout.PACKED
+    assert "which memory does not allow" in reason(found, "treeAttention")
+
+
+def test_jobs_whose_rows_are_one_sequence_each_are_not_told_of_trees() -> None:
+    found = sized(spec(), data())
+    assert found.hyperparameters.layout is PassLayout.PACKED
+    assert not [each for each in found.resolved if each.field == "treeAttention"]
 
 
 def test_too_little_memory_is_told_with_what_is_needed() -> None:

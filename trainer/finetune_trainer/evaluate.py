@@ -18,11 +18,12 @@ from finetune_api.base import StoredModel
 from finetune_api.defaults import MAX_HELD_OUT_ROWS
 from finetune_trainer.data.examples import Examples, FlatSequence
 from finetune_trainer.inputs import Batch, make_batch
-from finetune_trainer.loop import log_ratios, passes
+from finetune_trainer.loop import log_ratios
 from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.passes import passes
 from finetune_trainer.policy import Scores
-from finetune_trainer.runplan import SamplePrompt
+from finetune_trainer.runplan import PassLayout, SamplePrompt
 from finetune_trainer.stop import StopFlag
 
 MAX_NEW_TOKENS = 64
@@ -98,7 +99,7 @@ def held_out_loss(
     method: Method,
     held_out: Examples,
     budget_tokens: int,
-    packing: bool,
+    layout: PassLayout,
     step: int,
     stop: StopFlag,
     on_pass: Callable[[], None] = lambda: None,
@@ -120,11 +121,11 @@ def held_out_loss(
     figures = dict.fromkeys(method.figures, 0.0)
     end_probability, ends, label_tokens = 0.0, 0, 0
     whole = method.denominator.keeps_examples_whole
-    drift = _drift(lm, held_out.mismatched, measured, budget_tokens, packing, stop, on_pass)
-    for group in _passes_over(held_out, measured, budget_tokens, packing, whole):
+    drift = _drift(lm, held_out.mismatched, measured, budget_tokens, layout, stop, on_pass)
+    for group in _passes_over(held_out, measured, budget_tokens, layout, whole):
         if stop.is_set():
             return None
-        batch = replace(make_batch(held_out, group, lm.device, apart=not packing), drift=drift)
+        batch = replace(make_batch(held_out, group, lm.device, layout), drift=drift)
         scores = Scores(lm, batch)
         losses = method.losses(scores, batch).cpu().numpy().astype(np.float64)
         rows_of_units = _rows_of_units(group, batch, whole, place_of)
@@ -159,7 +160,7 @@ def _drift(
     mismatched: Examples | None,
     rows: Sequence[int],
     budget_tokens: int,
-    packing: bool,
+    layout: PassLayout,
     stop: StopFlag,
     on_pass: Callable[[], None],
 ) -> Tensor | None:
@@ -167,10 +168,10 @@ def _drift(
     if mismatched is None:
         return None
     ratios: list[Tensor] = []
-    for group in _passes_over(mismatched, rows, budget_tokens, packing, whole=True):
+    for group in _passes_over(mismatched, rows, budget_tokens, layout, whole=True):
         if stop.is_set():
             return None
-        ratios.append(log_ratios(lm, make_batch(mismatched, group, lm.device)))
+        ratios.append(log_ratios(lm, make_batch(mismatched, group, lm.device, layout)))
         on_pass()
     return torch.cat(ratios).mean()
 
@@ -185,12 +186,11 @@ def _rows_of_units(
 
 
 def _passes_over(
-    held_out: Examples, rows: Sequence[int], budget_tokens: int, packing: bool, whole: bool
+    held_out: Examples, rows: Sequence[int], budget_tokens: int, layout: PassLayout, whole: bool
 ) -> Iterator[list[FlatSequence]]:
     """Yield the sequences of each pass, the rows packed so many at a time that all of them may be held out."""
     for begin in range(0, len(rows), MAX_HELD_OUT_ROWS):
-        sequences = held_out.sequences_of(rows[begin : begin + MAX_HELD_OUT_ROWS])
-        yield from passes(sequences, held_out.lengths(sequences), budget_tokens, packing, whole=whole)
+        yield from passes(held_out, rows[begin : begin + MAX_HELD_OUT_ROWS], budget_tokens, layout, whole=whole)
 
 
 def _last_of_each(chosen: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -57,9 +57,12 @@ class ModelSize:
     width: int
 
 
-def step_flops(size: ModelSize, row_lengths: Sequence[int], label_tokens: int) -> int:
-    """Model FLOPs of a step on rows of these lengths, in tokens."""
-    tokens, pairs = sum(row_lengths), sum(length * length for length in row_lengths)
+def step_flops(
+    size: ModelSize, row_lengths: Sequence[int], label_tokens: int, computed: Sequence[int] | None = None
+) -> int:
+    """Model FLOPs of a step on rows of these lengths, in tokens. computed: of each, how many are; None: all."""
+    own = row_lengths if computed is None else computed
+    tokens, pairs = sum(own), sum(length * count for length, count in zip(row_lengths, own, strict=True))
     per_token = 4 * size.layer_weights + 6 * size.adapter_weights
     attention = 12 * size.layers * size.width * pairs
     return per_token * tokens + attention + 4 * size.head_weights * label_tokens

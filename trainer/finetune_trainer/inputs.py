@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
-from finetune_trainer.attention import Segments
+from finetune_trainer.attention import Keys, Segments
 from finetune_trainer.data.examples import Examples, FlatSequence, example_counts, open_examples
 from finetune_trainer.identity import SAMPLE_BYTES, Evidence, evidence, is_other, sample_of
-from finetune_trainer.runplan import FileRecord, RunPlan, SplitFiles
+from finetune_trainer.runplan import FileRecord, PassLayout, RunPlan, SplitFiles
 from finetune_trainer.step_plan import StepPlan, open_steps
 from finetune_trainer.store import Store
 
@@ -29,12 +30,13 @@ _MAX_DOWNLOADS = 3  # of one file that changes while it is read
 
 @dataclass(frozen=True)
 class Batch:
-    """S flat sequences of one forward pass, T tokens in all, N of them labels; tensors on the model's device.
+    """S flat sequences of one forward pass, N of their tokens labels; tensors on the model's device.
 
-    The sequences are of E examples, one behind another. apart: each goes through the model alone."""
+    The sequences are of E examples, one behind another, and lie in T places: what those of an example share may lie
+    there once. apart: each goes through the model alone."""
 
     input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64, from 0 in every sequence
+    position_ids: Tensor  # (1, T) int64, in its sequence
     segments: Segments
     sources: Tensor  # (N,) int64 places whose hidden state predicts the label
     targets: Tensor  # (N,) int64 token ids
@@ -49,17 +51,26 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.segments.bounds[-1]
+        """Tokens of all flat sequences."""
+        return self.segments.tokens
 
 
 def make_batch(
-    examples: Examples, sequences: Sequence[FlatSequence], device: torch.device, *, apart: bool = False
+    examples: Examples,
+    sequences: Sequence[FlatSequence],
+    device: torch.device,
+    layout: PassLayout = PassLayout.PACKED,
 ) -> Batch:
-    """Return one pass with the flat sequences one after another, in this order."""
+    """Return one pass with the flat sequences one after another, in this order; of trees, all those of each example."""
     runs = [examples.read(sequence) for sequence in sequences]
     counts = example_counts(sequences)
+    shared = None
+    if layout is PassLayout.TREES:
+        examples_of_pass = [sequences[end - 1].example for end in accumulate(counts)]
+        assert list(sequences) == examples.sequences_of(examples_of_pass), "all sequences of an example are in one pass"
+        shared = examples.shared(sequences)
     batch = pack_rows(
-        [run.tokens for run in runs], [run.labels for run in runs], device, examples.weights(sequences), counts
+        [run.tokens for run in runs], [run.labels for run in runs], device, examples.weights(sequences), counts, shared
     )
     label, reference = examples.columns.get("label"), examples.reference
     firsts = np.cumsum([0, *counts[:-1]])
@@ -67,7 +78,7 @@ def make_batch(
         batch,
         desirable=None if label is None else _on(device, label[[sequences[at].example for at in firsts]] > 0),
         reference=None if reference is None else _on(device, reference[[each.leaf for each in sequences]]),
-        apart=apart,
+        apart=layout is PassLayout.APART,
     )
 
 
@@ -77,31 +88,53 @@ def pack_rows(
     device: torch.device,
     weights: npt.NDArray[np.float32] | None = None,
     example_counts: Sequence[int] | None = None,
+    shared: Sequence[int] | None = None,
 ) -> Batch:
     """Return one pass with the given rows one after another. labels[i][j] is 1 where tokens[i][j] is to be predicted.
 
     weights: what the losses of each row's labels are multiplied with; None: with 1. example_counts: rows of each
-    example, one behind another; None: each is one."""
-    lengths = [len(row) for row in tokens]
+    example, one behind another; None: each is one. shared: with how many tokens of the row before it each row begins,
+    none of them a label, which lie in the pass once; None: each row lies there whole."""
+    behind = shared if shared is not None and any(shared) else [0] * len(tokens)
+    own = [row[begin:] for row, begin in zip(tokens, behind, strict=True)]
+    own_labels = [row[begin:] for row, begin in zip(labels, behind, strict=True)]
+    lengths = [len(row) for row in own]
     bounds = np.cumsum([0, *lengths])
-    places = np.flatnonzero(np.concatenate(labels))
-    ids = np.concatenate(tokens).astype(np.int64)
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    places = np.flatnonzero(np.concatenate(own_labels))
+    ids = np.concatenate(own).astype(np.int64)
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - np.array(behind), lengths)
     counts = [int(np.count_nonzero(row)) for row in labels]
+    assert sum(counts) == len(places), "labels of what rows share belong to the first of them"
     of_examples = tuple(example_counts or (1,) * len(lengths))
     firsts = np.cumsum([0, *of_examples[:-1]])
-    segments = Segments(tuple(bounds.tolist()), _on(device, bounds.astype(np.int32)), max(lengths))
+    segments = Segments(tuple(bounds.tolist()), _on(device, bounds.astype(np.int32)), max(len(row) for row in tokens))
+    predecessors = np.arange(bounds[-1]) - 1
+    if any(behind):
+        seen = _places_seen(bounds, behind)
+        predecessors[bounds[:-1]] = [row[begin - 1] if begin else -1 for row, begin in zip(seen, behind, strict=True)]
+        cumulative = np.cumsum([0, *map(len, seen)]).astype(np.int32)
+        keys = Keys(_on(device, np.concatenate(seen)), _on(device, cumulative))
+        segments = replace(segments, shared=tuple(behind), keys=keys)
     return Batch(
         input_ids=_on(device, ids)[None],
         position_ids=_on(device, positions)[None],
         segments=segments,
-        sources=_on(device, places - 1),
+        sources=_on(device, predecessors[places]),
         targets=_on(device, ids[places]),
         label_counts=tuple(counts),
         example_counts=of_examples,
         weights=None if weights is None else _on(device, np.repeat(weights, counts)),
         example_weights=None if weights is None else _on(device, weights[firsts]),
     )
+
+
+def _places_seen(bounds: npt.NDArray[np.int64], shared: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+    """Return where in the pass the tokens of each row lie, those that it shares included."""
+    found: list[npt.NDArray[np.int64]] = []
+    for (begin, end), count in zip(pairwise(bounds), shared, strict=True):
+        own = np.arange(begin, end)
+        found.append(np.concatenate([found[-1][:count], own]) if count else own)
+    return found
 
 
 def _on(device: torch.device, array: npt.NDArray[Any]) -> Tensor:

@@ -10,17 +10,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from finetune_api.job import Schedule
-from finetune_trainer.batches import pack
-from finetune_trainer.data.examples import Examples, FlatSequence, example_counts
+from finetune_trainer.data.examples import Examples, FlatSequence
 from finetune_trainer.inputs import Batch, make_batch
 from finetune_trainer.methods.method import Method
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.passes import computed_tokens, passes
 from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import Hyperparameters
 from finetune_trainer.step_plan import StepPlan
@@ -43,23 +42,6 @@ def learning_rate(step: int, hyper: Hyperparameters) -> float:
         case Schedule.COSINE:
             share = _COSINE_FLOOR + (1 - _COSINE_FLOOR) * (1 + math.cos(math.pi * done)) / 2
     return hyper.learning_rate * share
-
-
-def passes(
-    sequences: Sequence[FlatSequence], lengths: Sequence[int], budget_tokens: int, packing: bool, *, whole: bool = False
-) -> Iterator[list[FlatSequence]]:
-    """Divide a step's sequences into forward passes of at most `budget_tokens`, or of one each without packing.
-
-    whole: all sequences of an example are in one pass; one that is larger than the budget has a pass of its own."""
-    counts = example_counts(sequences) if whole else [1] * len(sequences)
-    ends = list(accumulate(counts))
-    together = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-    if not packing:
-        yield from (list(sequences[part]) for part in together)
-        return
-    sizes = [sum(lengths[part]) for part in together]
-    for places in pack(sizes, max(budget_tokens, max(sizes))):
-        yield [sequence for place in places for sequence in sequences[together[place]]]
 
 
 @dataclass(frozen=True)
@@ -152,19 +134,17 @@ class Stepper:
         """Return the passes without gradients that come before those of a step."""
         if self.examples.mismatched is None:
             return []
-        sequences = self.examples.mismatched.sequences_of(self.steps.examples_of(step))
-        lengths = self.examples.mismatched.lengths(sequences)
-        return list(passes(sequences, lengths, self.budget_tokens, self.hyper.packing))
+        others, numbers = self.examples.mismatched, self.steps.examples_of(step)
+        return list(passes(others, numbers, self.budget_tokens, self.hyper.layout))
 
     def largest_pass_tokens(self, step: int) -> int:
         """Return the tokens of the largest pass of a step."""
-        return max(sum(self.examples.lengths(group)) for group in self._passes_of(step))
+        layout = self.hyper.layout
+        return max(sum(computed_tokens(self.examples, group, layout)) for group in self._passes_of(step))
 
     def _passes_of(self, step: int) -> list[list[FlatSequence]]:
-        sequences = self.examples.sequences_of(self.steps.examples_of(step))
-        whole = self.method.denominator.keeps_examples_whole
-        lengths = self.examples.lengths(sequences)
-        return list(passes(sequences, lengths, self.budget_tokens, self.hyper.packing, whole=whole))
+        numbers, whole = self.steps.examples_of(step), self.method.denominator.keeps_examples_whole
+        return list(passes(self.examples, numbers, self.budget_tokens, self.hyper.layout, whole=whole))
 
     def _let_run_ahead(self, running: deque[torch.cuda.Event]) -> None:
         """Wait for the pass before this one on CUDA: the host is one pass ahead, and what it reports has happened."""
@@ -179,7 +159,7 @@ class Stepper:
     def _batches(self, examples: Examples, groups: Sequence[Sequence[FlatSequence]]) -> Iterator[Batch]:
         began_s = time.perf_counter()
         for group in groups:
-            batch = make_batch(examples, group, self.lm.device, apart=not self.hyper.packing)
+            batch = make_batch(examples, group, self.lm.device, self.hyper.layout)
             self.data_wait_s += time.perf_counter() - began_s
             yield batch
             began_s = time.perf_counter()

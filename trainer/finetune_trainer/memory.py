@@ -57,10 +57,13 @@ _GPU_AT_MOST = Kept(hidden=26, query=10, key=8, mlp=10)
 _FUSED_ATTENTION = {"gpt_neox", "phi3"}
 
 
-def kept_bytes(model: ModelFacts, family: str, rank: int, tokens: int, longest_row: int, gpu: bool) -> int:
+def kept_bytes(
+    model: ModelFacts, family: str, rank: int, tokens: int, longest_row: int, gpu: bool, copied_tokens: int = 0
+) -> int:
     """Return what a pass over `tokens` in rows of at most `longest_row` keeps until it goes backward.
 
-    A family that was not counted is taken to keep the most of all that were.
+    A family that was not counted is taken to keep the most of all that were. copied_tokens: that rows see which share
+    their beginnings, and whose keys and values are copied for each.
     """
     widths, size = model.widths, 2 if gpu else 4
     table, llama, most = (_GPU, _GPU_LLAMA, _GPU_AT_MOST) if gpu else (_CPU, _CPU_LLAMA, _CPU_AT_MOST)
@@ -73,11 +76,20 @@ def kept_bytes(model: ModelFacts, family: str, rank: int, tokens: int, longest_r
     masks = 0
     if not gpu and widths.window is not None and longest_row > widths.window:
         masks = 4 * widths.windowed_layers * tokens * longest_row
-    return tokens * model.layers * per_token + masks
+    copies = copied_tokens * 2 * size * (widths.key if gpu else widths.query)
+    return model.layers * (tokens * per_token + copies) + masks
 
 
 def pass_bytes(
-    model: ModelFacts, family: str, rank: int, tokens: int, longest_row: int, gpu: bool, label_tokens: int | None = None
+    model: ModelFacts,
+    family: str,
+    rank: int,
+    tokens: int,
+    longest_row: int,
+    gpu: bool,
+    label_tokens: int | None = None,
+    *,
+    copied_tokens: int = 0,
 ) -> int:
     """Return the highest memory above the loaded model: adapter and moments, what is kept, and what is in flight.
 
@@ -89,7 +101,7 @@ def pass_bytes(
     size = 3 if gpu else 4  # bf16 and, inside LoRA's branch, fp32
     in_flight = tokens * size * (4 * model.widths.mlp + 3 * model.hidden_size)
     head = _head_bytes(model.vocabulary_size, labels, gpu) + labels * 3 * (2 if gpu else 4) * model.hidden_size
-    kept = kept_bytes(model, family, rank, tokens, longest_row, gpu)
+    kept = kept_bytes(model, family, rank, tokens, longest_row, gpu, copied_tokens)
     heap = 0 if gpu else int(_CPU_HEAP_SHARE * kept)
     return adapter + kept + heap + max(in_flight, head)
 

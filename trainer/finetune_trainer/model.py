@@ -27,7 +27,7 @@ from finetune_trainer.families import MIXTURE_FIELDS
 from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
 from finetune_trainer.logprobs import nll_sum, token_logprobs
-from finetune_trainer.runplan import RunPlan
+from finetune_trainer.runplan import PassLayout, RunPlan
 
 # Differences of log-probabilities between our pass and the model's own that are rounding and nothing else, in nats.
 _SAME_LOGPROB = 1e-3  # at most, in fp32
@@ -65,6 +65,7 @@ class LanguageModel:
 
         Rows that may not share a call of the model have one each."""
         segments = batch.segments
+        assert self.packed or not segments.shared, "only our attention lets rows share what they begin with"
         if (self.packed and not batch.apart) or len(segments.bounds) == 2:
             return self._states(batch.input_ids, batch.position_ids, segments)[batch.sources]
         alone: list[Tensor] = []
@@ -144,7 +145,7 @@ def _logit_scale(config: Any) -> float:
 
 @torch.no_grad()
 def _check_our_pass(lm: LanguageModel, plan: RunPlan) -> None:
-    """Put our attention in place and compare our log-probabilities of two short rows with the model's own.
+    """Put our attention in place and compare our log-probabilities of short rows with the model's own.
 
     Sliding windows are made shorter than the rows meanwhile, so that they count whatever their size."""
     with _small_windows(lm.causal):
@@ -169,19 +170,23 @@ def _compare_passes(lm: LanguageModel, plan: RunPlan) -> None:
     generator = np.random.default_rng(0)
     lengths = [min(length, plan.model.context_length) for length in _CHECKED_LENGTHS]
     rows = [generator.integers(0, plan.model.vocabulary_size, length) for length in lengths]
-    labels = [np.arange(len(row)) > 0 for row in rows]
+    shared = [0] * len(rows)
+    if plan.hyperparameters.layout is PassLayout.TREES:
+        shared.append(lengths[-1] // 2)
+        rows.append(np.concatenate([rows[-1][: shared[-1]], rows[0][shared[-1] :]]))
+    labels = [np.arange(len(row)) >= max(1, begin) for row, begin in zip(rows, shared, strict=True)]
     expected: list[Tensor] = []
-    for row in rows:
+    for row, label in zip(rows, labels, strict=True):
         ids = torch.from_numpy(row).to(lm.device)
         with lm.precision(), told_of_the_model(plan, "its own pass fails, its config.json may be of another model"):
             logits = lm.causal(input_ids=ids[None], use_cache=False).logits[0].float()
-        expected.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+        expected.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0][label[1:]])
     if lm.packed:
         attention.register()
         lm.causal.set_attn_implementation(attention.PACKED)
     try:
         if lm.packed:
-            found = lm.token_logprobs(pack_rows(rows, labels, lm.device))
+            found = lm.token_logprobs(pack_rows(rows, labels, lm.device, shared=shared))
         else:
             single = [
                 lm.token_logprobs(pack_rows([row], [label], lm.device)) for row, label in zip(rows, labels, strict=True)

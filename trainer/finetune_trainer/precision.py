@@ -17,8 +17,8 @@ from finetune_api.reasons import Fault
 from finetune_trainer import world
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.inputs import make_batch
-from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel, load_base
+from finetune_trainer.passes import passes
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.step_plan import StepPlan
 
@@ -112,9 +112,9 @@ def _in_bf16(
 @torch.no_grad()
 def first_pass(lm: LanguageModel, plan: RunPlan, examples: Examples, steps: StepPlan) -> FirstPass:
     """Run the first step's first pass forward twice and time the second, as the first one warms up."""
-    hyper, chosen = plan.hyperparameters, examples.sequences_of(steps.examples_of(0))
-    group = next(passes(chosen, examples.lengths(chosen), hyper.micro_batch_tokens, hyper.packing))
-    batch = make_batch(examples, group, lm.device)
+    hyper = plan.hyperparameters
+    group = next(passes(examples, steps.examples_of(0), hyper.micro_batch_tokens, hyper.layout))
+    batch = make_batch(examples, group, lm.device, hyper.layout)
     lm.nll_sum(batch)
     began_s = time.perf_counter()
     loss = float(lm.nll_sum(batch)) / max(1, len(batch.targets))

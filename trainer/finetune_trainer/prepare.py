@@ -46,7 +46,16 @@ from finetune_trainer.data.unknown_words import TokenCount
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
 from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
-from finetune_trainer.runplan import FileRecord, RunPlan, SamplePrompt, SplitFiles, first_to_change, plan_uri
+from finetune_trainer.runplan import (
+    FileRecord,
+    Hyperparameters,
+    PassLayout,
+    RunPlan,
+    SamplePrompt,
+    SplitFiles,
+    first_to_change,
+    plan_uri,
+)
 from finetune_trainer.sizing import Choices, DataFacts, Sizing
 from finetune_trainer.standstill import ended_by_standstill
 from finetune_trainer.step_plan import StepPlan
@@ -254,7 +263,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
 
 def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[str, Any]:
     """Return what report.json says of a job that can be trained."""
-    model, datasets, train = stage.model, stage.ctx.config.spec.datasets, planned.examples["train"]
+    model, datasets = stage.model, stage.ctx.config.spec.datasets
     return {
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
@@ -271,7 +280,10 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         ],
         "weights": planned.weights,
         "packing": report.packing(
-            planned.batches, planned.train, int(train["longest"].max()), planned.sized.hyperparameters
+            planned.batches,
+            planned.train,
+            planned.sized.hyperparameters,
+            whole=stage.method.denominator.keeps_examples_whole,
         ),
         "resolved": [value.model_dump() for value in planned.resolved],
     }
@@ -323,6 +335,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         ],
         resolved=planned.resolved,
         train_tokens=int(plan.tokens.sum()),
+        computed_tokens=_computed_tokens(plan, planned.examples["train"], sized.hyperparameters),
         label_tokens=int(plan.label_tokens.sum()),
         memory_bytes=sized.memory_bytes,
         gpu_memory_bytes=sized.gpu_memory_bytes,
@@ -383,6 +396,9 @@ def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any
         longest_row=int(train["longest"].max()),
         longest_of_all=int(every["longest"].max()),
         largest_row=int(train["tokens"].max()),
+        stored_tokens=int(train["stored_tokens"].sum(dtype=np.int64)),
+        largest_tree=int(train["stored_tokens"].max()),
+        most_repeated=_most_repeated(train),
         measured_tokens=int(
             held_out["tokens"].sum(dtype=np.int64) * min(1.0, defaults.MAX_HELD_OUT_ROWS / max(1, len(held_out)))
         ),
@@ -390,6 +406,19 @@ def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
         limit=stage.limit,
     )
+
+
+def _most_repeated(examples: Any) -> float:
+    """Return how many tokens an example's flat sequences have for each that it stores, at most."""
+    chunks = (examples[begin : begin + batches.CHUNK] for begin in range(0, len(examples), batches.CHUNK))
+    return max(float((each["tokens"] / each["stored_tokens"]).max()) for each in chunks)
+
+
+def _computed_tokens(plan: StepPlan, examples: Any, hyper: Hyperparameters) -> int:
+    """Return the tokens that all steps compute, with what flat sequences share counted once where that is so."""
+    lengths = examples["stored_tokens" if hyper.layout is PassLayout.TREES else "tokens"]
+    reads = (plan.examples[begin : begin + batches.CHUNK] for begin in range(0, len(plan.examples), batches.CHUNK))
+    return sum(int(lengths[each].sum(dtype=np.int64)) for each in reads)
 
 
 def _content_digest(written: dict[str, Written]) -> str:

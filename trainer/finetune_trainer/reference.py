@@ -23,8 +23,8 @@ from finetune_trainer.commit import Fence
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.mapped import new_mapped
 from finetune_trainer.inputs import make_batch
-from finetune_trainer.loop import passes
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.passes import passes
 from finetune_trainer.patience import ENDS_AT_ONCE, best_effort
 from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import RunPlan, SplitFiles
@@ -132,11 +132,9 @@ def _computed(
 ) -> npt.NDArray[np.float32]:
     values = np.full(part.segments.stop - part.segments.start, np.nan, dtype=_DTYPE)
     hyper = plan.hyperparameters
-    sequences = examples.sequences_of([each for each in part.examples if is_read[each]])
-    if not sequences:
-        return values
-    for group in passes(sequences, examples.lengths(sequences), hyper.micro_batch_tokens, hyper.packing):
-        batch = make_batch(examples, group, lm.device)
+    numbers = [each for each in part.examples if is_read[each]]
+    for group in passes(examples, numbers, hyper.micro_batch_tokens, hyper.layout):
+        batch = make_batch(examples, group, lm.device, hyper.layout)
         leaves = np.array([each.leaf for each in group])
         values[leaves - part.segments.start] = Scores(lm, batch).sequences.cpu().numpy()
         kept.beat()

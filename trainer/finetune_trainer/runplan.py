@@ -151,6 +151,14 @@ class Denominator(StrEnum):
         return label_tokens if self is Denominator.LABEL_TOKENS else np.ones_like(label_tokens)
 
 
+class PassLayout(StrEnum):
+    """How the flat sequences of some examples go through the model."""
+
+    APART = "apart"  # each alone
+    PACKED = "packed"  # several in a pass, one behind another
+    TREES = "trees"  # the same, and what those of one example share is computed once
+
+
 class SplitFiles(StoredModel):
     """One split's prepared examples. arrays: by name, those of `data.examples`."""
 
@@ -184,9 +192,17 @@ class Hyperparameters(StoredModel):
     max_sequence_length: int
     micro_batch_tokens: int  # token budget of one forward pass
     packing: bool
+    trees: bool = False  # whether what flat sequences of an example share is computed once; only with packing
     lora_rank: int
     lora_alpha: int
     eval_interval_steps: int
+
+    @property
+    def layout(self) -> PassLayout:
+        """How flat sequences go through the model."""
+        if not self.packing:
+            return PassLayout.APART
+        return PassLayout.TREES if self.trees else PassLayout.PACKED
 
 
 class SamplePrompt(StoredModel):
@@ -218,7 +234,9 @@ class RunPlan(StoredModel):
     sample_prompts: list[SamplePrompt] = Field(max_length=3)
     inputs: list[FileRecord] = Field(max_length=10_000)
     resolved: list[ResolvedValue] = Field(max_length=200)  # in the order of `first_to_change`
-    train_tokens: int  # over all steps
+    train_tokens: int  # over all steps, of flat sequences
+    # Over all steps, with what flat sequences share counted once where it is computed once; None: of a release before.
+    computed_tokens: int | None = None
     label_tokens: int
     memory_bytes: int
     gpu_memory_bytes: int | None  # None: trains on the CPU

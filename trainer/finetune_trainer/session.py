@@ -22,6 +22,7 @@ from finetune_trainer.flops import ModelSize, step_flops
 from finetune_trainer.logs import bind_step
 from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learning_rate
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
+from finetune_trainer.passes import computed_tokens
 from finetune_trainer.patience import ENDS_AT_ONCE
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
@@ -245,7 +246,8 @@ class Session:
             return 0
         examples = self.stepper.examples
         sequences = examples.sequences_of(self.stepper.steps.examples_of(step))
-        return step_flops(self.model_size, examples.lengths(sequences), labels)
+        computed = computed_tokens(examples, sequences, self.stepper.hyper.layout)
+        return step_flops(self.model_size, examples.lengths(sequences), labels, computed)
 
     def _report(self, step: int, figures: _Figures, tokens: int, labels: int, seconds: float) -> None:
         steps, position = self.stepper.steps, self.position
@@ -312,7 +314,7 @@ class Session:
             stepper.method,
             self.held_out,
             stepper.budget_tokens,
-            stepper.hyper.packing,
+            stepper.hyper.layout,
             self.position.step,
             self.stop,
             self.reporter.touch,

@@ -24,6 +24,7 @@ from finetune_trainer.methods.method import Method
 from finetune_trainer.runplan import AdapterFacts, Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES
+from finetune_trainer.trees import computes_trees
 
 T = TypeVar("T")
 GIB = 2**30
@@ -56,6 +57,9 @@ class DataFacts:
     longest_row: int  # tokens of the longest flat sequence, of the training rows
     longest_of_all: int  # held-out rows included, which are packed as well
     largest_row: int  # tokens of all flat sequences of one training row
+    stored_tokens: int  # with what the flat sequences of an example share counted once
+    largest_tree: int  # of them, in one training row
+    most_repeated: float  # tokens of an example's flat sequences for each that it stores, at most
     measured_tokens: int  # of the held-out rows that are measured
     prepared_bytes: int
     too_long_rows: int
@@ -160,7 +164,9 @@ def size(
         ),
         machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
     )
-    batch = _batch_size(choices, hyper, data, epochs, pace)
+    packing = _packing(choices, preprocessing, model, family, data)
+    trees = _trees(choices, model, family, data, rank, resources, packing=packing)
+    batch = _batch_size(choices, hyper, data, epochs, pace, trees=trees)
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
     else:
@@ -187,8 +193,7 @@ def size(
         "hyperparameters.weightDecay", hyper.weight_decay, defaults.WEIGHT_DECAY, "LoRA needs none"
     )
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
-    packing = _packing(choices, preprocessing, model, family, data)
-    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace, method)
+    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace, method, trees=trees)
     if not resources.gpus:
         reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
@@ -213,6 +218,7 @@ def size(
             max_sequence_length=length,
             micro_batch_tokens=micro,
             packing=packing,
+            trees=trees,
             lora_rank=rank,
             lora_alpha=alpha,
             eval_interval_steps=_eval_interval_steps(steps, total_rows * data.tokens // data.rows, data),
@@ -271,6 +277,36 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
     return choices.pick("preprocessing.packing", spec.packing, safe, reason)
 
 
+def _trees(
+    choices: Choices,
+    model: ModelFacts,
+    family: str,
+    data: DataFacts,
+    rank: int,
+    resources: RunResources,
+    *,
+    packing: bool,
+) -> bool:
+    """Decide whether what the flat sequences of an example share is computed once, where any share something."""
+    if data.stored_tokens == data.tokens:
+        return False
+    tokens, copied = data.largest_tree, _copied_tokens(data, data.largest_tree, trees=True)
+    needed = memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied)
+    found = computes_trees(
+        packing=packing,
+        gpu=bool(resources.gpus),
+        tokens=data.tokens,
+        stored_tokens=data.stored_tokens,
+        fits=needed <= resources.memory_bytes,
+    )
+    return choices.pick("treeAttention", None, found.value, found.reason)
+
+
+def _copied_tokens(data: DataFacts, tokens: int, *, trees: bool) -> int:
+    """Return of how many tokens a pass over so many keeps a copy of what attention sees, at most."""
+    return round(tokens * data.most_repeated) if trees else 0
+
+
 def _adapter(
     choices: Choices,
     spec: FineTuneJobSpec,
@@ -324,14 +360,17 @@ class _Pace:
         return int(self.tokens_per_s * self.deadline_s * _DEADLINE_SHARE)
 
 
-def _batch_size(choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float, pace: _Pace) -> int:
+def _batch_size(
+    choices: Choices, spec: HyperparametersSpec, data: DataFacts, epochs: float, pace: _Pace, *, trees: bool
+) -> int:
     wanted = spec.max_steps or defaults.WANTED_STEPS
     *larger, least = defaults.BATCH_SIZES
     mean_tokens = max(1, data.tokens // data.rows)
+    computed_tokens = max(1, data.stored_tokens // data.rows) if trees else mean_tokens
     fitting = [b for b in larger if data.epoch_rows * epochs / b >= wanted and b * mean_tokens <= _MAX_BATCH_TOKENS]
     value = fitting[0] if fitting else least
     reason = f"small, for {f'at least {wanted} steps' if fitting else 'many steps on few rows'}"
-    while value > 1 and value * mean_tokens > pace.step_tokens:
+    while value > 1 and value * computed_tokens > pace.step_tokens:
         value //= 2
         minutes = pace.deadline_s * _DEADLINE_SHARE / 60
         reason = f"a step of more rows may take over {minutes:.3g} min on {pace.machine}"
@@ -367,18 +406,25 @@ def _learning_rate(
 
 
 def memory_estimate(
-    model: ModelFacts, family: str, rank: int, micro_batch_tokens: int, longest_row: int, gpus: int
+    model: ModelFacts,
+    family: str,
+    rank: int,
+    micro_batch_tokens: int,
+    longest_row: int,
+    gpus: int,
+    copied_tokens: int = 0,
 ) -> int:
     """Return the bytes of host memory that training needs.
 
     On the CPU all is fp32: weights, and what a pass takes above them. With a GPU the weights pass through the host
-    once in their stored precision.
+    once in their stored precision. copied_tokens: as in `memory.kept_bytes`.
     """
     if gpus:
         adapter = 16 * rank * model.lora_parameters_per_rank
         return _PROCESS_BYTES + _CUDA_HOST_BYTES + 2 * model.parameters + adapter
-    above_model = pass_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=False)
-    uneven = int(_UNEVEN_STEPS_SHARE * kept_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=False))
+    what = (model, family, rank, micro_batch_tokens, longest_row)
+    above_model = pass_bytes(*what, gpu=False, copied_tokens=copied_tokens)
+    uneven = int(_UNEVEN_STEPS_SHARE * kept_bytes(*what, gpu=False, copied_tokens=copied_tokens))
     return _PROCESS_BYTES + 4 * model.parameters + above_model + uneven
 
 
@@ -407,15 +453,19 @@ def _micro_batch(
     resources: RunResources,
     pace: _Pace,
     method: Method,
+    *,
+    trees: bool,
 ) -> tuple[int, int]:
     """(tokens of one forward pass, bytes of memory): the most that fits both, never less than has to be in one pass."""
-    whole = method.denominator.keeps_examples_whole
-    least = data.largest_row if whole else data.longest_row
+    whole = trees or method.denominator.keeps_examples_whole
+    largest = data.largest_tree if trees else data.largest_row
+    least = largest if whole else data.longest_row
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
-        tokens = min(tokens, batch * data.largest_row)
-        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus)
+        tokens = min(tokens, batch * largest)
+        copied = _copied_tokens(data, tokens, trees=trees)
+        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied)
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, least)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"

@@ -230,6 +230,14 @@ class Examples:
         """Return the number of tokens of each flat sequence."""
         return [sum(span.stop - span.start for span, _ in self._path(each.leaf)) for each in sequences]
 
+    def shared(self, sequences: Sequence[FlatSequence]) -> list[int]:
+        """Return with how many of its first tokens each flat sequence goes through segments that an earlier one has.
+
+        The one before it in the order of the leaves has them all: in preorder it passes through the same parent."""
+        return [
+            sum(span.stop - span.start for span, learned in self._path(each.leaf) if not learned) for each in sequences
+        ]
+
     def weights(self, sequences: Sequence[FlatSequence]) -> npt.NDArray[np.float32] | None:
         """Return the weight of each flat sequence's example; None where all are 1, as where there is no column."""
         column = self.columns.get("weight")

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.batches import CHUNK, Mix, pack
+from finetune_trainer.batches import CHUNK, Mix
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.examples import Examples
+from finetune_trainer.passes import computed_tokens, passes
 from finetune_trainer.runplan import Hyperparameters
 from finetune_trainer.step_plan import StepPlan
 
@@ -78,23 +79,26 @@ def weights(column: npt.NDArray[np.float32]) -> dict[str, float]:
     return {"examples": weighted, "least": float(column.min()), "most": float(column.max())} if weighted else {}
 
 
-def packing(plan: StepPlan, examples: Examples, longest_row: int, hyper: Hyperparameters) -> dict[str, Any]:
-    """How full forward passes are, over the first steps."""
+def packing(plan: StepPlan, examples: Examples, hyper: Hyperparameters, *, whole: bool) -> dict[str, Any]:
+    """How full forward passes are, over the first steps. whole: all sequences of an example are in one pass."""
     if not hyper.packing:
         return {"packing": False}
-    budget = max(hyper.micro_batch_tokens, longest_row)
-    passes = tokens = padded = 0
+    budget = hyper.micro_batch_tokens
+    groups = tokens = computed = padded = 0
     steps = min(len(plan), _STEPS_SAMPLED)
     for step in range(steps):
-        read = plan.examples[plan.step_offsets[step] : plan.step_offsets[step + 1]].tolist()
-        lengths = examples.lengths(examples.sequences_of(read))
-        passes += len(pack(lengths, budget))
+        read = plan.examples_of(step)
+        sequences = examples.sequences_of(read)
+        lengths = examples.lengths(sequences)
+        groups += sum(1 for _ in passes(examples, read, budget, hyper.layout, whole=whole))
         tokens += int(plan.tokens[step])
+        computed += sum(computed_tokens(examples, sequences, hyper.layout))
         padded += len(lengths) * max(lengths)
     return {
         "packing": True,
         "budget_tokens": budget,
-        "passes_per_step": round(passes / steps, 2),
-        "budget_used": round(tokens / (passes * budget), 4),
+        "passes_per_step": round(groups / steps, 2),
+        "budget_used": round(computed / (groups * budget), 4),
         "padding_saved": round(1 - tokens / padded, 4),  # share of a padded batch of the whole step
+        "sharing_saved": round(1 - computed / tokens, 4),  # share of the tokens of flat sequences
     }
