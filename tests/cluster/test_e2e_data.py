@@ -129,10 +129,8 @@ def _hit_while_reading(job: Submitted, fault: Callable[[Pod], object]) -> None:
 def test_tool_calls_reasoning_and_plain_answers_are_given_in_the_form_that_was_taught(
     lab: Lab, taught: Submitted, lessons: Mapping[str, Lesson], base: Path, tmp_path: Path
 ):
-    (artifact,) = taught.until_succeeded()["artifacts"]
-    for uri in lab.keys(artifact["uri"]):
-        (tmp_path / uri.rpartition("/")[2]).write_bytes(lab.read(uri))
-    before, after = Judge(base, None), Judge(base, tmp_path)
+    taught.until_succeeded()
+    before, after = Judge(base, None), Judge(base, taught.fetch_adapter(tmp_path / "adapter"))
     held_out = _held_out(lab, taught)
     for name, lesson in lessons.items():
         rows = [row for number, row in enumerate(lesson.rows, start=1) if (name, number) not in held_out]

@@ -121,14 +121,8 @@ def test_the_disturbed_job_ends_with_the_bits_of_the_undisturbed_one(undisturbed
     assert resumed == sorted(resumed)
     assert len(attempts) == 1 or attempts[-1]["resumedFromStep"] > 0
 
-    figures = [_figures(job) for job in (undisturbed, disturbed)]
+    figures = [job.figures() for job in (undisturbed, disturbed)]
     steps = [row["step"] for row in figures[0] if "loss" in row]
     assert steps == list(range(1, status["plan"]["steps"] + 1))
     assert figures[1] == figures[0]
     assert disturbed.adapter_sha256() == undisturbed.adapter_sha256()
-
-
-def _figures(job: Submitted) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without the times."""
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in job.metrics_rows()]
-    return sorted(rows, key=lambda row: (row["step"], "eval_loss" in row))

@@ -1,5 +1,6 @@
 """A tiny random chat model and small datasets for the node's tests, made without torch in milliseconds."""
 
+import itertools
 import json
 import random
 from typing import Any
@@ -101,6 +102,28 @@ def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     generator = random.Random(seed)
     words = ["".join(generator.choices(_LETTERS, k=6)) for _ in range(count)]
     return [{"text": " ".join([word] * 12)} for word in words]
+
+
+def pair_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Two answers of equal length to each prompt: letters of the beginning of the alphabet are preferred."""
+    generator = random.Random(seed)
+
+    def said(role: str, letters: str, length: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": "".join(generator.choices(letters, k=length))}]
+
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        prompt, length = said("user", _LETTERS, generator.randint(4, 20)), generator.randint(4, 10)
+        chosen, rejected = (said("assistant", letters, length) for letters in (_LETTERS[:8], _LETTERS[-8:]))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def thumb_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """One of the answers of each pair with what is said of it: a third is good."""
+    names = (("chosen", True), ("rejected", False), ("rejected", False))
+    said = zip(pair_rows(count, seed), itertools.cycle(names), strict=False)
+    return [{"prompt": row["prompt"], "completion": row[name], "label": label} for row, (name, label) in said]
 
 
 def jsonl(rows: list[dict[str, Any]]) -> bytes:

@@ -110,6 +110,10 @@ class Lab:
             "output": {"uri": f"s3://e2e-adapters/{name}"},
         }
 
+    def shown(self, name: str) -> list[str]:
+        """Return the words that `kubectl get ftj` has for a job."""
+        return self.kubectl("get", "ftj", name, "--no-headers").split()
+
     def secret(self, name: str, access_key: str, secret_key: str) -> Body:
         return {
             "apiVersion": "v1",
@@ -269,6 +273,18 @@ class Submitted:
 
     def metrics_rows(self) -> list[Body]:
         return [json.loads(line) for line in self.lab.read(f"{self.run_uri()}/.job/metrics.jsonl").splitlines()]
+
+    def figures(self) -> list[Body]:
+        """Rows of metrics.jsonl without the times."""
+        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in self.metrics_rows()]
+        return sorted(rows, key=lambda row: (row["step"], "eval_loss" in row))
+
+    def fetch_adapter(self, folder: Path) -> Path:
+        """Write the files of the committed adapter into a new folder."""
+        folder.mkdir()
+        for uri in self.lab.keys(self.status()["artifacts"][0]["uri"]):
+            (folder / uri.rpartition("/")[2]).write_bytes(self.lab.read(uri))
+        return folder
 
     def adapter_sha256(self) -> str:
         """Of the committed weights, as the manifest vouches for them."""
