@@ -114,12 +114,12 @@ def printer_columns() -> list[Schema]:
         column("Method", ".spec.method.type"),
         column("Model", ".spec.model.uri"),
         column("Phase", f".{PHASE_FIELD}"),
+        column("Reason", '.status.conditions[?(@.type=="Succeeded")].reason'),
         column("Progress", ".status.progress.text"),
         column("ETA", ".status.progress.eta"),
         column("Loss", ".status.metrics.loss"),
         column("Attempt", ".status.attempts[-1:].number", "integer"),
         column("Age", ".metadata.creationTimestamp", "date"),
-        column("Reason", '.status.conditions[?(@.type=="Succeeded")].reason', wide=True),
         column("GPUs", ".spec.resources.gpusPerNode", "integer", wide=True),
         column("Artifact", ".status.artifacts[0].uri", wide=True),
     ]

@@ -158,7 +158,7 @@ class DpoSpec(ApiModel):
         ge=0,
         le=100,
         description="SimPO: by how much the chosen answer shall be ahead, in the same unit as beta. "
-        f"Absent: {defaults.SIMPO_GAMMA}.",
+        f"Absent: beta times {defaults.SIMPO_GAMMA_SHARE}.",
     )
     label_smoothing: float | None = Field(
         default=None,
@@ -189,6 +189,9 @@ class OrpoSpec(ApiModel):
     )
 
 
+MAX_ANSWER_WEIGHT = 10_000
+
+
 class KtoSpec(ApiModel):
     """Options of Kahneman-Tversky optimisation."""
 
@@ -202,14 +205,14 @@ class KtoSpec(ApiModel):
     desirable_weight: float | None = Field(
         default=None,
         gt=0,
-        le=10_000,
+        le=MAX_ANSWER_WEIGHT,
         description="What the losses of good answers are multiplied with. Absent: so that good and bad answers count "
         "alike, however many there are of each.",
     )
     undesirable_weight: float | None = Field(
         default=None,
         gt=0,
-        le=10_000,
+        le=MAX_ANSWER_WEIGHT,
         description="What the losses of bad answers are multiplied with. Absent: so that good and bad answers count "
         "alike, however many there are of each.",
     )

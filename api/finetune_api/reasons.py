@@ -169,6 +169,7 @@ class Fault(StrEnum):
     UNSUPPORTED_MODEL = "UnsupportedModel"
     BROKEN_MODEL = "BrokenModel"
     ADAPTER_UNUSABLE = "AdapterUnusable"
+    ADAPTER_NOT_FOUND = "AdapterNotFound"
     ADAPTER_OF_OTHER_BASE = "AdapterOfOtherBase"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     DISK_TOO_SMALL = "DiskTooSmall"
@@ -343,6 +344,11 @@ FAULTS: dict[Fault, FaultText] = {
         Reason.CONFIG_INVALID,
         "training cannot go on with the adapter at {uri}: {problem}; name in model.adapterFrom one that a FineTuneJob "
         "of this release committed, or leave model.adapterFrom out",
+    ),
+    Fault.ADAPTER_NOT_FOUND: FaultText(
+        Reason.DATA_NOT_FOUND,
+        "no adapter is at {uri}, as no manifest.json is there: name in model.adapterFrom the folder that "
+        "status.artifacts[].uri of its job names, or that finetune run told; or put the adapter back",
     ),
     Fault.ADAPTER_OF_OTHER_BASE: FaultText(
         Reason.MODEL_MISMATCH,

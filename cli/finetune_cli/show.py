@@ -12,7 +12,7 @@ from rich.table import Table
 from finetune_api.job import StartPolicy
 from finetune_api.names import Stage
 from finetune_api.printable import printable
-from finetune_api.quality import Quality, concern_words, verdict
+from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_api.reasons import Fault, Reason, reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.row_words import row_words
@@ -211,8 +211,9 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
     """What came out."""
     if result.metrics is not None and result.metrics.eval_loss is not None:
         base = result.metrics.base_eval_loss
-        before = "" if base is None else f" (base model {base:.3f})"
+        before = "" if base is None else f" (before training {base:.3f})"
         console.print(f"[bold]Loss[/]    {result.metrics.eval_loss:.3f} on held-out rows{before}")
+    _show_figures(console, result.quality or Quality())
     for sample in samples:
         answers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, text in (("prompt", sample["prompt"]), ("base", sample["base"]), ("tuned", sample["tuned"])):
@@ -230,6 +231,14 @@ def show_success(console: Console, result: RunResult, samples: list[dict[str, st
     if result.log_uri:
         _more(console, "metrics", metrics_uri)
         _more(console, "log", result.log_uri)
+
+
+def _show_figures(console: Console, quality: Quality) -> None:
+    """Say what a preference method has measured of held-out rows, a figure a line."""
+    for name, meaning in FIGURE_WORDS.items():
+        now, before = quality.figures.get(name), quality.start_figures.get(name)
+        if now is not None and before is not None:
+            _more(console, f"{now:.3f}", f"{meaning} (before training {before:.3f})")
 
 
 def show_quality(console: Console, quality: Quality | None) -> None:

@@ -40,6 +40,9 @@ def line(job: dict[str, Any]) -> str:
     loss = (status.get("metrics") or {}).get("loss")
     degraded = condition(job, "Degraded")
     told = degraded if degraded.get("status") == "True" else condition(job, "Succeeded")
+    running = condition(job, "Running")
+    if not told.get("message") and running.get("status") == "False":
+        told = running  # it says what is waited for
     parts = [
         status.get("phase") or "Waiting for the operator",
         progress.get("text"),

@@ -81,6 +81,12 @@ def has_its_adapter(
         return Wait(Reason.WAITING_FOR_JOB, text)
     if parent.end is not None:
         return Over(Reason.NO_ADAPTER_TO_COME, f"{what} ended without one: {parent.end}")
+    if parent.circle:
+        waiting = " for ".join(parent.circle)
+        text = (
+            f"the jobs wait for one another's adapters (model.adapterFrom): this one for {waiting}; create one of them"
+        )
+        return Over(Reason.NO_ADAPTER_TO_COME, f"{text} without model.adapterFrom, and those that have ended anew")
     return Wait(Reason.WAITING_FOR_JOB, f"FineTuneJob {name} of model.adapterFrom is {parent.phase}")
 
 

@@ -17,12 +17,15 @@ from finetune_operator.job_reader import read_job
 
 @dataclass(frozen=True)
 class ParentJob:
-    """What is seen of it. end: how it ended, in words; None while it is not over."""
+    """What is seen of it. end: how it ended, in words; None while it is not over. waits_for: the job that it waits for
+    itself. circle: names of jobs that wait one for another, from itself to the one that waits for it."""
 
     uid: str
     phase: Phase
     end: str | None
     artifact: Artifact | None
+    waits_for: str | None = None
+    circle: tuple[str, ...] = ()
 
 
 def read_parent(body: Mapping[str, Any]) -> ParentJob:
@@ -30,11 +33,13 @@ def read_parent(body: Mapping[str, Any]) -> ParentJob:
     job = read_job(body)
     finished = find(job.status, ConditionType.FINISHED)
     end = f"{finished.reason}: {finished.message}" if job.finished and finished is not None else None
+    waits = job.spec is not None and end is None and wants_parent(job.spec, job.status)
     return ParentJob(
         uid=job.uid,
         phase=job.status.phase or Phase.PENDING,
         end=end,
         artifact=job.status.artifacts[0] if end is not None and job.status.artifacts else None,
+        waits_for=parent_name(job.spec) if job.spec is not None and waits else None,
     )
 
 

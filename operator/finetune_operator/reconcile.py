@@ -34,6 +34,7 @@ from finetune_operator.runtimes import Runtimes
 log = logging.getLogger(__name__)
 
 MAX_CONFLICTS = 5
+MAX_CHAIN = 16  # jobs that wait one for another, in which a circle is looked for
 RUNTIME_ASKED_EVERY_S = 30  # of one job; each time is a request, and a pod that starts slowly has many rounds
 
 
@@ -155,7 +156,7 @@ class Reconciler:
         )
         entries = job.status.attempts
         if job.spec is not None and not job.finished and wants_parent(job.spec, job.status):
-            observation = replace(observation, parent=self._parent(job.namespace, parent_name(job.spec)))
+            observation = replace(observation, parent=self._parent(job))
         if job.finished or job.spec is None or not entries:
             return observation
         if wants_live_pods(job.status, observation, self._now()):
@@ -170,9 +171,24 @@ class Reconciler:
         events = self._events.of(job.namespace, uid)
         return replace(observation, blocked=explain_events(events, job.namespace, self._now()))
 
-    def _parent(self, namespace: str, name: str | None) -> ParentJob | None:
-        body = self._cluster.get("finetunejobs", namespace, name) if name is not None else None
-        return read_parent(body) if body is not None else None
+    def _parent(self, job: FineTuneJob) -> ParentJob | None:
+        """Return the job that this one waits for, and whether that one waits for this one, be it by way of others."""
+
+        def seen(name: str | None) -> ParentJob | None:
+            body = self._cluster.get("finetunejobs", job.namespace, name) if name is not None else None
+            return read_parent(body) if body is not None else None
+
+        assert job.spec is not None
+        names = [parent_name(job.spec)]
+        parent = last = seen(names[0])
+        while parent is not None and last is not None and last.waits_for not in (None, *names):
+            names.append(last.waits_for)
+            if last.waits_for == job.name:
+                return replace(parent, circle=tuple(filter(None, names)))
+            if len(names) > MAX_CHAIN:
+                break
+            last = seen(last.waits_for)
+        return parent
 
     def _runtime_changed(self, job: FineTuneJob) -> bool:
         """Return True if the runtime was mended since the job's last attempt began; False as well if just asked."""

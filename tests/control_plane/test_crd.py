@@ -10,7 +10,7 @@ import testbed
 
 pytestmark = pytest.mark.control_plane
 
-COLUMNS = ["NAME", "METHOD", "MODEL", "PHASE", "PROGRESS", "ETA", "LOSS", "ATTEMPT", "AGE"]
+COLUMNS = ["NAME", "METHOD", "MODEL", "PHASE", "REASON", "PROGRESS", "ETA", "LOSS", "ATTEMPT", "AGE"]
 STATUS: dict[str, Any] = {
     "observedGeneration": 1,
     "phase": "Training",
@@ -51,10 +51,11 @@ def test_kubectl_get_shows_where_the_job_is(control_plane: testbed.Cluster, name
     patch = json.dumps({"status": STATUS})
     control_plane.kubectl("patch", "ftj", "bot", "-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
     heading, row = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide").strip().split("\n")
-    assert heading.split() == [*COLUMNS, "REASON", "GPUS", "ARTIFACT"]
+    assert heading.split() == [*COLUMNS, "GPUS", "ARTIFACT"]
     shown = row.split()
-    assert shown[:8] == ["bot", "SFT", body["spec"]["model"]["uri"], "Training", "310/900", "26m", "1.830", "2"]
-    assert shown[9:] == ["Training", "1"]
+    assert shown[:5] == ["bot", "SFT", body["spec"]["model"]["uri"], "Training", "Training"]
+    assert shown[5:9] == ["310/900", "26m", "1.830", "2"]
+    assert shown[10:] == ["1"]
     assert "finetunejob.finetune.dev/bot" in control_plane.kubectl("get", "finetune", "-n", namespace, "-o", "name")
 
 

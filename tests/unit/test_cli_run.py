@@ -162,7 +162,7 @@ def test_a_job_is_prepared_and_trained_and_its_end_is_readable(play: Play):
         "1,100 rows in 2 files: 1,000 to train on, 60 held out, 40 dropped",
         "too_long",
         "it is absent [so]",
-        "1.500 on held-out rows (base model 2.250)",
+        "1.500 on held-out rows (before training 2.250)",
         "[Hi]?",
         "Um. \ufffd[2J",
         "Hello!",

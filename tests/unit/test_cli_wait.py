@@ -130,6 +130,17 @@ def test_a_degraded_job_says_why():
     assert line(found) == "Preparing · no bucket"
 
 
+def test_a_job_that_waits_says_for_what():
+    found = job("Waiting")
+    found["status"]["conditions"][0]["message"] = ""
+    message = "FineTuneJob texts of model.adapterFrom is Training"
+    running = {"type": "Running", "status": "False", "reason": "WaitingForJob", "message": message}
+    found["status"]["conditions"].append(running)
+    assert line(found) == f"Waiting · {message}"
+    running["status"] = "True"
+    assert line(found) == "Waiting"
+
+
 def test_while_data_are_read_the_speed_is_told():
     found = job("Preparing", progress={"text": "45% of data", "rowsPerSecond": 3400.1, "eta": "3m"})
     assert line(found) == "Preparing · 45% of data · 3,400 rows/s · 3m left · as [told]"

@@ -498,3 +498,15 @@ def test_which_answers_make_pairs_stands_in_the_plan_where_the_job_does_not_say(
         prepared = prepare_run(tmp_path, {**ALL, "datasets": datasets}, attempt=1 if chosen else 2)
         values = {each.field: each.value for each in prepared.plan.resolved}
         assert values.get("datasets[].preference.pairs") == chosen
+
+
+@pytest.mark.parametrize(
+    ("label", "is_good"),
+    [("1.0", True), ("0.0", False), ("-1.0", False), (" TRUE ", True), ("False", False), (1.0, True), ("+1", True)],
+)
+def test_a_thumb_is_read_as_tables_write_it(label: object, is_good: bool) -> None:
+    row = {"messages": [*ASKED, says("a")], "label": label}
+    found = read_row(row, next(each for each in SHAPES if each == "Thumb"), RowChoices())
+    assert isinstance(found, Found), found
+    assert isinstance(found.row, Thumb)
+    assert found.row.is_good is is_good

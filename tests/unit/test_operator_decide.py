@@ -1724,6 +1724,7 @@ def test_a_job_waits_for_the_one_whose_adapter_it_goes_on_with_from_before_that_
     [
         (replace(PARENT, phase=Phase.FAILED, end="Diverged: 5 steps"), "ended without one: Diverged: 5 steps"),
         (replace(PARENT, phase=Phase.PLANNED, end="Planned: planned"), "ended without one: Planned: planned"),
+        (replace(PARENT, circle=("cpt", "dpo", "bot")), "this one for cpt for dpo for bot; create one of them without"),
         (None, "was deleted before it had one"),
         (replace(PARENT, uid="another"), "was deleted and created anew before it had one"),
         (replace(COMMITTED, uid="another"), "was deleted and created anew before it had one"),

@@ -22,7 +22,7 @@ from finetune_operator.job_series import JobSeries
 from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
-from finetune_operator.reconcile import MAX_CONFLICTS, RUNTIME_ASKED_EVERY_S, Reconciler
+from finetune_operator.reconcile import MAX_CHAIN, MAX_CONFLICTS, RUNTIME_ASKED_EVERY_S, Reconciler
 from finetune_operator.run_config import RUNTIME_FILE, digest_of
 from finetune_operator.runtimes import Runtimes
 from spec_cases import merged
@@ -610,6 +610,28 @@ def test_a_job_begins_with_the_adapter_that_the_job_before_it_has_committed(
     reconciler.reconcile(KEY)
     (again,) = config_maps(cluster)
     assert again == name, "what is made anew begins with the same adapter"
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "is_over"),
+    [
+        ({"cpt": "bot"}, True),
+        ({"cpt": "sft", "sft": "bot"}, True),
+        ({"cpt": "sft", "sft": "cpt"}, False),  # these two end, and this one then
+        ({"cpt": "sft"}, False),
+        ({f"{'cpt' if n == 1 else n}": f"{n + 1}" for n in range(1, 100)}, False),
+    ],
+)
+def test_jobs_that_wait_for_one_another_in_a_circle_end_and_others_wait(
+    reconciler: Reconciler, cluster: FakeCluster, waits_for: dict[str, str], is_over: bool
+):
+    for name, earlier in ({"bot": "cpt"} | waits_for).items():
+        meta = {"name": name, "namespace": "a", "uid": f"uid-of-{name}", "generation": 1, "resourceVersion": "1"}
+        body = cluster.objects.setdefault(("finetunejobs", name), {"metadata": meta})
+        body["spec"] = SPEC | {"model": SPEC["model"] | {"adapterFrom": {"jobName": earlier}}}
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Running") == ("False", "NoAdapterToCome" if is_over else "WaitingForJob")
+    assert cluster.reads_of_jobs <= 1 + MAX_CHAIN
 
 
 def test_a_pod_that_starts_slowly_has_its_runtime_looked_at_now_and_then_not_in_every_round(

@@ -110,7 +110,7 @@ def test_the_reference_point_is_the_mean_and_never_below_zero_and_has_no_gradien
     assert float(reference_point(-ratios)) == 0
 
 
-@pytest.mark.parametrize("mean", [-1e-9, -1e-3, -0.6, -0.8, -20.0, -200.0])
+@pytest.mark.parametrize("mean", [0.0, -1e-9, -1e-3, -0.6, -0.8, -20.0, -200.0])
 def test_odds_have_finite_losses_and_gradients_however_sure_the_model_is(mean: float) -> None:
     chosen = torch.tensor([mean], requires_grad=True)
     loss = orpo_losses(chosen, torch.tensor([-1.0]), weight=0.1)

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from data_run import context, jsonl, prepare_run, put
 from finetune_api.errors import StageError
-from finetune_api.job import MethodType
+from finetune_api.job import MethodSpec, MethodType
 from finetune_api.layout import ADAPTER, join
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
@@ -18,6 +19,7 @@ from finetune_trainer import prepare, train
 from finetune_trainer.methods import method_of
 from finetune_trainer.runplan import PassLayout
 from finetune_trainer.serve import Reporter
+from finetune_trainer.sizing import Choices
 from finetune_trainer.stop import StopFlag
 from tiny_run import byte_tokenizer, tiny_config, tiny_model
 
@@ -92,6 +94,39 @@ def test_options_and_learning_rate_are_chosen_with_their_reasons(tmp_path: Path)
     assert plan.options is not None
     assert plan.options.dpo is not None
     assert (plan.options.dpo.beta, plan.options.dpo.gamma, plan.options.dpo.nll_weight) == (2, 1, 0)
+
+
+def test_the_margin_of_simpo_is_chosen_for_the_beta_that_is_given() -> None:
+    spec = MethodSpec.model_validate({"type": "DPO", "dpo": {"loss": "SimPO", "beta": 10}})
+    chosen = method_of(MethodType.DPO).choose(spec, Choices())
+    assert chosen.dpo is not None
+    assert chosen.dpo.gamma == 5
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "given", "weights", "words"),
+    [
+        (10, 40, {}, (4, 1), "10 good and 40 bad answers count alike"),
+        (40, 10, {}, (1, 4), "40 good and 10 bad answers count alike"),
+        (10, 40, {"desirableWeight": 1}, (1, 0.25), "count alike"),
+        (10, 40, {"undesirableWeight": 2}, (8, 2), "count alike"),
+        (1, 30_000, {}, (10_000, 1), "as nearly alike as weights may make them"),
+        (30_000, 1, {"undesirableWeight": 0.1}, (1 / 300_000, 0.1), "count alike"),
+    ],
+)
+def test_good_and_bad_answers_count_alike_unless_the_job_says_both_weights(
+    good: int, bad: int, given: dict[str, float], weights: tuple[float, float], words: str
+) -> None:
+    choices = Choices()
+    spec = MethodSpec.model_validate({"type": "KTO", "kto": given})
+    label = np.array([1] * good + [-1] * bad)
+    found = MethodSpec.model_validate_json(
+        method_of(MethodType.KTO).settle(spec, {"label": label}, choices).model_dump_json(by_alias=True)
+    ).kto
+    assert found is not None
+    assert (found.desirable_weight, found.undesirable_weight) == pytest.approx(weights)
+    assert len(choices.resolved) == 2 - len(given)
+    assert all(words in value.reason for value in choices.resolved)
 
 
 def test_both_answers_of_a_pair_are_planned_into_one_pass(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Asked:
 
     run: TinyRun
     folder: Path
+    key: str = "key"
 
     def __post_init__(self) -> None:
         self.examples: Examples = fetch_examples(self.run.store, self.run.plan.train, self.folder / "train")
@@ -54,7 +55,7 @@ class Asked:
             return original(lm, batch)
 
         original = LanguageModel.token_logprobs
-        uri = f"{self.run.run_uri}/{REFERENCE}/key"
+        uri = f"{self.run.run_uri}/{REFERENCE}/{self.key}"
         kept = Kept(store=store or self.run.store, fence=self.fence, folder_uri=uri, beat=beat)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LanguageModel, "token_logprobs", count)
@@ -63,7 +64,7 @@ class Asked:
 
     @property
     def parts(self) -> list[Path]:
-        return sorted(path for path in self.run.local(REFERENCE, "key").iterdir() if path.name.isdecimal())
+        return sorted(path for path in self.run.local(REFERENCE, self.key).glob("*") if path.name.isdecimal())
 
 
 @pytest.fixture
@@ -96,27 +97,31 @@ class _KilledError(Exception):
     pass
 
 
-def test_an_attempt_that_was_killed_is_gone_on_with_behind_its_last_part(run: TinyRun, tmp_path: Path) -> None:
-    asked, other = Asked(run, tmp_path / "a"), Asked(run, tmp_path / "b")
-    asked.fence = other.fence
-    expected = asked.values()
-    whole = asked.passes
-    for part in asked.parts[1:]:
-        part.unlink()
-    began = 0
+def test_an_attempt_that_is_killed_at_any_moment_is_gone_on_with_behind_its_last_part(asked: Asked) -> None:
+    moments = 0
 
-    def die_soon() -> None:
-        nonlocal began
-        began += 1
-        if began == 4:
+    def count() -> None:
+        nonlocal moments
+        moments += 1
+
+    def die() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
             raise _KilledError
 
-    with pytest.raises(_KilledError):
-        other.values(die_soon)
-    kept = len(other.parts)
-    np.testing.assert_array_equal(other.values(), expected)
-    assert 1 <= kept < len(other.parts)
-    assert other.passes < whole
+    expected = asked.values(count)
+    whole, parts = asked.passes, len(asked.parts)
+    most_kept = 0
+    for moment in range(1, moments):
+        asked.key, left = f"killed-{moment}", moment
+        with pytest.raises(_KilledError):
+            asked.values(die)
+        kept = len(asked.parts)
+        np.testing.assert_array_equal(asked.values(), expected)
+        assert asked.passes <= whole - kept, "what was kept is not computed again"
+        most_kept = max(most_kept, kept)
+    assert most_kept == parts - 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, None])
@@ -128,6 +133,16 @@ def test_a_part_that_is_not_as_it_was_written_is_computed_again(asked: Asked, da
     assert asked.passes
     asked.values()
     assert not asked.passes, "it was written again"
+
+
+def test_values_of_another_key_are_not_taken(asked: Asked) -> None:
+    """As if somebody had put a folder of another job in its place: the parts are whole, and as long."""
+    expected = asked.values()
+    folder = asked.run.local(REFERENCE, "key")
+    folder.rename(folder.with_name("another"))
+    asked.key = "another"
+    np.testing.assert_array_equal(asked.values(), expected)
+    assert asked.passes
 
 
 def test_a_store_that_takes_nothing_only_makes_it_computed_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import data_run
 from finetune_api.base import sha256_digest
@@ -110,12 +110,16 @@ def test_weights_of_another_base_that_only_train_can_tell_are_refused_before_ste
 Weights = dict[str, torch.Tensor]
 
 
-def with_more(weights: Weights) -> Weights:
-    return {**weights, "more": torch.zeros(2)}
+def with_more(weights: Weights) -> bytes:
+    return save({**weights, "more": torch.zeros(2)})
 
 
-def not_finite(weights: Weights) -> Weights:
-    return {name: each * float("nan") for name, each in weights.items()}
+def not_finite(weights: Weights) -> bytes:
+    return save({name: each * float("nan") for name, each in weights.items()})
+
+
+def cut_off(weights: Weights) -> bytes:
+    return save(weights)[:-1]
 
 
 @pytest.mark.parametrize(
@@ -123,16 +127,17 @@ def not_finite(weights: Weights) -> Weights:
     [
         (with_more, "other layers"),
         (not_finite, "not finite"),
+        (cut_off, "no safetensors file"),
     ],
 )
 def test_weights_that_do_not_fit_the_model_are_refused_before_step_1(
-    tmp_path: Path, first: TinyRun, change: Callable[[Weights], Weights], problem: str
+    tmp_path: Path, first: TinyRun, change: Callable[[Weights], bytes], problem: str
 ) -> None:
     second = going_on(tmp_path, first)
     adapter = second.plan.starting_adapter
     assert adapter is not None
     path = tmp_path / "weights.safetensors"
-    save_file(change(load_file(first.local(ADAPTER, ADAPTER_WEIGHTS))), path)
+    path.write_bytes(change(load_file(first.local(ADAPTER, ADAPTER_WEIGHTS))))
     record = adapter.weights.model_copy(
         update={
             "uri": path.as_uri(),
@@ -209,18 +214,32 @@ def test_the_plan_holds_the_earlier_adapter_whose_rank_and_alpha_stay(prepared: 
     assert "model.adapterFrom" in reasons["peft.rank"]
 
 
-def test_an_adapter_that_is_not_where_the_job_says_is_named_with_its_field(prepared: Prepared) -> None:
+def test_a_folder_without_an_adapter_is_named_with_what_to_write_instead(prepared: Prepared) -> None:
     error = prepared.fault()
-    assert (error.fault, error.args_by_name["field"]) == (Fault.OBJECT_NOT_FOUND, "model.adapterFrom")
+    assert (error.fault, error.args_by_name["uri"]) == (Fault.ADAPTER_NOT_FOUND, prepared.adapter.as_uri())
+    assert "status.artifacts[].uri" in str(error)
 
 
 def test_an_adapter_that_was_changed_since_its_job_committed_it_is_refused(prepared: Prepared) -> None:
     digest = prepared.write()
     prepared.config["lora_alpha"] = 90
     prepared.write()
-    assert prepared.fault(digest).fault is Fault.MODEL_CHANGED
+    assert "its manifest.json is not the one that its job committed" in str(prepared.fault(digest))
     (prepared.adapter / ADAPTER_CONFIG).write_text("{}")
-    assert prepared.fault().fault is Fault.MODEL_CHANGED
+    error = prepared.fault()
+    assert error.fault is Fault.ADAPTER_UNUSABLE
+    assert "its adapter_config.json is not the one that its job committed" in str(error)
+
+
+def test_an_adapter_that_would_fill_the_disk_of_train_is_refused_in_prepare(prepared: Prepared) -> None:
+    prepared.write()
+    path = prepared.adapter / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    next(each for each in manifest["files"] if each["path"] == ADAPTER_WEIGHTS)["size_bytes"] = 10**15
+    path.write_text(json.dumps(manifest))
+    error = prepared.fault()
+    assert error.fault is Fault.ADAPTER_UNUSABLE
+    assert "its adapter_model.safetensors has 1,000,000,000,000,000 bytes" in str(error)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

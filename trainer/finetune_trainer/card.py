@@ -92,7 +92,7 @@ trained by {method_of(plan.method).name}{_after(plan)}.
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
 the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
 """,
-        _results(plan.denominator, found),
+        _results(plan, found),
         f"""## Serve
 
 With vLLM, from local copies of the base model and of this folder:
@@ -182,7 +182,8 @@ def _forms(plan: RunPlan) -> str:
     return "\nHow its answers were taught:\n\n" + "".join(lines) if lines else ""
 
 
-def _results(denominator: Denominator, found: Evaluations) -> str:
+def _results(plan: RunPlan, found: Evaluations) -> str:
+    denominator = plan.denominator
     rows: list[tuple[str, ...]] = []
     if found.held_out:
         base, tuned = found.held_out[0], found.held_out[-1]
@@ -200,16 +201,21 @@ def _results(denominator: Denominator, found: Evaluations) -> str:
             rows.append((ends, f"{base.end_probability:.3f}", f"{tuned.end_probability:.3f}"))
     if found.tuned_answers:
         base_answers, tuned_answers = found.base_answers, found.tuned_answers
+        of_base = "" if plan.starting_adapter is None else " (before: of the bare base model)"
         rows += [
             (
-                f"sample answers that end within {MAX_NEW_TOKENS} tokens",
+                f"sample answers that end within {MAX_NEW_TOKENS} tokens{of_base}",
                 f"{stop_ratio(base_answers):.0%}",
                 f"{stop_ratio(tuned_answers):.0%}",
             ),
-            ("repetition in sample answers", f"{repetition(base_answers):.0%}", f"{repetition(tuned_answers):.0%}"),
+            (
+                f"repetition in sample answers{of_base}",
+                f"{repetition(base_answers):.0%}",
+                f"{repetition(tuned_answers):.0%}",
+            ),
         ]
     text = f"{verdict(found.quality).message}.\n" if not found.quality.measured else ""
-    return "\n".join(part for part in (_table("## Results", ("", "Base", "Tuned"), rows), text) if part)
+    return "\n".join(part for part in (_table("## Results", ("", "Before", "Tuned"), rows), text) if part)
 
 
 def _hyperparameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -246,7 +247,11 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
 def load_starting_adapter(adapted: PeftModel, path: Path, plan: RunPlan) -> None:
     """Put the weights of an earlier adapter into the new one, all of them. Raises ADAPTER_UNUSABLE."""
     assert plan.starting_adapter is not None
-    tensors, uri = load_file(path), shortened(plan.starting_adapter.uri, MAX_ARG_CHARS)
+    uri = shortened(plan.starting_adapter.uri, MAX_ARG_CHARS)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="its weights are no safetensors file") from error
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     shapes = {name: each.shape for name, each in own.items()}
     if shapes != {name: each.shape for name, each in tensors.items()}:

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 PART_TOKENS = 2**18  # stored tokens: some minutes of work of a CPU, and all that a kill can cost
 _MAX_PARTS = 100_000  # 26 billion tokens
 _DTYPE = np.dtype("<f4")
-_DIGEST_BYTES = 32  # SHA-256 of the values, behind them
-_VERSION = 1  # rises when the same key would stand for other values
+_DIGEST_BYTES = 32  # SHA-256 of place and values, behind them
+_VERSION = 2  # rises when the same key would stand for other values
 
 
 class _Part(NamedTuple):
@@ -146,7 +146,7 @@ def _read(kept: Kept, name: str, count: int) -> npt.NDArray[np.float32] | None:
     length = count * _DTYPE.itemsize
     with best_effort("what the base model says of some answers cannot be read, and is computed again"):
         content = kept.store.read(join(kept.folder_uri, name), max_bytes=length + _DIGEST_BYTES)[0]
-        if len(content) == length + _DIGEST_BYTES and hashlib.sha256(content[:length]).digest() == content[length:]:
+        if len(content) == length + _DIGEST_BYTES and _digest(kept, name, content[:length]) == content[length:]:
             return np.frombuffer(content[:length], dtype=_DTYPE)
         log.warning("what the base model says of some answers is not as it was written, and is computed again")
     return None
@@ -156,4 +156,10 @@ def _write(kept: Kept, name: str, values: npt.NDArray[np.float32]) -> None:
     content = values.tobytes()
     with best_effort("what the base model says of some answers is not kept", but=ENDS_AT_ONCE):
         kept.fence.check()
-        kept.store.put(join(kept.folder_uri, name), content + hashlib.sha256(content).digest())
+        kept.store.put(join(kept.folder_uri, name), content + _digest(kept, name, content))
+
+
+def _digest(kept: Kept, name: str, content: bytes) -> bytes:
+    """Return what tells that a part is whole, and lies where it was written: others have as many values."""
+    key = kept.folder_uri.rstrip("/").rpartition("/")[2]
+    return hashlib.sha256(f"{key}/{name}\n".encode() + content).digest()

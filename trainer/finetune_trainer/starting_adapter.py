@@ -23,6 +23,8 @@ ADAPTER_CONFIG = "adapter_config.json"  # both as PEFT names them, which prepare
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FIELD = "model.adapterFrom"
 _MAX_CONFIG_BYTES = 2**20
+_MAX_HEADER_BYTES = 16 * 2**20  # of weights: names and shapes, of the largest models some 100 KiB
+_NOT_COMMITTED = "is not the one that its job committed"
 _DECIDING_FILES = ("config.json", "tokenizer.json")  # of a base model, besides its weights
 
 
@@ -56,14 +58,19 @@ class _Config(WireModel):
 def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> AdapterFacts:
     """Return what the adapter is, which must be of this base model.
 
-    Raises OBJECT_NOT_FOUND, MODEL_CHANGED when it is not what its job committed, ADAPTER_UNUSABLE, and
-    ADAPTER_OF_OTHER_BASE as far as the base's files are known by now."""
+    Raises ADAPTER_NOT_FOUND, ADAPTER_UNUSABLE, also when it is not what its job committed, and ADAPTER_OF_OTHER_BASE as
+    far as the base's files are known by now."""
     manifest_uri = join(source.uri, MANIFEST)
-    with spec_field(_FIELD):
-        content, _ = store.read(manifest_uri, max_bytes=MAX_MANIFEST_BYTES)
+    try:
+        with spec_field(_FIELD):
+            content, _ = store.read(manifest_uri, max_bytes=MAX_MANIFEST_BYTES)
+    except StageError as error:
+        if error.fault is Fault.OBJECT_NOT_FOUND:
+            raise StageError(Fault.ADAPTER_NOT_FOUND, uri=shortened(source.uri, MAX_ARG_CHARS)) from error
+        raise
     digest = sha256_digest(content)
     if source.digest is not None and digest != source.digest:
-        raise StageError(Fault.MODEL_CHANGED, uri=shortened(manifest_uri, MAX_ARG_CHARS))
+        raise _unusable(source, f"its {MANIFEST} {_NOT_COMMITTED}")
     try:
         manifest = _Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -74,7 +81,7 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
     with spec_field(_FIELD):
         text, _ = store.read(join(source.uri, ADAPTER_CONFIG), max_bytes=_MAX_CONFIG_BYTES)
     if sha256_digest(text) != files[ADAPTER_CONFIG].sha256:
-        raise StageError(Fault.MODEL_CHANGED, uri=shortened(join(source.uri, ADAPTER_CONFIG), MAX_ARG_CHARS))
+        raise _unusable(source, f"its {ADAPTER_CONFIG} {_NOT_COMMITTED}")
     try:
         config = _Config.model_validate_json(text)
     except ValidationError as error:
@@ -82,7 +89,10 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
     if set(config.target_modules) != set(base.target_modules):
         found, expected = (", ".join(sorted(each)) for each in (config.target_modules, base.target_modules))
         raise _unusable(source, f"it adapts {found}, and this release adapts {expected}")
-    weights = files[ADAPTER_WEIGHTS]
+    weights, expected = files[ADAPTER_WEIGHTS], 4 * config.r * base.lora_parameters_per_rank
+    if weights.size_bytes > expected + _MAX_HEADER_BYTES:
+        found = f"its {ADAPTER_WEIGHTS} has {weights.size_bytes:,} bytes"
+        raise _unusable(source, f"{found}, and weights of rank {config.r} have {expected:,}")
     facts = AdapterFacts(
         uri=source.uri,
         digest=digest,

@@ -59,6 +59,8 @@ def _is_good(reading: RowReader) -> bool:
     if name is None:
         return _is_rated_good(reading)
     value = reading.row[name]
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
     said = str(whole).strip().lower() if isinstance(whole, bool | int | str) else ""
     if said not in _GOOD | _BAD:

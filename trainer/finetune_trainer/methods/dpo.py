@@ -69,11 +69,11 @@ def _filled(spec: DpoSpec | None) -> DpoSpec:
     """Return the options with a value for each that the job leaves open."""
     given = spec or DpoSpec()
     loss = defaults.given(given.loss, DpoLoss(defaults.DPO_LOSS))
-    beta = defaults.SIMPO_BETA if loss is DpoLoss.SIMPO else defaults.DPO_BETA
+    beta = defaults.given(given.beta, defaults.SIMPO_BETA if loss is DpoLoss.SIMPO else defaults.DPO_BETA)
     return DpoSpec(
         loss=loss,
-        beta=defaults.given(given.beta, beta),
-        gamma=defaults.given(given.gamma, defaults.SIMPO_GAMMA) if loss is DpoLoss.SIMPO else None,
+        beta=beta,
+        gamma=defaults.given(given.gamma, defaults.SIMPO_GAMMA_SHARE * beta) if loss is DpoLoss.SIMPO else None,
         label_smoothing=None
         if loss is DpoLoss.IPO
         else defaults.given(given.label_smoothing, defaults.DPO_LABEL_SMOOTHING),

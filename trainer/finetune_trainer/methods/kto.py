@@ -6,6 +6,7 @@ step, where the paper and TRL take it over a micro-batch, and the answers of pro
 (`mismatched`). Weights of good and bad answers: section 4.2, where both count alike.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
-from finetune_api.job import KtoSpec, MethodSpec
+from finetune_api.job import MAX_ANSWER_WEIGHT, KtoSpec, MethodSpec
 from finetune_api.reasons import Fault
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment
 from finetune_trainer.data.kinds import THUMB
@@ -80,11 +81,24 @@ def _settle(spec: MethodSpec, columns: Mapping[str, npt.NDArray[Any]], choices: 
     if not good or not bad:
         raise StageError(Fault.ONE_SIDED_THUMBS, good=good, bad=bad)
     given = spec.kto or KtoSpec()
-    reason = f"{good:,} good and {bad:,} bad answers count alike"
-    desirable = choices.pick("method.kto.desirableWeight", given.desirable_weight, max(1.0, bad / good), reason)
-    undesirable = choices.pick("method.kto.undesirableWeight", given.undesirable_weight, max(1.0, good / bad), reason)
+    desirable, undesirable = _balanced(given, bad / good)
+    alike = math.isclose(desirable * good, undesirable * bad)
+    how = "alike" if alike else "as nearly alike as weights may make them"
+    reason = f"{good:,} good and {bad:,} bad answers count {how}"
+    choices.pick("method.kto.desirableWeight", given.desirable_weight, desirable, reason)
+    choices.pick("method.kto.undesirableWeight", given.undesirable_weight, undesirable, reason)
     update = {"desirable_weight": desirable, "undesirable_weight": undesirable}
     return spec.model_copy(update={"kto": given.model_copy(update=update)})
+
+
+def _balanced(given: KtoSpec, bad_per_good: float) -> tuple[float, float]:
+    """Return the weights of good and of bad answers; what is not given lets both kinds count alike, within bounds."""
+    desirable, undesirable = given.desirable_weight, given.undesirable_weight
+    if desirable is None:
+        desirable = max(1.0, bad_per_good) if undesirable is None else undesirable * bad_per_good
+    if undesirable is None:
+        undesirable = desirable / bad_per_good
+    return min(desirable, MAX_ANSWER_WEIGHT), min(undesirable, MAX_ANSWER_WEIGHT)
 
 
 def _ratios(scores: "Scores", batch: "Batch") -> "Tensor":

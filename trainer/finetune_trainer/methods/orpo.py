@@ -31,11 +31,14 @@ FIGURES = (
     "rejected_tokens",
 )
 _LOG_HALF = -0.6931471805599453
+_SURE = -1e-7  # log-probability above which fp32 knows no chance of anything else, and odds would be infinite
 
 
 def _log1mexp(x: "Tensor") -> "Tensor":
-    """log(1 - e^x) for x < 0 without losing digits; the form not taken never sees values it has no slope at."""
-    near = x.clamp(min=_LOG_HALF).expm1().neg().log()
+    """log(1 - e^x) for x ≤ 0 without losing digits; the form not taken never sees values it has no slope at.
+
+    An answer that the model is sure of, which has no finite odds, is taken for one that it is nearly sure of."""
+    near = x.clamp(min=_LOG_HALF, max=_SURE).expm1().neg().log()
     far = x.clamp(max=_LOG_HALF).exp().neg().log1p()
     return near.where(x > _LOG_HALF, far)
 
