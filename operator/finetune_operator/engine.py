@@ -21,6 +21,7 @@ from finetune_operator.job_series import JobSeries
 from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
+from finetune_operator.observed import is_on_its_way
 from finetune_operator.phase_selectors import PhaseSelection
 from finetune_operator.progress import ProgressPuller
 from finetune_operator.queue import WorkQueue
@@ -36,6 +37,7 @@ RESYNC_RETRY_S = 10.0
 CRD_RETRY_S = 5.0
 MISSING_CRD = f"the CRD {names.PLURAL}.{names.GROUP} is not installed: it is waited for"
 CHILD_DELAY_S = 0.5  # a pod is told of several times in its first second: one round for all
+STARTING_DELAY_S = 3.0  # while it goes the usual way to its start, which nobody has to act on
 HEAD_START_S = 60.0  # of a new job before others' further rounds, so that its prepare begins at once
 STOP_S = 10.0  # for rounds in work; with the other waits of an end below the chart's terminationGracePeriodSeconds
 UNREADABLE_S = 60.0  # for which no namespace can be read before the operator is not ready
@@ -317,7 +319,7 @@ class Engine:
         scope = self._scope_of(owner[0])
         # Before all are known no round is begun, and the resync that follows asks for those of unfinished jobs.
         if scope is not None and scope.listed and not scope.finished.is_at_rest(owner):
-            self._queue.put(key, CHILD_DELAY_S)
+            self._queue.put(key, STARTING_DELAY_S if is_on_its_way(*self._children.of(owner)) else CHILD_DELAY_S)
 
     def _look_at(self, owner: Owner) -> None:
         scope = self._scope_of(owner[0])

@@ -4,7 +4,7 @@ Parsing is total. Whatever a field holds, the result is a value or None; objects
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_TEXT = 256
 # Of a container that could not be begun; the kubelet says that it had started in 1970 (kubernetes#120331).
 NEVER_BEGUN = ("StartError", "ContainerCannotRun")
+_USUAL_WAITS = (None, "PodInitializing", "ContainerCreating")
 UNSCHEDULABLE = ("Unschedulable", "SchedulingGated")
 # What a scheduler says after why no node fits: that to remove other pods would not help.
 _BEYOND_NEED = re.compile(r"\. (?:no new claims to deallocate|preemption: ).*", re.DOTALL)
@@ -94,6 +95,19 @@ class ObservedPod:
     @property
     def running(self) -> bool:
         return self.active and self.started_at is not None and self.finished_at is None
+
+
+def is_on_its_way(k8s_jobs: Sequence[ObservedK8sJob], pods: Sequence[ObservedPod]) -> bool:
+    """Return True while the only live Job's pods, if there are any yet, go the usual way to their start."""
+    live = [each for each in k8s_jobs if each.live]
+    if len(live) != 1 or live[0].deleting or live[0].suspended is not None:
+        return False
+    return all(_is_starting(pod) for pod in pods if pod.owner_uid == live[0].uid)
+
+
+def _is_starting(pod: ObservedPod) -> bool:
+    in_order = pod.unschedulable is None and pod.waiting_reason in _USUAL_WAITS and pod.deletion_due is None
+    return pod.active and pod.started_at is None and in_order and not pod.disrupted
 
 
 def job_uid(body: Body) -> str | None:
@@ -229,7 +243,7 @@ def _waiting(status: Body, state: Body) -> tuple[str | None, Body]:
     """Return what the pod waits for: (name, state) of a container that the cluster put before ours, else ours."""
     for container in _dicts(status, "initContainerStatuses"):
         waiting = _dict(_dict(container, "state"), "waiting")
-        if _text(waiting.get("reason")) not in (None, "PodInitializing", "ContainerCreating"):
+        if _text(waiting.get("reason")) not in _USUAL_WAITS:
             return _cut(container.get("name")), waiting
     return None, _dict(state, "waiting")
 

@@ -432,6 +432,25 @@ def test_a_finished_job_is_looked_at_only_while_its_jobs_want_a_ttl(
         assert cluster.rounds_until(looked_at[-1]) == looked_at
 
 
+def test_what_comes_before_a_pod_starts_is_looked_at_later_than_what_stands_in_its_way(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    delays_s: list[float] = []
+
+    def put(_key: tuple[str, str], delay_s: float = 0.0) -> None:
+        delays_s.append(delay_s)
+
+    assert engine.start()
+    (scope,) = engine._scopes.values()  # pyright: ignore[reportPrivateUsage]
+    until(lambda: scope.listed, "its Jobs are known")
+    monkeypatch.setattr(engine._queue, "put", put)  # pyright: ignore[reportPrivateUsage]
+    live = ended_k8s_job("busy", None)
+    live["status"] = {}
+    for body in (live, {**live, "spec": {"suspend": True}}):
+        engine._children.take("jobs", "MODIFIED", body)  # pyright: ignore[reportPrivateUsage]
+    assert delays_s == [engine_module.STARTING_DELAY_S, engine_module.CHILD_DELAY_S]
+
+
 def test_the_first_list_of_kubernetes_jobs_brings_no_round_as_most_may_be_of_finished_jobs(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,8 +11,16 @@ from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_operator.job_reader import read_job
-from finetune_operator.observed import observe_k8s_job, observe_pod, parse_result
+from finetune_operator.observed import (
+    ObservedK8sJob,
+    ObservedPod,
+    is_on_its_way,
+    observe_k8s_job,
+    observe_pod,
+    parse_result,
+)
 
+NOW = datetime(2026, 11, 27, tzinfo=UTC)
 LABELS = names.child_labels("bot", "uid-1", Stage.TRAIN, 2)
 REPORT = '{"stage":"train","attempt":2,"fault":"Interrupted","exit_code":30,"step":7}'
 
@@ -283,3 +291,32 @@ def test_a_limit_of_memory_that_no_number_holds_is_not_known():
     seen = observe_pod(body)
     assert seen is not None
     assert seen.memory_limit == "not known"
+
+
+@pytest.mark.parametrize(
+    ("job", "pod", "on_its_way"),
+    [
+        ({}, None, True),
+        ({}, {}, True),
+        ({}, {"scheduled": True, "waiting_reason": "ContainerCreating"}, True),
+        ({}, {"waiting_reason": "ErrImagePull"}, False),
+        ({}, {"unschedulable": "0/3 nodes"}, False),
+        ({}, {"started_at": NOW}, False),
+        ({}, {"deletion_due": NOW}, False),
+        ({}, {"phase": "Failed", "refused": "UnexpectedAdmissionError"}, False),
+        ({}, {"gone": True}, False),
+        ({}, {"disrupted": True}, False),
+        ({"suspended": "by a queue"}, None, False),
+        ({"deleting": True}, None, False),
+        ({"outcome": "Complete"}, {}, False),
+    ],
+)
+def test_a_pod_is_on_its_way_until_it_starts_or_anything_is_in_its_way(
+    job: dict[str, Any], pod: dict[str, Any] | None, *, on_its_way: bool
+):
+    earlier = ObservedK8sJob("prepare", "uid-1", Stage.PREPARE, 1, outcome="Complete")
+    earlier_pod = ObservedPod("prepare", "uid-2", Stage.PREPARE, 1, phase="Succeeded", owner_uid="uid-1")
+    newest = ObservedK8sJob("train", "uid-3", Stage.TRAIN, 1, **job)
+    pods = [] if pod is None else [ObservedPod("train", "uid-4", Stage.TRAIN, 1, owner_uid="uid-3", **pod)]
+    assert is_on_its_way([earlier, newest], [earlier_pod, *pods]) == on_its_way
+    assert not is_on_its_way([earlier], [earlier_pod])
