@@ -14,6 +14,7 @@ LOSS_ON = "Assistant"
 LORA_RANKS = (16, 32, 64, 128)  # the smallest with enough weights is taken
 CPT_LORA_RANKS = (64, 128)
 LORA_ALPHA = 32
+ADAPTER_MODE = "Continue"
 
 DATASET_WEIGHT = 1.0
 PAIRING = "BestVsWorst"

@@ -61,6 +61,13 @@ DnsSubdomain = Annotated[
 ]
 
 
+class AdapterMode(StrEnum):
+    """What becomes of an earlier adapter."""
+
+    CONTINUE = "Continue"
+    STACK = "Stack"
+
+
 class AdapterFromSpec(ApiModel):
     """The adapter that training goes on with."""
 
@@ -80,6 +87,12 @@ class AdapterFromSpec(ApiModel):
         description="Folder of an adapter that a FineTuneJob committed, as status.artifacts[].uri of that job names "
         "it. Absent: jobName names its job. Example: s3://adapters/support/support-cpt-1a2b3/adapter",
     )
+    mode: AdapterMode | None = Field(
+        default=None,
+        description="Continue trains that adapter on: its rank and alpha stay. Stack keeps it as it is beside a new "
+        "one, with the rank and alpha of peft, so that what it has learned is not trained over; one adapter of both, "
+        f"whose rank is the sum of theirs, is committed for the bare base model. Absent: {defaults.ADAPTER_MODE}.",
+    )
 
 
 class ModelSpec(ApiModel):
@@ -92,7 +105,7 @@ class ModelSpec(ApiModel):
     adapter_from: AdapterFromSpec | None = Field(
         default=None,
         description="An earlier adapter of the same base model that training goes on with, so that one adapter holds "
-        "what both have learned: continued pre-training, then answers. Its rank and alpha stay. Absent: a new adapter.",
+        "what both have learned: continued pre-training, then answers. Absent: a new adapter.",
     )
 
 
@@ -834,8 +847,10 @@ class FineTuneJobSpec(ApiModel):
                 "output.uri and model.uri lie in one another; write an output.uri beside the model's folder",
             ),
             (
-                "!has(self.model.adapterFrom) || !has(self.peft) || (!has(self.peft.rank) && !has(self.peft.alpha))",
-                "the adapter of model.adapterFrom keeps its rank and alpha; remove peft.rank and peft.alpha",
+                "!has(self.model.adapterFrom) || (has(self.model.adapterFrom.mode) && self.model.adapterFrom.mode == "
+                "'Stack') || !has(self.peft) || (!has(self.peft.rank) && !has(self.peft.alpha))",
+                "the adapter of model.adapterFrom keeps its rank and alpha; remove peft.rank and peft.alpha, or write "
+                "mode: Stack to train a new one beside it",
             ),
         )
     )

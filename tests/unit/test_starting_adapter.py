@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 
-import data_run
+from chained import Prepared, begin_with, source_of
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER
 from finetune_api.reasons import Fault
-from finetune_api.run import StartingAdapter
-from finetune_trainer import prepare, train
+from finetune_trainer import train
 from finetune_trainer.model import load_base
-from finetune_trainer.runplan import RunPlan
-from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.stop import StopFlag
 from tiny_run import TinyRun, context, make_run, stop_before
 
@@ -33,17 +30,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return run
 
 
-def source_of(run: TinyRun) -> StartingAdapter:
-    folder = run.local(ADAPTER)
-    return StartingAdapter(uri=folder.as_uri(), digest=sha256_digest((folder / "manifest.json").read_bytes()))
-
-
 def going_on(folder: Path, run: TinyRun, **changes: Any) -> TinyRun:
     """A second job with the adapter of `run` in its plan."""
-    second = make_run(folder, steps=6, **changes)
-    adapter = read_adapter(run.store, source_of(run), second.plan.model)
-    second.write_plan(second.plan.model_copy(update={"starting_adapter": adapter}))
-    return second
+    return begin_with(make_run(folder, steps=6, **changes), run)
 
 
 def held_out_losses(run: TinyRun) -> list[float]:
@@ -151,52 +140,6 @@ def test_weights_that_do_not_fit_the_model_are_refused_before_step_1(
         train.run(context(second), StopFlag(60))
     assert caught.value.fault is Fault.ADAPTER_UNUSABLE
     assert problem in str(caught.value.args_by_name["problem"])
-
-
-class Prepared:
-    """A model, rows, and an adapter of that model as a job commits one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.adapter = folder, folder / "earlier"
-        data_run.put(folder, a_jsonl=data_run.jsonl(data_run.chats(40)))
-        self.plan: RunPlan = data_run.prepare_run(folder).plan
-        self.config: dict[str, Any] = {
-            "peft_type": "LORA",
-            "r": 7,
-            "lora_alpha": 9,
-            "target_modules": sorted(self.plan.model.target_modules),
-            "base_model_name_or_path": "elsewhere",
-        }
-        self.base_files = {
-            file.uri.rpartition("/")[2]: file.sha256 for file in self.plan.model.files if file.sha256 is not None
-        }
-
-    def write(self) -> str:
-        """Write the adapter; returns the digest of its manifest."""
-        self.adapter.mkdir(exist_ok=True)
-        (self.adapter / ADAPTER_CONFIG).write_text(json.dumps(self.config))
-        (self.adapter / ADAPTER_WEIGHTS).write_bytes(b"weights")
-        files = [
-            {"path": path.name, "size_bytes": path.stat().st_size, "sha256": sha256_digest(path.read_bytes())}
-            for path in sorted(self.adapter.iterdir())
-            if path.name != "manifest.json"
-        ]
-        content = json.dumps({"version": 1, "files": files, "base": {"files": self.base_files}}).encode()
-        (self.adapter / "manifest.json").write_bytes(content)
-        return sha256_digest(content)
-
-    def prepare(self, digest: str | None = None) -> RunPlan:
-        ctx = data_run.context(self.folder, {}, attempt=2)
-        source = StartingAdapter(uri=self.adapter.as_uri(), digest=digest)
-        config = ctx.config.model_copy(update={"starting_adapter": source})
-        prepare.run(replace(ctx, config=config))
-        content = (self.folder / "out" / "bot-1a2b3" / ".job" / "plan.json").read_bytes()
-        return RunPlan.model_validate_json(content)
-
-    def fault(self, digest: str | None = None) -> StageError:
-        with pytest.raises(StageError) as caught:
-            self.prepare(digest)
-        return caught.value
 
 
 @pytest.fixture

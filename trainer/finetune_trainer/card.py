@@ -10,10 +10,9 @@ from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.methods import method_of
-from finetune_trainer.runplan import ANSWERS_FIELD, AdapterFacts, Denominator, RunPlan
+from finetune_trainer.runplan import ANSWERS_FIELD, SERVED_RANKS, AdapterFacts, Denominator, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Evaluations:
 
 def vllm_rank(rank: int) -> int:
     """The smallest --max-lora-rank that serves an adapter of `rank`."""
-    return next(allowed for allowed in _VLLM_RANKS if allowed >= rank)
+    return next(allowed for allowed in SERVED_RANKS if allowed >= rank)
 
 
 def stop_ratio(answers: Sequence[Answer]) -> float:
@@ -69,8 +68,7 @@ def repetition(answers: Sequence[Answer]) -> float:
 
 def model_card(plan: RunPlan, lineage: Lineage, learned: Learned, found: Evaluations) -> str:
     """The whole README.md; what speaks against the adapter comes first."""
-    hyper = plan.hyperparameters
-    rank = vllm_rank(hyper.lora_rank)
+    rank = vllm_rank(plan.exported_rank)
     name = lineage.job_name
     model = f"{markdown(plan.model.architecture)}, {plan.model.parameters:,} weights"
     named = [each for each in map(markdown_code, plan.stop_tokens) if each]
@@ -119,7 +117,7 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
                 ("training labels", str(plan.train.arrays["labels"].sha256)),
                 ("base model", lineage.base_digest),
                 *((f"base model: {markdown(file)}", _known(file, lineage)) for file in sorted(lineage.base_files)),
-                *_begun_with(lineage.starting_adapter),
+                *_begun_with(plan),
                 ("trainer image, as it was named", markdown(lineage.image or "none, it ran without a container")),
                 *((package, version) for package, version in sorted(lineage.versions.items())),
             ],
@@ -130,11 +128,22 @@ With PEFT: `PeftModel.from_pretrained(base, "ADAPTER_FOLDER")`. {_template(plan)
 
 def _after(plan: RunPlan) -> str:
     adapter = plan.starting_adapter
-    return f", going on with the adapter {markdown_code(adapter.uri)}, whose work is in it" if adapter else ""
+    if adapter is None:
+        return ""
+    if plan.stacked_on is None:
+        return f", going on with the adapter {markdown_code(adapter.uri)}, whose work is in it"
+    own = plan.hyperparameters.lora_rank
+    kept = f", beside the adapter {markdown_code(adapter.uri)}, which was kept as it is"
+    ranks = f"of its rank of {plan.exported_rank}, {adapter.rank} are that one's, and {own} were trained"
+    return f"{kept}.\nBoth are in it: {ranks}"
 
 
-def _begun_with(adapter: AdapterFacts | None) -> list[tuple[str, str]]:
-    return [(f"adapter that training went on with: {markdown(adapter.uri)}", adapter.digest)] if adapter else []
+def _begun_with(plan: RunPlan) -> list[tuple[str, str]]:
+    adapter = plan.starting_adapter
+    if adapter is None:
+        return []
+    what = "adapter that training went on with" if plan.stacked_on is None else "adapter that is kept in it"
+    return [(f"{what}: {markdown(adapter.uri)}", adapter.digest)]
 
 
 def _known(file: str, lineage: Lineage) -> str:

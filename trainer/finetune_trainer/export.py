@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from finetune_api.base import finite
 from finetune_api.errors import StageError
+from finetune_api.job import AdapterMode
 from finetune_api.layout import ADAPTER, join
 from finetune_api.quality import Quality
 from finetune_api.reasons import Fault
@@ -27,6 +28,7 @@ from finetune_trainer.card import Evaluations, Learned, Lineage, model_card, rep
 from finetune_trainer.checkpoint import disk_error, file_digest
 from finetune_trainer.commit import MANIFEST, Fence, ManifestFile, publish_manifest
 from finetune_trainer.data.tokens import TOKENIZER_CLASS, end_ids
+from finetune_trainer.earlier_adapter import is_unchanged, write_joint
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
@@ -78,6 +80,8 @@ def write_adapter(
     try:
         # Without the flag PEFT asks the Hub whether the base has another vocabulary.
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        if plan.stacked_on is not None:
+            write_joint(adapted, folder, plan)
         _sort_config(folder / CONFIG_NAME)
         weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         _write_tokenizer(folder, model_folder, plan)
@@ -91,13 +95,13 @@ def write_adapter(
 
 
 def _named(adapter: AdapterFacts) -> dict[str, str]:
-    return {"uri": adapter.uri, "digest": adapter.digest}
+    kept = {"mode": adapter.mode.value} if adapter.mode is AdapterMode.STACK else {}
+    return {"uri": adapter.uri, "digest": adapter.digest, **kept}
 
 
-def require_change(folder: Path, starting_adapter: Path) -> None:
-    """Raises ADAPTER_NO_EFFECT when the adapter in the folder is the one that training began with."""
-    before, after = load_file(starting_adapter), load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    if all(torch.equal(before[name].to(each.dtype), each) for name, each in after.items()):
+def require_change(folder: Path, starting_adapter: Path, plan: RunPlan) -> None:
+    """Raises ADAPTER_NO_EFFECT when the adapter in the folder does what the one did that training began with."""
+    if is_unchanged(folder, starting_adapter, plan):
         raise StageError(Fault.ADAPTER_NO_EFFECT, difference=0.0)
 
 
@@ -277,7 +281,7 @@ def upload(
         digest=digest,
         manifest_uri=manifest_uri,
         base_digest=lineage.base_digest,
-        rank=plan.hyperparameters.lora_rank,
+        rank=plan.exported_rank,
     )
 
 

@@ -90,20 +90,32 @@ def pass_bytes(
     label_tokens: int | None = None,
     *,
     copied_tokens: int = 0,
+    kept_rank: int = 0,
 ) -> int:
     """Return the highest memory above the loaded model: adapter and moments, what is kept, and what is in flight.
+
+    kept_rank: of an adapter that is kept beside the one of `rank` that is trained.
 
     The model is held in fp32 on the CPU and in bf16 on a GPU. `label_tokens` of the pass are projected by the head;
     None: all of them, as a plan must expect. Measured on an H200: bench/results/memory-gpu.md.
     """
     labels = tokens if label_tokens is None else label_tokens
-    adapter = (18 if gpu else 16) * rank * model.lora_parameters_per_rank  # weight, gradient, two moments; bf16 copy
+    adapter = adapter_bytes(model, rank, gpu, kept_rank)
     size = 3 if gpu else 4  # bf16 and, inside LoRA's branch, fp32
     in_flight = tokens * size * (4 * model.widths.mlp + 3 * model.hidden_size)
     head = _head_bytes(model.vocabulary_size, labels, gpu) + labels * 3 * (2 if gpu else 4) * model.hidden_size
-    kept = kept_bytes(model, family, rank, tokens, longest_row, gpu, copied_tokens)
+    kept = kept_bytes(model, family, rank + kept_rank, tokens, longest_row, gpu, copied_tokens)
     heap = 0 if gpu else int(_CPU_HEAP_SHARE * kept)
     return adapter + kept + heap + max(in_flight, head)
+
+
+def adapter_bytes(model: ModelFacts, rank: int, gpu: bool, kept_rank: int = 0) -> int:
+    """Return what an adapter takes: weight, gradient and two moments, on a GPU a copy in bf16.
+
+    One that is kept beside it has its weights, and both are put together in each layer: on a GPU in bf16."""
+    trained, kept = (18 if gpu else 16) * rank, 4 * kept_rank
+    together = (2 * kept_rank if gpu else 4 * (rank + kept_rank)) if kept_rank else 0
+    return (trained + kept + together) * model.lora_parameters_per_rank
 
 
 def _head_bytes(vocabulary: int, labels: int, gpu: bool) -> int:

@@ -11,9 +11,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +21,7 @@ from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer import attention, world
 from finetune_trainer.attention import Segments
 from finetune_trainer.base_weights import load_weights, require_finite, told_of_the_model
+from finetune_trainer.earlier_adapter import kept_weights
 from finetune_trainer.families import MIXTURE_FIELDS
 from finetune_trainer.flops import ModelSize
 from finetune_trainer.inputs import Batch, pack_rows
@@ -244,23 +242,6 @@ def add_adapter(lm: LanguageModel, plan: RunPlan) -> PeftModel:
     return adapted
 
 
-def load_starting_adapter(adapted: PeftModel, path: Path, plan: RunPlan) -> None:
-    """Put the weights of an earlier adapter into the new one, all of them. Raises ADAPTER_UNUSABLE."""
-    assert plan.starting_adapter is not None
-    uri = shortened(plan.starting_adapter.uri, MAX_ARG_CHARS)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="its weights are no safetensors file") from error
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    shapes = {name: each.shape for name, each in own.items()}
-    if shapes != {name: each.shape for name, each in tensors.items()}:
-        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="its weights are of other layers than the model has")
-    if not all(bool(torch.isfinite(each).all()) for each in tensors.values()):
-        raise StageError(Fault.ADAPTER_UNUSABLE, uri=uri, problem="some of its weights are not finite")
-    set_peft_model_state_dict(adapted, tensors)
-
-
 def model_size(lm: LanguageModel, adapted: PeftModel) -> ModelSize | None:
     """What the FLOPs are counted from; None for a mixture of experts, which multiplies with a part of its weights."""
     config = lm.causal.config
@@ -270,7 +251,7 @@ def model_size(lm: LanguageModel, adapted: PeftModel) -> ModelSize | None:
     frozen = {id(p): p.numel() for p in adapted.parameters() if not p.requires_grad}
     outside = {id(embeddings), id(lm.head.weight)}
     return ModelSize(
-        layer_weights=sum(count for key, count in frozen.items() if key not in outside),
+        layer_weights=sum(count for key, count in frozen.items() if key not in outside) + kept_weights(adapted),
         head_weights=lm.head.weight.numel(),
         adapter_weights=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         layers=config.num_hidden_layers,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from finetune_api import defaults
 from finetune_api.errors import StageError
 from finetune_api.job import (
+    AdapterMode,
     DatasetFormat,
     DatasetSpec,
     LossOn,
@@ -143,8 +144,9 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
     """Begin a stage with empty accounts, whose decisions go to decisions.jsonl in the work folder.
 
     Raises SEQUENCE_LENGTH_TOO_LONG, and what `read_adapter` does."""
-    source = ctx.config.starting_adapter
-    adapter = None if source is None else read_adapter(ctx.store, source, model.facts)
+    source, asked = ctx.config.starting_adapter, ctx.config.spec.model.adapter_from
+    mode = AdapterMode(defaults.given(asked and asked.mode, defaults.ADAPTER_MODE))
+    adapter = None if source is None else read_adapter(ctx.store, source, model.facts, mode)
     limit = sizing.sequence_limit(ctx.config.spec, model.facts, model.family, ctx.config.resources, adapter)
     began_s = time.monotonic()
 

@@ -19,6 +19,7 @@ How a step's sequences are packed into forward passes is not part of the plan: i
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,7 +31,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
 from finetune_api.errors import StageError
-from finetune_api.job import DatasetFormat, LossOn, MethodSpec, MethodType, Schedule
+from finetune_api.job import AdapterMode, DatasetFormat, LossOn, MethodSpec, MethodType, Schedule
 from finetune_api.layout import PLAN, PLANS, join
 from finetune_api.quality import Unit
 from finetune_api.reasons import Fault
@@ -72,6 +73,9 @@ FIRST_TO_CHANGE = (
     "peft.type",
 )
 MAX_MODULES = 64  # kinds of linear layers
+MAX_ALPHA = 65536  # of an adapter; its rank is bounded by what is served
+# What --max-lora-rank of vLLM accepts, by which an adapter of more than the last is served by nobody.
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MAX_PLAN_BYTES = 64 * 2**20
 FileUri = Annotated[str, StringConstraints(max_length=8192)]  # a key has 1,024 bytes, a path 4,096, some escaped
 
@@ -118,7 +122,9 @@ class ModelFacts(StoredModel):
 
 
 class AdapterFacts(StoredModel):
-    """The adapter that training goes on with, as its job committed it."""
+    """The adapter that training goes on with, as its job committed it.
+
+    rslora: it is scaled by its alpha over the square root of its rank."""
 
     uri: Uri
     digest: Digest  # of its manifest
@@ -126,6 +132,14 @@ class AdapterFacts(StoredModel):
     base_files: dict[Str256, Digest] = Field(max_length=1000)  # that decide what the base model computes
     rank: int
     alpha: int
+    rslora: bool = False
+    target_modules: list[Str64] = Field(default=[], max_length=MAX_MODULES)  # []: of a release that kept none
+    mode: AdapterMode = AdapterMode.CONTINUE
+
+    @property
+    def scale(self) -> float:
+        """What the product of its matrices is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Denominator(StrEnum):
@@ -241,6 +255,17 @@ class RunPlan(StoredModel):
     memory_bytes: int
     gpu_memory_bytes: int | None  # None: trains on the CPU
     disk_bytes: int
+
+    @property
+    def stacked_on(self) -> AdapterFacts | None:
+        """The adapter that is kept as it is beside the one that is trained; None where there is none."""
+        adapter = self.starting_adapter
+        return adapter if adapter is not None and adapter.mode is AdapterMode.STACK else None
+
+    @property
+    def exported_rank(self) -> int:
+        """The rank of the adapter that is committed."""
+        return self.hyperparameters.lora_rank + (self.stacked_on.rank if self.stacked_on is not None else 0)
 
     def digest(self) -> str:
         """Return the plan's digest: equal for equal plans, whenever and how often the same inputs were written."""

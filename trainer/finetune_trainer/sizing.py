@@ -12,16 +12,16 @@ from typing import TypeVar
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
-from finetune_api.job import FineTuneJobSpec, HyperparametersSpec, PreprocessingSpec, TooLong
+from finetune_api.job import AdapterMode, FineTuneJobSpec, HyperparametersSpec, PreprocessingSpec, TooLong
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
 from finetune_trainer.data.too_long import ASSUMED_GPU_GIB, LimitSource, SequenceLimit
-from finetune_trainer.memory import kept_bytes, pass_bytes
+from finetune_trainer.memory import adapter_bytes, kept_bytes, pass_bytes
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
-from finetune_trainer.runplan import AdapterFacts, Hyperparameters, ModelFacts
+from finetune_trainer.runplan import SERVED_RANKS, AdapterFacts, Hyperparameters, ModelFacts
 from finetune_trainer.speed import slow_tokens_per_second
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES
 from finetune_trainer.trees import computes_trees
@@ -122,13 +122,16 @@ def sequence_limit(
     limit = SequenceLimit(model.context_length, LimitSource.CONTEXT)
     if method.longest_tokens is not None and limit.tokens > method.longest_tokens:
         limit = SequenceLimit(method.longest_tokens, LimitSource.TEXTS)
-    rank = starting_adapter.rank if starting_adapter else (spec.peft and spec.peft.rank) or method.ranks[-1]
+    rank, kept_rank = (spec.peft and spec.peft.rank) or method.ranks[-1], _kept_rank(starting_adapter)
+    if starting_adapter is not None and not kept_rank:
+        rank = starting_adapter.rank
 
     def fits(tokens: int) -> bool:
         together = method.sequences * tokens
         if resources.gpus:
-            return gpu_memory_estimate(model, family, rank, together, tokens) <= ASSUMED_GPU_GIB * GIB
-        return memory_estimate(model, family, rank, together, tokens, gpus=0) <= resources.memory_bytes
+            return gpu_memory_estimate(model, family, rank, together, tokens, kept_rank) <= ASSUMED_GPU_GIB * GIB
+        needed = memory_estimate(model, family, rank, together, tokens, gpus=0, kept_rank=kept_rank)
+        return needed <= resources.memory_bytes
 
     if fits(limit.tokens):
         return limit
@@ -157,15 +160,16 @@ def size(
     length = _sequence_length(choices, preprocessing, data, method)
     epochs = _epochs(choices, hyper, data.epoch_rows, method)
     rank, alpha = _adapter(choices, spec, model, _most_learned(hyper, data), starting_adapter)
+    kept_rank = _kept_rank(starting_adapter)
     pace = _Pace(
-        tokens_per_s=slow_tokens_per_second(model, rank, max(1, data.tokens // data.rows), resources),
+        tokens_per_s=slow_tokens_per_second(model, rank + kept_rank, max(1, data.tokens // data.rows), resources),
         deadline_s=defaults.given(
             spec.recovery and spec.recovery.progress_deadline_seconds, defaults.PROGRESS_DEADLINE_S
         ),
         machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
     )
     packing = _packing(choices, preprocessing, model, family, data)
-    trees = _trees(choices, model, family, data, rank, resources, packing=packing)
+    trees = _trees(choices, model, family, data, rank, kept_rank, resources, packing=packing)
     batch = _batch_size(choices, hyper, data, epochs, pace, trees=trees)
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
@@ -193,12 +197,14 @@ def size(
         "hyperparameters.weightDecay", hyper.weight_decay, defaults.WEIGHT_DECAY, "LoRA needs none"
     )
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
-    micro, memory = _micro_batch(choices, model, family, data, rank, batch, resources, pace, method, trees=trees)
+    micro, memory = _micro_batch(
+        choices, model, family, data, rank, kept_rank, batch, resources, pace, method, trees=trees
+    )
     if not resources.gpus:
         reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
-    gpu_memory = _gpu_memory(choices, model, family, data, rank, micro) if resources.gpus else None
-    disk = _disk_bytes(model, data, rank, READ_BYTES * total_rows + STEP_BYTES * steps)
+    gpu_memory = _gpu_memory(choices, model, family, data, rank, kept_rank, micro) if resources.gpus else None
+    disk = _disk_bytes(model, data, rank, kept_rank, READ_BYTES * total_rows + STEP_BYTES * steps)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
             Fault.DISK_TOO_SMALL,
@@ -283,6 +289,7 @@ def _trees(
     family: str,
     data: DataFacts,
     rank: int,
+    kept_rank: int,
     resources: RunResources,
     *,
     packing: bool,
@@ -291,7 +298,7 @@ def _trees(
     if data.stored_tokens == data.tokens:
         return False
     tokens, copied = data.largest_tree, _copied_tokens(data, data.largest_tree, trees=True)
-    needed = memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied)
+    needed = memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied, kept_rank)
     found = computes_trees(
         packing=packing,
         gpu=bool(resources.gpus),
@@ -314,11 +321,19 @@ def _adapter(
     label_tokens: int,
     starting_adapter: AdapterFacts | None,
 ) -> tuple[int, int]:
-    if starting_adapter is not None:
+    kept_rank = _kept_rank(starting_adapter)
+    if starting_adapter is not None and not kept_rank:
+        asked, reason = spec.model.adapter_from, "the earlier adapter is trained on; Stack keeps it beside a new one"
+        choices.pick("model.adapterFrom.mode", asked and asked.mode, starting_adapter.mode, reason)
         reason = "that of the adapter in model.adapterFrom, which training goes on with"
         rank = choices.pick("peft.rank", None, starting_adapter.rank, reason)
         return rank, choices.pick("peft.alpha", None, starting_adapter.alpha, reason)
-    peft, candidates = spec.peft, method_of(spec.method.type).ranks
+    peft, most = spec.peft, SERVED_RANKS[-1] - kept_rank
+    candidates = [each for each in method_of(spec.method.type).ranks if each <= most] or [most]
+    if most < ((peft and peft.rank) or 1):
+        problem = f"the adapter that is kept has rank {kept_rank}, and no server takes more than {SERVED_RANKS[-1]} in "
+        problem += f"all; write a rank up to {most}" if most > 0 else "all; write model.adapterFrom.mode: Continue"
+        raise StageError(Fault.CONFIG_UNREADABLE, field="spec.peft.rank", problem=problem)
     per_rank = model.lora_parameters_per_rank
     rank = next((r for r in candidates if r * per_rank >= label_tokens), candidates[-1])
     reason = f"{rank * per_rank:,} adapter weights for {label_tokens:,} tokens to learn"
@@ -335,7 +350,15 @@ def _adapter(
         defaults.LORA_ALPHA,
         "with alpha / rank the best learning rate hardly moves with rank",
     )
+    if kept_rank:
+        text = f"{kept_rank} of the adapter in model.adapterFrom, which is kept as it is, and {rank} beside it"
+        choices.note("exportedRank", kept_rank + rank, text)
     return rank, alpha
+
+
+def _kept_rank(starting_adapter: AdapterFacts | None) -> int:
+    """Return the rank of an adapter that is kept beside the one that is trained; 0 where there is none."""
+    return starting_adapter.rank if starting_adapter and starting_adapter.mode is AdapterMode.STACK else 0
 
 
 def _epochs(choices: Choices, spec: HyperparametersSpec, rows: float, method: Method) -> float:
@@ -413,6 +436,7 @@ def memory_estimate(
     longest_row: int,
     gpus: int,
     copied_tokens: int = 0,
+    kept_rank: int = 0,
 ) -> int:
     """Return the bytes of host memory that training needs.
 
@@ -420,23 +444,28 @@ def memory_estimate(
     once in their stored precision. copied_tokens: as in `memory.kept_bytes`.
     """
     if gpus:
-        adapter = 16 * rank * model.lora_parameters_per_rank
+        adapter = adapter_bytes(model, rank, False, kept_rank)
         return _PROCESS_BYTES + _CUDA_HOST_BYTES + 2 * model.parameters + adapter
-    what = (model, family, rank, micro_batch_tokens, longest_row)
-    above_model = pass_bytes(*what, gpu=False, copied_tokens=copied_tokens)
-    uneven = int(_UNEVEN_STEPS_SHARE * kept_bytes(*what, gpu=False, copied_tokens=copied_tokens))
+    shape = (micro_batch_tokens, longest_row)
+    above_model = pass_bytes(model, family, rank, *shape, gpu=False, copied_tokens=copied_tokens, kept_rank=kept_rank)
+    kept = kept_bytes(model, family, rank + kept_rank, *shape, gpu=False, copied_tokens=copied_tokens)
+    uneven = int(_UNEVEN_STEPS_SHARE * kept)
     return _PROCESS_BYTES + 4 * model.parameters + above_model + uneven
 
 
-def gpu_memory_estimate(model: ModelFacts, family: str, rank: int, micro_batch_tokens: int, longest_row: int) -> int:
+def gpu_memory_estimate(
+    model: ModelFacts, family: str, rank: int, micro_batch_tokens: int, longest_row: int, kept_rank: int = 0
+) -> int:
     """Return the bytes of GPU memory that training needs, weights in bf16 included."""
-    above_model = pass_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=True)
+    above_model = pass_bytes(model, family, rank, micro_batch_tokens, longest_row, gpu=True, kept_rank=kept_rank)
     return _CUDA_BYTES + 2 * model.parameters + above_model
 
 
-def _gpu_memory(choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, tokens: int) -> int:
+def _gpu_memory(
+    choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, kept_rank: int, tokens: int
+) -> int:
     """Return the bytes of GPU memory that training needs, as the plan tells it."""
-    needed = gpu_memory_estimate(model, family, rank, tokens, data.longest_row)
+    needed = gpu_memory_estimate(model, family, rank, tokens, data.longest_row, kept_rank)
     choices.pick(
         "gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16; within 15 % of an H200 at nine shapes"
     )
@@ -449,6 +478,7 @@ def _micro_batch(
     family: str,
     data: DataFacts,
     rank: int,
+    kept_rank: int,
     batch: int,
     resources: RunResources,
     pace: _Pace,
@@ -465,7 +495,7 @@ def _micro_batch(
         """A step's passes hold no more than its rows, however large the budget is."""
         tokens = min(tokens, batch * largest)
         copied = _copied_tokens(data, tokens, trees=trees)
-        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied)
+        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied, kept_rank)
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, least)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
@@ -490,8 +520,9 @@ def _micro_batch(
     return tokens, needed(tokens)
 
 
-def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int, plan_bytes: int) -> int:
+def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int, kept_rank: int, plan_bytes: int) -> int:
     """Model files, prepared data, which rows the steps read, two checkpoints in the making, the adapter, logs."""
     checkpoint = 12 * rank * model.lora_parameters_per_rank
+    kept = 2 * 4 * kept_rank * model.lora_parameters_per_rank  # as it is read, and in what is exported
     files = sum(record.size_bytes for record in model.files)
-    return files + data.prepared_bytes + plan_bytes + 3 * checkpoint + 256 * 2**20
+    return files + data.prepared_bytes + plan_bytes + 3 * checkpoint + kept + 256 * 2**20

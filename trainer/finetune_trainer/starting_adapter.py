@@ -11,12 +11,13 @@ from pydantic import Field, ValidationError
 
 from finetune_api.base import Digest, Str64, Str256, WireModel, first_problem, sha256_digest
 from finetune_api.errors import StageError
+from finetune_api.job import AdapterMode
 from finetune_api.layout import join
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS, StartingAdapter
 from finetune_trainer.commit import MANIFEST, MAX_MANIFEST_BYTES, ManifestFile
-from finetune_trainer.runplan import MAX_MODULES, AdapterFacts, FileRecord, ModelFacts
+from finetune_trainer.runplan import MAX_ALPHA, MAX_MODULES, AdapterFacts, FileRecord, ModelFacts
 from finetune_trainer.store import Store, spec_field
 
 ADAPTER_CONFIG = "adapter_config.json"  # both as PEFT names them, which prepare does not import
@@ -44,19 +45,21 @@ class _Config(WireModel):
 
     peft_type: Literal["LORA"]
     r: int = Field(ge=1, le=65536)
-    lora_alpha: int = Field(ge=1, le=65536)
+    lora_alpha: int = Field(ge=1, le=MAX_ALPHA)
     target_modules: list[Str64] = Field(max_length=MAX_MODULES)
     bias: Literal["none"] = "none"
     lora_dropout: float = 0.0
     use_dora: Literal[False] = False
-    use_rslora: Literal[False] = False
+    use_rslora: bool = False
     rank_pattern: dict[str, int] = Field(default={}, max_length=0)
     alpha_pattern: dict[str, int] = Field(default={}, max_length=0)
     modules_to_save: None = None
 
 
-def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> AdapterFacts:
-    """Return what the adapter is, which must be of this base model.
+def read_adapter(
+    store: Store, source: StartingAdapter, base: ModelFacts, mode: AdapterMode = AdapterMode.CONTINUE
+) -> AdapterFacts:
+    """Return what the adapter is, which must be of this base model, and of a kind that can be trained on, or kept.
 
     Raises ADAPTER_NOT_FOUND, ADAPTER_UNUSABLE, also when it is not what its job committed, and ADAPTER_OF_OTHER_BASE as
     far as the base's files are known by now."""
@@ -86,9 +89,8 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
         config = _Config.model_validate_json(text)
     except ValidationError as error:
         raise _unusable(source, f"its {ADAPTER_CONFIG} is none of a LoRA that is trained here", error) from error
-    if set(config.target_modules) != set(base.target_modules):
-        found, expected = (", ".join(sorted(each)) for each in (config.target_modules, base.target_modules))
-        raise _unusable(source, f"it adapts {found}, and this release adapts {expected}")
+    if problem := _problem(config, base, mode):
+        raise _unusable(source, problem)
     weights, expected = files[ADAPTER_WEIGHTS], 4 * config.r * base.lora_parameters_per_rank
     if weights.size_bytes > expected + _MAX_HEADER_BYTES:
         found = f"its {ADAPTER_WEIGHTS} has {weights.size_bytes:,} bytes"
@@ -100,6 +102,9 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
         base_files={name: sha256 for name, sha256 in manifest.base.files.items() if _decides(name)},
         rank=config.r,
         alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        target_modules=sorted(config.target_modules),
+        mode=mode,
     )
     prefix = join(base.uri, "")
     known = {file.uri.removeprefix(prefix): file.sha256 for file in base.files}
@@ -107,6 +112,17 @@ def read_adapter(store: Store, source: StartingAdapter, base: ModelFacts) -> Ada
     if missing := facts.base_files.keys() - known.keys():
         raise _of_other_base(facts, base.uri, min(missing))
     return facts
+
+
+def _problem(config: _Config, base: ModelFacts, mode: AdapterMode) -> str | None:
+    """Return why the adapter cannot be trained on, or kept; None if it can."""
+    found, adapted = set(config.target_modules), set(base.target_modules)
+    if mode is AdapterMode.CONTINUE and config.use_rslora:
+        return "its scale is that of rsLoRA (use_rslora), which is not trained here; mode: Stack keeps it as it is"
+    if found == adapted or (mode is AdapterMode.STACK and found <= adapted):
+        return None
+    names, expected = (", ".join(sorted(each)) for each in (found, adapted))
+    return f"it adapts {names}, and this release adapts {expected}"
 
 
 def require_same_base(adapter: AdapterFacts, base_uri: str, digests: Mapping[str, str]) -> None:

@@ -36,6 +36,7 @@ from finetune_trainer.commit import Committed
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.decoding import LastWords, open_tokenizer
+from finetune_trainer.earlier_adapter import load_starting_adapter
 from finetune_trainer.evaluate import answers
 from finetune_trainer.flops import peak_flops
 from finetune_trainer.guard import FIRST_STALL_S, Watchdog, watching
@@ -44,7 +45,7 @@ from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.methods import planned_method
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.mismatched import Mismatched
-from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, load_starting_adapter, model_size
+from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
 from finetune_trainer.reference import Kept, reference_key, reference_of, reference_uri
@@ -334,7 +335,7 @@ def _begin(
 
 def _first_pass_limit_s(plan: RunPlan, resources: RunResources) -> float:
     """Return how long a pass may take before any is known: half an hour, or what a slow machine needs for it."""
-    tokens, rank = plan.hyperparameters.micro_batch_tokens, plan.hyperparameters.lora_rank
+    tokens, rank = plan.hyperparameters.micro_batch_tokens, plan.exported_rank
     tokens_per_s = slow_tokens_per_second(plan.model, rank, plan.train.longest_row, resources)
     return max(FIRST_STALL_S, max(tokens, plan.train.longest_row) / tokens_per_s)
 
@@ -418,7 +419,7 @@ def _finish(
     learned = _learned(session)
     export.write_adapter(adapted, folder, fetched.model_folder, plan, stop_ids, lineage, learned, found)
     if fetched.starting_adapter is not None:
-        export.require_change(folder, fetched.starting_adapter)
+        export.require_change(folder, fetched.starting_adapter, plan)
     for concern in concern_words(quality):
         log.warning("%s", concern)
     examples = fetched.held_out or fetched.examples
