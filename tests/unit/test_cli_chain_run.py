@@ -40,8 +40,9 @@ class Site:
             "method": {"type": method},
             "peft": peft,
             "datasets": [{"uri": (self.folder / rows).as_uri() + "/"}],
-            "hyperparameters": {"maxSteps": 40, "globalBatchSize": 8, "learningRate": 1e-2},
+            "hyperparameters": {"maxSteps": 24, "globalBatchSize": 8, "learningRate": 2e-2},
             "evaluation": {"holdoutFraction": 0.2},
+            "resources": {"cpu": 1},  # as several jobs run beside one another
             "output": {"uri": (self.folder / "out" / name).as_uri()},
         }
         job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}

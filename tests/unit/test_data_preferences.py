@@ -235,6 +235,9 @@ def test_a_pair_that_cannot_be_compared_is_refused_by_its_field(row: Row, proble
         ({"messages": [*ASKED, says("a"), *ASKED], "label": True}, Problem.LAST_NOT_ASSISTANT, ""),
         ({"messages": [*ASKED, {**says("a"), "weight": 0}], "label": True}, Problem.MASKED_ANSWER, ""),
         ({"completion": "a", "label": True}, Problem.MISSING_FIELD, "prompt"),
+        ({"messages": [*ASKED, says("a")], "label": None}, Problem.MISSING_FIELD, "label"),
+        ({"prompt": ASKED, "completion": [says("a")]}, Problem.MISSING_FIELD, "label"),
+        ({"prompt": ASKED, "chosen": [says("a")], "rejected": [says("b")]}, Problem.OTHER_SHAPE, ""),
         ({"prompt": "q", "completion": "a", "label": True, "system": "s"}, Problem.UNKNOWN_FIELD, "system"),
         ({"messages": [*ASKED, says("a")], "label": True, "mood": "m"}, Problem.UNKNOWN_FIELD, "mood"),
     ],
@@ -399,6 +402,7 @@ BEST, MIDDLE, WORST = "four.", "it may be four.", "a fox"
     [
         (ranked([MIDDLE, BEST, WORST], [2, 3, 1]), {}, [(BEST, WORST)]),
         (ranked([BEST, WORST], [2, 1]), {"minMargin": 1}, [(BEST, WORST)]),
+        (ranked([BEST, WORST, BEST], [5, 3, 1]), {}, [(BEST, WORST)]),  # of the best and the worst no pair can be made
         (ranked([WORST, BEST], [2, 1], rank=None), {"pairs": "BestVsWorst"}, [(WORST, BEST)]),
         ({"question": ASKED[0]["content"], "responses": [WORST, BEST], "rank": [2, 1]}, {}, [(BEST, WORST)]),
         (

@@ -39,9 +39,6 @@ def pairs_of(scores: Sequence[float], said: Sequence[object], choices: PairChoic
         margin = scores[pair.chosen] - scores[pair.rejected]
         return margin > 0 and margin >= choices.min_margin and said[pair.chosen] != said[pair.rejected]
 
-    places = range(len(scores))
-    if choices.pairing is Pairing.BEST_VS_WORST:
-        best, worst = max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
-        return list(filter(is_pair, [RankedPair(best, worst)]))
-    found = filter(is_pair, (RankedPair(*places) for places in permutations(places, 2)))
-    return sorted(found, key=lambda pair: scores[pair.rejected] - scores[pair.chosen])[: choices.most]
+    most = 1 if choices.pairing is Pairing.BEST_VS_WORST else choices.most
+    found = filter(is_pair, (RankedPair(*places) for places in permutations(range(len(scores)), 2)))
+    return sorted(found, key=lambda pair: scores[pair.rejected] - scores[pair.chosen])[:most]

@@ -289,6 +289,8 @@ def _of_another_shape(row: Mapping[str, Any], shape_name: DatasetFormat, choices
     if SHAPES[shape_name].fits(row):
         return None
     others = [name for name, shape in SHAPES.items() if shape.fits(row)]
+    if shape_name is DatasetFormat.THUMB and set(others) <= set(_ANSWERED):
+        return None  # an answer of which nothing is said lacks its label
     detail = f"it is {' or '.join(others)}, not {shape_name}, which {choices.told_by}"
     return Broken(Problem.OTHER_SHAPE, detail=detail) if others else None
 
