@@ -12,10 +12,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from finetune_api.errors import StageError
 from finetune_api.job import MethodType
+from finetune_api.reasons import Fault
 from finetune_trainer import attention
 from finetune_trainer.attention import (
     PACKED,
+    Segments,
     _per_row,  # pyright: ignore[reportPrivateUsage]
 )
 from finetune_trainer.data.examples import Examples, TokenRun, Tree, pair_of, tree_of
@@ -24,6 +27,7 @@ from finetune_trainer.families import PACKING_FAMILIES
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.methods import planned_method
+from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import (
     LanguageModel,
     _logit_scale,  # pyright: ignore[reportPrivateUsage]
@@ -37,7 +41,7 @@ from finetune_trainer.runplan import PassLayout
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.trees import computes_trees
 from pair_run import preference_run
-from tiny_run import VOCABULARY, TinyRun, linear_modules, tiny_config, tiny_model
+from tiny_run import VOCABULARY, TinyRun, linear_modules, make_run, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 APART, PACKED_ROWS, TREES = PassLayout.APART, PassLayout.PACKED, PassLayout.TREES
@@ -311,6 +315,36 @@ def test_a_step_of_pairs_is_that_of_their_flat_sequences(
     trees, flat = step.measured(TREES), step.measured(PACKED_ROWS)
     np.testing.assert_allclose(trees.row_losses, flat.row_losses, atol=1e-5)
     assert trees.held_out.figures == pytest.approx(flat.held_out.figures, abs=1e-4)
+
+
+def test_unrolled_conversations_are_measured_as_their_flat_sequences(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=1)
+    lm, examples = load_base(run.folder / "model", run.plan, CPU), _joined(_trees())
+    found = [held_out_loss(lm, SFT, examples, 60, layout, 0, StopFlag(60), end_ids=[0]) for layout in PassLayout]
+    assert all(each is not None for each in found)
+    apart, *others = [each for each in found if each is not None]
+    for each in others:
+        np.testing.assert_allclose(each.row_losses, apart.row_losses, atol=1e-5)
+        assert each.row_units == apart.row_units
+
+
+def _sees_all(segments: Segments, queries: int, before: int, window: int | None, like: Tensor) -> Tensor:
+    return like.new_zeros(queries, before + queries)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_model_that_trees_are_not_exact_for_is_refused_at_load_where_they_are_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trees: bool
+) -> None:
+    run = make_run(tmp_path, steps=1, trees=trees)
+    load_base(run.folder / "model", run.plan, CPU)
+    monkeypatch.setattr(Segments, "block_mask", _sees_all)
+    if not trees:
+        load_base(run.folder / "model", run.plan, CPU)
+        return
+    with pytest.raises(StageError, match="log-probabilities differ") as caught:
+        load_base(run.folder / "model", run.plan, CPU)
+    assert caught.value.fault is Fault.UNSUPPORTED_MODEL
 
 
 @pytest.mark.parametrize(
