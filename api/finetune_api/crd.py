@@ -121,8 +121,15 @@ def printer_columns() -> list[Schema]:
         column("Attempt", ".status.attempts[-1:].number", "integer"),
         column("Age", ".metadata.creationTimestamp", "date"),
         column("GPUs", ".spec.resources.gpusPerNode", "integer", wide=True),
+        column("Accuracy", _of_progress("reward_accuracy"), "number", wide=True),
+        column("Margin", _of_progress("reward_margin"), "number", wide=True),
         column("Artifact", ".status.artifacts[0].uri", wide=True),
     ]
+
+
+def _of_progress(figure: str) -> str:
+    """Return where the last value of a method's figure stands."""
+    return f'.status.progress.figures[?(@.name=="{figure}")].value'
 
 
 def immutability(spec: Schema) -> list[dict[str, str]]:

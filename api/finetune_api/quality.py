@@ -17,6 +17,7 @@ Concern = Literal[
     Reason.DIVERGING,
     Reason.CHOSEN_UNLIKELY,
     Reason.FAR_FROM_START,
+    Reason.START_PREFERS_REJECTED,
 ]
 
 _TEXTS: dict[Reason, str] = {
@@ -37,6 +38,11 @@ _TEXTS: dict[Reason, str] = {
     Reason.FAR_FROM_START: "answers that have nothing to do with their prompt have become likelier by {drift} nats per "
     "token (the KL estimate of KTO): the model has moved far from the one it began with. Try the adapter before it "
     "serves anybody; train with a higher method.kto.beta or a lower hyperparameters.learningRate",
+    Reason.START_PREFERS_REJECTED: "of {held_out_rows} held-out pairs the model that the job began with finds the "
+    "rejected answer likelier, per token, in a share of {rejected_likelier}: are the columns swapped? `finetune data "
+    "show` tells which answer of a row is which. Where they are swapped, write chosen: rejected and rejected: chosen "
+    "below datasets[].columns of a new job, as this one learns the answers that were meant to be avoided; else the "
+    "rows ask for what the model seldom writes, and all is well",
 }
 _NO_ENDS = (
     "no answer ends with a stop token, as the chat template writes none that the tokenizer has: nothing teaches the "
@@ -47,15 +53,21 @@ _NO_ENDS = (
 
 Unit = Literal["token", "example"]
 
-# What preference methods measure beside the loss, in the order in which it is told. Rewards: see methods/.
+MAX_FIGURES = 8  # of a method beside the loss; DPO has seven
+WATCHED_FIGURE = "reward_accuracy"  # of those below what a line has room for
+# All that methods measure beside the loss, in the order in which it is told. Rewards: see methods/.
 FIGURE_WORDS = {
     "reward_accuracy": "share of preferences that the model shares",
     "reward_margin": "reward margin",
     "log_odds_ratio": "log odds ratio",
+    "chosen_likelier": "share of pairs whose chosen answer is likelier per token",
     "chosen_logprob": "log-probability of chosen answers",
     "rejected_logprob": "log-probability of rejected answers",
+    "good_logprob": "log-probability of good answers, bad ones counting as 0",
     "kl": "KL estimate",
     "chosen_tokens": "tokens of a chosen answer",
+    "rejected_tokens": "tokens of a rejected answer",
+    "good_tokens": "tokens of a good answer, bad ones counting as 0",
     "answer_tokens": "tokens of an answer",
 }
 
@@ -66,7 +78,7 @@ class Quality(WireModel):
     Losses are in nats per `unit`; probabilities are means over the true ends of answers.
     """
 
-    concerns: list[Concern] = Field(default_factory=list[Concern], max_length=5)  # the worst first
+    concerns: list[Concern] = Field(default_factory=list[Concern], max_length=6)  # the worst first
     held_out_rows: Count = 0
     start_loss: float | None = None
     loss: float | None = None
@@ -79,9 +91,10 @@ class Quality(WireModel):
     unit: Unit = "token"  # what losses are means over
     fall: float | None = None  # of the log-probability of answers to give, since the start, nats per token
     drift: float | None = None  # estimate of the KL divergence from the start, nats per token
+    rejected_likelier: float | None = None  # share of pairs in which the start finds the rejected answer likelier
     # Of preference methods, means over the held-out rows: before training, and now.
-    start_figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=8)
-    figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=8)
+    start_figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=MAX_FIGURES)
+    figures: dict[Str64, float] = Field(default_factory=dict[str, float], max_length=MAX_FIGURES)
 
     @property
     def measured(self) -> bool:

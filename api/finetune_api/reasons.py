@@ -60,6 +60,7 @@ class Reason(StrEnum):
     DIVERGING = "Diverging"
     CHOSEN_UNLIKELY = "ChosenUnlikely"
     FAR_FROM_START = "FarFromStart"
+    START_PREFERS_REJECTED = "StartPrefersRejected"
     NO_CONCERN = "NoConcern"
     NOT_MEASURED = "NotMeasured"
     # The operator's: waits that a person or the cluster can end.
@@ -465,8 +466,8 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.NOT_FINITE: FaultText(
         Reason.DIVERGED,
-        "{count} steps in a row had a loss or gradient that is not finite, last at step {step}; "
-        "lower hyperparameters.learningRate",
+        "{count} steps in a row had a loss, a gradient or a figure of the method, such as the reward margin, "
+        "that is not finite, last at step {step}; lower hyperparameters.learningRate",
     ),
     Fault.GPU_OOM: FaultText(
         Reason.GPU_OOM, "the GPU's memory ran out at step {step}; lower preprocessing.maxSequenceLength"

@@ -33,7 +33,7 @@ from finetune_api import defaults
 from finetune_api.base import Count, Digest, Seconds, Str64, Str256, Uri, WireModel
 from finetune_api.job import FineTuneJobSpec, PrepareResourcesSpec, ResourcesSpec
 from finetune_api.names import HTTP_PORT, SCRATCH_DIR, TERMINATION_LOG, Stage
-from finetune_api.quality import Concern, Quality
+from finetune_api.quality import FIGURE_WORDS, Concern, Quality
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import Fault
 from finetune_api.status import Artifact, CheckpointStatus, DataStatus, DroppedRows, MetricsStatus, PlanStatus
@@ -91,6 +91,14 @@ def _with_known_concerns(quality: object) -> object:
 
 
 KnownQuality = Annotated[Quality | None, BeforeValidator(_with_known_concerns)]
+
+
+def _known_figures(figures: object) -> object:
+    """Leave out the figures of a newer trainer, and those that are no number."""
+    if not isinstance(figures, dict):
+        return figures
+    told = cast("dict[str, Any]", figures)
+    return {name: told[name] for name in FIGURE_WORDS if isinstance(told.get(name), int | float)}
 
 
 class JobRef(WireModel):
@@ -307,6 +315,9 @@ class Progress(WireModel):
     bytes_total: Count = 0
     rows_per_second: float | None = None  # while they are read
     checkpoint: CheckpointStatus | None = None
+    figures: Annotated[dict[Str64, float], BeforeValidator(_known_figures)] = Field(
+        default_factory=dict[str, float]
+    )  # what the method measures beside the loss, in the last step
     quality: KnownQuality = None  # None while there is nothing to say
     trouble: Trouble | None = None
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Count, Digest, Str64, Str256, Uri
+from finetune_api.quality import FIGURE_WORDS, MAX_FIGURES
 
 MAX_SUSPENDED_S = 10**9  # a sum of times that no calendar ends at
 MAX_RESOLVED = 20  # chosen values in the status; the plan holds all
@@ -102,6 +103,13 @@ class DataStatus(ApiModel):
     report_uri: Uri = Field(description="report.json in the bucket.")
 
 
+class MethodFigure(ApiModel):
+    """What a method measures beside the loss."""
+
+    name: Str64 = Field(description=f"{', '.join(FIGURE_WORDS)}.")
+    value: float = Field(description="Mean over the examples of the last step.")
+
+
 class ProgressStatus(ApiModel):
     """How far the running stage was when it last said so: prepare with the data, train with the steps."""
 
@@ -113,6 +121,11 @@ class ProgressStatus(ApiModel):
     eta: Str64 | None = Field(default=None, description="Time left, for the printer column.")
     rows_per_second: float | None = Field(
         default=None, ge=0, description="Rows read per second in prepare, on the mean since the first."
+    )
+    figures: list[MethodFigure] | None = Field(
+        default=None,
+        max_length=MAX_FIGURES,
+        description="What a preference method measured beside the loss in the last step, such as reward_accuracy.",
     )
     stale: bool = Field(default=False, description="Whether the pod has not answered for a while.")
     last_updated_time: Str64 = Field(description="When the pod last answered.")

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from finetune_api.quality import FIGURE_WORDS
 from finetune_api.row_words import row_words
 from finetune_cli.screen import table
 from finetune_cli.show import count_files
@@ -44,6 +45,12 @@ def describe(job: dict[str, Any], console: Console) -> None:
             ("dropped", "because each of them"),
             [[f"{one['rows']:,}", f"{row_words(one['reason'])} ({one['reason']})"] for one in data["dropped"]],
         )
+    progress: dict[str, Any] = status.get("progress") or {}
+    _table(
+        console,
+        ("in the last step", "is", "which means"),
+        [[one["name"], one["value"], FIGURE_WORDS.get(one["name"], "")] for one in progress.get("figures") or []],
+    )
     _table(
         console,
         ("attempt", "stage", "ended as", "reason", "exit code", "last step"),

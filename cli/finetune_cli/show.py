@@ -12,7 +12,7 @@ from rich.table import Table
 from finetune_api.job import StartPolicy
 from finetune_api.names import Stage
 from finetune_api.printable import printable
-from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
+from finetune_api.quality import FIGURE_WORDS, WATCHED_FIGURE, Quality, concern_words, verdict
 from finetune_api.reasons import Fault, Reason, reason_of_exit, words
 from finetune_api.retry import FINAL_SECOND_TIME
 from finetune_api.row_words import row_words
@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
 def rate(rows_per_second: float) -> str:
     """3,400 rows/s, or 0.5 rows/s."""
     return f"{rows_per_second:,.{0 if rows_per_second >= 10 else 1}f} rows/s"
+
+
+def accuracy(share: float) -> str:
+    """Return how many of the preferences in the last step the model shares."""
+    return f"reward accuracy {share:.2f}"
 
 
 def count_files(files: int) -> str:
@@ -64,6 +69,8 @@ def describe(progress: Progress) -> str:
         parts.append(f"loss {progress.train_loss:.3f}")
     if progress.eval_loss is not None:
         parts.append(f"held-out loss {progress.eval_loss:.3f}")
+    if WATCHED_FIGURE in progress.figures:
+        parts.append(accuracy(progress.figures[WATCHED_FIGURE]))
     if progress.tokens_per_second is not None:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.eta_seconds is not None and (progress.bytes_total or progress.step < progress.total_steps):

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from finetune_api.printable import printable
+from finetune_api.quality import WATCHED_FIGURE
 from finetune_api.reasons import Reason
 from finetune_cli.cluster import Cluster, UnavailableError
 from finetune_cli.errors import CommandError, Exit
-from finetune_cli.show import rate
+from finetune_cli.show import accuracy, rate
 
 POLL_S = 2.0
 MAX_SILENCE_S = 300.0
@@ -38,6 +39,7 @@ def line(job: dict[str, Any]) -> str:
     progress = status.get("progress") or {}
     eta, rows_per_second = progress.get("eta"), progress.get("rowsPerSecond")
     loss = (status.get("metrics") or {}).get("loss")
+    figures = {each["name"]: each["value"] for each in progress.get("figures") or []}
     degraded = condition(job, "Degraded")
     told = degraded if degraded.get("status") == "True" else condition(job, "Succeeded")
     running = condition(job, "Running")
@@ -49,6 +51,7 @@ def line(job: dict[str, Any]) -> str:
         rows_per_second and rate(rows_per_second),
         eta and f"{eta} left",
         loss and f"loss {loss}",
+        WATCHED_FIGURE in figures and accuracy(figures[WATCHED_FIGURE]),
         told.get("message"),
     ]
     return printable(" · ".join(str(part) for part in parts if part))  # it also stands in a live line

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from finetune_api.quality import FIGURE_WORDS
 from finetune_api.status import ConditionType, FineTuneJobStatus, MetricsStatus, Phase
 from finetune_operator.conditions import find
 from finetune_operator.quality import CONCERNS
@@ -60,6 +61,9 @@ class Metrics:
             "last_progress_timestamp_seconds": gauge(
                 "finetune_job_last_progress_timestamp_seconds", "When the pod last answered.", _JOB
             ),
+            "method_figure": gauge(
+                "finetune_job_method_figure", "Last known figures of preference methods.", (*_JOB, "figure")
+            ),
             "quality_concern": gauge(
                 "finetune_job_quality_concern", "1 for what speaks against the model, once measured.", (*_JOB, "reason")
             ),
@@ -89,6 +93,12 @@ class Metrics:
             else:
                 self.job_figures[key].remove(namespace, name)
         self._export_quality(namespace, name, status)
+        measured = {each.name: each.value for each in (progress and progress.figures) or ()}
+        for figure in FIGURE_WORDS:
+            if figure in measured:
+                self.job_figures["method_figure"].labels(namespace, name, figure).set(measured[figure])
+            else:
+                self.job_figures["method_figure"].remove(namespace, name, figure)
         for phase in Phase:
             self.job_figures["phase"].labels(namespace, name, phase.value).set(float(status.phase == phase))
 
@@ -105,6 +115,9 @@ class Metrics:
             if key == "phase":
                 for phase in Phase:
                     metric.remove(namespace, name, phase.value)
+            elif key == "method_figure":
+                for figure in FIGURE_WORDS:
+                    metric.remove(namespace, name, figure)
             elif key == "quality_concern":
                 for reason in CONCERNS:
                     metric.remove(namespace, name, reason.value)

@@ -5,8 +5,16 @@ from datetime import datetime
 
 from finetune_api.base import finite
 from finetune_api.names import Stage
+from finetune_api.quality import MAX_FIGURES
 from finetune_api.run import Progress, RunResult
-from finetune_api.status import CheckpointStatus, FineTuneJobStatus, MetricsStatus, PlanStatus, ProgressStatus
+from finetune_api.status import (
+    CheckpointStatus,
+    FineTuneJobStatus,
+    MethodFigure,
+    MetricsStatus,
+    PlanStatus,
+    ProgressStatus,
+)
 from finetune_operator.clock import format_time, parse_time
 from finetune_operator.observation import PodAnswer, PodSilence
 
@@ -86,8 +94,15 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         estimated_remaining_seconds=seconds,
         eta=None if seconds is None else human_seconds(seconds),
         rows_per_second=None if rows_per_second is None else round(max(0.0, rows_per_second), 1),
+        figures=_figures(said) or None,
         last_updated_time=format_time(at),
     )
+
+
+def _figures(said: Progress) -> list[MethodFigure]:
+    """Return what the method measured in the last step, to four places."""
+    finite_ones = [(name, value) for name, value in said.figures.items() if finite(value) is not None]
+    return [MethodFigure(name=name, value=round(value, 4)) for name, value in finite_ones[:MAX_FIGURES]]
 
 
 def without_eta(status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -107,7 +122,7 @@ def progress_of_result(
     if result.step is None or not total:
         return old
     said = Progress(stage=result.stage, attempt=result.attempt, activity="Done", step=result.step, total_steps=total)
-    return progress_status(said, at)
+    return progress_status(said, at).model_copy(update={"figures": old.figures if old is not None else None})
 
 
 def metrics_of_progress(old: MetricsStatus | None, said: Progress) -> MetricsStatus:

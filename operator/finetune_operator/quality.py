@@ -12,6 +12,7 @@ CONCERNS = (
     Reason.DIVERGING,
     Reason.CHOSEN_UNLIKELY,
     Reason.FAR_FROM_START,
+    Reason.START_PREFERS_REJECTED,
 )
 _STATUS: dict[Reason, ConditionState] = {Reason.NO_CONCERN: "False", Reason.NOT_MEASURED: "Unknown"}
 
@@ -25,8 +26,8 @@ def while_running(status: FineTuneJobStatus, said: Progress | None) -> Condition
     if said.quality is not None and said.quality.concerns:
         return _update(said.quality)
     before = find(status, ConditionType.QUALITY_CONCERN)
-    if before is None or before.status != "True":
-        return None
+    if before is None or before.reason != Reason.DIVERGING:
+        return None  # no step takes back what was measured: an attempt that has just begun does not know it yet
     message = "the training loss is no longer far above where it began"
     return ConditionUpdate(ConditionType.QUALITY_CONCERN, "False", Reason.NO_CONCERN, message)
 

@@ -32,6 +32,7 @@ STATUS: dict[str, Any] = {
         "text": "310/900",
         "eta": "26m",
         "stale": False,
+        "figures": [{"name": "reward_accuracy", "value": 0.875}, {"name": "reward_margin", "value": -0.0312}],
         "lastUpdatedTime": "2026-08-01T10:00:00Z",
     },
     "metrics": {"trainLoss": 1.83, "loss": "1.830"},
@@ -51,11 +52,11 @@ def test_kubectl_get_shows_where_the_job_is(control_plane: testbed.Cluster, name
     patch = json.dumps({"status": STATUS})
     control_plane.kubectl("patch", "ftj", "bot", "-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
     heading, row = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide").strip().split("\n")
-    assert heading.split() == [*COLUMNS, "GPUS", "ARTIFACT"]
+    assert heading.split() == [*COLUMNS, "GPUS", "ACCURACY", "MARGIN", "ARTIFACT"]
     shown = row.split()
     assert shown[:5] == ["bot", "SFT", body["spec"]["model"]["uri"], "Training", "Training"]
     assert shown[5:9] == ["310/900", "26m", "1.830", "2"]
-    assert shown[10:] == ["1"]
+    assert shown[10:] == ["1", "0.875", "-0.0312"]
     assert "finetunejob.finetune.dev/bot" in control_plane.kubectl("get", "finetune", "-n", namespace, "-o", "name")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,13 @@ from tiny_run import STOP_ID, TinyRun, make_run, record_of
 
 GOOD, BAD = 64, 128  # the first of eight bytes that good answers are made of, and of those of bad ones
 HELD_OUT = 30
+
+
+class Rows(NamedTuple):
+    """Examples of one split. labels: of thumbs, 1 for a good answer and -1 for a bad one."""
+
+    trees: list[Tree]
+    labels: list[int] | None = None
 
 
 def _answer(prompt: np.ndarray, begin: int, length: int, generator: np.random.Generator) -> TokenRun:
@@ -77,6 +84,11 @@ def write_trees(store: Store, folder: Path, trees: Sequence[Tree], labels: Seque
     )
 
 
+def _drawn(method: MethodType, count: int, seed: int, equal: bool) -> Rows:
+    """Return random examples of the method."""
+    return Rows(pairs(count, seed, equal=equal)) if method_of(method).sequences == 2 else Rows(*thumbs(count, seed))
+
+
 def preference_run(
     folder: Path,
     method: MethodType,
@@ -86,26 +98,23 @@ def preference_run(
     batch: int = 4,
     rows: int = 48,
     equal: bool = True,
+    data: tuple[Rows, Rows] | None = None,
     **hyper: Any,
 ) -> TinyRun:
-    """Everything below `folder`, as make_run does it, with pairs or thumbs. options: those of the method."""
+    """Everything below `folder`, as make_run does it, with pairs or thumbs. options: those of the method.
+
+    data: to train on, and held out; None: `rows` that are drawn, and HELD_OUT more."""
     run = make_run(folder, steps=steps, batch=batch, method=method, **hyper)
     prepared = run.local(PREPARED)
-    splits: list[SplitFiles] = []
-    trees: list[Tree] = []
-    for name, count, seed in (("held_out", HELD_OUT, 2), ("train", rows, 1)):
-        labels = None
-        if method_of(method).sequences == 2:
-            trees = pairs(count, seed, equal=equal)
-        else:
-            trees, labels = thumbs(count, seed)
-        splits.append(write_trees(run.store, prepared / name, trees, labels))
-    held_out, train = splits
+    trained, measured = data or (_drawn(method, rows, 1, equal), _drawn(method, HELD_OUT, 2, equal))
+    train, held_out = (
+        write_trees(run.store, prepared / name, *each) for name, each in (("train", trained), ("held_out", measured))
+    )
     path = prepared / "batches.safetensors"
-    lengths = np.array([sum(flat_lengths(tree)) for tree in trees])
-    counts = np.array([int(tree.labels.sum()) for tree in trees])
+    lengths = np.array([sum(flat_lengths(tree)) for tree in trained.trees])
+    counts = np.array([int(tree.labels.sum()) for tree in trained.trees])
     denominator = method_of(method).denominator
-    plan_batches(path, lengths, counts, np.ones(rows), steps * batch, batch, 5, denominator=denominator)
+    plan_batches(path, lengths, counts, np.ones(len(counts)), steps * batch, batch, 5, denominator=denominator)
     spec = {"type": method.value} | ({} if options is None else {method.value.lower(): options})
     update = {
         "train": train,

@@ -359,6 +359,12 @@ def test_within_a_long_step_a_person_sees_that_it_moves() -> None:
     assert show.describe(seen.model_copy(update={"step": 1, "step_tokens": 0})) == "training, step 1/9"
 
 
+def test_the_preferences_that_a_model_shares_are_in_the_line_of_a_run() -> None:
+    seen = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=3, total_steps=9, train_loss=0.5)
+    told = seen.model_copy(update={"figures": {"reward_accuracy": 0.875, "reward_margin": 0.1}})
+    assert show.describe(told) == "training, step 3/9, loss 0.500, reward accuracy 0.88"
+
+
 def test_bars_on_a_terminal_show_where_a_stage_is():
     output = io.StringIO()
     terminal = Console(file=output, force_terminal=True, width=120)

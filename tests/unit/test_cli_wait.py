@@ -188,6 +188,16 @@ def test_in_a_narrow_terminal_a_table_cuts_nothing_and_breaks_no_name_of_a_field
     assert output.getvalue().count("\nhyperparameters.warmupRatio ") == 2
 
 
+def test_the_preferences_that_a_model_shares_are_told_and_all_figures_described():
+    figures = [{"name": "reward_accuracy", "value": 0.875}, {"name": "chosen_logprob", "value": -41.5}]
+    found = job("Training", progress={"text": "45/90", "figures": figures})
+    assert line(found) == "Training · 45/90 · reward accuracy 0.88 · as [told]"
+    output = io.StringIO()
+    describe(found, Console(file=output, width=200))
+    assert "log-probability of chosen answers" in output.getvalue()
+    assert "-41.5" in output.getvalue()
+
+
 def test_describe_shows_a_job_without_status():
     output = io.StringIO()
     describe({"metadata": {"name": "bot"}}, Console(file=output))

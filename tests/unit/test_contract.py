@@ -115,6 +115,12 @@ def test_a_concern_of_a_newer_trainer_hides_neither_the_adapter_nor_itself_as_no
         assert (quality and quality.concerns) == told, "without its concerns a model would be said to raise none"
 
 
+def test_figures_of_a_newer_trainer_and_those_that_are_no_number_are_left_out() -> None:
+    told = {"reward_accuracy": 0.5, "of_the_future": 1.0, "kl": None, "x" * 500: 2, "reward_margin": "0.1"}
+    assert Progress.model_validate(sample("progress") | {"figures": told}).figures == {"reward_accuracy": 0.5}
+    assert Progress.model_validate(sample("progress")).figures == {}
+
+
 @pytest.mark.parametrize("stage", ["evaluate", "", 7, None])
 def test_a_stage_of_a_newer_trainer_makes_a_bad_result(stage: object) -> None:
     assert parse_result(json.dumps(sample("interrupted") | {"stage": stage})) == (None, True)

@@ -883,6 +883,23 @@ def test_progress_is_written_at_most_every_30_seconds():
     assert world.step().status["progress"]["step"] == 3
 
 
+def test_what_a_preference_method_measures_is_in_the_status_and_stays_when_the_attempt_ends():
+    world = World().training()
+    figures = {"reward_accuracy": 0.87654, "reward_margin": 1e300, "of_the_future": 1.0, "kl": float("inf")}
+    world.progress = heard(said(step=40, figures=figures), world.now)
+    world.step()
+    expected = [{"name": "reward_accuracy", "value": 0.8765}, {"name": "reward_margin", "value": 1e300}]
+    assert world.status["progress"]["figures"] == expected
+    world.end("train-1", fault=Fault.COMMITTED, artifact=ARTIFACT, step=100).step()
+    assert (world.status["progress"]["step"], world.status["progress"]["figures"]) == (100, expected)
+
+
+def test_a_method_without_figures_says_nothing_of_them():
+    world = World().training()
+    world.progress = heard(said(step=40), world.now)
+    assert "figures" not in world.step().status["progress"]
+
+
 def test_prepare_shows_how_much_of_the_data_is_read_and_how_long_the_rest_takes():
     world = World().step().run("prepare-1").step()
     reading = {"stage": PREPARE, "attempt": 1, "activity": "Reading", "bytes_total": 2000, "rows_read": 7}
@@ -1323,6 +1340,21 @@ def test_a_divergence_is_not_forgotten_while_the_next_attempt_loads():
     world.progress = heard(said(attempt=2, total_steps=0), world.now)
     world.step(60)
     assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "Diverging")
+
+
+def test_columns_that_look_swapped_are_told_at_once_and_not_taken_back_by_an_attempt_that_has_just_begun():
+    world = World().training()
+    swapped = {"concerns": ["StartPrefersRejected"], "held_out_rows": 40, "rejected_likelier": 0.98}
+    world.progress = heard(said(step=0, quality=swapped), world.now)
+    world.step()
+    assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "StartPrefersRejected")
+    assert "in a share of 0.980" in world.message(ConditionType.QUALITY_CONCERN)
+    assert world.events[-1].type == "Warning"
+    assert world.condition(ConditionType.RUNNING) == ("True", "Training")
+    world.end("train-1", code=1).step().run("train-2")
+    world.progress = heard(said(attempt=2, step=0), world.now)
+    world.step(60)
+    assert world.condition(ConditionType.QUALITY_CONCERN) == ("True", "StartPrefersRejected")
 
 
 def refuse(world: World, name: str, why: str = "UnexpectedAdmissionError") -> World:

@@ -374,6 +374,24 @@ def test_time_left_and_speed_are_not_shown_any_more_once_nobody_knows_them():
         assert metrics.registry.get_sample_value("finetune_job_rows_per_second", labels) == rate
 
 
+def test_figures_of_a_method_are_exported_while_they_are_known():
+    metrics = Metrics(CollectorRegistry())
+    progress: dict[str, Any] = {
+        "step": 7, "totalSteps": 9, "percentage": 77, "text": "7/9", "lastUpdatedTime": "x",
+    }  # fmt: skip
+    known = {"figures": [{"name": "reward_accuracy", "value": 0.75}]}
+    labels = {"job_namespace": "a", "job_name": "bot"}
+    seen: list[list[float | None]] = []
+    for figures in (known, {}, known, None):
+        if figures is None:
+            metrics.forget("a", "bot")
+        else:
+            metrics.export("a", "bot", FineTuneJobStatus.model_validate({"progress": progress | figures}), 5.0)
+        value, name = metrics.registry.get_sample_value, "finetune_job_method_figure"
+        seen.append([value(name, {**labels, "figure": each}) for each in ("reward_accuracy", "kl")])
+    assert seen == [[0.75, None], [None, None], [0.75, None], [None, None]]
+
+
 # What Prometheus itself, a ServiceMonitor or a PodMonitor puts on every series: one of ours would become `exported_…`.
 TARGET_LABELS = {"job", "instance", "namespace", "pod", "container", "endpoint", "service", "node", "prometheus"}
 

@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER
-from finetune_api.quality import Quality, concern_words, figure_words, verdict
+from finetune_api.quality import FIGURE_WORDS, MAX_FIGURES, Quality, concern_words, figure_words, verdict
 from finetune_api.reasons import Reason
 from finetune_trainer import evaluate, quality, session, train
 from finetune_trainer.evaluate import HeldOut, held_out_loss
 from finetune_trainer.export import EVAL
 from finetune_trainer.inputs import fetch_examples
+from finetune_trainer.methods import METHODS
 from finetune_trainer.methods.sft import SFT
 from finetune_trainer.model import load_base
 from finetune_trainer.runplan import PassLayout
@@ -28,6 +29,7 @@ from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, context, make_run, random_rows, tiny_config, tiny_model, use_model
 
 WORSE, RUN_ON, DIVERGING = Reason.WORSE_THAN_START, Reason.ANSWERS_DO_NOT_END, Reason.DIVERGING
+SWAPPED = Reason.START_PREFERS_REJECTED
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def short_answers() -> None:
     """All tokens of an answer, as here it matters whether it ends."""
 
 
-def held_out(loss: float, rows: int = 100, **more: float | None) -> HeldOut:
+def held_out(loss: float, rows: int = 100, **more: Any) -> HeldOut:
     return HeldOut.model_validate({"step": 0, "loss": loss, "rows": rows, "label_tokens": 10 * rows, **more})
 
 
@@ -136,6 +138,33 @@ def test_without_held_out_rows_the_steps_are_what_is_judged_by() -> None:
     assert quality.after_training([], 3.0, 12).concerns == [DIVERGING]
     nothing = quality.after_training([], 3.0, 0)
     assert verdict(nothing).reason is Reason.NOT_MEASURED
+
+
+@pytest.mark.parametrize(
+    ("pairs", "chosen_likelier", "swapped"),
+    [(100, 0.09, True), (20, 0.0, True), (19, 0.0, False), (100, 0.1, False), (100, math.nan, False)],
+)
+def test_a_start_that_prefers_nearly_all_rejected_answers_is_a_concern_before_any_step_and_after_all(
+    pairs: int, chosen_likelier: float, swapped: bool
+) -> None:
+    start = held_out(0.69, pairs, figures={"chosen_likelier": chosen_likelier})
+    before, after = (
+        quality.while_training(None, 0, start),
+        quality.after_training([start, held_out(0.3, pairs)], 0.7, 0),
+    )
+    assert (before is not None) is swapped
+    assert (SWAPPED in after.concerns) is swapped
+    for found in filter(None, (before, after if swapped else None)):
+        Quality.model_validate_json(found.model_dump_json())
+        (words,) = concern_words(found)
+        assert f"of {pairs} held-out pairs" in words
+        assert f"in a share of {1 - chosen_likelier:.3f}" in words
+
+
+def test_all_that_methods_measure_has_words_and_room() -> None:
+    for method in METHODS.values():
+        assert set(method.figures) <= set(FIGURE_WORDS)
+        assert len(method.figures) <= MAX_FIGURES
 
 
 @pytest.mark.parametrize("loss", [2.0, math.nan])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finetune_api.errors import StageError
-from finetune_api.job import FineTuneJobSpec, Schedule
+from finetune_api.job import FineTuneJobSpec, MethodSpec, Schedule
 from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_trainer.data.too_long import LimitSource, SequenceLimit
@@ -74,6 +74,7 @@ def data(rows: int = 1000, **fields: Any) -> DataFacts:
         "most_repeated": 1.0,
         "measured_tokens": rows * 2,
         "prepared_bytes": rows * 500,
+        "segments": rows,
         "too_long_rows": 0,
         "limit": SequenceLimit(2048, LimitSource.CONTEXT),
     }
@@ -457,3 +458,15 @@ def test_more_rows_than_can_be_planned_are_refused_by_the_field() -> None:
     with pytest.raises(StageError) as caught:
         sized(spec(hyperparameters={"maxSteps": 10_000_000, "globalBatchSize": 65536}), data())
     assert caught.value.args_by_name["field"] == "spec.hyperparameters.maxSteps"
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [({"type": "SFT"}, 0), ({"type": "DPO"}, 1), ({"type": "DPO", "dpo": {"loss": "SimPO"}}, 0), ({"type": "ORPO"}, 0),
+     ({"type": "KTO"}, 2)],
+)  # fmt: skip
+def test_what_the_base_says_of_the_answers_is_in_the_disk_that_is_planned(method: dict[str, Any], values: int) -> None:
+    """Four bytes a segment; KTO's twice, as each prompt is also read with another's answer."""
+    job = spec().model_copy(update={"method": MethodSpec.model_validate(method)})
+    few, many = (sized(job, data(segments=segments)).disk_bytes for segments in (0, 10**9))
+    assert many - few == 4 * 10**9 * values

@@ -64,7 +64,9 @@ class TrainMetrics:
             "label_tokens", "Tokens learned from, by all attempts, without those of skipped steps."
         )
         self.data_wait = counter("data_wait_seconds", "Time in which steps waited for their batches.")
-        self.nonfinite_steps = counter("nonfinite_steps", "Steps skipped because loss or gradient were not finite.")
+        self.nonfinite_steps = counter(
+            "nonfinite_steps", "Steps skipped because a loss, gradient or figure was not finite."
+        )
         self.loss_spikes = counter("loss_spikes", "Steps whose loss stood far out from those before.")
         self.oom_retries = counter("oom_retries", "Steps repeated with less memory.")
         self.resumes = counter("resumes", "Whether this attempt continued a checkpoint.")

@@ -403,6 +403,7 @@ def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any
             held_out["tokens"].sum(dtype=np.int64) * min(1.0, defaults.MAX_HELD_OUT_ROWS / max(1, len(held_out)))
         ),
         prepared_bytes=prepared_bytes(every),
+        segments=int(every["segments"].sum(dtype=np.int64)),
         too_long_rows=stage.ledger.dropped[Drop.TOO_LONG],
         limit=stage.limit,
     )

@@ -27,6 +27,10 @@ DIVERGING_STEPS = 10
 # answer is 40 % less likely than it was.
 MAX_FALL_NATS = 0.5  # per token of answers to give
 MAX_DRIFT_NATS = 0.5  # per token of answers under prompts of others
+# A model finds two answers of people alike likely, more or less; where it prefers nearly all that were rejected, chosen
+# and rejected may have been confused.
+MAX_REJECTED_LIKELIER = 0.9  # share of the pairs
+MIN_PAIRS = 20  # below, chance says as much
 _GIVEN = ("chosen", "good")  # of the figures of answers to give, by the method
 
 
@@ -82,11 +86,34 @@ def steps_above_start(before: int, loss: float, first_loss: float) -> int:
     return before + 1 if loss > max(1.5 * first_loss, first_loss + 1.0) else 0
 
 
-def while_training(first_loss: float | None, steps_above: int) -> Quality | None:
-    """Return what the steps alone say: None as long as they raise no concern."""
-    if first_loss is None or steps_above < DIVERGING_STEPS:
+def rejected_likelier(start: HeldOut) -> float | None:
+    """Return the share of pairs whose rejected answer the model finds likelier per token; None without pairs."""
+    chosen_likelier = start.figures.get("chosen_likelier")
+    return None if chosen_likelier is None else 1 - chosen_likelier
+
+
+def prefers_rejected(start: HeldOut) -> bool:
+    """Return whether the model that the job began with finds nearly every rejected answer likelier."""
+    share = rejected_likelier(start)
+    return share is not None and start.rows >= MIN_PAIRS and share > MAX_REJECTED_LIKELIER
+
+
+def while_training(first_loss: float | None, steps_above: int, start: HeldOut | None = None) -> Quality | None:
+    """Return what the steps and the first evaluation say: None as long as they raise no concern."""
+    concerns: list[Concern] = []
+    if start is not None and prefers_rejected(start):
+        concerns.append(Reason.START_PREFERS_REJECTED)
+    if first_loss is not None and steps_above >= DIVERGING_STEPS:
+        concerns.append(Reason.DIVERGING)
+    if not concerns:
         return None
-    return Quality(concerns=[Reason.DIVERGING], first_train_loss=first_loss, steps_above_start=steps_above)
+    return Quality(
+        concerns=concerns,
+        first_train_loss=first_loss,
+        steps_above_start=steps_above,
+        held_out_rows=start.rows if start is not None else 0,
+        rejected_likelier=finite(rejected_likelier(start)) if start is not None else None,
+    )
 
 
 def fall(start: HeldOut, now: HeldOut) -> float | None:
@@ -125,6 +152,8 @@ def after_training(
         return found
     start, now = evaluations[0], evaluations[-1]
     concerns: list[Concern] = []
+    if prefers_rejected(start):
+        concerns.append(Reason.START_PREFERS_REJECTED)  # what was learned is the wrong thing, however well
     if is_worse(start, now):
         concerns.append(Reason.WORSE_THAN_START)
     if no_ends or answers_run_on(now):
@@ -148,6 +177,7 @@ def after_training(
         unit=unit,
         fall=finite(fallen),
         drift=finite(drifted),
+        rejected_likelier=finite(rejected_likelier(start)),
         start_figures=_finite_ones(start.figures),
         figures=_finite_ones(now.figures),
     )

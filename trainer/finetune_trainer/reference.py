@@ -20,7 +20,7 @@ import torch
 
 from finetune_api.layout import REFERENCE, join
 from finetune_trainer.commit import Fence
-from finetune_trainer.data.examples import Examples
+from finetune_trainer.data.examples import REFERENCE_VALUE, Examples
 from finetune_trainer.data.mapped import new_mapped
 from finetune_trainer.inputs import make_batch
 from finetune_trainer.model import LanguageModel
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 PART_TOKENS = 2**18  # stored tokens: some minutes of work of a CPU, and all that a kill can cost
 _MAX_PARTS = 100_000  # 26 billion tokens
-_DTYPE = np.dtype("<f4")
 _DIGEST_BYTES = 32  # SHA-256 of place and values, behind them
 _VERSION = 2  # rises when the same key would stand for other values
 
@@ -98,7 +97,7 @@ def reference_of(
 
     The adapter is as it was at the start. is_read: (examples,). What storage refuses ends nothing: it is only computed
     again after a kill. Raises what `kept.beat` does, and SUPERSEDED."""
-    values = new_mapped(path, _DTYPE, len(examples.parents))
+    values = new_mapped(path, REFERENCE_VALUE, len(examples.parents))
     names: set[str] = set()
     with best_effort("what the base model says of the answers is not looked for"):
         names = {info.uri.rpartition("/")[2] for info in kept.store.list(join(kept.folder_uri, ""), _MAX_PARTS)}
@@ -130,7 +129,7 @@ def _parts(examples: Examples) -> Iterator[_Part]:
 def _computed(
     lm: LanguageModel, examples: Examples, part: _Part, is_read: npt.NDArray[np.bool_], plan: RunPlan, kept: Kept
 ) -> npt.NDArray[np.float32]:
-    values = np.full(part.segments.stop - part.segments.start, np.nan, dtype=_DTYPE)
+    values = np.full(part.segments.stop - part.segments.start, np.nan, dtype=REFERENCE_VALUE)
     hyper = plan.hyperparameters
     numbers = [each for each in part.examples if is_read[each]]
     for group in passes(examples, numbers, hyper.micro_batch_tokens, hyper.layout):
@@ -143,11 +142,11 @@ def _computed(
 
 def _read(kept: Kept, name: str, count: int) -> npt.NDArray[np.float32] | None:
     """Return a part that an earlier attempt has finished; None where it cannot be read, or is not as it was written."""
-    length = count * _DTYPE.itemsize
+    length = count * REFERENCE_VALUE.itemsize
     with best_effort("what the base model says of some answers cannot be read, and is computed again"):
         content = kept.store.read(join(kept.folder_uri, name), max_bytes=length + _DIGEST_BYTES)[0]
         if len(content) == length + _DIGEST_BYTES and _digest(kept, name, content[:length]) == content[length:]:
-            return np.frombuffer(content[:length], dtype=_DTYPE)
+            return np.frombuffer(content[:length], dtype=REFERENCE_VALUE)
         log.warning("what the base model says of some answers is not as it was written, and is computed again")
     return None
 

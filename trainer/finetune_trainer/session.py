@@ -1,6 +1,7 @@
 """The loop around the step: reads figures late so that no step waits, evaluates, saves, stops on request."""
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ class Session:
         position = self.position
         measured = self.held_out is None or self._evaluated_step() == position.step
         if position.step < self.stepper.hyper.total_steps or not measured:
-            return quality.while_training(position.first_loss, position.steps_above_start)
+            start = position.evaluations[0] if position.evaluations else None
+            return quality.while_training(position.first_loss, position.steps_above_start, start)
         no_ends = self.end_ids is not None and not self.end_ids
         return quality.after_training(
             position.evaluations,
@@ -255,10 +257,12 @@ class Session:
         recent_s = max(1e-9, sum(timed.seconds for timed in self._recent))
         speed = sum(timed.tokens for timed in self._recent) / recent_s
         rate = learning_rate(step, self.stepper.hyper)
+        measured = dict(zip(self.stepper.method.figures, others, strict=True))
         self.reporter.update(
             step=position.step,
             step_tokens=0,
             train_loss=loss,
+            figures={name: value for name, value in measured.items() if math.isfinite(value)},
             learning_rate=rate,
             tokens_per_second=speed,
             tokens_total=position.tokens,
@@ -267,7 +271,7 @@ class Session:
         )
         self.metrics.step_seconds.observe(seconds)
         self.metrics.grad_norm.set(norm)
-        for name, value in zip(self.stepper.method.figures, others, strict=True):
+        for name, value in measured.items():
             self.metrics.method_figures.labels(name).set(value)
         self.metrics.label_tokens.inc(labels if finite else 0)
         self.metrics.steps_above_start.set(position.steps_above_start)
@@ -291,13 +295,13 @@ class Session:
             grad_norm=norm,
             tokens=tokens,
             seconds=round(seconds, 4),
-            **dict(zip(self.stepper.method.figures, others, strict=True)),
+            **measured,
         )
         now_s = time.monotonic()
         if position.steps_above_start == quality.DIVERGING_STEPS:
             log.warning("the loss has been far above the first step's for %d steps", position.steps_above_start)
         if not finite:
-            log.warning("step %d had a loss or gradient that is not finite and was skipped", position.step)
+            log.warning("step %d had a loss, gradient or figure that is not finite and was skipped", position.step)
         elif now_s - self._logged_s >= _LOG_INTERVAL_S:
             self._logged_s = now_s
             log.info("step %d/%d loss %.4f, %.0f tokens/s", position.step, len(steps), loss, speed)

@@ -17,6 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_api.run import RunResources
 from finetune_api.status import ResolvedValue
 from finetune_trainer.batches import rows_to_read
+from finetune_trainer.data.examples import REFERENCE_VALUE
 from finetune_trainer.data.too_long import ASSUMED_GPU_GIB, LimitSource, SequenceLimit
 from finetune_trainer.memory import adapter_bytes, kept_bytes, pass_bytes
 from finetune_trainer.methods import method_of
@@ -62,6 +63,7 @@ class DataFacts:
     most_repeated: float  # tokens of an example's flat sequences for each that it stores, at most
     measured_tokens: int  # of the held-out rows that are measured
     prepared_bytes: int
+    segments: int  # of all examples, held-out ones included
     too_long_rows: int
     limit: SequenceLimit  # that rows were dropped or split at
 
@@ -205,6 +207,7 @@ def size(
         choices.note("precision", "fp32, or bf16 if faster", reason)
     gpu_memory = _gpu_memory(choices, model, family, data, rank, kept_rank, micro) if resources.gpus else None
     disk = _disk_bytes(model, data, rank, kept_rank, READ_BYTES * total_rows + STEP_BYTES * steps)
+    disk += _reference_bytes(method.bound(method, spec.method), data.segments)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
             Fault.DISK_TOO_SMALL,
@@ -526,3 +529,9 @@ def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int, kept_rank: int, p
     kept = 2 * 4 * kept_rank * model.lora_parameters_per_rank  # as it is read, and in what is exported
     files = sum(record.size_bytes for record in model.files)
     return files + data.prepared_bytes + plan_bytes + 3 * checkpoint + kept + 256 * 2**20
+
+
+def _reference_bytes(method: Method, segments: int) -> int:
+    """Return what the reference's log-probabilities take, those of answers under the prompts of others among them."""
+    values = (1 + method.needs_drift) * segments if method.needs_reference else 0
+    return REFERENCE_VALUE.itemsize * values

@@ -32,6 +32,9 @@ COLUMNS = {  # (examples,) each
     "weight": np.dtype("<f4"),  # what the losses of its labels are multiplied with, above 0
     "label": np.dtype("<i1"),  # 1: its answer is a good one, -1: a bad one; there is no such file where none says so
 }
+REFERENCE_VALUE = np.dtype(
+    "<f4"
+)  # of what the model that a job began with says of each segment: see `Examples.reference`
 Tokens32 = npt.NDArray[np.uint32]
 Labels8 = npt.NDArray[np.uint8]
 

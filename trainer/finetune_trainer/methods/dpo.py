@@ -20,6 +20,7 @@ from finetune_trainer.data.examples import TokenRun, Tree, pair_of
 from finetune_trainer.data.kinds import PAIR
 from finetune_trainer.methods.method import Default, Loss, Method, answer_stop_token_ids
 from finetune_trainer.methods.preference import (
+    PAIR_FIGURES,
     Answers,
     first_of_each,
     minus_log_sigmoid,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from finetune_trainer.policy import Scores
     from finetune_trainer.sizing import Choices
 
-FIGURES = ("reward_accuracy", "reward_margin", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
+FIGURES = ("reward_accuracy", "reward_margin", *PAIR_FIGURES)
 
 
 def _smoothed(margins: "Tensor", label_smoothing: float) -> "Tensor":
@@ -115,10 +116,7 @@ def _measures(options: DpoSpec, scores: "Scores", batch: "Batch") -> Mapping[str
     return {
         "reward_accuracy": share_above(chosen - rejected),
         "reward_margin": chosen - rejected,
-        "chosen_logprob": pairs.chosen.logprobs.detach(),
-        "rejected_logprob": pairs.rejected.logprobs.detach(),
-        "chosen_tokens": pairs.chosen.tokens,
-        "rejected_tokens": pairs.rejected.tokens,
+        **pairs.measures(),
     }
 
 

@@ -13,7 +13,7 @@ from finetune_api import defaults
 from finetune_api.job import MethodSpec, OrpoSpec
 from finetune_trainer.methods.dpo import DPO
 from finetune_trainer.methods.method import Default, Loss, Method
-from finetune_trainer.methods.preference import minus_log_sigmoid, pairs_of, share_above, summed
+from finetune_trainer.methods.preference import PAIR_FIGURES, minus_log_sigmoid, pairs_of, share_above, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from finetune_trainer.policy import Scores
     from finetune_trainer.sizing import Choices
 
-FIGURES = (
-    "reward_accuracy",
-    "log_odds_ratio",
-    "chosen_logprob",
-    "rejected_logprob",
-    "chosen_tokens",
-    "rejected_tokens",
-)
+FIGURES = ("reward_accuracy", "log_odds_ratio", *PAIR_FIGURES)
 _LOG_HALF = -0.6931471805599453
 _SURE = -1e-7  # log-probability above which fp32 knows no chance of anything else, and odds would be infinite
 
@@ -71,16 +64,9 @@ def _losses(weight: float, scores: "Scores", batch: "Batch") -> "Tensor":
 
 
 def _measures(scores: "Scores", batch: "Batch") -> Mapping[str, "Tensor"]:
-    chosen, rejected = pairs_of(scores, batch)
-    ratios = log_odds_ratios(chosen.means, rejected.means).detach()
-    return {
-        "reward_accuracy": share_above(ratios),
-        "log_odds_ratio": ratios,
-        "chosen_logprob": chosen.logprobs.detach(),
-        "rejected_logprob": rejected.logprobs.detach(),
-        "chosen_tokens": chosen.tokens,
-        "rejected_tokens": rejected.tokens,
-    }
+    pairs = pairs_of(scores, batch)
+    ratios = log_odds_ratios(pairs.chosen.means, pairs.rejected.means).detach()
+    return {"reward_accuracy": share_above(ratios), "log_odds_ratio": ratios, **pairs.measures()}
 
 
 def _loss(weight: float, scores: "Scores", batch: "Batch") -> Loss:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from finetune_trainer.inputs import Batch
     from finetune_trainer.policy import Scores
 
+PAIR_FIGURES = ("chosen_likelier", "chosen_logprob", "rejected_logprob", "chosen_tokens", "rejected_tokens")
+
 
 class Answers(NamedTuple):
     """One answer of each pair: (pairs,) log-probabilities, now and of the model that the job began with, and tokens.
@@ -38,6 +40,17 @@ class Pairs(NamedTuple):
 
     chosen: Answers
     rejected: Answers
+
+    def measures(self) -> "dict[str, Tensor]":
+        """Return what PAIR_FIGURES names, (pairs,) each."""
+        chosen, rejected = self
+        return {
+            "chosen_likelier": share_above((chosen.means - rejected.means).detach()),
+            "chosen_logprob": chosen.logprobs.detach(),
+            "rejected_logprob": rejected.logprobs.detach(),
+            "chosen_tokens": chosen.tokens,
+            "rejected_tokens": rejected.tokens,
+        }
 
 
 def pairs_of(scores: "Scores", batch: "Batch") -> Pairs:
