@@ -11,7 +11,7 @@ from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.clock import parse_time
 from finetune_operator.observation import Observation
-from finetune_operator.parent_job import kept_source, parent_name, wants_parent
+from finetune_operator.parent_job import awaited_parent, kept_source
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def has_its_adapter(
     spec: FineTuneJobSpec, status: FineTuneJobStatus, observation: Observation, _now: datetime
 ) -> GateAnswer:
     """Hold back a job until the one whose adapter it goes on with has committed that; end it where none will come."""
-    name = parent_name(spec)
-    if name is None or not wants_parent(spec, status):
+    name = awaited_parent(spec, status)
+    if name is None:
         return Open()
     parent, kept = observation.parent, kept_source(status)
     what = f"FineTuneJob {name}, whose adapter this job was to go on with (model.adapterFrom),"

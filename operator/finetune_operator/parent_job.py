@@ -33,24 +33,19 @@ def read_parent(body: Mapping[str, Any]) -> ParentJob:
     job = read_job(body)
     finished = find(job.status, ConditionType.FINISHED)
     end = f"{finished.reason}: {finished.message}" if job.finished and finished is not None else None
-    waits = job.spec is not None and end is None and wants_parent(job.spec, job.status)
     return ParentJob(
         uid=job.uid,
         phase=job.status.phase or Phase.PENDING,
         end=end,
         artifact=job.status.artifacts[0] if end is not None and job.status.artifacts else None,
-        waits_for=parent_name(job.spec) if job.spec is not None and waits else None,
+        waits_for=awaited_parent(job.spec, job.status) if job.spec is not None and end is None else None,
     )
 
 
-def parent_name(spec: FineTuneJobSpec) -> str | None:
-    """Return the name of the job whose adapter this one goes on with; None where there is none."""
-    return spec.model.adapter_from.job_name if spec.model.adapter_from is not None else None
-
-
-def wants_parent(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> bool:
-    """Return True while the job has to be looked at: its adapter is not in the status yet."""
-    return parent_name(spec) is not None and starting_adapter(spec, status) is None
+def awaited_parent(spec: FineTuneJobSpec, status: FineTuneJobStatus) -> str | None:
+    """Return the name of the job whose adapter this one waits for; None where there is none, or it has come."""
+    source = spec.model.adapter_from
+    return source.job_name if source is not None and starting_adapter(spec, status) is None else None
 
 
 def kept_source(status: FineTuneJobStatus) -> AdapterSource | None:

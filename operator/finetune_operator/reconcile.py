@@ -27,7 +27,7 @@ from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import CreatedK8sJob, Observation, PodAnswer, PodSilence
 from finetune_operator.observed import with_live_pods
-from finetune_operator.parent_job import ParentJob, parent_name, read_parent, wants_parent
+from finetune_operator.parent_job import ParentJob, awaited_parent, read_parent
 from finetune_operator.pod_waits import explain_events, is_slow_to_start, needs_explanation
 from finetune_operator.runtimes import Runtimes
 
@@ -155,8 +155,9 @@ class Reconciler:
             created=self._created.get(job.owner),
         )
         entries = job.status.attempts
-        if job.spec is not None and not job.finished and wants_parent(job.spec, job.status):
-            observation = replace(observation, parent=self._parent(job))
+        awaited = awaited_parent(job.spec, job.status) if job.spec is not None and not job.finished else None
+        if awaited is not None:
+            observation = replace(observation, parent=self._parent(job, awaited))
         if job.finished or job.spec is None or not entries:
             return observation
         if wants_live_pods(job.status, observation, self._now()):
@@ -171,20 +172,19 @@ class Reconciler:
         events = self._events.of(job.namespace, uid)
         return replace(observation, blocked=explain_events(events, job.namespace, self._now()))
 
-    def _parent(self, job: FineTuneJob) -> ParentJob | None:
+    def _parent(self, job: FineTuneJob, awaited: str) -> ParentJob | None:
         """Return the job that this one waits for, and whether that one waits for this one, be it by way of others."""
 
-        def seen(name: str | None) -> ParentJob | None:
-            body = self._cluster.get("finetunejobs", job.namespace, name) if name is not None else None
+        def seen(name: str) -> ParentJob | None:
+            body = self._cluster.get("finetunejobs", job.namespace, name)
             return read_parent(body) if body is not None else None
 
-        assert job.spec is not None
-        names = [parent_name(job.spec)]
-        parent = last = seen(names[0])
-        while parent is not None and last is not None and last.waits_for not in (None, *names):
+        names = [awaited]
+        parent = last = seen(awaited)
+        while parent is not None and last is not None and last.waits_for is not None and last.waits_for not in names:
             names.append(last.waits_for)
             if last.waits_for == job.name:
-                return replace(parent, circle=tuple(filter(None, names)))
+                return replace(parent, circle=tuple(names))
             if len(names) > MAX_CHAIN:
                 break
             last = seen(last.waits_for)
