@@ -248,8 +248,9 @@ class MethodSpec(ApiModel):
     type: MethodType = Field(
         description="CPT continues pre-training on plain text (field `text`). SFT learns answers from conversations "
         "(`messages`) or `prompt` and `completion`. DPO learns from pairs of answers, of which one was preferred "
-        "(`chosen`, `rejected`). ORPO learns the chosen answers of pairs as SFT does and which are preferred at once, "
-        "from a model that was not tuned before. KTO learns from single answers that are each good or bad (`label`)."
+        "(`chosen`, `rejected`), or of which a prompt has a good and a bad one (`label`). ORPO learns the chosen "
+        "answers of such pairs as SFT does and which are preferred at once, from a model that was not tuned before. "
+        "KTO learns from single answers that are each good or bad (`label`)."
     )
     sft: SftSpec | None = Field(default=None, description="Options of SFT; only with type: SFT.")
     dpo: DpoSpec | None = Field(default=None, description="Options of DPO; only with type: DPO.")
@@ -845,6 +846,16 @@ class FineTuneJobSpec(ApiModel):
             (
                 f"!{_OUTPUT_FOLDER}.startsWith({_MODEL_FOLDER}) && !{_MODEL_FOLDER}.startsWith({_OUTPUT_FOLDER})",
                 "output.uri and model.uri lie in one another; write an output.uri beside the model's folder",
+            ),
+            (
+                "!(self.method.type in ['CPT', 'SFT']) || !self.datasets.exists(d, has(d.preference))",
+                "datasets[].preference says which answers are preferred, which CPT and SFT do not learn; remove it, or "
+                "write another method",
+            ),
+            (
+                "self.method.type != 'KTO' || !self.datasets.exists(d, has(d.preference) && (has(d.preference.pairs) "
+                "|| has(d.preference.minMargin)))",
+                "KTO learns no pairs; of datasets[].preference write goodFrom alone, or another method",
             ),
             (
                 "!has(self.model.adapterFrom) || (has(self.model.adapterFrom.mode) && self.model.adapterFrom.mode == "

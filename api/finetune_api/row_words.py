@@ -62,6 +62,8 @@ ROW_WORDS: dict[str, str] = {
     "one_answer": "has one answer alone, which nothing can be preferred to",
     "tied": "has answers that are all scored alike, so that none is preferred",
     "small_margin": "has no two answers whose scores differ by datasets[].preference.minMargin",
+    "rated_both_ways": "rates an answer that another row of the same prompt rates the other way",
+    "one_sided": "rates an answer to whose prompt no other one is left that is rated the other way",
     "other": "is left out for one of several further reasons",
 }
 

@@ -286,3 +286,70 @@ def test_data_without_a_model_are_judged_by_the_exit_code(tmp_path: Path, rows: 
     put(tmp_path, a_jsonl=jsonl(rows))
     assert check(str(tmp_path / "data" / "a.jsonl"))[0] == code
     assert check(str(tmp_path / "nowhere.jsonl"))[0] == 12
+
+
+ASKED = [{"role": "user", "content": "two and two?"}]
+
+
+def said(*answers: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": each}] for each in answers]
+
+
+PREFERRED: dict[str, tuple[str, list[dict[str, Any]], list[tuple[str, str]], str]] = {
+    "pairs": (
+        "DPO",
+        [
+            {"prompt": ASKED, "chosen": said("four")[0], "rejected": said("five")[0]},
+            {"prompt": ASKED, "chosen": said("four")[0], "rejected": said("four")[0]},
+        ],
+        [("chosen", "four"), ("rejected", "five")],
+        "two answers that say the same",
+    ),
+    "rankings": (
+        "ORPO",
+        [
+            {"prompt": ASKED, "responses": said("five", "four", "six"), "scores": [2, 3, 1]},
+            {"prompt": ASKED, "responses": said("five", "four"), "scores": [1, 1]},
+        ],
+        [("chosen", "four"), ("rejected", "six")],
+        "scored alike",
+    ),
+    "rated answers that become pairs": (
+        "DPO",
+        [
+            {**chat("two and two?", "four"), "label": True},
+            {**chat("two and two?", "five"), "label": False},
+            {**chat("and three?", "five"), "label": True},
+        ],
+        [("good", "four")],
+        "no other one is left that is rated the other way",
+    ),
+    "rated answers": (
+        "KTO",
+        [
+            {**chat("two and two?", "four"), "label": True},
+            {**chat("two and two?", "five"), "label": False},
+            {**chat("two and two?", "six"), "label": False, "weight": 0},
+        ],
+        [("good", "four")],
+        "its weight is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "rows", "first", "reason"), PREFERRED.values(), ids=PREFERRED)
+def test_rows_that_say_what_is_preferred_are_shown_by_answer_and_checked_as_prepare_does(
+    tmp_path: Path, method: str, rows: list[dict[str, Any]], first: list[tuple[str, str]], reason: str
+):
+    put(tmp_path, a_jsonl=jsonl(rows))
+    path = job(tmp_path, {"method": {"type": method}})
+    found = [each for each in shown(path) if each["row"] == 1]
+    assert [(each["answer"], each["segments"][1]["text"]) for each in found] == [
+        (answer, f"{text}<|im_end|>") for answer, text in first
+    ]
+    assert {each["sequences"] for each in found} == {len(first)}
+    code, text = check(path)
+    assert code == Exit.SUCCEEDED
+    assert f"rows    {len(rows)}, 1 of them dropped" in text
+    assert reason in text
+    assert not (tmp_path / "out").exists()

@@ -2,26 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data_run import CHATML, Prepared, byte_bpe, context, jsonl, prepare_run, put, write_model
 from finetune_api.errors import StageError
-from finetune_api.job import MethodType, PreferenceSpec
+from finetune_api.job import PreferenceSpec
 from finetune_api.reasons import Fault
-from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import PAIR, RANKING, THUMB
 from finetune_trainer.data.problems import Broken, Change, Problem
 from finetune_trainer.data.renderer import Rendered, Renderer
 from finetune_trainer.data.rows import Conversation, Pair, Thumb
 from finetune_trainer.data.shapes import SHAPES, Found, RowChoices, read_row
-from finetune_trainer.methods import METHODS
-from finetune_trainer.methods.sft import SFT
 from finetune_trainer.shown import Wanted, show, show_unrendered
 
 Row = dict[str, Any]
@@ -38,7 +32,8 @@ TALK: Messages = [
     {"role": "user", "content": "two and two?"},
 ]
 GOOD, BAD = "the answer is four.", "the answer is fox"
-ALL: dict[str, Any] = {"evaluation": {"holdoutFraction": 0}}
+ALL: dict[str, Any] = {"method": {"type": "DPO"}, "evaluation": {"holdoutFraction": 0}}
+ONE_BY_ONE = {**ALL, "method": {"type": "KTO"}}
 
 
 def says(content: str) -> dict[str, Any]:
@@ -48,24 +43,6 @@ def says(content: str) -> dict[str, Any]:
 def share_gpt(messages: Messages) -> Messages:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return [{"from": names[each["role"]], "value": each["content"]} for each in messages]
-
-
-def side_by_side(runs: Sequence[TokenRun]) -> list[Tree]:
-    """One example of all sequences of a row, in order."""
-    return [
-        Tree(
-            np.concatenate([run.tokens for run in runs]),
-            np.concatenate([run.labels for run in runs]),
-            np.array([len(run.tokens) for run in runs], dtype=np.int64),
-            np.zeros(len(runs), dtype=np.uint32),
-        )
-    ]
-
-
-@pytest.fixture(autouse=True)
-def a_method_of_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = replace(SFT, kinds=(PAIR, RANKING, THUMB), examples=side_by_side)
-    monkeypatch.setitem(METHODS, MethodType.SFT, method)
 
 
 def rendered(messages: Messages, answer: str, **variables: Any) -> tuple[list[int], list[int]]:
@@ -173,10 +150,13 @@ THUMBS: dict[str, tuple[Row, bool, Messages | str]] = {
 def test_a_thumb_of_every_spelling_is_its_last_answer_with_what_is_said_of_it(
     tmp_path: Path, row: Row, is_good: bool, prompt: Messages | str
 ) -> None:
-    put(tmp_path, a_jsonl=jsonl([row]))
-    prepared = prepare_run(tmp_path, ALL)
-    assert prepared.train == [plain(prompt, " four.") if isinstance(prompt, str) else rendered(prompt, GOOD)]
-    (found,) = show_unrendered(context(tmp_path, ALL, attempt=2), Wanted())
+    other = {**row, next(name for name in ("label", "kto_tag") if name in row): not is_good}
+    put(tmp_path, a_jsonl=jsonl([row, other]))
+    prepared = prepare_run(tmp_path, ONE_BY_ONE)
+    expected = plain(prompt, " four.") if isinstance(prompt, str) else rendered(prompt, GOOD)
+    assert prepared.train == [expected, expected]
+    assert prepared.examples(prepared.plan.train).columns["label"].tolist() == ([1, -1] if is_good else [-1, 1])
+    (found,) = show_unrendered(context(tmp_path, ONE_BY_ONE, attempt=2), Wanted())
     assert found.answer == ("good" if is_good else "bad")
 
 

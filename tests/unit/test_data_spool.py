@@ -20,7 +20,7 @@ from finetune_trainer.data.examples import TokenRun, one_segment, open_examples,
 from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.splits import SPLITS, Written, write_split
-from finetune_trainer.data.spool import EXAMPLE, ROW, SEGMENT, Spool, prepared_bytes
+from finetune_trainer.data.spool import CLUSTER, EXAMPLE, ROW, SEGMENT, Spool, prepared_bytes
 
 
 def spooled(folder: Path, contents: list[int], pieces: list[int] | None = None) -> Path:
@@ -130,7 +130,7 @@ def test_one_row_that_is_repeated_without_end_is_found_a_piece_of_its_bucket_at_
 def test_rows_of_one_cluster_are_never_both_trained_on_and_held_out(tmp_path: Path) -> None:
     contents = list(range(120))
     cluster_of = np.array(contents, dtype=np.uint64) // 3
-    clusters = np.zeros(len(contents), dtype=dividing.CLUSTER)
+    clusters = np.zeros(len(contents), dtype=CLUSTER)
     clusters["hash_high"] = cluster_of * np.uint64(0x9E3779B97F4A7C15)  # spread over the hashes
     found = divide(spooled(tmp_path / "s", contents), 0.2, clusters=clusters)
     assert (found.distinct, found.held_out, found.dropped, found.trained) == (40, 8, 16, 96)

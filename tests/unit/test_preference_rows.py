@@ -15,7 +15,7 @@ from finetune_api.job import MethodSpec, MethodType
 from finetune_api.layout import ADAPTER, join
 from finetune_api.names import Stage
 from finetune_api.reasons import Fault
-from finetune_trainer import prepare, train
+from finetune_trainer import prepare, sizing, train
 from finetune_trainer.methods import method_of
 from finetune_trainer.runplan import PassLayout
 from finetune_trainer.serve import Reporter
@@ -129,13 +129,14 @@ def test_good_and_bad_answers_count_alike_unless_the_job_says_both_weights(
     assert all(words in value.reason for value in choices.resolved)
 
 
-def test_both_answers_of_a_pair_are_planned_into_one_pass(tmp_path: Path) -> None:
+def test_both_answers_of_a_pair_are_planned_into_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes are no smaller than the largest pair, though each of its answers would fit a smaller one."""
+    monkeypatch.setattr(sizing, "_CPU_MICRO_BATCH_TOKENS", 16)
     long = "word " * 60
     put(tmp_path, a_jsonl=jsonl([{"prompt": "q", "chosen": long + "yes", "rejected": long + "no"}, *_pairs(9)]))
-    memory = {"resources": {"memory": "1200Mi"}}
-    plan = prepare_run(tmp_path, {"method": {"type": "DPO"}, **memory}).plan
-    assert plan.hyperparameters.micro_batch_tokens >= 2 * (plan.train.longest_row - 8)
+    prepared = prepare_run(tmp_path, {"method": {"type": "DPO"}})
+    *_, one, other = sorted(len(ids) for ids, _ in prepared.train)
+    assert prepared.plan.hyperparameters.micro_batch_tokens == one + other - 1, "the prompt, a token, is computed once"
 
 
 def test_a_prompt_that_is_long_beside_its_answers_is_planned_and_computed_once(tmp_path: Path) -> None:

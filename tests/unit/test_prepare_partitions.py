@@ -59,6 +59,40 @@ def pair_files(folder: Path) -> None:
     put(folder, a_jsonl=jsonl(PAIRS), b_csv=("prompt,completion,weight\n" + lines).encode())
 
 
+PREFERENCE = {"method": {"type": "DPO"}}
+ANSWERS = ("it is", "oh, it is", "well, it may be")
+
+
+def _asked(i: int) -> str:
+    return f"what is {i} and one?"
+
+
+def preference_pair_files(folder: Path) -> None:
+    rows = [
+        {"prompt": _asked(i), "chosen": f" {i + 1}.", "rejected": f" {i}." if i % 9 else f" {i + 1}."}
+        for i in range(300)
+    ]
+    put(folder, a_jsonl=jsonl(rows))
+
+
+def ranking_files(folder: Path) -> None:
+    rows = [
+        {"question": _asked(i), "responses": [f"{words} {i}" for words in ANSWERS], "scores": [i % 3, 1, i % 5]}
+        for i in range(300)
+    ]
+    put(folder, a_jsonl=jsonl(rows))
+
+
+def thumb_files(folder: Path) -> None:
+    """Answers to 100 prompts, those of each far apart; some prompts have one side alone, some answers both labels."""
+    rows = [
+        {**chat(_asked(i), f"{words} {i % 7}"), "label": (i + at) % 4 > 1, "weight": 1 + at}
+        for at, words in enumerate((*ANSWERS, ANSWERS[0]))
+        for i in range(100)
+    ]
+    put(folder, a_jsonl=jsonl(rows[:250]), b_jsonl=jsonl(rows[250:]))
+
+
 def datasets(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [{"uri": (folder / "data" / name).as_uri(), "weight": 1 + i} for i, name in enumerate(names)]
 
@@ -68,6 +102,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "chat, truncated": (chat_files, {"preprocessing": {**QUARANTINE, "tooLong": "Truncate"}}, []),
     "text, split": (text_files, {"method": {"type": "CPT"}}, []),
     "completions with weights": (pair_files, {}, []),
+    "pairs": (preference_pair_files, PREFERENCE, []),
+    "rankings": (ranking_files, PREFERENCE, []),
+    "rated answers that become pairs": (thumb_files, PREFERENCE, []),
+    "rated answers": (thumb_files, {"method": {"type": "KTO"}}, []),
     "gz, Parquet and a list, with weights": (mixed_files, {}, ["a.jsonl.gz", "b.parquet", "c.json"]),
 }
 SMALL, LARGE = 8_000, 30_000

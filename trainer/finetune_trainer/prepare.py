@@ -32,12 +32,13 @@ from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, Ledger
-from finetune_trainer.data.disk import disk_use, require_arrays_fit, require_order_fits
+from finetune_trainer.data.disk import disk_use, require_arrays_fit, require_order_fits, require_pairs_fit
 from finetune_trainer.data.division import Division, divide
 from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.pairing import pair_up
 from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
@@ -140,11 +141,17 @@ def _divide(stage: PrepareStage) -> Division:
     """Choose held-out rows and close the accounts of every file. Raises NO_TRAINING_DATA."""
     ledger = stage.ledger
     evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
-    division = divide(_spool_dir(stage), evaluation.holdout_fraction, stage.ctx.reporter.touch)
+    beat, pairs = stage.ctx.reporter.touch, stage.method.pairs
+    joined: Any = None
+    if pairs is not None:
+        require_pairs_fit(_spool_dir(stage), stage.resources.disk_bytes)
+        joined = pair_up(_spool_dir(stage), pairs, ledger, beat)
+    division = divide(_spool_dir(stage), evaluation.holdout_fraction, beat)
+    if joined is not None:
+        division = replace(division, joined=joined)
     _choose_holdout(stage.choices, division, evaluation.holdout_fraction)
-    for chunk in division.chunks():
-        for record in chunk.rows[chunk.held_out]:
-            ledger.decide(int(record["file"]), int(record["number"]), "split", Action.HOLD_OUT, HELD_OUT)
+    for where in division.held_out_places():
+        ledger.decide(*where, "split", Action.HOLD_OUT, HELD_OUT)
     for chunk in division.chunks():
         for row in np.flatnonzero(chunk.dropped):
             record, kept = chunk.rows[row], division.rows[division.copy_of[chunk.first_row + row]]

@@ -241,6 +241,7 @@ def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -
             sink,
             stage.timings,
             stage.method.examples,
+            pairs=stage.method.pairs is not None,
         )
         for rows in dataset_rows(stage, reading.inputs, reading.bad, select):
             for _ in pipeline.run(rows):

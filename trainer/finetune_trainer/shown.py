@@ -111,6 +111,7 @@ class _Shown:
         weight: float = 1.0,  # noqa: ARG002
         answers: Sequence[str] = (),
         label: int = 0,  # noqa: ARG002
+        prompt_hash: bytes = b"",  # noqa: ARG002
     ) -> None:
         """Keep one row."""
         of_trees = [flat_sequences(tree) for tree in examples]

@@ -75,6 +75,11 @@ def require_rows_fit(partitions: Path, spool: Path, rows: int, limit_bytes: int)
     _require(needed, limit_bytes, f"disk for the first {rows:,} rows")
 
 
+def require_pairs_fit(spool: Path, limit_bytes: int) -> None:
+    """Raise PREPARE_TOO_SMALL where the rows do not fit beside the pairs that are made of them."""
+    _require(2 * size_of(spool), limit_bytes, "disk for rated answers and the pairs that are made of them")
+
+
 def require_arrays_fit(spool: Path, division: Division, limit_bytes: int) -> None:
     """Raise PREPARE_TOO_SMALL where the rows, and the arrays that are about to be written, are beyond the disk."""
     kept = (chunk.examples[chunk.examples_of(~chunk.dropped)] for chunk in division.chunks())

@@ -5,7 +5,7 @@ chunks; equal rows are found bucket by bucket, by the first bits of the hash of 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_TO_HOLD_OUT
+from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.mapped import mapped, new_mapped
 from finetune_trainer.data.spool import EXAMPLE, ROW
 
@@ -23,8 +24,8 @@ CHUNK = 2**16  # rows, and examples if no row has more, that are worked on at on
 BUCKET_ROWS = 2**19  # distinct ones of a bucket, about; of all rows 24 bytes each lie on disk while they are divided
 DIVIDING_BYTES = 24 + 1 + 8  # of disk, for a row: its hash and number, its use, and the row that it is a copy of
 _HELD_OUT, _DROPPED, _COPY = 1, 2, 4  # bits of a row's use
-CLUSTER = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8")])  # a hash, as rows have one of their content
 _HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u8")])
+JOINED = np.dtype([("row", "<u8"), ("file", "<u4"), ("number", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """What each row is for; the arrays are mapped from files."""
+    """What each row is for; the arrays are mapped from files.
+
+    joined: (…,) JOINED, rows of the input that are in the examples of another row, which is for both."""
 
     rows: Array  # (rows,) ROW
     examples: Array  # (examples,) EXAMPLE
@@ -72,6 +75,7 @@ class Division:
     distinct: int
     held_out: int  # rows
     dropped: int  # rows
+    joined: Array = field(default_factory=lambda: np.empty(0, dtype=JOINED))
 
     @property
     def trained(self) -> int:
@@ -81,10 +85,23 @@ class Division:
     def rows_by_file(self, files: int) -> list[tuple[int, int]]:
         """Return of each of so many files how many rows are trained on, and how many are held out."""
         counts = np.zeros((files, 2), dtype=np.int64)
+        for begin in range(0, len(self.joined), CHUNK):
+            part = self.joined[begin : begin + CHUNK]
+            held_out = (self.use[part["row"]] & _HELD_OUT) != 0
+            np.add.at(counts[:, 0], part["file"][~held_out], 1)
+            np.add.at(counts[:, 1], part["file"][held_out], 1)
         for chunk in self.chunks():
             np.add.at(counts[:, 0], chunk.rows["file"][chunk.train], 1)
             np.add.at(counts[:, 1], chunk.rows["file"][chunk.held_out], 1)
         return [(trained, held_out) for trained, held_out in counts.tolist()]
+
+    def held_out_places(self) -> Iterator[RowPlace]:
+        """Yield where the rows that are held out stand."""
+        for chunk in self.chunks():
+            yield from _places(chunk.rows[chunk.held_out])
+        for begin in range(0, len(self.joined), CHUNK):
+            part = self.joined[begin : begin + CHUNK]
+            yield from _places(part[(self.use[part["row"]] & _HELD_OUT) != 0])
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all rows, in order."""
@@ -97,6 +114,12 @@ class Division:
             row, example = row + rows, example + len(examples)
             segment += int(examples["segments"].sum(dtype=np.int64))
             token += int(examples["stored_tokens"].sum(dtype=np.int64))
+
+
+def _places(records: Array) -> Iterator[RowPlace]:
+    """Yield where rows stand. records: with `file` and `number`."""
+    for record in records:
+        yield RowPlace(int(record["file"]), int(record["number"]))
 
 
 def divide(
@@ -117,7 +140,7 @@ def divide(
     use = new_mapped(folder / "use", np.dtype(np.uint8), len(rows))
     copy_of = new_mapped(folder / "copy_of", np.dtype("<i8"), len(rows))
     path = folder / "hashes"
-    buckets = _Buckets(path, rows if clusters is None else clusters)
+    buckets = Buckets(path, rows if clusters is None else clusters)
     distinct = 0
     for bucket in range(buckets.count):
         distinct += len(_distinct(buckets.pieces(bucket), use))
@@ -146,7 +169,7 @@ def _held_out_count(distinct: int, fraction: float | None) -> int:
     return min(round(fraction * distinct), max(0, distinct - 1))
 
 
-class _Buckets:
+class Buckets:
     """The hashes of all rows, in a file, in buckets by their first bits; within a bucket in the order of the rows.
 
     Rows that say the same are in one bucket, however many they are, so a bucket is read in pieces."""
@@ -213,7 +236,7 @@ def _distinct(pieces: Iterator[Array], use: npt.NDArray[np.uint8]) -> Array:
     return found
 
 
-def _chosen(buckets: _Buckets, rows: Array, count: int, *, is_default: bool) -> Iterator[tuple[int, Array]]:
+def _chosen(buckets: Buckets, rows: Array, count: int, *, is_default: bool) -> Iterator[tuple[int, Array]]:
     """Yield the rows of each bucket that are held out, until they are `count`, or so many examples as by default."""
     chosen = examples = 0
     for bucket in range(buckets.count):

@@ -68,6 +68,10 @@ def _any_field(_: Any) -> None:
     return None
 
 
+def _no_prompt(_: Any) -> object:
+    return None
+
+
 def _no_label(_: Any) -> int:
     return 0
 
@@ -83,7 +87,8 @@ class Kind(Generic[R]):
     conversation: what the chat template renders of it; a kind without is `untemplated`, or has `members`, which are
     learned in its place. said: all of it for people, but of a kind with members. only_fields: what a row may have in
     its file, where that is less than its shape reads. nested: its fields that are any JSON. contents: texts that a
-    field beside may say again. label: 1 for a good answer, -1 for a bad one, 0 where that is not said."""
+    field beside may say again. label: 1 for a good answer, -1 for a bad one, 0 where that is not said. prompt: what
+    an answer answers, as JSON: equal for answers that can be compared."""
 
     name: str
     formats: frozenset[DatasetFormat]  # the shapes that become it
@@ -102,6 +107,7 @@ class Kind(Generic[R]):
     nested: Callable[[R], Mapping[str, Any]] = _no_fields
     contents: Callable[[R], Sequence[str]] = _no_texts
     label: Callable[[R], int] = _no_label
+    prompt: Callable[[R], object] = _no_prompt
 
     def __post_init__(self) -> None:
         ways = (self.conversation, self.untemplated, self.members)

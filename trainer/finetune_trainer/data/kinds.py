@@ -168,6 +168,7 @@ CHAT = Kind[Conversation](
     conversation=lambda row: row,
     nested=lambda row: {"messages": row.messages, "tools": row.tools, "chat_template_kwargs": row.template_kwargs},
     contents=lambda row: [each.get("content") or "" for each in row.messages],
+    prompt=lambda row: [row.messages[:-1], row.tools, dict(row.template_kwargs)],
 )
 COMPLETION = Kind[Completion](
     name="completion",
@@ -182,6 +183,7 @@ COMPLETION = Kind[Completion](
     said=lambda row: [SaidText(row.prompt, False), SaidText(row.completion, True)],
     untemplated=Untemplated(tokens=_tokens_of_completions, cut=without_beginning),
     only_fields=lambda _: frozenset(("prompt", "completion", "weight")),
+    prompt=lambda row: row.prompt,
 )
 TEXT = Kind[Text](
     name="text",
@@ -282,6 +284,7 @@ THUMB = Kind[Thumb](
     nested=lambda row: _nested_of_members(_answer(row)),
     contents=lambda row: kind_of(row.answer).contents(row.answer),
     label=lambda row: 1 if row.is_good else -1,
+    prompt=lambda row: kind_of(row.answer).prompt(row.answer),
 )
 
 
@@ -409,6 +412,12 @@ def content_hash(row: Row) -> bytes | Broken:
             return Broken(Problem.OUT_OF_RANGE, large, detail)
         return Broken(Problem.WRONG_TYPE, detail="holds a value that JSON has not; write it as a text")
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def prompt_hash(row: Row) -> bytes:
+    """16 bytes over what a row's answer answers; the row has a `content_hash`."""
+    said = orjson.dumps(kind_of(row).prompt(row), option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(said, digest_size=16, person=b"prompt").digest()
 
 
 def _beyond_64_bits(row: Row) -> str | None:

@@ -35,7 +35,7 @@ class PartitionWork:
         self._renderer = None if rules.renderer is None else renderer_of(rules.renderer)
         spec = FineTuneJobSpec.model_validate(rules.spec)
         self._chain = chain_of(spec)
-        self._examples = method_of(spec.method.type).examples
+        self._method = method_of(spec.method.type)
 
     def close(self) -> None:
         """End the renderer's process; the tokenizer's is the caller's."""
@@ -62,7 +62,16 @@ class PartitionWork:
             too_long = TooLongRows(TooLong(rules.too_long), limit, 1.0, ledger)
             loss_on = LossOn(rules.loss_on)
             pipeline = Pipeline(
-                self._model, loss_on, too_long, self._renderer, ledger, bad, spool, Timings(), self._examples
+                self._model,
+                loss_on,
+                too_long,
+                self._renderer,
+                ledger,
+                bad,
+                spool,
+                Timings(),
+                self._method.examples,
+                pairs=self._method.pairs is not None,
             )
             rows = through(self._chain, _checked(task, ledger, bad), ledger)
             try:

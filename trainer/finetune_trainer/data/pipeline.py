@@ -22,7 +22,7 @@ from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import conversations_of, kind_of, member_names, members_of
+from finetune_trainer.data.kinds import conversations_of, kind_of, member_names, members_of, prompt_hash
 from finetune_trainer.data.members import (
     Batch,
     Example,
@@ -92,6 +92,7 @@ class Sink(Protocol):
         weight: float = 1.0,
         answers: Sequence[str] = (),
         label: int = 0,
+        prompt_hash: bytes = b"",
     ) -> None:
         """Take one row, as the spool does. answers: what is said of each sequence of an example, as chosen."""
         ...
@@ -99,8 +100,8 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Where rows go on their way to the sink. renderer: None when no row is a conversation's; probe: keeps the first
-    that go there."""
+    """Where rows go on their way to the sink. renderer: None when no row is a conversation's; pairs: whether single
+    answers that are rated are paired there; probe: keeps the first that go there."""
 
     model: Model
     loss_on: LossOn
@@ -111,6 +112,7 @@ class Pipeline:
     sink: Sink
     timings: Timings
     examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what the sequences of a row become, or the pieces of a text
+    pairs: bool = False
     probe: Probe = field(default_factory=Probe)
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
@@ -294,8 +296,8 @@ class Pipeline:
             pieces = untemplated.pieces(whole, limit, tokenizer.breaks)
             self.too_long.split(item.file, item.number, len(pieces))
             return Shorter([Member(row, pieces)])
-        if policy is not TooLong.TRUNCATE:
-            return Shorter(example)
+        if policy is not TooLong.TRUNCATE or (self.pairs and kind_of(item.row).label(item.row)):
+            return Shorter(example)  # an answer that is to be paired keeps the prompt of the other one
         if untemplated is None:
             return self._from_later_turn(pool, item, example)
         cut: list[Member] = []
@@ -367,6 +369,7 @@ class Pipeline:
             weight=item.row.weight,
             answers=member_names(item.row),
             label=kind_of(item.row).label(item.row),
+            prompt_hash=prompt_hash(item.row) if self.pairs else b"",
         )
 
     def _drop(self, item: Checked, example: Example, reason: Drop) -> None:

@@ -81,6 +81,8 @@ class Drop(StrEnum):
     ONE_ANSWER = "one_answer"
     TIED = "tied"
     SMALL_MARGIN = "small_margin"
+    RATED_BOTH_WAYS = "rated_both_ways"
+    ONE_SIDED = "one_sided"
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,9 @@ SHAPES: dict[DatasetFormat, Shape] = {
     DatasetFormat.THUMB: Shape(
         needs=((*preferences.LABEL, *preferences.RATING), ("messages", *CONVERSATION, "completion", *ANSWER)),
         reads=frozenset(("weight", *preferences.LABEL)),
+        contradicted_by=frozenset(
+            ("chosen", "rejected", *rankings.ANSWERS)
+        ),  # whose scores are no rating of one answer
         to_row=_thumb,
         meaning="An answer that is good or bad, under one of "
         + ", ".join(f"`{each}`" for each in preferences.LABEL)

@@ -38,7 +38,9 @@ EXAMPLE = np.dtype(
 )
 SEGMENT = np.dtype([("length", "<u4"), ("parent", "<u4")])
 _COPY_BYTES = 2**20
-FILES = ("tokens", "labels", "segments", "rows", "examples")
+CLUSTER = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8")])  # a hash, as rows have one of their content
+# prompts: (rows,) CLUSTER, empty unless rows are to be paired
+FILES = ("tokens", "labels", "segments", "rows", "examples", "prompts")
 
 
 class Spool:
@@ -80,11 +82,13 @@ class Spool:
         weight: float = 1.0,
         answers: Sequence[str] = (),  # noqa: ARG002 (only for people)
         label: int = 0,
+        prompt_hash: bytes = b"",
     ) -> None:
         """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered; label: 1
-        where its answer is a good one, -1 for a bad one, 0 where nothing says so."""
-        high, low = int.from_bytes(content_hash[:8], "big"), int.from_bytes(content_hash[8:], "big")
-        record = np.array((high, low, file, number, len(examples), prompt_tokens, weight, label), dtype=ROW)
+        where its answer is a good one, -1 for a bad one, 0 where nothing says so; prompt_hash: by which rows are
+        paired, of all rows or of none."""
+        self._files["prompts"].write(_halves(prompt_hash) if prompt_hash else b"")
+        record = np.array((*_hash(content_hash), file, number, len(examples), prompt_tokens, weight, label), dtype=ROW)
         self._files["rows"].write(record.tobytes())
         for tree in examples:
             segments = np.empty(len(tree.lengths), dtype=SEGMENT)
@@ -93,6 +97,15 @@ class Spool:
             self._files["labels"].write(tree.labels.tobytes())
             self._files["segments"].write(segments.tobytes())
             self._files["examples"].write(_example(tree).tobytes())
+
+
+def _hash(digest: bytes) -> tuple[int, int]:
+    """Return a digest of 16 bytes as the two numbers of a CLUSTER."""
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+
+
+def _halves(digest: bytes) -> bytes:
+    return np.array(_hash(digest), dtype=CLUSTER).tobytes()
 
 
 def _example(tree: Tree) -> Array:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from finetune_api import defaults
 from finetune_api.job import DpoLoss, DpoSpec, LossOn, MethodSpec, Schedule, TooLong
-from finetune_trainer.data.examples import TokenRun, Tree, pair_of
-from finetune_trainer.data.kinds import PAIR
-from finetune_trainer.methods.method import Default, Loss, Method, answer_stop_token_ids
+from finetune_trainer.data.examples import TokenRun, Tree, one_segment, pair_of
+from finetune_trainer.data.kinds import PAIR, THUMB
+from finetune_trainer.methods.method import Default, Method, answer_stop_token_ids
 from finetune_trainer.methods.preference import (
     PAIR_FIGURES,
     Answers,
@@ -27,7 +27,8 @@ from finetune_trainer.methods.preference import (
     once,
     pairs_of,
     share_above,
-    summed,
+    step_loss,
+    with_losses,
 )
 from finetune_trainer.runplan import Denominator
 
@@ -120,33 +121,24 @@ def _measures(options: DpoSpec, scores: "Scores", batch: "Batch") -> Mapping[str
     }
 
 
-def _loss(options: DpoSpec, scores: "Scores", batch: "Batch") -> Loss:
-    return summed(_losses(options, scores, batch), _measures(options, scores, batch), batch)
-
-
 def _bound(method: Method, spec: MethodSpec) -> Method:
     options = _filled(spec.dpo)
-    return replace(
-        method,
-        loss=partial(_loss, options),
-        losses=partial(_losses, options),
-        measures=partial(_measures, options),
-        needs_reference=options.loss is not DpoLoss.SIMPO,
-    )
+    bound = with_losses(method, partial(_losses, options), partial(_measures, options))
+    return replace(bound, needs_reference=options.loss is not DpoLoss.SIMPO)
 
 
 def _examples(sequences: Sequence[TokenRun]) -> list[Tree]:
-    """Return one example: both answers to a prompt, the chosen one first."""
-    chosen, rejected = sequences
-    return [pair_of(chosen, rejected)]
+    """Return one example: both answers to a prompt, the chosen one first, or one that is paired later."""
+    return [pair_of(*sequences) if len(sequences) > 1 else one_segment(*sequences[0])]
 
 
 _OPTIONS = _filled(None)
 DPO = Method(
-    kinds=(PAIR,),
+    kinds=(PAIR, THUMB),
     labels=lambda _: LossOn.ASSISTANT,
     choose=_choose,
     examples=_examples,
+    pairs=pair_of,
     too_long=TooLong(defaults.SFT_TOO_LONG),
     needs_end_token=False,
     longest_tokens=None,
@@ -156,7 +148,7 @@ DPO = Method(
     schedule=Default(Schedule(defaults.PREFERENCE_SCHEDULE), "preference methods fall linearly to 0"),
     denominator=Denominator.EXAMPLES,
     learning_rate=Default(defaults.DPO_LEARNING_RATE, "ten times what is usual without LoRA"),
-    loss=partial(_loss, _OPTIONS),
+    loss=partial(step_loss, partial(_losses, _OPTIONS), partial(_measures, _OPTIONS)),
     losses=partial(_losses, _OPTIONS),
     figures=FIGURES,
     measures=partial(_measures, _OPTIONS),

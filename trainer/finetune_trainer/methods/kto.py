@@ -21,8 +21,8 @@ from finetune_api.reasons import Fault
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment
 from finetune_trainer.data.kinds import THUMB
 from finetune_trainer.methods.dpo import DPO
-from finetune_trainer.methods.method import Loss, Method
-from finetune_trainer.methods.preference import share_above, summed
+from finetune_trainer.methods.method import Method
+from finetune_trainer.methods.preference import share_above, with_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,18 +138,9 @@ def _measures(options: KtoSpec, scores: "Scores", batch: "Batch") -> Mapping[str
     }
 
 
-def _loss(options: KtoSpec, scores: "Scores", batch: "Batch") -> Loss:
-    return summed(_losses(options, scores, batch), _measures(options, scores, batch), batch)
-
-
 def _bound(method: Method, spec: MethodSpec) -> Method:
     options = _filled(spec.kto)
-    return replace(
-        method,
-        loss=partial(_loss, options),
-        losses=partial(_losses, options),
-        measures=partial(_measures, options),
-    )
+    return with_losses(method, partial(_losses, options), partial(_measures, options))
 
 
 def _examples(sequences: Sequence[TokenRun]) -> list[Tree]:
@@ -165,16 +156,14 @@ def _good(batch: "Batch") -> Sequence[bool]:
 
 _OPTIONS = _filled(None)
 KTO = replace(
-    DPO,
+    with_losses(DPO, partial(_losses, _OPTIONS), partial(_measures, _OPTIONS)),
     kinds=(THUMB,),
     choose=_choose,
     settle=_settle,
     examples=_examples,
+    pairs=None,
     sequences=1,
-    loss=partial(_loss, _OPTIONS),
-    losses=partial(_losses, _OPTIONS),
     figures=FIGURES,
-    measures=partial(_measures, _OPTIONS),
     wanted=_good,
     needs_drift=True,
     bound=_bound,

@@ -78,6 +78,8 @@ class Method:
     # Fills in the options that depend on the columns of the examples that are trained on, and records them.
     settle: Callable[[MethodSpec, Mapping[str, npt.NDArray[Any]], "Choices"], MethodSpec] = _settled
     examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what a row's sequences, or a text's pieces, become
+    # What a good and a bad answer to one prompt become; None where single answers are learned as they are.
+    pairs: Callable[[TokenRun, TokenRun], Tree] | None = None
     too_long: TooLong  # what becomes of rows that are too long, by default
     needs_end_token: bool  # whether every row ends with the tokenizer's end token
 

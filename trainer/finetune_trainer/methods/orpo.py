@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from finetune_api import defaults
 from finetune_api.job import MethodSpec, OrpoSpec
 from finetune_trainer.methods.dpo import DPO
-from finetune_trainer.methods.method import Default, Loss, Method
-from finetune_trainer.methods.preference import PAIR_FIGURES, minus_log_sigmoid, pairs_of, share_above, summed
+from finetune_trainer.methods.method import Default, Method
+from finetune_trainer.methods.preference import PAIR_FIGURES, minus_log_sigmoid, pairs_of, share_above, with_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,23 +69,15 @@ def _measures(scores: "Scores", batch: "Batch") -> Mapping[str, "Tensor"]:
     return {"reward_accuracy": share_above(ratios), "log_odds_ratio": ratios, **pairs.measures()}
 
 
-def _loss(weight: float, scores: "Scores", batch: "Batch") -> Loss:
-    return summed(_losses(weight, scores, batch), _measures(scores, batch), batch)
-
-
 def _bound(method: Method, spec: MethodSpec) -> Method:
-    weight = _weight(spec)
-    return replace(method, loss=partial(_loss, weight), losses=partial(_losses, weight))
+    return with_losses(method, partial(_losses, _weight(spec)), _measures)
 
 
 ORPO = replace(
-    DPO,
+    with_losses(DPO, partial(_losses, defaults.ORPO_LAMBDA), _measures),
     choose=_choose,
     learning_rate=Default(defaults.ORPO_LEARNING_RATE, "higher than DPO's, as it learns the answers themselves too"),
-    loss=partial(_loss, defaults.ORPO_LAMBDA),
-    losses=partial(_losses, defaults.ORPO_LAMBDA),
     figures=FIGURES,
-    measures=_measures,
     needs_reference=False,
     bound=_bound,
     name="odds ratio preference optimisation",

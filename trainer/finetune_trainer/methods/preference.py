@@ -1,10 +1,12 @@
 """What methods have in common that learn which answers are preferred: pairs as they are scored, sums, and defaults."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune_api import defaults
-from finetune_trainer.methods.method import Default, Loss
+from finetune_trainer.methods.method import Default, Loss, Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +80,25 @@ def summed(losses: "Tensor", measures: Mapping[str, "Tensor"], batch: "Batch") -
     if weights is None:
         return Loss(losses.sum(), {name: each.sum() for name, each in measures.items()})
     return Loss((losses * weights).sum(), {name: (each * weights).sum() for name, each in measures.items()})
+
+
+def step_loss(
+    losses: Callable[["Scores", "Batch"], "Tensor"],
+    measures: Callable[["Scores", "Batch"], Mapping[str, "Tensor"]],
+    scores: "Scores",
+    batch: "Batch",
+) -> Loss:
+    """Return the sums of a pass, from what gives the losses of its examples, and what is measured of each."""
+    return summed(losses(scores, batch), measures(scores, batch), batch)
+
+
+def with_losses(
+    method: Method,
+    losses: Callable[["Scores", "Batch"], "Tensor"],
+    measures: Callable[["Scores", "Batch"], Mapping[str, "Tensor"]],
+) -> Method:
+    """Return the method with these losses of examples, of which the step's is the sum, and what is measured of each."""
+    return replace(method, loss=partial(step_loss, losses, measures), losses=losses, measures=measures)
 
 
 def first_of_each(batch: "Batch") -> Sequence[bool]:
