@@ -98,6 +98,7 @@ demo-down:  ## Stop the demo's cluster
 .PHONY: bench
 bench: assets testbed images  ## Write the tables in bench/results
 	$(BIN)/python -m bench.throughput
+	$(BIN)/python -m bench.preference
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.operator

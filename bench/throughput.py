@@ -16,8 +16,6 @@ bf16), and every adapter's held-out loss is within 2 % of the plain loop's.
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,14 +26,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import tables, trainers
+from bench import child, tables, trainers
 from bench.trainers import Trained
 from bench.workload import RANK, Workload, prepare
 
 SKIPPED_STEPS = 2
 SAME_FIRST_LOSS = {"fp32": 1e-3, "bf16": 2e-2}
 SAME_HELD_OUT_RATIO = 0.02
-_TIMEOUT_S = 1800
 TRAINERS: dict[str, tuple[str, Callable[[Workload, Path], Trained]]] = {
     "ours": ("finetune-operator", trainers.ours),
     "ours-fp32": ("finetune-operator, held to fp32", trainers.ours_in_fp32),
@@ -66,17 +63,8 @@ def measure(name: str, work: Workload, threads: int) -> Run:
         **asdict(trained),
         "adapter": str(trained.adapter),
         "whole_s": whole_s,
-        "peak_gib": _peak_bytes(work.device) / 2**30,
+        "peak_gib": child.peak_bytes(work.device) / 2**30,
     }
-
-
-def _peak_bytes(device: str) -> int:
-    """Return the most memory this process has held: the GPU's, or else the host's."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def judge(work: Workload, adapter: str) -> Run:
@@ -85,18 +73,8 @@ def judge(work: Workload, adapter: str) -> Run:
 
 
 def _child(work: Workload, threads: int, *arguments: str) -> Run:
-    command = [sys.executable, "-m", "bench.throughput", "--folder", str(work.folder), "--digest", work.plan_digest]
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command += ["--threads", str(threads), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    own = ("--folder", str(work.folder), "--digest", work.plan_digest)
+    return child.run("bench.throughput", threads, *own, *arguments)
 
 
 def step_speed(run: Run) -> float:

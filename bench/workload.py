@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +19,15 @@ from typing import Any
 import numpy as np
 
 from finetune_api.layout import PLAN, join
-from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, RunResources, RunResult, StorageConfig
+from finetune_api.run import (
+    CONTRACT_VERSION,
+    JobRef,
+    RunConfig,
+    RunResources,
+    RunResult,
+    StartingAdapter,
+    StorageConfig,
+)
 from finetune_trainer.data.examples import Examples, open_examples
 
 RANK = 16
@@ -113,28 +122,44 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: 
     """Prepare conversations for a device in `folder`, a new run each time."""
     size = _SIZES[device]
     folder.mkdir(parents=True)
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _conversations(size.joined)))
+    data = write_rows(folder, _conversations(size.joined))
+    spec = {
+        "model": {"uri": model_folder.as_uri()},
+        "method": {"type": "SFT"},
+        "peft": {"type": "LoRA", "rank": RANK},
+        "datasets": [{"uri": data.as_uri()}],
+        "hyperparameters": {
+            "maxSteps": steps,
+            "globalBatchSize": size.batch_rows,
+            "learningRate": LEARNING_RATE,
+            "warmupRatio": 0.0,
+            "schedule": "Linear",
+            "weightDecay": 0.0,
+        },
+        "evaluation": {"holdoutFraction": size.holdout_fraction},
+    }
+    return Workload(folder, prepare_run(folder, spec, threads, device))
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def prepare_run(
+    folder: Path, spec: dict[str, Any], threads: int, device: str = "cpu", adapter: StartingAdapter | None = None
+) -> str:
+    """Let our prepare stage plan a job, whose output lies in `folder`; return the plan's digest.
+
+    adapter: that training goes on with, as model.adapterFrom names it."""
     config = RunConfig.model_validate(
         {
             "contract_version": CONTRACT_VERSION,
             "job": JobRef(name="bench", namespace="bench", uid=str(uuid.uuid4())).model_dump(),
-            "spec": {
-                "model": {"uri": model_folder.as_uri()},
-                "method": {"type": "SFT"},
-                "peft": {"type": "LoRA", "rank": RANK},
-                "datasets": [{"uri": data.as_uri()}],
-                "hyperparameters": {
-                    "maxSteps": steps,
-                    "globalBatchSize": size.batch_rows,
-                    "learningRate": LEARNING_RATE,
-                    "warmupRatio": 0.0,
-                    "schedule": "Linear",
-                    "weightDecay": 0.0,
-                },
-                "evaluation": {"holdoutFraction": size.holdout_fraction},
-                "output": {"uri": (folder / "out").as_uri()},
-            },
+            "spec": {**spec, "output": {"uri": (folder / "out").as_uri()}},
+            "starting_adapter": adapter,
             "run_uri": join((folder / "out").as_uri(), "bench"),
             "storage": StorageConfig().model_dump(),
             "resources": RunResources(
@@ -149,10 +174,21 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: 
         }
     )
     (folder / "run.json").write_text(config.to_json())
-    result_file = folder / "prepared.json"
-    command = [sys.executable, "-P", "-m", "finetune_trainer", "prepare", "--config", str(folder / "run.json")]
+    result = _run_stage(folder, "prepare")
+    assert result.plan is not None
+    return result.plan.digest
+
+
+def train_run(folder: Path, plan_digest: str) -> RunResult:
+    """Train what was prepared in `folder`, as its container would."""
+    return _run_stage(folder, "train", "--plan-digest", plan_digest)
+
+
+def _run_stage(folder: Path, stage: str, *arguments: str) -> RunResult:
+    result_file = folder / f"{stage}.json"
+    command = [sys.executable, "-P", "-m", "finetune_trainer", stage, "--config", str(folder / "run.json")]
     done = subprocess.run(
-        [*command, "--attempt", "1", "--result", str(result_file)],
+        [*command, "--attempt", "1", *arguments, "--result", str(result_file)],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -160,10 +196,8 @@ def prepare(folder: Path, model_folder: Path, steps: int, threads: int, device: 
         check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"prepare failed:\n{done.stderr[-3000:]}")
-    result = RunResult.model_validate_json(result_file.read_bytes())
-    assert result.plan is not None
-    return Workload(folder, result.plan.digest)
+        raise SystemExit(f"{stage} failed:\n{done.stderr[-3000:]}")
+    return RunResult.model_validate_json(result_file.read_bytes())
 
 
 def local_path(uri: str) -> Path:
