@@ -87,8 +87,12 @@ def test_a_chain_that_is_applied_in_the_wrong_order_waits_and_everybody_sees_for
         words = f"FineTuneJob {earlier} of model.adapterFrom "  # is Pending, or does not exist yet
         assert words in job.condition("Running")["message"]
         assert job.pods() == []
-        told = next(event for event in job.events() if event["reason"] == "WaitingForJob")
+        told = until(lambda job=job: _waiting_event(job), f"{job.name} is told to wait", PATIENCE_S, job.explain)
         assert (told["type"], earlier in told["message"]) == ("Normal", True)
+
+
+def _waiting_event(job: Submitted) -> dict[str, Any] | None:
+    return next((event for event in job.events() if event["reason"] == "WaitingForJob"), None)
 
 
 def test_dpo_that_is_killed_in_the_middle_ends_with_the_bits_of_a_job_that_is_not(
