@@ -40,14 +40,13 @@ class Mismatched(Examples):
         return cls(**values, stride=_stride(len(examples), seed), longest=longest)
 
     def partner(self, example: int) -> int:
-        """Return whose answer an example is read with: one of another prompt, if there is one among the first tried."""
-        found = example
+        """Return whose answer an example is read with: one of another prompt, if there is one among the first tried.
+
+        It is never its own, unless there is only one example."""
         prompt = self._prompt(example)
-        for tries in range(1, _TRIES + 1):
-            found = (example + self.stride + tries - 1) % len(self)
-            if found != example and not np.array_equal(self._prompt(found), prompt):
-                break
-        return found
+        tried = [(example + self.stride + place) % len(self) for place in range(_TRIES)]
+        others = [each for each in tried if each != example] or [example]
+        return next((each for each in others if not np.array_equal(self._prompt(each), prompt)), others[-1])
 
     def read(self, sequence: FlatSequence) -> TokenRun:
         """Return a prompt with the answer of its partner."""

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 PART_TOKENS = 2**18  # stored tokens: some minutes of work of a CPU, and all that a kill can cost
 _MAX_PARTS = 100_000  # 26 billion tokens
 _DIGEST_BYTES = 32  # SHA-256 of place and values, behind them
-_VERSION = 2  # rises when the same key would stand for other values
+_VERSION = 3  # rises when the same key would stand for other values
 
 
 class _Part(NamedTuple):
