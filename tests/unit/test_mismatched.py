@@ -14,7 +14,9 @@ LONGEST = 20
 def answered(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Examples:
     """Return examples of one sequence each, of which the answer is learned."""
     tokens = np.concatenate([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
-    labels = np.concatenate([[0] * len(prompt) + [1] * len(each) for prompt, each in zip(prompts, answers, strict=True)])
+    labels = np.concatenate(
+        [[0] * len(prompt) + [1] * len(each) for prompt, each in zip(prompts, answers, strict=True)]
+    )
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     return Examples.of_rows(tokens.astype("u4"), labels.astype("u1"), np.cumsum([0, *lengths]))
 

@@ -419,6 +419,19 @@ def test_a_conversation_whose_answers_do_not_fit_one_pass_is_computed_flat() -> 
     assert "which memory does not allow" in reason(found, "treeAttention")
 
 
+def test_a_conversation_whose_answers_together_may_outlast_the_deadline_is_computed_flat() -> None:
+    """Its longest sequence alone does not. What has to be in one pass anyway is no reason against trees."""
+    slow = {**SHARING, "largest_tree": 60_000, "largest_row": 200_000}
+    found = sized(spec(), data(**slow), memory_bytes=1000 * GIB)
+    assert found.hyperparameters.layout is PassLayout.PACKED
+    assert reason(found, "treeAttention").endswith("which may outlast progressDeadlineSeconds")
+    assert found.hyperparameters.micro_batch_tokens == 2048
+    patient = sized(spec(recovery={"progressDeadlineSeconds": 86_400}), data(**slow), memory_bytes=1000 * GIB)
+    assert patient.hyperparameters.layout is PassLayout.TREES
+    pairs = sized(spec("DPO"), data(**slow), memory_bytes=1000 * GIB)
+    assert pairs.hyperparameters.layout is PassLayout.TREES
+
+
 def test_jobs_whose_rows_are_one_sequence_each_are_not_told_of_trees() -> None:
     found = sized(spec(), data())
     assert found.hyperparameters.layout is PassLayout.PACKED

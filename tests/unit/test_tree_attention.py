@@ -354,11 +354,19 @@ def test_a_model_that_trees_are_not_exact_for_is_refused_at_load_where_they_are_
         ({"packing": False}, False, "sequences may not share a pass"),
         ({"gpu": True}, False, "on a GPU this was never tried"),
         ({"fits": False}, False, "which memory does not allow"),
+        ({"in_time": False}, False, "which may outlast progressDeadlineSeconds"),
         ({"stored_tokens": 3399}, False, "which its attention may cost"),
     ],
 )
 def test_trees_are_computed_where_they_are_exact_and_save_time(facts: dict[str, Any], value: bool, words: str) -> None:
-    usual: dict[str, Any] = {"packing": True, "gpu": False, "tokens": 3400, "stored_tokens": 1900, "fits": True}
+    usual: dict[str, Any] = {
+        "packing": True,
+        "gpu": False,
+        "tokens": 3400,
+        "stored_tokens": 1900,
+        "fits": True,
+        "in_time": True,
+    }
     found = computes_trees(**usual | facts)
     assert found.value is value
     assert words in found.reason

@@ -80,6 +80,20 @@ class Sizing:
     resolved: list[ResolvedValue]
 
 
+@dataclass(frozen=True)
+class _Pace:
+    """How much a slow machine of this kind does, and in what time something has to be done."""
+
+    tokens_per_s: float
+    deadline_s: int
+    machine: str
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step that stays well within the deadline."""
+        return int(self.tokens_per_s * self.deadline_s * _DEADLINE_SHARE)
+
+
 class Choices:
     """Collects the values that the spec left open."""
 
@@ -171,7 +185,7 @@ def size(
         machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
     )
     packing = _packing(choices, preprocessing, model, family, data)
-    trees = _trees(choices, model, family, data, rank, kept_rank, resources, packing=packing)
+    trees = _trees(choices, model, family, data, rank, kept_rank, resources, pace, method, packing=packing)
     batch = _batch_size(choices, hyper, data, epochs, pace, trees=trees)
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
@@ -294,6 +308,8 @@ def _trees(
     rank: int,
     kept_rank: int,
     resources: RunResources,
+    pace: _Pace,
+    method: Method,
     *,
     packing: bool,
 ) -> bool:
@@ -302,12 +318,14 @@ def _trees(
         return False
     tokens, copied = data.largest_tree, _copied_tokens(data, data.largest_tree, trees=True)
     needed = memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied, kept_rank)
+    flat = data.largest_row if method.denominator.keeps_examples_whole else data.longest_row
     found = computes_trees(
         packing=packing,
         gpu=bool(resources.gpus),
         tokens=data.tokens,
         stored_tokens=data.stored_tokens,
         fits=needed <= resources.memory_bytes,
+        in_time=tokens <= max(flat, pace.tokens_per_s * pace.deadline_s),
     )
     return choices.pick("treeAttention", None, found.value, found.reason)
 
@@ -370,20 +388,6 @@ def _epochs(choices: Choices, spec: HyperparametersSpec, rows: float, method: Me
     if spec.max_steps is not None:
         return epochs.value
     return choices.pick("hyperparameters.epochs", spec.epochs, *epochs)
-
-
-@dataclass(frozen=True)
-class _Pace:
-    """How much a slow machine of this kind does, and in what time something has to be done."""
-
-    tokens_per_s: float
-    deadline_s: int
-    machine: str
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step that stays well within the deadline."""
-        return int(self.tokens_per_s * self.deadline_s * _DEADLINE_SHARE)
 
 
 def _batch_size(

@@ -8,11 +8,14 @@ from finetune_trainer.methods.method import Default
 _LEAST_SAVED = 0.05
 
 
-def computes_trees(*, packing: bool, gpu: bool, tokens: int, stored_tokens: int, fits: bool) -> Default[bool]:
+def computes_trees(
+    *, packing: bool, gpu: bool, tokens: int, stored_tokens: int, fits: bool, in_time: bool
+) -> Default[bool]:
     """Return whether passes hold trees, and why. packing: whether sequences may share a pass at all.
 
     tokens: of all flat sequences; stored_tokens: with what those of an example share counted once; fits: whether the
-    memory allows the largest example in one pass."""
+    memory allows the largest example in one pass; in_time: whether that pass ends within the deadline of progress, as
+    far as the largest of flat sequences would."""
     saved = 1 - stored_tokens / tokens
     found = f"{stored_tokens:,} tokens would be computed in the place of {tokens:,}"
     if not packing:
@@ -23,4 +26,7 @@ def computes_trees(*, packing: bool, gpu: bool, tokens: int, stored_tokens: int,
         return Default(False, f"{found}: less than {_LEAST_SAVED:.0%}, which its attention may cost")
     if not fits:
         return Default(False, f"{found}, but all of an example has to be in one pass then, which memory does not allow")
+    if not in_time:
+        problem = "one pass has all of an example then, which may outlast progressDeadlineSeconds"
+        return Default(False, f"{found}, but {problem}")
     return Default(True, f"{stored_tokens:,} tokens are computed in the place of {tokens:,}, {saved:.0%} fewer")
