@@ -78,6 +78,44 @@ def test_a_finished_job_gets_a_round_only_where_that_changes_something(
     assert room.finished.is_at_rest(DONE) == (not wanted)
 
 
+def test_a_finished_job_that_is_being_deleted_gets_no_round_for_a_change_that_is_never_acknowledged(room: Room):
+    going = finished_job("done", generation=2)
+    going["metadata"]["deletionTimestamp"] = "2026-01-02T00:00:00Z"
+    room.list(going)
+    assert room.asked == []
+    assert room.finished.is_at_rest(DONE)
+
+
+def test_the_watch_of_unfinished_jobs_keeps_none_whose_phase_is_final(room: Room):
+    """Where the server cannot select it tells of them too, and the job may be deleted by now."""
+    room.finished.hear("ADDED", finished_job("done"))
+    assert DONE not in room.finished
+
+
+def test_what_the_watch_of_unfinished_jobs_tells_late_replaces_no_final_phase(room: Room):
+    room.list(finished_job("done"))
+    room.finished.hear("MODIFIED", finished_job("done", phase="OfALaterOperator"))
+    room.finished.hear("DELETED", finished_job("done", phase="OfALaterOperator"))
+    assert room.finished.phases() == Counter(Succeeded=1)
+
+
+def test_a_verdict_that_follows_a_final_phase_without_one_is_looked_for_no_more(room: Room):
+    room.list(finetunejob("done", phase="Succeeded"))
+    assert room.finished.unjudged() == {DONE: (("a", "done"), "Succeeded")}
+    room.finished.take(KIND, "MODIFIED", finished_job("done"))
+    assert room.finished.unjudged() == {}
+
+
+def test_of_a_finished_job_that_is_deleted_no_pod_is_kept(room: Room):
+    room.list(finished_job("done"))
+    pod = {**ended_k8s_job("done", None), "spec": {}, "status": {"phase": "Succeeded"}}
+    pod["metadata"] = {**pod["metadata"], "uid": "pod", "ownerReferences": [{"kind": "Job", "controller": True}]}
+    room.children.take("pods", "DELETED", pod)
+    assert len(room.children.of(DONE)[1]) == 1
+    room.finished.take(KIND, "DELETED", finished_job("done"))
+    assert room.children.of(DONE) == ((), ())
+
+
 def test_a_kubernetes_job_that_is_known_later_than_its_finished_job_still_gets_its_ttl(room: Room):
     room.list(finished_job("done"))
     assert room.finished.wanting_rounds() == []

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 
 from finetune_operator.job_reader import FineTuneJob, read_job
@@ -77,10 +75,12 @@ def test_nothing_is_left_of_a_job_that_is_forgotten(known: KnownJobs):
     wrote(known, "2")
     known.hear(KEY, "9")
     known.forget(KEY)
-    assert known.take(KEY) is None
     assert not known.has_written(KEY, "2")
-    known.keep(replace(job("3")))
-    assert known.take(KEY) is not None
+    known.keep(job("3"))
+    assert known.take(KEY) == job("3"), "neither the job nor what was heard of it is left"
+    wrote(known, "4")
+    known.forget(KEY)
+    assert known.take(KEY) is None
 
 
 def test_a_job_that_a_watch_tells_of_for_the_first_time_is_known_to_its_first_round(known: KnownJobs):
