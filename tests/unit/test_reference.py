@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from finetune_trainer.inputs import Batch, fetch_examples, make_batch
 from finetune_trainer.model import LanguageModel, load_base
 from finetune_trainer.policy import Scores
 from finetune_trainer.reference import Kept, reference_key, reference_of
+from finetune_trainer.runplan import AdapterFacts
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 from pair_run import preference_run
@@ -167,12 +169,29 @@ def test_an_attempt_that_a_newer_one_has_taken_over_from_ends(asked: Asked) -> N
 def test_another_base_or_other_tokens_or_another_precision_have_a_key_of_their_own(run: TinyRun) -> None:
     plan, train_split, held_out = run.plan, run.plan.train, run.plan.held_out
     assert held_out is not None
+    hyper, adapter = (
+        plan.hyperparameters,
+        AdapterFacts(
+            uri="s3://b/adapter", digest="sha256:" + "1" * 64, weights=plan.batches, base_files={}, rank=4, alpha=8
+        ),
+    )
+    changes: list[dict[str, Any]] = [
+        {"starting_adapter": adapter},
+        {"starting_adapter": adapter.model_copy(update={"digest": "sha256:" + "2" * 64})},
+        {"batches": plan.batches.model_copy(update={"sha256": "sha256:" + "3" * 64})},
+        {"hyperparameters": hyper.model_copy(update={"seed": hyper.seed + 1})},
+        {"hyperparameters": hyper.model_copy(update={"max_sequence_length": hyper.max_sequence_length + 1})},
+    ]
     keys = [
         reference_key(plan, train_split, "sha256:a", torch.float32, "train"),
         reference_key(plan, train_split, "sha256:b", torch.float32, "train"),
         reference_key(plan, held_out, "sha256:a", torch.float32, "train"),
         reference_key(plan, train_split, "sha256:a", torch.bfloat16, "train"),
         reference_key(plan, train_split, "sha256:a", torch.float32, "mismatched"),
+        *(
+            reference_key(plan.model_copy(update=each), train_split, "sha256:a", torch.float32, "train")
+            for each in changes
+        ),
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == reference_key(plan, train_split, "sha256:a", torch.float32, "train")

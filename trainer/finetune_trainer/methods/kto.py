@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 FIGURES = ("reward_accuracy", "reward_margin", "kl", "good_logprob", "good_tokens", "answer_tokens")
 
 
-def reference_point(mismatched_ratios: "Tensor") -> "Tensor":
-    """Return z0. mismatched_ratios: (answers,) log-ratios of answers under other prompts, of a whole global step."""
-    return mismatched_ratios.detach().mean().clamp(min=0.0)
+def reference_point(drift: "Tensor") -> "Tensor":
+    """Return z0. drift: () mean log-ratio of answers under other prompts, over a whole global step."""
+    return drift.detach().clamp(min=0.0)
 
 
 def kto_losses(
@@ -112,7 +112,7 @@ def _losses(options: KtoSpec, scores: "Scores", batch: "Batch") -> "Tensor":
     return kto_losses(
         _ratios(scores, batch),
         batch.desirable,
-        batch.drift.clamp(min=0.0),
+        reference_point(batch.drift),
         beta=options.beta or 0.0,
         desirable_weight=options.desirable_weight or 1.0,
         undesirable_weight=options.undesirable_weight or 1.0,
@@ -131,7 +131,7 @@ def _measures(options: KtoSpec, scores: "Scores", batch: "Batch") -> Mapping[str
     return {
         "reward_accuracy": share_above(rightly),
         "reward_margin": rightly,
-        "kl": batch.drift.clamp(min=0.0).expand(len(ratios)),
+        "kl": reference_point(batch.drift).expand(len(ratios)),
         "good_logprob": good * scores.sequences.detach(),
         "good_tokens": good * tokens,
         "answer_tokens": tokens,
