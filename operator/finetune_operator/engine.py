@@ -120,7 +120,7 @@ class Engine:
         scope.hear((namespace, uid), (namespace, name))
         version = str(meta.get("resourceVersion"))
         if not self._known.has_written((namespace, name), version):
-            is_new = not body.get("status")
+            is_new = event != "DELETED" and not body.get("status")
             if is_new:
                 self._known.offer(read_job(body))
             self._known.hear((namespace, name), version)

@@ -451,6 +451,16 @@ def test_what_comes_before_a_pod_starts_is_looked_at_later_than_what_stands_in_i
     assert delays_s == [engine_module.STARTING_DELAY_S, engine_module.CHILD_DELAY_S]
 
 
+@pytest.mark.parametrize(("event", "is_known"), [("ADDED", True), (None, True), ("DELETED", False)])
+def test_a_job_that_was_deleted_before_its_first_round_is_not_taken_for_a_new_one(
+    engine: Engine, event: str | None, is_known: bool
+):
+    """Its round would write a status that nothing has any more."""
+    engine.hear(event, finetunejob("new"))
+    assert (engine._known.take(("a", "new")) is not None) == is_known  # pyright: ignore[reportPrivateUsage]
+    assert engine._queue.depth() == 1, "either way a round looks at it"  # pyright: ignore[reportPrivateUsage]
+
+
 def test_the_first_list_of_kubernetes_jobs_brings_no_round_as_most_may_be_of_finished_jobs(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
