@@ -1,6 +1,7 @@
 """Rows that say what is preferred become what a server sends and gets back, for each answer, or say why not."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,8 @@ def test_of_a_ranking_a_pair_that_is_too_long_is_left_out_and_the_others_stay(tm
         (ranked([BEST, WORST], [1]), Problem.WRONG_TYPE, "scores"),
         (ranked([BEST, WORST], [1, "high"]), Problem.WRONG_TYPE, "scores[1]"),
         (ranked([BEST, WORST], [1, None]), Problem.WRONG_TYPE, "scores[1]"),
+        (ranked([BEST, WORST], [1, True]), Problem.WRONG_TYPE, "scores[1]"),
+        (ranked([BEST, WORST], [1, math.nan]), Problem.WRONG_TYPE, "scores[1]"),
         ({"prompt": "q", "responses": ["a", "b"]}, Problem.MISSING_FIELD, "scores"),
         ({"prompt": "q", "responses": [], "scores": []}, Problem.EMPTY, "responses"),
         ({"prompt": "q", "responses": ["a", ""], "scores": [1, 2]}, Problem.EMPTY, "responses[1]"),
