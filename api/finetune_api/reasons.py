@@ -396,13 +396,13 @@ FAULTS: dict[Fault, FaultText] = {
     ),
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,
-        "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because it {reason}; "
-        "report.json and decisions.jsonl in the bucket name the rows",
+        "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because each {reason}; "
+        "report.json and decisions.jsonl in .job/ name the rows",
     ),
     Fault.ONE_SIDED_THUMBS: FaultText(
         Reason.DATA_INVALID,
         "of the answers to train on {good} are good and {bad} are bad; KTO learns from both: add rows with the other "
-        "`label`, or, where all are good, learn them by method.type: SFT",
+        "`label`, or, where all are good, learn them by method.type: SFT with datasets[].ignoreFields: [label]",
     ),
     Fault.INPUT_CHANGED: FaultText(
         Reason.DATA_INVALID,

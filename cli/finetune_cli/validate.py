@@ -24,6 +24,7 @@ from finetune_api.names import API_VERSION, KIND
 # Without a cluster, files of this machine will do as well.
 LOCAL_URI_RULE = S3_URI_RULE + " || self.matches('^file:///[^ ].*$')"
 MAX_PROBLEMS = 10
+_OPTIONS = "spec.method."
 _MADE_LETTERS = 5  # that the API server writes after metadata.generateName
 _NO_TEXT = "must be of type string; quote it"
 
@@ -112,7 +113,7 @@ def _words(error: ValidationError) -> Iterator[str]:
             known = cast(dict[str, Any], cast(dict[str, Any], error.schema)["properties"])
             for name in cast(dict[str, Any], error.instance):
                 if name not in known:
-                    yield f'unknown field "{place}.{name}"'.replace('".', '"') + _instead(name, known)
+                    yield f'unknown field "{place}.{name}"'.replace('".', '"') + _instead(name, known, place)
         case "type":
             wanted = ",".join(limit) if isinstance(limit, list) else str(limit)
             yield f"{place}: must be of type {wanted}"
@@ -133,14 +134,20 @@ def _words(error: ValidationError) -> Iterator[str]:
             yield f"{place}: {error.validator} {limit} does not hold"
 
 
-def _instead(name: str, known: Iterable[str]) -> str:
-    """Return what to write instead of an unknown field: its right name, its right place, or the fields there are."""
+def _instead(name: str, known: Iterable[str], place: str) -> str:
+    """Return what to write instead of an unknown field: its right name, its right place, or the fields there are.
+
+    place: of the object that has it. The options of a method are no place for those of another, as only one may be."""
     if spelt := next((other for other in known if _letters(other) == _letters(name)), None):
         return f"; write {spelt}"
     spec = cast(Schema, object_schema()["properties"]["spec"])
-    if found := next(_places_of(name, spec, "spec"), None):
-        place, _, spelt = found.rpartition(".")
-        return f"; it belongs into {place}" + ("" if spelt == name else f", as {spelt}")
+    places = [found.rpartition(".") for found in _places_of(name, spec, "spec")]
+    if place.startswith(_OPTIONS):
+        places = [found for found in places if not found[0].startswith(_OPTIONS)]
+    if places:
+        first, _, spelt = places[0]
+        others = [found[0] for found in places[1:] if first.startswith(_OPTIONS) and found[0].startswith(_OPTIONS)]
+        return f"; it belongs into {' or '.join([first, *others])}" + ("" if spelt == name else f", as {spelt}")
     return f"; the fields here are {', '.join(sorted(known))}"
 
 

@@ -100,6 +100,8 @@ def test_a_misspelt_field_is_told_its_right_name():
         ("", "learning_rate", "it belongs into spec.hyperparameters, as learningRate"),
         ("hyperparameters", "rank", "it belongs into spec.peft"),
         ("", "maxSequenceLength", "it belongs into spec.preprocessing"),
+        ("method", "lambda", "it belongs into spec.method.orpo"),
+        ("method", "beta", "it belongs into spec.method.dpo or spec.method.kto"),
         ("", "dataset", "the fields here are activeDeadlineSeconds, checkpoint, datasets, "),
     ],
 )
@@ -109,6 +111,12 @@ def test_an_unknown_field_is_told_where_it_belongs_or_what_there_is(place: str, 
     (only,) = problems(body)
     assert only.startswith(f'unknown field "{".".join(filter(None, ("spec", place, name)))}"; ')
     assert says in only
+
+
+def test_a_field_of_another_methods_options_is_not_sent_there():
+    body = spec_cases.base()
+    body["spec"]["method"] = {"type": "ORPO", "orpo": {"beta": 0.1}}
+    assert problems(body) == ['unknown field "spec.method.orpo.beta"; the fields here are lambda']
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])

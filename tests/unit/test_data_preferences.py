@@ -207,6 +207,36 @@ def test_a_pair_that_cannot_be_compared_is_refused_by_its_field(row: Row, proble
     assert refusal(row, "Pair") == (problem, field)
 
 
+AND_THEN = {"role": "user", "content": "and then?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "says_what"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "say what is answered there, or make each answer a list of all messages"),
+        (
+            {"prompt": ASKED, "chosen": [says("a"), AND_THEN, says("b")], "rejected": [says("a"), AND_THEN, says("c")]},
+            "it has a user's messages, but not those of the row's prompt; write all of the conversation in it",
+        ),
+    ],
+)
+def test_a_pair_without_its_prompt_is_told_what_to_write(row: Row, says_what: str) -> None:
+    found = read_row(row, next(each for each in SHAPES if each == "Pair"), RowChoices())
+    assert isinstance(found, Broken)
+    assert found.detail.startswith(says_what)
+
+
+@pytest.mark.parametrize("word", ["up", "like", "good", "desirable", "chosen", 1, "1", True])
+def test_every_word_for_a_good_answer_that_the_page_names_is_read(word: object) -> None:
+    opposites = {"up": "down", "like": "dislike", "good": "bad", "desirable": "undesirable", "chosen": "rejected"}
+    for label, is_good in ((word, True), (opposites.get(str(word), -1), False)):
+        row = {"messages": [*ASKED, says("a")], "label": label}
+        found = read_row(row, next(each for each in SHAPES if each == "Thumb"), RowChoices())
+        assert isinstance(found, Found)
+        assert isinstance(found.row, Thumb)
+        assert found.row.is_good is is_good
+
+
 @pytest.mark.parametrize(
     ("row", "problem", "field"),
     [

@@ -496,6 +496,24 @@ def test_rows_of_no_shape_are_refused_with_what_is_needed_and_what_was_found() -
     assert all(len(str(each)) <= 256 for each in caught.value.args_by_name.values())
 
 
+@pytest.mark.parametrize(
+    ("row", "method", "says"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, MethodType.SFT, "; this one fits method.type DPO or ORPO;"),
+        ({"prompt": "q", "completion": "a", "label": 1}, MethodType.DPO, "; this one fits method.type SFT or KTO;"),
+        ({"prompt": "q", "completion": "a", "mood": 1}, MethodType.KTO, "or `label`, `prompt` and `completion`; "),
+        ({"prompt": "q", "scores": [1]}, MethodType.DPO, "`responses` and `scores`, or datasets[].columns that says"),
+    ],
+)
+def test_rows_of_other_methods_are_refused_with_the_methods_that_take_them(
+    row: Row, method: MethodType, says: str
+) -> None:
+    with pytest.raises(StageError) as caught:
+        shape_of(row, method=method)
+    assert says in str(caught.value)
+    assert all(len(str(each)) <= 256 for each in caught.value.args_by_name.values())
+
+
 def test_rows_none_of_whose_names_is_shown_are_told_to_have_some() -> None:
     with pytest.raises(StageError, match="found the fields 2, none of whose names is shown as it may be data"):
         shape_of({"Question Text": "a", "Model Answer": "b"})

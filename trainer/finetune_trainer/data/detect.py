@@ -11,11 +11,12 @@ from finetune_api.redact import shortened
 from finetune_trainer.data.field_names import shown
 from finetune_trainer.data.problems import RefusedError, place
 from finetune_trainer.data.shapes import SHAPES, RowChoices, renamed
-from finetune_trainer.methods import method_of
+from finetune_trainer.methods import METHODS, method_of
 
 _ASKED_AT = 0.1  # of the rows with the commonest shape: so many of another are no accident
 _MAX_FOUND = 128
 _MAX_FILE_NAME = 32
+_COLUMNS = "datasets[].columns that says what is what"
 
 
 class Detected(NamedTuple):
@@ -57,7 +58,9 @@ def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices:
     best = counts.most_common(2)
     if not best:
         at = next(at for at, (_, _, value) in enumerate(rows) if isinstance(value, dict))
-        raise _wrong(rows[at], method, f"rows with {_needed(method)}, or datasets[].columns that says what is what")
+        others = [each for each in METHODS if fitting(rows[at][2], each, choices)]
+        remedy = f"; this one fits method.type {' or '.join(others)}" if others else f", or {_COLUMNS}"
+        raise _wrong(rows[at], method, f"rows with {_needed(method)}{remedy}")
     if len(best) == 2 and best[1][1] >= _ASKED_AT * best[0][1]:
         (one, rows_of_one), (other, rows_of_other) = best
         expected = (
@@ -87,10 +90,9 @@ def fitting(value: object, method: MethodType, choices: RowChoices) -> list[Data
 
 
 def _needed(method: MethodType) -> str:
-    """Return which fields the shapes need, each under the first of its names."""
-    return ", or ".join(
-        " and ".join(f"`{group[0]}`" for group in SHAPES[each].needs) for each in method_of(method).formats
-    )
+    """Return which fields the shapes need, each under the first of its names unless the shape says more."""
+    shapes = [SHAPES[each] for each in method_of(method).formats]
+    return ", or ".join(shape.needed or " and ".join(f"`{group[0]}`" for group in shape.needs) for shape in shapes)
 
 
 def _wrong(row: tuple[str, int, object], method: MethodType, expected: str) -> StageError:

@@ -20,6 +20,7 @@ RATING = ("rating", "score")
 _GOOD = frozenset(("true", "1", "good", "desirable", "up", "like", "chosen"))
 _BAD = frozenset(("false", "0", "-1", "bad", "undesirable", "down", "dislike", "rejected"))
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # as Anthropic's HH writes conversations
+_NO_PROMPT = "say what is answered there, or make each answer a list of all messages of its conversation"
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -64,7 +65,7 @@ def _is_good(reading: RowReader) -> bool:
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
     said = str(whole).strip().lower() if isinstance(whole, bool | int | str) else ""
     if said not in _GOOD | _BAD:
-        raise RefusedError(Problem.WRONG_TYPE, name, "must be true or false, 1 or 0, good or bad")
+        raise RefusedError(Problem.WRONG_TYPE, name, "must be true or false, 1 or 0, good or bad, up or down")
     return said in _GOOD
 
 
@@ -132,14 +133,15 @@ def answered(reading: RowReader, prompt: Prompt, value: object, field: str) -> A
     said = answer
     if not _holds(answer, prompt.said):
         if prompt.said and any(each.message["role"] == "user" for each in answer):
-            raise RefusedError(Problem.TWO_FIELDS, field, "it has another prompt than the row")
+            detail = "it has a user's messages, but not those of the row's prompt; write all of the conversation in it"
+            raise RefusedError(Problem.TWO_FIELDS, field, detail)
         said = [*prompt.said, *answer]
     if said[-1].message["role"] != "assistant":
         raise RefusedError(Problem.LAST_NOT_ASSISTANT, field)
     if said[-1].learned is False:
         raise RefusedError(Problem.MASKED_ANSWER, field)
     if len(said) == 1:
-        raise RefusedError(Problem.MISSING_FIELD, "prompt")
+        raise RefusedError(Problem.MISSING_FIELD, "prompt", _NO_PROMPT)
     context = [Said(each.message, False, each.continues) for each in said[:-1]]
     return replace(reading.conversation([*context, said[-1]], field), weight=1.0)
 
@@ -173,7 +175,7 @@ def _turns(value: str, field: str) -> list[Said]:
     """Return the messages of a conversation that is one text, as Anthropic's HH has them. Raises RefusedError."""
     before, *parts = _TURN.split(value.strip())
     if before or not parts:
-        raise RefusedError(Problem.MISSING_FIELD, "prompt")
+        raise RefusedError(Problem.MISSING_FIELD, "prompt", _NO_PROMPT)
     if len(parts) > 2 * MAX_MESSAGES:
         raise RefusedError(Problem.TOO_MANY_MESSAGES, field)
     turns = zip(parts[::2], parts[1::2], strict=True)

@@ -85,7 +85,9 @@ _BESIDE = frozenset((*SYSTEM, *TOOLS, "chat_template_kwargs", "weight"))  # what
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A shape of rows. A row fits that has one field of each group in `needs`, and none of `contradicted_by`."""
+    """A shape of rows. A row fits that has one field of each group in `needs`, and none of `contradicted_by`.
+
+    needed: the fields that such a row has, for people, where the first name of each group would not say it."""
 
     needs: tuple[tuple[str, ...], ...]
     reads: frozenset[str]
@@ -93,6 +95,7 @@ class Shape:
     meaning: str  # for people, in docs/data.md
     examples: tuple[str, ...]  # rows as they stand in a file
     contradicted_by: frozenset[str] = frozenset()
+    needed: str = ""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has the fields of this shape."""
@@ -204,9 +207,10 @@ SHAPES: dict[DatasetFormat, Shape] = {
         to_row=preferences.pair,
         meaning="Two answers to one prompt, of which `chosen` is preferred. Plain texts under `prompt`, `chosen` and "
         "`rejected` are learned as they are, as in TRL, which no template renders. Lists of messages are rendered: "
-        "each is a whole conversation, or what follows the messages in `prompt`, `messages` or `conversations`; so is "
-        "a question under `question`, `query`, `input` or `instruction` with two texts. Both end with an answer of the "
-        "assistant after the same messages, and these two answers alone are learned.",
+        "each is a whole conversation, or what follows the messages in `prompt`, `messages` or `conversations`, where "
+        "it has no message of a user; so is a question under `question`, `query`, `input` or `instruction` with two "
+        "texts. Both end with an answer of the assistant after the same messages, and these two answers alone are "
+        "learned.",
         examples=(
             '{"prompt": "The capital of Norway is", "chosen": " Oslo.", "rejected": " Bergen."}',
             '{"prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "4"}], '
@@ -231,11 +235,13 @@ SHAPES: dict[DatasetFormat, Shape] = {
             ("chosen", "rejected", *rankings.ANSWERS)
         ),  # whose scores are no rating of one answer
         to_row=_thumb,
+        needed="`label` and `messages`, or `label`, `prompt` and `completion`",
         meaning="An answer that is good or bad, under one of "
         + ", ".join(f"`{each}`" for each in preferences.LABEL)
-        + ": true or false, 1 or 0, `good` or `bad`, `desirable` or `undesirable`; or with a `rating`, a number, good "
-        "from `datasets[].preference.goodFrom` on. What is answered has any of the "
-        "shapes before this one but Text; its last answer alone is learned, and must be its end.",
+        + ": true or false, 1 or 0, 1 or -1, `good` or `bad`, `up` or `down`, `like` or `dislike`, `desirable` or "
+        "`undesirable`, `chosen` or `rejected`; or with a `rating` (or `score`), a number, good from "
+        "`datasets[].preference.goodFrom` on. What is answered has any of the shapes before this one but Text and "
+        "Pair; its last answer alone is learned, and must be its end.",
         examples=(
             '{"prompt": "The capital of Norway is", "completion": " Oslo.", "label": true}',
             '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}], "label": 0}',
@@ -246,6 +252,7 @@ SHAPES: dict[DatasetFormat, Shape] = {
         needs=(rankings.ANSWERS, (*rankings.PROMPTS, *rankings.SCORES, *rankings.RANKS)),
         reads=_BESIDE,
         to_row=rankings.ranking,
+        needed="`prompt`, `responses` and `scores`",
         meaning="Several answers to one prompt under one of "
         + ", ".join(f"`{each}`" for each in rankings.ANSWERS)
         + ", which become pairs: the best and the worst one, or what `datasets[].preference` says. How good each is "
