@@ -456,7 +456,7 @@ def test_too_many_broken_rows_fail_the_job_even_when_put_aside(tmp_path: Path) -
     ("rows", "spec", "words"),
     [
         ([{"text": "a"}], {}, "method SFT needs rows with `messages`, or .*; found the fields text"),
-        (chats(3), CPT, "method CPT needs rows with `text`, or .*; found the fields messages"),
+        (chats(3), CPT, "method CPT needs rows with `text`; this one fits method.type SFT; found the fields messages"),
         ([{"chosen": "a", "rejected": "b"}], {}, "found the fields chosen, rejected"),
         (
             [{**chat("q", "a"), "prompt": "q", "completion": "a"}],
