@@ -500,7 +500,6 @@ def test_rows_of_no_shape_are_refused_with_what_is_needed_and_what_was_found() -
     ("row", "method", "says"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, MethodType.SFT, "; this one fits method.type DPO or ORPO;"),
-        ({"prompt": "q", "completion": "a", "label": 1}, MethodType.DPO, "; this one fits method.type SFT or KTO;"),
         ({"prompt": "q", "completion": "a", "mood": 1}, MethodType.KTO, "or `label`, `prompt` and `completion`; "),
         ({"prompt": "q", "scores": [1]}, MethodType.DPO, "`responses` and `scores`, or datasets[].columns that says"),
     ],
