@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.preference_work import BETA, LEARNING_RATE, PairIds, PreferenceWork
+from bench.trainers import step_clock
 from bench.workload import RANK, local_path
 
 _SAMPLED_IN_ORDER = "sequential"
@@ -202,23 +203,13 @@ def _settings(work: PreferenceWork) -> dict[str, Any]:
 def _trained(work: PreferenceWork, trainer_class: Any, config: Any, rows: list[dict[str, Any]]) -> Timed:
     """Train as a trainer of TRL does; what it computes of the reference before is timed by its own function for it."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
 
     timed = Timed()
 
-    class Clock(TrainerCallback):
-        began_s = 0.0
-
-        def on_step_begin(self, *_: object, **__: object) -> None:
-            self.began_s = time.perf_counter()
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            timed.step_s.append(time.perf_counter() - self.began_s)
-
-        def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
-            if "loss" in logs:
-                timed.losses.append(logs["loss"])
-                timed.log_odds.append(logs.get("log_odds_chosen", 0.0))
+    def note(logs: dict[str, float]) -> None:
+        timed.losses.append(logs["loss"])
+        timed.log_odds.append(logs.get("log_odds_chosen", 0.0))
 
     def as_it_is(_: Any, dataset: Any, *__: Any, **___: Any) -> Any:
         return dataset
@@ -238,7 +229,7 @@ def _trained(work: PreferenceWork, trainer_class: Any, config: Any, rows: list[d
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(_model_folder(work)),
-        callbacks=[Clock()],
+        callbacks=[step_clock(timed.step_s, note)],
     )
     trainer.train()
     return timed

@@ -6,7 +6,7 @@ before and after and a checkpoint at the end, as the others do. Nothing of ours 
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,9 @@ def plain(work: Workload, folder: Path) -> Trained:
     return trained
 
 
-def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
-    """TRL's SFTTrainer. As it comes: its own defaults, bf16 and recomputation among them. Tuned: as its pages on speed
-    and memory say for a machine whose memory suffices, without recomputation.
-
-    On the CPU tuned is also packed (best fit), which on a GPU wants the flash-attn package, or rows see each other (2 %
-    more held-out loss seen), and in fp32, as somebody would who sees how long bf16 takes without instructions for it.
-    """
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    on_gpu = work.device == "cuda"
-    trained = Trained(folder / "adapter", compute="fp32" if tuned and not on_gpu else "bf16")
+def step_clock(step_s: list[float], on_step_log: Callable[[dict[str, float]], None]) -> Any:
+    """Return what adds the seconds of each step of a trainer of transformers, and hands on what that logs of it."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         began_s = 0.0
@@ -134,11 +123,29 @@ def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
             self.began_s = time.perf_counter()
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            trained.step_s.append(time.perf_counter() - self.began_s)
+            step_s.append(time.perf_counter() - self.began_s)
 
         def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
             if "loss" in logs:
-                trained.losses.append(logs["loss"])
+                on_step_log(logs)
+
+    return Clock()
+
+
+def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
+    """TRL's SFTTrainer. As it comes: its own defaults, bf16 and recomputation among them. Tuned: as its pages on speed
+    and memory say for a machine whose memory suffices, without recomputation.
+
+    On the CPU tuned is also packed (best fit), which on a GPU wants the flash-attn package, or rows see each other (2 %
+    more held-out loss seen), and in fp32, as somebody would who sees how long bf16 takes without instructions for it.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    on_gpu = work.device == "cuda"
+    trained = Trained(folder / "adapter", compute="fp32" if tuned and not on_gpu else "bf16")
 
     rows = [row for step in work.steps for row in step]
     longest = max(len(row.input_ids) for row in rows)
@@ -171,7 +178,7 @@ def trl(work: Workload, folder: Path, tuned: bool) -> Trained:
         eval_dataset=Dataset.from_dict(_columns(work.held_out)),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=_lora(work),
-        callbacks=[Clock()],
+        callbacks=[step_clock(trained.step_s, lambda logs: trained.losses.append(logs["loss"]))],
     )
     trainer.evaluate()
     trainer.train()

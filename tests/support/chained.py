@@ -13,10 +13,11 @@ from finetune_api.errors import StageError
 from finetune_api.job import AdapterMode
 from finetune_api.layout import ADAPTER
 from finetune_api.run import StartingAdapter
-from finetune_trainer import prepare
+from finetune_trainer import prepare, train
 from finetune_trainer.runplan import RunPlan
 from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
-from tiny_run import TinyRun
+from finetune_trainer.stop import StopFlag
+from tiny_run import TinyRun, context, stop_before
 
 
 def source_of(run: TinyRun) -> StartingAdapter:
@@ -30,6 +31,16 @@ def begin_with(run: TinyRun, first: TinyRun, mode: AdapterMode = AdapterMode.CON
     adapter = read_adapter(first.store, source_of(first), run.plan.model, mode)
     run.write_plan(run.plan.model_copy(update={"starting_adapter": adapter}))
     return run
+
+
+def stopped_before(monkeypatch: pytest.MonkeyPatch, run: TinyRun, step: int) -> StageError:
+    """Train until a stop while step `step - 1` runs; return how that ended."""
+    stop = StopFlag(60)
+    with monkeypatch.context() as patch:
+        stop_before(patch, stop, step)
+        with pytest.raises(StageError) as caught:
+            train.run(context(run), stop)
+    return caught.value
 
 
 class Prepared:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,13 @@ def context(tmp: Path, spec: dict[str, Any], attempt: int = 1, memory_bytes: int
         store=open_store(config.storage),
         reporter=Reporter(Stage.PREPARE, attempt, CollectorRegistry()),
     )
+
+
+def train_context(ctx: StageContext, plan_digest: str, work_dir: Path) -> StageContext:
+    """Return the train stage of a job, once prepare has written that plan. work_dir: a folder that is made for it."""
+    work_dir.mkdir()
+    reporter = Reporter(Stage.TRAIN, ctx.attempt, CollectorRegistry())
+    return replace(ctx, stage=Stage.TRAIN, plan_digest=plan_digest, reporter=reporter, work_dir=work_dir)
 
 
 def put(tmp: Path, **files: bytes) -> None:

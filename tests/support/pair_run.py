@@ -9,7 +9,7 @@ import numpy as np
 from finetune_api.job import MethodSpec, MethodType
 from finetune_api.layout import PREPARED
 from finetune_trainer.batches import plan_batches
-from finetune_trainer.data.examples import ARRAYS, COLUMNS, TokenRun, Tree, one_segment, pair_of
+from finetune_trainer.data.examples import ARRAYS, COLUMNS, Examples, TokenRun, Tree, one_segment, pair_of
 from finetune_trainer.data.spool import flat_lengths
 from finetune_trainer.methods import method_of
 from finetune_trainer.runplan import SplitFiles
@@ -55,17 +55,30 @@ def thumbs(count: int, seed: int) -> tuple[list[Tree], list[int]]:
     return found, labels
 
 
+def joined_trees(trees: Sequence[Tree], **columns: Any) -> Examples:
+    """Return the trees as the examples of one split."""
+    lengths = np.concatenate([tree.lengths for tree in trees])
+    return Examples(
+        np.concatenate([tree.tokens for tree in trees]),
+        np.concatenate([tree.labels for tree in trees]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([tree.parents for tree in trees]),
+        np.cumsum([0, *(len(tree.lengths) for tree in trees)]),
+        columns,
+    )
+
+
 def write_trees(store: Store, folder: Path, trees: Sequence[Tree], labels: Sequence[int] | None = None) -> SplitFiles:
     """Write a split as prepare does."""
     folder.mkdir(parents=True, exist_ok=True)
-    segments = [len(tree.lengths) for tree in trees]
+    examples = joined_trees(trees)
     lengths = [each for tree in trees for each in flat_lengths(tree)]
     arrays: dict[str, Any] = {
-        "tokens": np.concatenate([tree.tokens for tree in trees]),
-        "labels": np.concatenate([tree.labels for tree in trees]),
-        "segment_offsets": np.cumsum([0, *np.concatenate([tree.lengths for tree in trees])]),
-        "parents": np.concatenate([tree.parents for tree in trees]),
-        "example_offsets": np.cumsum([0, *segments]),
+        "tokens": examples.tokens,
+        "labels": examples.labels,
+        "segment_offsets": examples.segment_offsets,
+        "parents": examples.parents,
+        "example_offsets": examples.example_offsets,
         "weight": np.ones(len(trees)),
     }
     if labels is not None:
@@ -74,7 +87,7 @@ def write_trees(store: Store, folder: Path, trees: Sequence[Tree], labels: Seque
         array.astype((ARRAYS | COLUMNS)[name]).tofile(folder / name)
     return SplitFiles(
         examples=len(trees),
-        segments=sum(segments),
+        segments=len(examples.parents),
         sequences=len(lengths),
         stored_tokens=len(arrays["tokens"]),
         total_tokens=sum(lengths),

@@ -25,18 +25,11 @@ from finetune_trainer.model import (
     language_model,
     load_base,
 )
+from packing_cases import EACH_CASE, SPECIAL, WINDOW, WINDOWED
 from tiny_run import VOCABULARY, linear_modules, make_run, tiny_config, tiny_model, use_model
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 2, 13, 6)
-# Something in each that a plain Llama does not have.
-SPECIAL: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.7},
-}
-WINDOW = {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
-WINDOWED = ("gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "starcoder2")
-CASES = [(family, SPECIAL.get(family, {})) for family in sorted(PACKING_FAMILIES)] + [(f, WINDOW) for f in WINDOWED]
 
 
 def _segments(lengths: tuple[int, ...]) -> Segments:
@@ -59,7 +52,7 @@ def _gradients(lm: LanguageModel, batches: list[Batch]) -> tuple[torch.Tensor, d
     return torch.cat([lm.token_logprobs(batch) for batch in batches]), gradients
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{f}{'-window' if c is WINDOW else ''}" for f, c in CASES])
+@EACH_CASE
 def test_packed_rows_have_the_logprobs_and_gradients_of_rows_alone(family: str, changes: dict[str, Any]) -> None:
     base = tiny_model(tiny_config(family, **changes))
     config = LoraConfig(r=2, target_modules=linear_modules(base), init_lora_weights=False)

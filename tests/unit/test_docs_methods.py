@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 
-from data_run import context, jsonl
+from data_run import context, jsonl, train_context
 from finetune_api.job import MethodType
-from finetune_api.names import Stage
 from finetune_api.run import StartingAdapter
 from finetune_cli.validate import problems
 from finetune_trainer import prepare, train
 from finetune_trainer.methods import method_of
-from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from tiny_run import byte_tokenizer, tiny_config, tiny_model
 
@@ -96,11 +93,7 @@ def test_every_job_of_the_page_becomes_an_adapter(tmp_path: Path, each: Shown) -
         )
         prepared = prepare.run(ctx)
         assert prepared.plan is not None
-        work_dir = folder / "train"
-        work_dir.mkdir()
-        reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
-        given = replace(ctx, stage=Stage.TRAIN, plan_digest=prepared.plan.digest, reporter=reporter, work_dir=work_dir)
-        result = train.run(given, StopFlag(60))
+        result = train.run(train_context(ctx, prepared.plan.digest, folder / "train"), StopFlag(60))
         assert result.artifact is not None
         committed[name] = StartingAdapter(uri=result.artifact.uri, digest=result.artifact.digest)
         card = (Path(result.artifact.uri.removeprefix("file://")) / "README.md").read_text()

@@ -1,6 +1,5 @@
 """The step: what it computes does not depend on how it is computed, and it never spoils the weights."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,7 +14,7 @@ from finetune_api.errors import StageError
 from finetune_api.job import Schedule
 from finetune_api.reasons import Fault
 from finetune_trainer import guard, loop
-from finetune_trainer.data.examples import Examples, TokenRun, Tree, one_segment, pair_of, tree_of
+from finetune_trainer.data.examples import Examples, TokenRun, one_segment, pair_of, tree_of
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, learning_rate, make_optimizer
 from finetune_trainer.methods.method import Loss, Method
@@ -25,6 +24,7 @@ from finetune_trainer.passes import passes
 from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import PassLayout
 from finetune_trainer.step_plan import StepPlan
+from pair_run import joined_trees
 from tiny_run import TinyRun, make_run
 
 
@@ -85,7 +85,7 @@ def test_the_learning_rate_is_a_function_of_the_step(run: TinyRun, schedule: Sch
 
 
 def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
-    examples = _joined([one_segment(*_zeros(length)) for length in (30, 50, 20, 120, 7)])
+    examples = joined_trees([one_segment(*_zeros(length)) for length in (30, 50, 20, 120, 7)])
     rows = examples.sequences_of([2, 0, 1, 3])
     packed = list(passes(examples, [2, 0, 1, 3], 60, PassLayout.PACKED))
     assert sorted(row for group in packed for row in group) == sorted(rows)
@@ -97,7 +97,7 @@ def test_passes_keep_to_the_budget_and_hold_every_row_once() -> None:
 @pytest.mark.parametrize("layout", [PassLayout.PACKED, PassLayout.APART])
 def test_the_sequences_of_an_example_stay_in_one_pass_where_the_method_wants_that(layout: PassLayout) -> None:
     lengths = [(30, 10), (20, 20), (90, 80)]
-    examples = _joined([pair_of(*(_zeros(length) for length in each)) for each in lengths])
+    examples = joined_trees([pair_of(*(_zeros(length) for length in each)) for each in lengths])
     found = list(passes(examples, [0, 1, 0, 2], 80, layout, whole=True))
     assert sorted(each for group in found for each in group) == sorted(examples.sequences_of([0, 1, 0, 2]))
     assert all([example for example, _ in group[::2]] == [example for example, _ in group[1::2]] for group in found)
@@ -192,18 +192,6 @@ def _unclipped(run: TinyRun, folder: Path) -> Stepper:
     return stepper
 
 
-def _joined(trees: Sequence[Tree], **columns: Any) -> Examples:
-    lengths = np.concatenate([tree.lengths for tree in trees])
-    return Examples(
-        np.concatenate([tree.tokens for tree in trees]),
-        np.concatenate([tree.labels for tree in trees]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        np.concatenate([tree.parents for tree in trees]),
-        np.cumsum([0, *(len(tree.lengths) for tree in trees)]),
-        columns,
-    )
-
-
 def _zeros(length: int) -> TokenRun:
     return TokenRun(np.zeros(length, dtype="u4"), (np.arange(length) > 0).astype("u1"))
 
@@ -231,8 +219,8 @@ def test_a_step_over_trees_learns_what_its_sequences_say_one_by_one(run: TinyRun
     )
     only_end = TokenRun(joined[1].tokens, np.concatenate([np.zeros_like(common.labels), second.labels]))
     labels = sum(int(each.labels.sum()) for each in (joined[0], only_end, other))
-    found = _gradient(stepper, _joined([tree, tree_of([other])]), labels, labels)
-    flat = _joined([tree_of([each]) for each in (joined[0], only_end, other)])
+    found = _gradient(stepper, joined_trees([tree, tree_of([other])]), labels, labels)
+    flat = joined_trees([tree_of([each]) for each in (joined[0], only_end, other)])
     expected = _gradient(stepper, flat, labels, labels)
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     torch.testing.assert_close(found[1], expected[1], atol=1e-7, rtol=1e-5)
@@ -245,9 +233,9 @@ def test_the_weight_of_an_example_multiplies_its_losses_and_its_part_of_the_deno
     runs, weights = _runs(2, 3), np.array([0.5, 2.0, 1.0], dtype="f4")
     labels = [int(each.labels.sum()) for each in runs]
     trees = [tree_of([each]) for each in runs]
-    alone = [_gradient(stepper, _joined([tree]), count, 1.0) for tree, count in zip(trees, labels, strict=True)]
+    alone = [_gradient(stepper, joined_trees([tree]), count, 1.0) for tree, count in zip(trees, labels, strict=True)]
     denominator = float(weights @ np.array(labels))
-    loss, gradient = _gradient(stepper, _joined(trees, weight=weights), sum(labels), denominator)
+    loss, gradient = _gradient(stepper, joined_trees(trees, weight=weights), sum(labels), denominator)
     assert loss == pytest.approx(sum(w * one[0] for w, one in zip(weights, alone, strict=True)) / denominator, rel=1e-5)
     expected = sum(float(w) * one[1] for w, one in zip(weights, alone, strict=True)) / denominator
     assert isinstance(expected, Tensor)

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from prometheus_client import CollectorRegistry
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from data_run import context, jsonl, put, write_model
+from data_run import context, jsonl, put, train_context, write_model
 from finetune_api.errors import StageError
 from finetune_api.job import MethodType
 from finetune_api.layout import METRICS, join
-from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_trainer import prepare, train
 from finetune_trainer.data.examples import TokenRun
@@ -27,7 +25,6 @@ from finetune_trainer.methods import METHODS, method_of
 from finetune_trainer.model import load_base
 from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import Denominator, RunPlan, read_plan
-from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.store import Store
 from tiny_run import make_run
@@ -88,13 +85,7 @@ def test_a_method_in_one_file_goes_from_rows_to_a_committed_adapter(
     ctx = context(tmp_path, {"evaluation": {"holdoutFraction": 0.2}, "hyperparameters": {"learningRate": 0.01}})
     prepared = prepare.run(ctx)
     assert prepared.plan is not None
-    reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
-    work_dir = tmp_path / "train"
-    work_dir.mkdir()
-    training = replace(
-        ctx, stage=Stage.TRAIN, plan_digest=prepared.plan.digest, reporter=reporter, work_dir=work_dir, pod_uid="pod-1"
-    )
-    result = train.run(training, StopFlag(60))
+    result = train.run(train_context(ctx, prepared.plan.digest, tmp_path / "train"), StopFlag(60))
     assert result.fault is Fault.COMMITTED
     assert result.artifact is not None
 

@@ -1,24 +1,20 @@
 """Preference methods from the user's rows to a committed adapter, and the jobs that they refuse."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 
-from data_run import context, jsonl, prepare_run, put
+from data_run import context, jsonl, prepare_run, put, train_context
 from finetune_api.errors import StageError
 from finetune_api.job import MethodSpec, MethodType
 from finetune_api.layout import ADAPTER, join
-from finetune_api.names import Stage
 from finetune_api.reasons import Fault
 from finetune_trainer import prepare, sizing, train
 from finetune_trainer.methods import method_of
 from finetune_trainer.runplan import PassLayout
-from finetune_trainer.serve import Reporter
 from finetune_trainer.sizing import Choices
 from finetune_trainer.stop import StopFlag
 from tiny_run import byte_tokenizer, tiny_config, tiny_model
@@ -64,11 +60,7 @@ def test_rows_become_a_committed_adapter(tmp_path: Path, method: str) -> None:
     prepared = prepare.run(ctx)
     assert prepared.plan is not None
     chosen = {value.field: value for value in prepared.plan.resolved}
-    work_dir = tmp_path / "train"
-    work_dir.mkdir()
-    reporter = Reporter(Stage.TRAIN, 1, CollectorRegistry())
-    training = replace(ctx, stage=Stage.TRAIN, plan_digest=prepared.plan.digest, reporter=reporter, work_dir=work_dir)
-    result = train.run(training, StopFlag(60))
+    result = train.run(train_context(ctx, prepared.plan.digest, tmp_path / "train"), StopFlag(60))
     assert result.artifact is not None
     assert result.quality is not None
     figures = set(method_of(MethodType(method)).figures)

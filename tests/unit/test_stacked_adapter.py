@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chained import Prepared, begin_with, source_of
+from chained import Prepared, begin_with, source_of, stopped_before
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.job import AdapterMode, MethodType
@@ -30,7 +30,7 @@ from finetune_trainer.sizing import memory_estimate
 from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from finetune_trainer.stop import StopFlag
 from pair_run import preference_run
-from tiny_run import TinyRun, context, make_run, stop_before
+from tiny_run import TinyRun, context, make_run
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 4, 32  # of the first adapter
@@ -168,12 +168,7 @@ def test_a_resumed_attempt_gives_the_bits_of_an_undisturbed_one(
 ) -> None:
     whole, cut = (stacked(tmp_path / name, first) for name in ("whole", "cut"))
     train.run(context(whole), StopFlag(60))
-    stop = StopFlag(60)
-    with monkeypatch.context() as patch:
-        stop_before(patch, stop, 3)
-        with pytest.raises(StageError) as caught:
-            train.run(context(cut), stop)
-    assert caught.value.fault is Fault.INTERRUPTED
+    assert stopped_before(monkeypatch, cut, 3).fault is Fault.INTERRUPTED
     assert {name.partition(".")[0] for name in load_file(next(cut.local(CHECKPOINTS).iterdir()) / TENSORS)} == {
         "adapter",
         "exp_avg",

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 
-from chained import Prepared, begin_with, source_of
+from chained import Prepared, begin_with, source_of, stopped_before
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.layout import ADAPTER
@@ -19,7 +19,7 @@ from finetune_trainer import train
 from finetune_trainer.model import load_base
 from finetune_trainer.starting_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.stop import StopFlag
-from tiny_run import TinyRun, context, make_run, stop_before
+from tiny_run import TinyRun, context, make_run
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,7 @@ def test_a_resumed_attempt_goes_on_with_its_checkpoint_and_not_with_the_earlier_
 ) -> None:
     whole, cut = (going_on(tmp_path / name, first) for name in ("whole", "cut"))
     train.run(context(whole), StopFlag(60))
-    stop = StopFlag(60)
-    with monkeypatch.context() as patch:
-        stop_before(patch, stop, 3)
-        with pytest.raises(StageError) as caught:
-            train.run(context(cut), stop)
-    assert caught.value.fault is Fault.INTERRUPTED
+    assert stopped_before(monkeypatch, cut, 3).fault is Fault.INTERRUPTED
     result = train.run(context(cut, attempt=2), StopFlag(60))
     assert result.resumed_from_step == 3
     assert cut.adapter_bytes() == whole.adapter_bytes()

@@ -23,7 +23,6 @@ from finetune_trainer.attention import (
 )
 from finetune_trainer.data.examples import Examples, TokenRun, Tree, pair_of, tree_of
 from finetune_trainer.evaluate import Measurement, held_out_loss
-from finetune_trainer.families import PACKING_FAMILIES
 from finetune_trainer.inputs import Batch, fetch_examples, fetch_steps, make_batch
 from finetune_trainer.loop import Stepper, make_optimizer
 from finetune_trainer.methods import planned_method
@@ -40,18 +39,12 @@ from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import PassLayout
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.trees import computes_trees
-from pair_run import preference_run
+from packing_cases import EACH_CASE
+from pair_run import joined_trees, preference_run
 from tiny_run import VOCABULARY, TinyRun, linear_modules, make_run, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 APART, PACKED_ROWS, TREES = PassLayout.APART, PassLayout.PACKED, PassLayout.TREES
-SPECIAL: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.7},
-}
-WINDOW = {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
-WINDOWED = ("gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "starcoder2")
-CASES = [(family, SPECIAL.get(family, {})) for family in sorted(PACKING_FAMILIES)] + [(f, WINDOW) for f in WINDOWED]
 
 
 def _run(*parts: np.ndarray, labelled: int) -> TokenRun:
@@ -89,17 +82,6 @@ def _trees(seed: int = 0) -> list[Tree]:
     ]
 
 
-def _joined(trees: Sequence[Tree]) -> Examples:
-    lengths = np.concatenate([tree.lengths for tree in trees])
-    return Examples(
-        np.concatenate([tree.tokens for tree in trees]),
-        np.concatenate([tree.labels for tree in trees]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        np.concatenate([tree.parents for tree in trees]),
-        np.cumsum([0, *(len(tree.lengths) for tree in trees)]),
-    )
-
-
 def _ancestors(examples: Examples) -> list[list[int]]:
     """Return the segments that each segment sees beside itself."""
     found: list[list[int]] = []
@@ -130,7 +112,7 @@ def test_branches_see_their_ancestors_and_themselves_alone(
     monkeypatch: pytest.MonkeyPatch, window: int | None, block: int
 ) -> None:
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
-    examples = _joined(_trees())
+    examples = joined_trees(_trees())
     batch = _batch(examples)
     torch.manual_seed(1)
     q, k, v = qkv = [torch.randn(1, 4, len(examples.tokens), 8, requires_grad=True) for _ in range(3)]
@@ -145,7 +127,7 @@ def test_branches_see_their_ancestors_and_themselves_alone(
 
 
 def test_a_pass_holds_each_segment_once_with_the_positions_and_labels_of_its_sequences() -> None:
-    examples = _joined(_trees())
+    examples = joined_trees(_trees())
     trees, flat = _batch(examples), _batch(examples, PACKED_ROWS)
     assert trees.input_ids[0].tolist() == examples.tokens.tolist()
     assert trees.tokens == flat.tokens == flat.input_ids.numel() > 1.5 * trees.input_ids.numel()
@@ -162,7 +144,7 @@ def test_a_pass_holds_each_segment_once_with_the_positions_and_labels_of_its_seq
 
 def test_what_is_read_with_other_answers_lies_in_a_pass_as_it_is_read() -> None:
     """As it is of one segment each, trees and flat sequences are the same pass."""
-    examples = _joined([tree for tree in _trees() if len(tree.lengths) == 1])
+    examples = joined_trees([tree for tree in _trees() if len(tree.lengths) == 1])
     trees, flat = _batch(examples), _batch(examples, PACKED_ROWS)
     assert torch.equal(trees.input_ids, flat.input_ids)
     assert not trees.segments.shared
@@ -186,13 +168,13 @@ def _scored(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[Tensor, dict[s
     return torch.cat(logprobs), {n: p.grad.clone() for n, p in lm.causal.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{f}{'-window' if c is WINDOW else ''}" for f, c in CASES])
+@EACH_CASE
 def test_trees_have_the_logprobs_and_gradients_of_flat_sequences(family: str, changes: dict[str, Any]) -> None:
     """By the model's own attention, one sequence at a time."""
     base = tiny_model(tiny_config(family, **changes))
     get_peft_model(base, LoraConfig(r=2, target_modules=linear_modules(base)))
     _perturbed({name: each for name, each in base.named_parameters() if each.requires_grad})
-    examples = _joined(_trees())
+    examples = joined_trees(_trees())
     own = LanguageModel(base, CPU, packed=False, logit_scale=_logit_scale(base.config))
     alone = [make_batch(examples, [each], CPU, APART) for each in examples.sequences_of(range(len(examples)))]
     expected, flat_gradients = _scored(own, alone)
@@ -212,7 +194,7 @@ def test_no_mask_grows_with_the_square_of_a_sequence(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(attention, "_QUERY_BLOCK", 16)
     generator = np.random.default_rng(0)
     prompt, *answers = (generator.integers(0, VOCABULARY, 400) for _ in range(4))
-    examples = _joined([tree_of([_run(prompt, each, labelled=400) for each in answers])])
+    examples = joined_trees([tree_of([_run(prompt, each, labelled=400) for each in answers])])
     base = tiny_model(tiny_config("llama", max_position_embeddings=1024))
     attention.register()
     base.set_attn_implementation(PACKED)
@@ -231,7 +213,7 @@ def test_no_mask_grows_with_the_square_of_a_sequence(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_an_example_is_never_divided_and_what_it_shares_counts_once(budget: int) -> None:
-    examples = _joined([*_trees(0), *_trees(1)])
+    examples = joined_trees([*_trees(0), *_trees(1)])
     found = list(passes(examples, range(len(examples)), budget, TREES))
     assert sorted(each for group in found for each in group) == examples.sequences_of(range(len(examples)))
     for group in found:
@@ -243,7 +225,7 @@ def test_an_example_is_never_divided_and_what_it_shares_counts_once(budget: int)
 
 
 def test_half_of_a_tree_is_refused() -> None:
-    examples = _joined(_trees())
+    examples = joined_trees(_trees())
     with pytest.raises(AssertionError, match="all sequences of an example"):
         make_batch(examples, examples.sequences_of([1])[1:], CPU, TREES)
 
@@ -319,7 +301,7 @@ def test_a_step_of_pairs_is_that_of_their_flat_sequences(
 
 def test_unrolled_conversations_are_measured_as_their_flat_sequences(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=1)
-    lm, examples = load_base(run.folder / "model", run.plan, CPU), _joined(_trees())
+    lm, examples = load_base(run.folder / "model", run.plan, CPU), joined_trees(_trees())
     found = [held_out_loss(lm, SFT, examples, 60, layout, 0, StopFlag(60), end_ids=[0]) for layout in PassLayout]
     assert all(each is not None for each in found)
     apart, *others = [each for each in found if each is not None]

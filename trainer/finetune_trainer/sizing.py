@@ -80,6 +80,25 @@ class Sizing:
     resolved: list[ResolvedValue]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What is trained on what: all that the memory and disk of a run depend on, beside the tokens of its passes."""
+
+    model: ModelFacts
+    family: str
+    data: DataFacts
+    rank: int
+    kept_rank: int
+    resources: RunResources
+
+    def memory_bytes(self, tokens: int, *, trees: bool) -> int:
+        """Return the bytes of host memory that passes of so many tokens need. Of trees a pass keeps a copy of what
+        attention sees, of as many tokens as flat sequences would have, at most."""
+        copied = round(tokens * self.data.most_repeated) if trees else 0
+        longest, gpus = self.data.longest_row, self.resources.gpus
+        return memory_estimate(self.model, self.family, self.rank, tokens, longest, gpus, copied, self.kept_rank)
+
+
 @dataclass(frozen=True)
 class _Pace:
     """How much a slow machine of this kind does, and in what time something has to be done."""
@@ -185,7 +204,8 @@ def size(
         machine="this GPU" if resources.gpus else f"{resources.cpu_count:g} CPUs",
     )
     packing = _packing(choices, preprocessing, model, family, data)
-    trees = _trees(choices, model, family, data, rank, kept_rank, resources, pace, method, packing=packing)
+    training = _Training(model=model, family=family, data=data, rank=rank, kept_rank=kept_rank, resources=resources)
+    trees = _trees(choices, training, pace, method, packing=packing)
     batch = _batch_size(choices, hyper, data, epochs, pace, trees=trees)
     if hyper.max_steps is not None:
         total_rows, steps = hyper.max_steps * batch, hyper.max_steps
@@ -213,14 +233,12 @@ def size(
         "hyperparameters.weightDecay", hyper.weight_decay, defaults.WEIGHT_DECAY, "LoRA needs none"
     )
     seed = choices.pick("hyperparameters.seed", hyper.seed, defaults.SEED, "fixed, so that a rerun repeats the order")
-    micro, memory = _micro_batch(
-        choices, model, family, data, rank, kept_rank, batch, resources, pace, method, trees=trees
-    )
+    micro, memory = _micro_batch(choices, training, batch, pace, method, trees=trees)
     if not resources.gpus:
         reason = "bf16 where the node that trains finds it clearly faster, and the first step's loss agrees"
         choices.note("precision", "fp32, or bf16 if faster", reason)
-    gpu_memory = _gpu_memory(choices, model, family, data, rank, kept_rank, micro) if resources.gpus else None
-    disk = _disk_bytes(model, data, rank, kept_rank, READ_BYTES * total_rows + STEP_BYTES * steps)
+    gpu_memory = _gpu_memory(choices, training, micro) if resources.gpus else None
+    disk = _disk_bytes(training, READ_BYTES * total_rows + STEP_BYTES * steps)
     disk += _reference_bytes(method.bound(method, spec.method), data.segments)
     if disk > resources.disk_bytes * _CLEARLY:
         raise StageError(
@@ -300,39 +318,21 @@ def _packing(choices: Choices, spec: PreprocessingSpec, model: ModelFacts, famil
     return choices.pick("preprocessing.packing", spec.packing, safe, reason)
 
 
-def _trees(
-    choices: Choices,
-    model: ModelFacts,
-    family: str,
-    data: DataFacts,
-    rank: int,
-    kept_rank: int,
-    resources: RunResources,
-    pace: _Pace,
-    method: Method,
-    *,
-    packing: bool,
-) -> bool:
+def _trees(choices: Choices, training: _Training, pace: _Pace, method: Method, *, packing: bool) -> bool:
     """Decide whether what the flat sequences of an example share is computed once, where any share something."""
+    data, resources = training.data, training.resources
     if data.stored_tokens == data.tokens:
         return False
-    tokens, copied = data.largest_tree, _copied_tokens(data, data.largest_tree, trees=True)
-    needed = memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied, kept_rank)
     flat = data.largest_row if method.denominator.keeps_examples_whole else data.longest_row
     found = computes_trees(
         packing=packing,
         gpu=bool(resources.gpus),
         tokens=data.tokens,
         stored_tokens=data.stored_tokens,
-        fits=needed <= resources.memory_bytes,
-        in_time=tokens <= max(flat, pace.tokens_per_s * pace.deadline_s),
+        fits=training.memory_bytes(data.largest_tree, trees=True) <= resources.memory_bytes,
+        in_time=data.largest_tree <= max(flat, pace.tokens_per_s * pace.deadline_s),
     )
     return choices.pick("treeAttention", None, found.value, found.reason)
-
-
-def _copied_tokens(data: DataFacts, tokens: int, *, trees: bool) -> int:
-    """Return of how many tokens a pass over so many keeps a copy of what attention sees, at most."""
-    return round(tokens * data.most_repeated) if trees else 0
 
 
 def _adapter(
@@ -468,11 +468,11 @@ def gpu_memory_estimate(
     return _CUDA_BYTES + 2 * model.parameters + above_model
 
 
-def _gpu_memory(
-    choices: Choices, model: ModelFacts, family: str, data: DataFacts, rank: int, kept_rank: int, tokens: int
-) -> int:
+def _gpu_memory(choices: Choices, training: _Training, tokens: int) -> int:
     """Return the bytes of GPU memory that training needs, as the plan tells it."""
-    needed = gpu_memory_estimate(model, family, rank, tokens, data.longest_row, kept_rank)
+    needed = gpu_memory_estimate(
+        training.model, training.family, training.rank, tokens, training.data.longest_row, training.kept_rank
+    )
     choices.pick(
         "gpuMemory", None, f"{needed / GIB:.1f} GiB", "counted for bf16; within 15 % of an H200 at nine shapes"
     )
@@ -480,29 +480,17 @@ def _gpu_memory(
 
 
 def _micro_batch(
-    choices: Choices,
-    model: ModelFacts,
-    family: str,
-    data: DataFacts,
-    rank: int,
-    kept_rank: int,
-    batch: int,
-    resources: RunResources,
-    pace: _Pace,
-    method: Method,
-    *,
-    trees: bool,
+    choices: Choices, training: _Training, batch: int, pace: _Pace, method: Method, *, trees: bool
 ) -> tuple[int, int]:
     """(tokens of one forward pass, bytes of memory): the most that fits both, never less than has to be in one pass."""
+    data, resources = training.data, training.resources
     whole = trees or method.denominator.keeps_examples_whole
     largest = data.largest_tree if trees else data.largest_row
     least = largest if whole else data.longest_row
 
     def needed(tokens: int) -> int:
         """A step's passes hold no more than its rows, however large the budget is."""
-        tokens = min(tokens, batch * largest)
-        copied = _copied_tokens(data, tokens, trees=trees)
-        return memory_estimate(model, family, rank, tokens, data.longest_row, resources.gpus, copied, kept_rank)
+        return training.memory_bytes(min(tokens, batch * largest), trees=trees)
 
     tokens = max(_GPU_MICRO_BATCH_TOKENS if resources.gpus else _CPU_MICRO_BATCH_TOKENS, least)
     reason = "enough to fill the GPU" if resources.gpus else "more is not faster on a CPU"
@@ -527,10 +515,11 @@ def _micro_batch(
     return tokens, needed(tokens)
 
 
-def _disk_bytes(model: ModelFacts, data: DataFacts, rank: int, kept_rank: int, plan_bytes: int) -> int:
+def _disk_bytes(training: _Training, plan_bytes: int) -> int:
     """Model files, prepared data, which rows the steps read, two checkpoints in the making, the adapter, logs."""
-    checkpoint = 12 * rank * model.lora_parameters_per_rank
-    kept = 2 * 4 * kept_rank * model.lora_parameters_per_rank  # as it is read, and in what is exported
+    model, data = training.model, training.data
+    checkpoint = 12 * training.rank * model.lora_parameters_per_rank
+    kept = 2 * 4 * training.kept_rank * model.lora_parameters_per_rank  # as it is read, and in what is exported
     files = sum(record.size_bytes for record in model.files)
     return files + data.prepared_bytes + plan_bytes + 3 * checkpoint + kept + 256 * 2**20
 
