@@ -20,6 +20,8 @@ READ_BY_A_PERSON = {
     "cuda-toolkit": "NVIDIA's, a package without files",
     "fastokens": "Apache-2.0; PCRE2 inside, BSD",
 }
+# Packages whose metadata name the GPL beside other licences.
+COPYLEFT_IN_PART = {"docutils": "public domain and BSD; the file under the GPL, for Emacs, is not in its wheel"}
 _COPYLEFT = re.compile(r"\bA?GPL|(?<!Lesser )General Public|Affero", re.IGNORECASE)
 
 
@@ -60,7 +62,7 @@ def test_no_package_that_is_shipped_is_under_the_gpl_or_agpl_and_each_has_a_lice
     licences = {str(canonicalize_name(one["Name"])): str(one["License"]) for one in told}
     shipped = {name for part in SHIPPED for name in locked(part)}
     assert sorted(shipped - set(licences)) == []
-    assert {name: licences[name] for name in sorted(shipped) if is_copyleft(licences[name])} == {}
+    assert [name for name in sorted(shipped) if is_copyleft(licences[name])] == sorted(COPYLEFT_IN_PART)
     assert [name for name in sorted(shipped) if licences[name] == "UNKNOWN"] == sorted(READ_BY_A_PERSON)
 
 
