@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
 from finetune_api.data_files import listed_endings
+from finetune_api.text_quality import QualitySpec
 
 
 def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -562,6 +563,10 @@ class PreprocessingSpec(ApiModel):
         le=1,
         description="With Quarantine: the job fails when a larger share of rows is broken. "
         f"Absent: {defaults.MAX_BROKEN_FRACTION}.",
+    )
+    quality: QualitySpec | None = Field(
+        default=None,
+        description="What is done about damaged and poor texts. Absent: damaged characters are put right.",
     )
 
 

@@ -25,11 +25,11 @@ from finetune_trainer.store import Store
 
 _MAX_LISTED = 100_000
 _MAX_FRAME_BYTES = 2**32 - 1
-_LIBRARIES = ("tokenizers", "fastokens", "jinja2", "orjson")
+_LIBRARIES = ("tokenizers", "fastokens", "jinja2", "orjson", "ftfy")
 
 
 def code_digest() -> str:
-    """Return the SHA-256 of the code and the libraries that make tokens of rows."""
+    """Return the SHA-256 of the code and the libraries that read, change and tokenise rows."""
     digest = hashlib.sha256()
     for folder in (Path(__file__).parent / "data", Path(finetune_api.__file__).parent):  # which has the limits of rows
         for path in sorted(folder.rglob("*.py")):

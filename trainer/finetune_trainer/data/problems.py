@@ -65,6 +65,11 @@ class Change(StrEnum):
     PARTS_JOINED = "parts_joined"
     RESULT_AS_JSON = "result_as_json"
     NULLS_LEFT_OUT = "nulls_left_out"
+    BYTE_ORDER_MARK = "byte_order_mark"
+    LINE_ENDS = "line_ends"
+    MOJIBAKE = "mojibake"
+    CONTROL_CHARACTERS = "control_characters"
+    UNICODE_FORM = "unicode_form"
 
 
 HELD_OUT = "evaluation"  # why a row is held out

@@ -15,7 +15,7 @@ from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
-from finetune_trainer.data.kinds import content_hash
+from finetune_trainer.data.kinds import content_hash, texts
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.problems import Broken
 from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
@@ -49,6 +49,18 @@ class Checked(NamedTuple):
     row: Row
     content_hash: bytes
     held_bytes: int
+
+    def with_row(self, row: Row) -> "Checked":
+        """Return it with the row that a stage has made of its own."""
+        hashed = content_hash(row)
+        if isinstance(hashed, Broken):
+            raise AssertionError("a stage has made a row that has no hash")
+        more = _size_of_texts(row) - _size_of_texts(self.row)
+        return self._replace(row=row, content_hash=hashed, held_bytes=max(1, self.held_bytes + more))
+
+
+def _size_of_texts(row: Row) -> int:
+    return sum(map(len, texts(row).values()))
 
 
 def checked_rows(

@@ -5,9 +5,11 @@ from functools import partial
 from itertools import groupby
 
 from finetune_api.errors import StageError
-from finetune_api.job import FineTuneJobSpec
+from finetune_api.job import FineTuneJobSpec, PreprocessingSpec
+from finetune_api.text_quality import QualitySpec
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.reading import Checked
+from finetune_trainer.data.stages.repair import REPAIR
 from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.data.stages.unanswered import UNANSWERED
 from finetune_trainer.data.stages.weightless import WEIGHTLESS
@@ -18,8 +20,9 @@ _MAX_BYTES = 2**20  # of a batch in memory, but for its last row
 
 def chain_of(spec: FineTuneJobSpec) -> tuple[Stage, ...]:
     """Return the stages of a job, in order. It follows from the spec alone: every worker process has the same."""
-    del spec  # no stage is chosen yet: the two that there are serve every job
-    return (WEIGHTLESS, UNANSWERED)
+    quality = (spec.preprocessing or PreprocessingSpec()).quality or QualitySpec()
+    repair = () if quality.repair is False else (REPAIR,)
+    return (*repair, WEIGHTLESS, UNANSWERED)
 
 
 def through(chain: Sequence[Stage], rows: Iterable[Checked], ledger: Ledger) -> Iterator[Checked]:
@@ -38,6 +41,7 @@ def _through_one(stage: Stage, batch: list[Checked], ledger: Ledger) -> list[Che
         for each in staged.decisions:
             take = ledger.drop if each.action is Action.DROP else partial(ledger.decide, action=each.action)
             take(each.file, each.row, stage.name, reason=each.reason, detail=each.detail, ref=each.ref)
+            ledger.changes.update([each.reason] if each.action is Action.CHANGE else ())
         ledger.passed(stage.name, map(_place, given), map(_place, staged.rows), staged.counters)
         passed += staged.rows
     return passed
