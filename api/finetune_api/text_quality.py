@@ -10,7 +10,7 @@ class QualitySpec(ApiModel):
 
     repair: bool | None = Field(
         default=None,
-        description="Whether damaged characters are put right: characters that a wrong encoding made of others, control "
+        description="Whether damaged characters are put right: what a wrong encoding made of others, control "
         "characters, line ends, Unicode in several parts. Code is left as it is but for its line ends, and what "
         "functions are called with is not touched. Every changed row is in decisions.jsonl. Absent: true.",
     )

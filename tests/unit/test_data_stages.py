@@ -90,6 +90,8 @@ def test_rows_go_through_all_stages_in_order_and_the_accounts_say_where_others_e
         for name, stage in account.stages.items()
     }
     assert counts == {
+        ("a", "repair"): (4, 4, 0),
+        ("b", "repair"): (1, 1, 0),
         ("a", "weightless"): (4, 3, 1),
         ("b", "weightless"): (1, 1, 0),
         ("a", "unanswered"): (3, 2, 1),

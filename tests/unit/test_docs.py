@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finetune_api import names
-from finetune_api.job import DatasetSpec, HyperparametersSpec
+from finetune_api.job import DatasetSpec, HyperparametersSpec, PreprocessingSpec
 from finetune_api.names import HTTP_PORT
 from finetune_api.platform import RESERVED_ENV
 from finetune_cli.main import app
@@ -123,11 +123,19 @@ def test_a_command_that_no_test_runs_names_things_that_exist(page: Path, command
 
 def test_datasets_in_the_page_about_data_are_valid() -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    datasets = [each for block in blocks for each in yaml.safe_load(block)["datasets"]]
+    datasets = [each for block in blocks for each in yaml.safe_load(block).get("datasets", ())]
     assert datasets
     for dataset in datasets:
         read = DatasetSpec.model_validate(dataset)
         assert read.model_dump(exclude_none=True, by_alias=True) == dataset
+
+
+def test_what_the_page_about_data_says_to_preprocess_is_valid() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = [given for block in blocks if (given := yaml.safe_load(block).get("preprocessing"))]
+    assert found
+    for given in found:
+        assert PreprocessingSpec.model_validate(given).model_dump(exclude_none=True, by_alias=True) == given
 
 
 @pytest.mark.parametrize("page", sorted(RUN_ON_THE_NODE), ids=lambda path: path.name)

@@ -11,7 +11,8 @@ from finetune_trainer.data.rows import Row
 _OF_PROGRAMS = re.compile(r"(?:^|\.)(?:tools|tool_calls|tool_call_id|name|chat_template_kwargs)(?:$|[.\[])")
 _FENCED = re.compile(r"(^[ \t]*(```|~~~).*?(?:^[ \t]*\2[^\n]*$|\Z))", re.DOTALL | re.MULTILINE)
 _LINE_OF_CODE = re.compile(
-    r"[;{}]\s*$|^\s*(?:[})\]]|//|/\*|#include\b|#!|import\b|from\s+\S+\s+import\b|def\s+\w+\(|class\s+\w+|return\b|"
+    r"[;{}]\s*$|^\s*(?:[})\]]|//|/\*|#include\b|#!|import\s+[\w.]+(?:\s+as\s+\w+)?\s*;?\s*$|from\s+\S+\s+import\b|def\s+\w+\(|class\s+\w+|"
+    r"return(?:\s+[\w.\[\]()]+)?\s*$|"
     r"(?:var|let|const|func|fn|public|private|static|if|for|while|elif|else)\b.*[:{(]\s*$|\w+(?:\.\w+)*\s*[+-]?=\s*\S)"
 )
 _SHARE_OF_CODE = 0.3  # of the lines that are not empty, from which on a text is taken for code

@@ -110,7 +110,7 @@ def _composed(text: str) -> str:
 _REPAIRS = (
     (Change.BYTE_ORDER_MARK, _without_mark),
     (Change.LINE_ENDS, _with_plain_line_ends),
-    (Change.MOJIBAKE, _read_as_written),
+    (Change.MOJIBAKE, _read_as_written),  # before some of its characters are taken for control characters
     (Change.CONTROL_CHARACTERS, _without_controls),
     (Change.UNICODE_FORM, _composed),
 )
