@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from finetune_api import reference
 from finetune_api.chart_schema import runtimes_schema
 from finetune_api.crd import custom_resource_definition
+from finetune_api.data_files import DOCUMENTS
 from finetune_api.names import HTTP_PORT, Stage
 from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
 from finetune_operator.job_series import MAX_FINISHED
@@ -160,6 +161,13 @@ def _words(words: Mapping[str, str], of_what: str = "a row, or the field that is
     yield from (f"| `{code}` | {each} |" for code, each in words.items())
 
 
+def _documents() -> Iterator[str]:
+    yield "| Ending | What is read |"
+    yield "|---|---|"
+    for files in DOCUMENTS.values():
+        yield f"| {_named(files.endings)} | {files.words} |"
+
+
 def data_page() -> str:
     """The page about data as it is, with its lists made anew. Raises ValueError where a list has no place in it."""
     page = DATA.read_text()
@@ -170,6 +178,7 @@ def data_page() -> str:
         "changes": _words(CHANGE_WORDS),
         "notes": _words(NOTE_WORDS, "a conversation, …"),
         "reasons": _words(ROW_WORDS),
+        "documents": _documents(),
     }.items():
         before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->\n")

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
-from finetune_api.data_files import listed_endings
+from finetune_api.data_files import listed_documents, listed_endings
 from finetune_api.text_quality import QualitySpec
 
 
@@ -403,7 +403,9 @@ class DatasetSpec(ApiModel):
     uri: FilesUri = Field(
         description="A file, a folder ending in /, or a pattern with *, ? and ** (any folders). Read are "
         f"{listed_endings()}, in any case; JSON as rows line by line, one list, or one behind another; CSV with a "
-        "header. Hidden and temporary files and others are passed over and reported. Example: s3://data/chat/*.jsonl"
+        "header; and for CPT, where no such file is among them, documents, each a row: "
+        f"{listed_documents()}. Hidden and temporary files and others are passed over and reported. "
+        "Example: s3://data/chat/*.jsonl"
     )
     format: DatasetFormat | None = Field(
         default=None,

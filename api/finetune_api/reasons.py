@@ -9,7 +9,7 @@ the fault's code and its arguments, never free text and never data; the words ar
 from enum import StrEnum
 from typing import NamedTuple
 
-from finetune_api.data_files import listed_endings
+from finetune_api.data_files import listed_documents, listed_endings
 from finetune_api.names import Stage
 from finetune_api.printable import printable
 
@@ -414,7 +414,8 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.OBJECT_NOT_FOUND: FaultText(Reason.DATA_NOT_FOUND, "{uri} does not exist; put it there, or fix {field}"),
     Fault.NO_FILES_MATCH: FaultText(
         Reason.DATA_NOT_FOUND,
-        f"no data file matches {{uri}}{{found}}; expected at least one {listed_endings()}; "
+        f"no data file matches {{uri}}{{found}}; expected at least one {listed_endings()}, "
+        f"or for method CPT a document ({listed_documents()}); "
         "a folder is written with / at its end",
         unknown={"found": ""},
     ),

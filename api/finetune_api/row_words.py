@@ -64,6 +64,12 @@ ROW_WORDS: dict[str, str] = {
     "small_margin": "has no two answers whose scores differ by datasets[].preference.minMargin",
     "rated_both_ways": "rates an answer that another row of the same prompt rates the other way",
     "one_sided": "rates an answer to whose prompt no other one is left that is rated the other way",
+    "no_text_layer": "is a PDF of pictures without text, as of scanned pages; recognise its text first (OCR)",
+    "encrypted": "is encrypted; write it without a password",
+    "broken_document": "is damaged, or not what the end of its name says",
+    "empty_document": "has no text",
+    "document_too_large": "is larger than a document may be; divide it",
+    "extraction_ended": "takes more time or memory to read than a document may, or ends what reads it",
     "other": "is left out for one of several further reasons",
 }
 

@@ -191,12 +191,15 @@ def _changed_data(config: RunConfig, plan_digest: str | None) -> list[str]:
 
     Asked at the end, when storage is known to answer: it could keep us waiting for minutes, deaf to Ctrl-C."""
     from finetune_trainer.data.listing import changed_files
+    from finetune_trainer.methods import method_of
     from finetune_trainer.runplan import read_plan
     from finetune_trainer.store import open_store
 
     store = open_store(config.storage)
     try:
-        return changed_files(store, config.spec.datasets, read_plan(store, config.run_uri, plan_digest).plan.inputs)
+        planned = read_plan(store, config.run_uri, plan_digest).plan.inputs
+        takes_documents = method_of(config.spec.method.type).takes_documents
+        return changed_files(store, config.spec.datasets, planned, takes_documents=takes_documents)
     except StageError:
         return []
 

@@ -54,6 +54,13 @@ def text_files(folder: Path) -> None:
     put(folder, a_jsonl=jsonl(TEXTS))
 
 
+def document_files(folder: Path) -> None:
+    """Texts, some of them long and some empty."""
+    (folder / "data").mkdir()
+    for i in range(200):
+        (folder / "data" / f"{i:03}.{'md' if i % 2 else 'txt'}").write_text(f"{i} is a number.\n" * (i % 90))
+
+
 def pair_files(folder: Path) -> None:
     lines = "".join(f'"{row["prompt"]}","{row["completion"]}",{row["weight"]}\n' for row in PAIRS)
     put(folder, a_jsonl=jsonl(PAIRS), b_csv=("prompt,completion,weight\n" + lines).encode())
@@ -101,6 +108,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "chat, quarantined, dropped": (chat_files, {"preprocessing": {**QUARANTINE, "maxTooLongFraction": 0.5}}, []),
     "chat, truncated": (chat_files, {"preprocessing": {**QUARANTINE, "tooLong": "Truncate"}}, []),
     "text, split": (text_files, {"method": {"type": "CPT"}}, []),
+    "documents": (document_files, {"method": {"type": "CPT"}}, []),
     "completions with weights": (pair_files, {}, []),
     "pairs": (preference_pair_files, PREFERENCE, []),
     "rankings": (ranking_files, PREFERENCE, []),

@@ -8,17 +8,17 @@ from shutil import rmtree
 from finetune_api.errors import StageError
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.detect import given_shape
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
-from finetune_trainer.data.partition_runner import NoRowsError
+from finetune_trainer.data.partition_runner import NoRowsError, extractors_for
 from finetune_trainer.data.partitions import MAX_PARTITION_BYTES, Partition, cut, in_flight_bytes, partition_bytes
 from finetune_trainer.data.raw_rows import PlacedRow, decode_row, read_rows, read_sizes
 from finetune_trainer.data.reading import (
     DecodedRows,
     RawReader,
-    detect_format,
+    choices_for,
     peek,
+    shape_of,
     unread_columns,
     valid_rows,
 )
@@ -41,7 +41,9 @@ class JobPartitions:
         self.in_flight_bytes = in_flight_bytes(self._size_bytes, workers)
         most_bytes = sum(each.most_bytes for each in stage.ledger.files)
         self.most_partitions = FEW + most_bytes // self._size_bytes
-        self._choices = dataset_choices(stage)
+        given = zip(inputs, dataset_choices(stage), strict=True)
+        self._choices = [choices_for(each, choices) for each, choices in given]
+        self._extractors = extractors_for(stage.resources.cpu_count, stage.resources.memory_bytes)
 
     def partitions(self) -> Generator[Partition]:
         """Yield the partitions of all datasets, in order. Raises NoRowsError and what reading raises."""
@@ -49,11 +51,11 @@ class JobPartitions:
         method = ctx.config.spec.method.type
         for number, (dataset, inputs) in enumerate(zip(ctx.config.spec.datasets, self._inputs, strict=True)):
             choices, self._cut = self._choices[number], number
-            reader = RawReader(ctx.store, stage.ledger, inputs, unread_columns(choices), ctx.work_dir)
+            unread = unread_columns(choices)
+            reader = RawReader(ctx.store, stage.ledger, inputs, unread, ctx.work_dir, self._extractors)
             with closing(reader.rows()) as rows:
                 peeked, error = _peeked(rows)
-                given = dataset.format
-                found = given_shape(given) if given else detect_format(stage.ledger, peeked, method, choices)
+                found = shape_of(inputs, dataset.format, stage.ledger, peeked, method, choices)
                 stage.formats.append(found.shape if found else stage.method.formats[0])
                 if found is not None:
                     self._choices[number] = replace(choices, told_by=found.told_by)

@@ -161,7 +161,12 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
 
 def find_inputs(stage: RowsStage) -> list[Inputs]:
     """Find the files of all datasets. Raises what `find_files` does."""
-    inputs = find_files(stage.ctx.store, stage.ctx.config.spec.datasets, stage.ledger)
+    inputs = find_files(
+        stage.ctx.store,
+        stage.ctx.config.spec.datasets,
+        stage.ledger,
+        takes_documents=stage.method.takes_documents,
+    )
     stage.first_files = [each.files.start for each in inputs]
     stage.ignored = [uri for each in inputs for uri in each.ignored]
     return inputs

@@ -4,7 +4,7 @@ import re
 from enum import StrEnum
 from typing import NamedTuple
 
-from finetune_api.data_files import ENDINGS, PACKED_ENDINGS
+from finetune_api.data_files import DOCUMENTS, ENDINGS, PACKED_ENDINGS
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.data.problems import LFS_POINTER, place
@@ -23,6 +23,15 @@ class Notation(StrEnum):
     CSV = ".csv"
     TSV = ".tsv"
     PARQUET = ".parquet"
+
+
+class DocumentKind(StrEnum):
+    """What a document is."""
+
+    TEXT = "plain text"
+    MARKDOWN = "Markdown"
+    HTML = "HTML"
+    PDF = "PDF"
 
 
 class Packing(StrEnum):
@@ -48,6 +57,7 @@ class WrongKind(NamedTuple):
 
 
 _NOTATIONS = {ending: Notation(".jsonl" if ending == ".ndjson" else ending) for ending in ENDINGS}
+_DOCUMENTS = {ending: DocumentKind(kind) for kind, files in DOCUMENTS.items() for ending in files.endings}
 _PACKINGS = {".gz": Packing.GZIP, ".zst": Packing.ZSTD}
 _MAGIC = {Packing.GZIP: (b"\x1f\x8b",), Packing.ZSTD: (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")}
 assert set(_PACKINGS) == set(PACKED_ENDINGS)
@@ -63,7 +73,7 @@ _WRONG_KINDS = tuple(
         (rb"(\xff\xfe\0\0|\0\0\xfe\xff)", "text in UTF-32", "write it as UTF-8"),
         (rb"(\xff\xfe|\xfe\xff|[\x20-\x7e]\0[\x09-\x7e]\0|\0[\x20-\x7e]\0[\x09-\x7e])", "text in UTF-16",
          "write it as UTF-8"),
-        (rb"%PDF-", "a PDF", "extract its text, and write that as rows"),
+        (rb"%PDF-", "a PDF", "name it .pdf, which method CPT reads, or write its text as rows"),
         (rb"PK\x03\x04.{0,2000}(\[Content_Types\]\.xml|xl/|word/)", "an Excel or Word file", _EXPORT),
         (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel or Word file of before 2007", _EXPORT),
         (rb"PK(\x03\x04|\x05\x06)", "a zip archive", _UNPACK),
@@ -95,6 +105,12 @@ def notation_of(name: str) -> Notation | None:
     bare = next((lower.removesuffix(end) for end in PACKED_ENDINGS if lower.endswith(end)), lower)
     notation = next((each for end, each in _NOTATIONS.items() if bare.endswith(end)), None)
     return None if notation is Notation.PARQUET and bare != lower else notation
+
+
+def document_of(name: str) -> DocumentKind | None:
+    """Return which kind of document a file is, by the end of its name in any case; None: it is none."""
+    dot = name.rfind(".")
+    return _DOCUMENTS.get(name[dot:].lower()) if dot > name.rfind("/") else None
 
 
 def packing_of(head: bytes) -> Packing:

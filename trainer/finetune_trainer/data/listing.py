@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 from finetune_api.errors import StageError
@@ -11,7 +12,8 @@ from finetune_api.job import DatasetSpec
 from finetune_api.reasons import Fault
 from finetune_trainer.data import parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
-from finetune_trainer.data.file_kinds import HEAD_BYTES, FileKind, Notation, kind_of, notation_of
+from finetune_trainer.data.documents.reading import Document, most_text_bytes
+from finetune_trainer.data.file_kinds import HEAD_BYTES, FileKind, Notation, document_of, kind_of, notation_of
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.unpacking import most_unpacked_bytes
 from finetune_trainer.runplan import FileRecord
@@ -32,61 +34,87 @@ _NO_DATA = re.compile(
 
 
 class Inputs(NamedTuple):
-    """The files of one dataset, as indices into the ledger, how each is read, and those that were passed over."""
+    """The files of one dataset, as indices into the ledger, how each is read, and those that were passed over.
+
+    documents: the files where they are that, in the place of `kinds`."""
 
     files: range
     kinds: list[FileKind]
     ignored: list[str]
+    documents: Sequence[Document] = ()
 
 
 class _Matched(NamedTuple):
-    """What a dataset's URI matches."""
+    """What a dataset's URI matches. beside: documents that are passed over, as there are files of rows."""
 
     data: list[ObjectInfo]
     hidden: list[str]
     others: list[str]  # whose names end as those of no data file
+    beside: Sequence[str] = ()
+    are_documents: bool = False
+
+    @property
+    def ignored(self) -> list[str]:
+        return [*self.hidden, *self.others, *self.beside]
 
 
-def find_files(store: Store, datasets: Sequence[DatasetSpec], ledger: Ledger) -> list[Inputs]:
+def find_files(
+    store: Store, datasets: Sequence[DatasetSpec], ledger: Ledger, *, takes_documents: bool = False
+) -> list[Inputs]:
     """Register the files of all datasets in the ledger, and look at how each begins, before any is read.
 
-    Raises NO_FILES_MATCH, TOO_MANY_FILES, FILE_NAMED_TWICE, WRONG_FILE."""
+    takes_documents: whether the job learns plain texts, so that files may be documents. How these begin is seen when
+    they are read. Raises NO_FILES_MATCH, TOO_MANY_FILES, FILE_NAMED_TWICE, WRONG_FILE."""
     matched: list[_Matched] = []
     for index, dataset in enumerate(datasets):
         with spec_field(f"datasets[{index}].uri"):
-            found = _match(store, dataset.uri)
+            found = _match(store, dataset.uri, takes_documents)
         if not found.data:
             raise StageError(Fault.NO_FILES_MATCH, uri=place(dataset.uri), found=_others_found(found))
         matched.append(found)
         if sum(len(each.data) for each in matched) > _MAX_FILES:
             raise StageError(Fault.TOO_MANY_FILES, uri=place(dataset.uri), limit=_MAX_FILES)
     _refuse_repeated(matched)
-    kinds = _kinds(store, [info for each in matched for info in each.data])
+    kinds = iter(_kinds(store, [info for each in matched if not each.are_documents for info in each.data]))
     inputs: list[Inputs] = []
     for found in matched:
         first = len(ledger.files)
-        own = kinds[first : first + len(found.data)]
-        ledger.files += [
-            FileAccount(
-                info.uri,
-                info.size_bytes,
-                info.etag,
-                most_bytes=_most_bytes(info, kind),
-                is_table=kind.notation is Notation.PARQUET,
-            )
-            for info, kind in zip(found.data, own, strict=True)
-        ]
+        own: list[FileKind] = []
+        documents: list[Document] = []
+        if found.are_documents:
+            documents = [_document(info) for info in found.data]
+            ledger.files += [_document_account(info) for info in found.data]
+        else:
+            own = list(islice(kinds, len(found.data)))
+            ledger.files += [_account(info, kind) for info, kind in zip(found.data, own, strict=True)]
         _tell(found)
-        inputs.append(Inputs(range(first, len(ledger.files)), own, [*found.hidden, *found.others]))
+        inputs.append(Inputs(range(first, len(ledger.files)), own, found.ignored, documents))
     return inputs
 
 
-def changed_files(store: Store, datasets: Sequence[DatasetSpec], planned: Sequence[FileRecord]) -> list[str]:
+def _account(info: ObjectInfo, kind: FileKind) -> FileAccount:
+    most_bytes, is_table = _most_bytes(info, kind), kind.notation is Notation.PARQUET
+    return FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=most_bytes, is_table=is_table)
+
+
+def _document_account(info: ObjectInfo) -> FileAccount:
+    return FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=most_text_bytes(info.size_bytes))
+
+
+def _document(info: ObjectInfo) -> Document:
+    kind = document_of(info.uri)
+    assert kind is not None
+    return Document(info.uri, info.size_bytes, kind)
+
+
+def changed_files(
+    store: Store, datasets: Sequence[DatasetSpec], planned: Sequence[FileRecord], *, takes_documents: bool = False
+) -> list[str]:
     """Return the URIs of files that were added, removed or given another content since they were read as `planned`.
 
     A file with another ETag is read again, up to 1 GiB in all; of those beyond it cannot be told, and they are left
     out."""
-    now = {info.uri: info for dataset in datasets for info in _match(store, dataset.uri).data}
+    now = {info.uri: info for dataset in datasets for info in _match(store, dataset.uri, takes_documents).data}
     then = {file.uri: file for file in planned}
     changed = list(now.keys() ^ then.keys())
     unread_bytes = _MAX_REREAD_BYTES
@@ -100,21 +128,27 @@ def changed_files(store: Store, datasets: Sequence[DatasetSpec], planned: Sequen
     return sorted(changed)
 
 
-def _match(store: Store, uri: str) -> _Matched:
-    """Return what a URI matches; a file that is named itself is data, whatever its name."""
+def _match(store: Store, uri: str, takes_documents: bool) -> _Matched:
+    """Return what a URI matches; a file that is named itself is data, whatever its name.
+
+    Beside files of rows a document is none: a dataset that was downloaded has a README.md beside its rows."""
     found = store.match(uri, _MAX_FILES)
     if not is_pattern(uri) and not uri.endswith("/"):
-        return _Matched(found, [], [])
+        return _Matched(found, [], [], are_documents=takes_documents and document_of(uri) is not None)
     begin = fixed_prefix(uri).rfind("/") + 1
-    matched = _Matched([], [], [])
+    matched, documents = _Matched([], [], []), list[ObjectInfo]()
     for info in found:
         if any(_NO_DATA.fullmatch(part) for part in info.uri[begin:].split("/")):
             matched.hidden.append(info.uri)
-        elif notation_of(info.uri) is None:
-            matched.others.append(info.uri)
-        else:
+        elif notation_of(info.uri) is not None:
             matched.data.append(info)
-    return matched
+        elif takes_documents and document_of(info.uri) is not None:
+            documents.append(info)
+        else:
+            matched.others.append(info.uri)
+    if documents and not matched.data:
+        return matched._replace(data=documents, are_documents=True)
+    return matched._replace(beside=[info.uri for info in documents])
 
 
 def _others_found(found: _Matched) -> str:
@@ -159,6 +193,11 @@ def _most_bytes(info: ObjectInfo, kind: FileKind) -> int:
 
 
 def _tell(found: _Matched) -> None:
+    if found.beside:
+        words = (
+            "%d documents are passed over, as there are files of rows beside them; a pattern such as **.md names them"
+        )
+        log.warning(words, len(found.beside))
     if found.others:
         log.warning("%d files are passed over, as their names end as those of no data file", len(found.others))
     if found.hidden:

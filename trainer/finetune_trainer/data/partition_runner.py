@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+from finetune_trainer.data.documents.extractor import MEMORY_BYTES as EXTRACTOR_BYTES
 from finetune_trainer.data.partition_messages import PartitionResult, Task
 from finetune_trainer.data.partition_work import PartitionWork
 from finetune_trainer.data.partitions import Partition
 
 MAX_WORKERS = 32
+MAX_EXTRACTORS = 8
 PARENT_BYTES = 2**30  # what prepare takes beside its workers
 WORKER_BYTES = 5 * 2**28  # of one, with the processes that run the tokenizer (0.5 GiB) and the template
 
@@ -17,6 +19,12 @@ def workers_for(cpu_count: float, memory_bytes: int) -> int:
     """Return how many workers a pod with these resources has: one for each core, as far as memory suffices."""
     cores = min(int(cpu_count), len(os.sched_getaffinity(0)), MAX_WORKERS)
     return max(1, min(cores, (memory_bytes - PARENT_BYTES) // WORKER_BYTES))
+
+
+def extractors_for(cpu_count: float, memory_bytes: int) -> int:
+    """Return how many processes may read documents beside the workers, which wait for what they give."""
+    cores = min(int(cpu_count), len(os.sched_getaffinity(0)), MAX_EXTRACTORS)
+    return max(1, min(cores, memory_bytes // (2 * EXTRACTOR_BYTES)))
 
 
 class NoRowsError(Exception):

@@ -88,6 +88,12 @@ class Drop(StrEnum):
     SMALL_MARGIN = "small_margin"
     RATED_BOTH_WAYS = "rated_both_ways"
     ONE_SIDED = "one_sided"
+    NO_TEXT_LAYER = "no_text_layer"
+    ENCRYPTED = "encrypted"
+    BROKEN_DOCUMENT = "broken_document"
+    EMPTY_DOCUMENT = "empty_document"
+    DOCUMENT_TOO_LARGE = "document_too_large"
+    EXTRACTION_ENDED = "extraction_ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,14 @@ class Broken:
     @property
     def words(self) -> str:
         return f"{ROW_WORDS[self.problem]}{': ' if self.detail else ''}{self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A document of which nothing can be used. words: what is wrong there, beyond the reason; never its own."""
+
+    drop: Drop
+    words: str = ""
 
 
 class RefusedError(Exception):

@@ -13,11 +13,12 @@ from finetune_api.job import DatasetFormat, MethodType
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.documents.reading import extracted
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.kinds import content_hash, texts
 from finetune_trainer.data.listing import Inputs
-from finetune_trainer.data.problems import Broken
+from finetune_trainer.data.problems import Broken, LeftOut
 from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
@@ -74,6 +75,7 @@ def checked_rows(
     work_dir: Path,
     formats: list[DatasetFormat],
     select: Select = every_row,
+    processes: int = 1,
 ) -> Iterator[Checked]:
     """Valid rows of one dataset, in order; its format is appended to `formats` before the first.
 
@@ -81,9 +83,10 @@ def checked_rows(
 
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
-    with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir).rows()) as rows:
+    choices = choices_for(inputs, choices)
+    with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir, processes).rows()) as rows:
         peeked = list(peek(rows))
-        found = detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
+        found = shape_of(inputs, given, ledger, peeked, method, choices)
         if found is None:
             _count_broken(ledger, bad, peeked, method, choices)
             raise bad.error()
@@ -91,6 +94,25 @@ def checked_rows(
         choices = replace(choices, told_by=found.told_by)
         decoded = ((file, decode_row(row)) for file, row in chain(_given_away(peeked), rows))
         yield from valid_rows(ledger, bad, select(decoded), found.shape, choices)
+
+
+def choices_for(inputs: Inputs, choices: RowChoices) -> RowChoices:
+    """Return what the job chose about the rows of files: those of documents have no names of columns."""
+    return replace(choices, columns={}, ignored=frozenset()) if inputs.documents else choices
+
+
+def shape_of(
+    inputs: Inputs,
+    given: DatasetFormat | None,
+    ledger: Ledger,
+    peeked: list[PlacedRow],
+    method: MethodType,
+    choices: RowChoices,
+) -> detect.Detected | None:
+    """Return the format of a dataset; None when no row is an object. Raises WRONG_FORMAT."""
+    if inputs.documents:
+        return detect.Detected(DatasetFormat.TEXT, "its files are documents, which have")
+    return detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
 
 
 def unread_columns(choices: RowChoices) -> Collection[str]:
@@ -127,6 +149,9 @@ def valid_rows(
     of_tables = replace(choices, nulls_are_absent=True)
     for file, (number, value, size_bytes, held_bytes) in rows:
         ledger.count(file, size_bytes)
+        if isinstance(value, LeftOut):
+            ledger.drop(file, number, "extract", value.drop, words=value.words)
+            continue
         checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)
@@ -164,13 +189,23 @@ def detect_format(
 
 
 class RawReader:
-    """Reads the files of a dataset in order, each at one version. Only Parquet, which needs seeking, goes to disk.
+    """Reads the files of a dataset in order, each at one version. Only Parquet, which needs seeking, and documents,
+    which are read ahead, go to disk.
 
-    unread: names of columns that are passed over."""
+    unread: names of columns that are passed over; processes: that read documents, at most."""
 
-    def __init__(self, store: Store, ledger: Ledger, inputs: Inputs, unread: Collection[str], work_dir: Path) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        inputs: Inputs,
+        unread: Collection[str],
+        work_dir: Path,
+        processes: int = 1,
+    ) -> None:
         self._store, self._ledger, self._inputs = store, ledger, inputs
-        self._unread, self._path = unread, work_dir / "input.parquet"
+        self._unread, self._work_dir, self._processes = unread, work_dir, processes
+        self._path = work_dir / "input.parquet"
         self.row_bytes = 0  # of the rows so far, unpacked
         self._whole_bytes = 0  # of the files that are read to their end
         self._within: Callable[[], float] = lambda: 0.0
@@ -182,6 +217,9 @@ class RawReader:
 
     def rows(self) -> Generator[PlacedRow]:
         """Yield the rows, each with the index of its file."""
+        if self._inputs.documents:
+            yield from self._documents()
+            return
         with parquet.ParquetDecoder(self._unread) as decoder:
             for index, kind in zip(self._inputs.files, self._inputs.kinds, strict=True):
                 account = self._ledger.files[index]
@@ -190,6 +228,17 @@ class RawReader:
                     self.row_bytes += row.size_bytes
                     yield PlacedRow(index, row)
                 self._whole_bytes, self._within = self._whole_bytes + account.size_bytes, lambda: 0.0
+
+    def _documents(self) -> Generator[PlacedRow]:
+        folder = self._work_dir / "documents"
+        with closing(extracted(self._store, self._inputs.documents, folder, self._processes)) as documents:
+            for index, document in zip(self._inputs.files, documents, strict=True):
+                account = self._ledger.files[index]
+                account.sha256, account.size_bytes = document.sha256, document.size_bytes
+                for row in document.rows():
+                    self.row_bytes += row.size_bytes
+                    yield PlacedRow(index, row)
+                self._whole_bytes += account.size_bytes
 
     def _parquet(self, account: FileAccount, decoder: parquet.ParquetDecoder) -> Iterator[RawRow]:
         account.sha256 = self._store.download(account.uri, self._path)

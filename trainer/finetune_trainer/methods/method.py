@@ -118,6 +118,11 @@ class Method:
         return tuple(each for each in DatasetFormat if any(each in kind.formats for kind in self.kinds))
 
     @property
+    def takes_documents(self) -> bool:
+        """Whether a row may be a plain text, which is what a document is."""
+        return DatasetFormat.TEXT in self.formats
+
+    @property
     def takes_chats(self) -> bool:
         """Whether a row may be a conversation, which the chat template renders."""
         return any(kind.may_be_rendered for kind in self.kinds)
