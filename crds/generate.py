@@ -7,6 +7,7 @@ import ast
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -19,11 +20,13 @@ from finetune_api.chart_schema import runtimes_schema
 from finetune_api.crd import custom_resource_definition
 from finetune_api.data_files import DOCUMENTS
 from finetune_api.names import HTTP_PORT, Stage
+from finetune_api.pii import PII_WORDS
 from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
 from finetune_operator.job_series import MAX_FINISHED
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 from finetune_trainer.data import field_names
+from finetune_trainer.data.pii.national_ids import NATIONAL_IDS
 from finetune_trainer.data.shapes import SHAPES
 from finetune_trainer.data.taught import NOTE_WORDS
 from finetune_trainer.metrics import TrainMetrics
@@ -155,6 +158,21 @@ def _message_fields() -> Iterator[str]:
     yield f"| passed over | {_named(sorted(field_names.METADATA_OF_MESSAGES))} |"
 
 
+def _pii() -> Iterator[str]:
+    yield "| type | what is told |"
+    yield "|---|---|"
+    yield from (f"| `{type_}` | {words} |" for type_, words in PII_WORDS.items())
+    yield ""
+    yield "National numbers:"
+    yield ""
+    yield "| country | number | a word before it is needed |"
+    yield "|---|---|---|"
+    for (region, name), group in groupby(NATIONAL_IDS, key=lambda each: (each.region, each.name)):
+        needs_word = {bool(each.cue) for each in group}
+        needed = "in some of its forms" if len(needs_word) > 1 else "yes" if needs_word == {True} else ""
+        yield f"| {region} | {name} | {needed} |"
+
+
 def _words(words: Mapping[str, str], of_what: str = "a row, or the field that is named, …") -> Iterator[str]:
     yield f"| code | {of_what} |"
     yield "|---|---|"
@@ -179,6 +197,7 @@ def data_page() -> str:
         "notes": _words(NOTE_WORDS, "a conversation, …"),
         "reasons": _words(ROW_WORDS),
         "documents": _documents(),
+        "pii": _pii(),
     }.items():
         before, begin, rest = page.partition(f"<!-- begin {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->\n")

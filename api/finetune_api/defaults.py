@@ -24,6 +24,7 @@ SFT_TOO_LONG = "Drop"
 CPT_TOO_LONG = "Split"
 MAX_TOO_LONG_FRACTION = 0.05
 ON_BAD_ROW = "Fail"
+PII_ACTION = "Report"
 MAX_UNROLLED_FRACTION = 0.9  # of all tokens; conversations of some twenty answers of equal length repeat as much
 MAX_BROKEN_FRACTION = 0.05
 SYSTEM_MESSAGES = "Keep"

@@ -7,25 +7,17 @@ and are evaluated by the API server and, without a cluster, by the CLI.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
 from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
+from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
+from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
+from finetune_api.pii import PiiSpec
 from finetune_api.text_quality import QualitySpec
-
-
-def rules(*pairs: tuple[str, str]) -> dict[str, Any]:
-    """JSON-schema extra with CEL rules, each with the message that tells what to write."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in pairs]}
-
-
-def matching(pattern: str, message: str) -> Any:
-    """Field whose text matches `pattern`, refused with words instead of the pattern."""
-    return Field(json_schema_extra=rules((f"self.matches('{pattern}')", message)))
-
 
 # The CLI also takes file:///… and exchanges this one rule for it: what runs there needs no cluster and no bucket.
 S3_URI_RULE = "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')"
@@ -46,19 +38,6 @@ FilesUri = Annotated[
             (S3_URI_RULE, "write s3://BUCKET/PATH, for example s3://data/chat/*.jsonl"),
         )
     ),
-]
-_DNS_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-_DNS_NAME = f"^{_DNS_LABEL}$"
-_DNS_SUBDOMAIN = rf"^{_DNS_LABEL}([.]{_DNS_LABEL})*$"
-DnsName = Annotated[
-    str,
-    StringConstraints(pattern=_DNS_NAME, max_length=63),
-    matching(_DNS_NAME, "write lower-case letters, digits and -, for example chat-2"),
-]
-DnsSubdomain = Annotated[
-    str,
-    StringConstraints(pattern=_DNS_SUBDOMAIN, max_length=253),
-    matching(_DNS_SUBDOMAIN, "write the name of a Kubernetes object: lower-case letters, digits, - and ."),
 ]
 
 
@@ -554,6 +533,11 @@ class PreprocessingSpec(ApiModel):
         "Join makes one of them with an empty line between, for templates that want roles to alternate. "
         f"Absent: {defaults.SAME_ROLE_MESSAGES}.",
     )
+    pii: PiiSpec | None = Field(
+        default=None,
+        description="What becomes of personal data and secrets in the texts of rows. Absent: they are counted by type "
+        "in report.json, and learned.",
+    )
     on_bad_row: OnBadRow | None = Field(
         default=None,
         description="What to do with a row that is not valid: Fail ends the job, naming the row; Quarantine drops "
@@ -746,12 +730,6 @@ class RecoverySpec(ApiModel):
         description="A pod that gets no further for so long is restarted: in training not by one forward and backward "
         f"pass, in prepare not by one row or part of a file. Absent: {defaults.PROGRESS_DEADLINE_S}.",
     )
-
-
-class LocalObjectRef(ApiModel):
-    """An object in the job's own namespace."""
-
-    name: DnsSubdomain = Field(description="Name of an object in the same namespace.")
 
 
 class CaBundleSpec(ApiModel):

@@ -70,6 +70,7 @@ ROW_WORDS: dict[str, str] = {
     "empty_document": "has no text",
     "document_too_large": "is larger than a document may be; divide it",
     "extraction_ended": "takes more time or memory to read than a document may, or ends what reads it",
+    "personal_data": "holds personal data or a secret of a type that the job drops (preprocessing.pii)",
     "other": "is left out for one of several further reasons",
 }
 
@@ -108,6 +109,7 @@ CHANGE_WORDS: dict[str, str] = {
     "mojibake": "has characters that a wrong encoding made of others, as é became Ã©, which are put right",
     "control_characters": "has control characters outside of code, which are left out",
     "unicode_form": "has characters in several parts, as a letter and its accent, which are composed (Unicode NFC)",
+    "personal_data_replaced": "holds personal data or secrets, in whose place their types or pseudonyms stand",
 }
 
 

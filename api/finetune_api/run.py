@@ -162,6 +162,7 @@ class RunConfig(WireModel):
     storage: StorageConfig
     resources: RunResources  # of the train pod
     prepare_resources: RunResources | None = None  # None: made by an operator without resources.prepare
+    pii_key_path: Str256 | None = None  # of a file, for prepare; None: nothing is pseudonymised
     work_dir: Str256 = SCRATCH_DIR
     http_port: int = HTTP_PORT  # 0 = any free port
     grace_period_s: int = Field(default=120, ge=5, le=3600)

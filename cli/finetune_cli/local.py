@@ -77,7 +77,8 @@ def run_config(
     trains_here: no more is granted than this machine has; else what the job asks for, which is a cluster's to give.
 
     The endpoint in the file is written for pods, so AWS_ENDPOINT_URL_S3 and AWS_REGION win over it here, as they do
-    for every other tool on this machine; credentials come from the usual AWS places.
+    for every other tool on this machine; credentials come from the usual AWS places, and the key of
+    pseudonyms from the file that FINETUNE_PII_KEY_FILE names.
     """
     spec = FineTuneJobSpec.model_validate(job["spec"])
     asked, storage = spec.resources, spec.storage
@@ -94,6 +95,7 @@ def run_config(
         storage=StorageConfig(endpoint=endpoint, region=region, path_style=path_style),
         resources=_granted(machine, asked) if trains_here else RunResources(**asdict(machine)).with_asked(asked),
         prepare_resources=_granted(replace(machine, gpus=0), asked and asked.prepare),
+        pii_key_path=env.get("FINETUNE_PII_KEY_FILE") or None,
         work_dir=str(work_dir),
         http_port=0,
         termination_log=str(work_dir / "termination-log"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from finetune_api.names import PII_KEY_VOLUME
 from finetune_api.reasons import Reason
 from finetune_api.redact import shortened
 from finetune_api.retry import PATIENCE_S
@@ -170,6 +171,8 @@ def missing_ref(text: str, namespace: str) -> Blocked | None:
     if found is None:
         return None
     kind, field = _FIELDS[found[1]]
+    if kind == "Secret" and f'volume "{PII_KEY_VOLUME}"' in text:
+        field = "preprocessing.pii.keySecretRef"
     return Blocked(
         Reason.MISSING_REF,
         f"{kind} {namespace}/{found[3]} does not exist: create it, or name another in {field} of a new job",

@@ -72,8 +72,14 @@ def run_config(
         ),
         resources=default_resources(runtime, Stage.TRAIN).with_asked(asked),
         prepare_resources=default_resources(runtime, Stage.PREPARE).with_asked(asked and asked.prepare),
+        pii_key_path=f"{names.PII_KEY_DIR}/{names.PII_SECRET_KEY}" if _has_pii_key(spec) else None,
         grace_period_s=runtime.termination_grace_period_seconds,
     )
+
+
+def _has_pii_key(spec: FineTuneJobSpec) -> bool:
+    pii = spec.preprocessing and spec.preprocessing.pii
+    return pii is not None and pii.key_secret_ref is not None
 
 
 def config_map(run: Run) -> Manifest:

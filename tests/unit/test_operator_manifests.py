@@ -235,6 +235,21 @@ def test_the_job_may_ask_for_the_cpu_instead_and_for_its_own_size():
     assert spec["nodeSelector"] == {"pool": "train"}
 
 
+def test_the_key_of_pseudonyms_is_one_file_in_prepare_alone():
+    asked = {"pii": {"action": "Pseudonymise", "keySecretRef": {"name": "pii-key"}}}
+    spec = rendered(Stage.PREPARE, preprocessing=asked)["spec"]["template"]["spec"]
+    (volume,) = [each for each in spec["volumes"] if each["name"] == names.PII_KEY_VOLUME]
+    items = [{"key": "FINETUNE_PII_KEY", "path": "FINETUNE_PII_KEY"}]
+    assert volume["secret"] == {"secretName": "pii-key", "items": items}
+    (mount,) = [each for each in spec["containers"][0]["volumeMounts"] if each["name"] == names.PII_KEY_VOLUME]
+    assert mount == {"name": names.PII_KEY_VOLUME, "mountPath": names.PII_KEY_DIR, "readOnly": True}
+    of = job(preprocessing=asked)
+    assert of.spec is not None
+    assert run_config(of, of.spec, GPU_RUNTIME).pii_key_path == f"{names.PII_KEY_DIR}/FINETUNE_PII_KEY"
+    assert names.PII_KEY_VOLUME not in json.dumps(rendered(Stage.TRAIN, preprocessing=asked)["spec"])
+    assert run_config(job(), of.spec.model_copy(update={"preprocessing": None}), GPU_RUNTIME).pii_key_path is None
+
+
 def test_credentials_and_certificates_are_files_and_never_environment():
     storage = {
         "secretRef": {"name": "s3"},

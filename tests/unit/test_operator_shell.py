@@ -455,6 +455,11 @@ def test_an_event_has_a_name_of_its_own_that_a_repetition_has_too():
             'MountVolume.SetUp failed for volume "credentials" : secret "s3" not found',
             "Secret a/s3 does",
         ),
+        (
+            "FailedMount",
+            'MountVolume.SetUp failed for volume "pii-key" : secret "k" not found',
+            "Secret a/k does not exist: create it, or name another in preprocessing.pii.keySecretRef",
+        ),
         ("FailedMount", 'MountVolume.SetUp failed for volume "ca" : configmap "ca" not found', "ConfigMap a/ca does"),
         ("FailedMount", "references non-existent secret key: x", "cannot be mounted"),
         ("FailedCreate", 'error looking up service account a/x: serviceaccount "x" not found', "ServiceAccount a/x"),

@@ -100,6 +100,17 @@ def thumb_files(folder: Path) -> None:
     put(folder, a_jsonl=jsonl(rows[:250]), b_jsonl=jsonl(rows[250:]))
 
 
+def personal_files(folder: Path) -> None:
+    """Conversations with values of several types, far apart, in questions and in answers."""
+    rows = chats(400)
+    for at, row in enumerate(rows):
+        if at % 7 == 0:
+            row["messages"][at % 2]["content"] += f" Mail ada{at % 21}@example.org or call +1 415-555-{2000 + at}."
+        if at % 31 == 0:
+            row["messages"][1]["content"] += " Card 4111 1111 1111 1111."
+    put(folder, a_jsonl=jsonl(rows[:250]), b_jsonl=jsonl(rows[250:]))
+
+
 def datasets(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [{"uri": (folder / "data" / name).as_uri(), "weight": 1 + i} for i, name in enumerate(names)]
 
@@ -109,6 +120,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "chat, truncated": (chat_files, {"preprocessing": {**QUARANTINE, "tooLong": "Truncate"}}, []),
     "text, split": (text_files, {"method": {"type": "CPT"}}, []),
     "documents": (document_files, {"method": {"type": "CPT"}}, []),
+    "personal data": (personal_files, {"preprocessing": {"pii": {"action": "Redact", "types": {"CARD": "Drop"}}}}, []),
     "completions with weights": (pair_files, {}, []),
     "pairs": (preference_pair_files, PREFERENCE, []),
     "rankings": (ranking_files, PREFERENCE, []),
@@ -218,7 +230,7 @@ def test_the_disk_that_is_taken_stays_within_what_the_plan_says(
         # What is seen depends on the moments at which it is looked at: a twelfth says that there was something to see.
         assert bound / 12 < max(seen["partitions"]) <= bound, f"{workers} workers"
         assert used["most"] / 6 < max(seen["all"]) <= used["most"], f"{workers} workers"
-        assert not list((work / "partitions").iterdir())
+        assert not (work / "partitions").exists()
 
 
 def four_cores(process: int) -> set[int]:

@@ -64,6 +64,10 @@ class JobPartitions:
                     raise error or NoRowsError
                 yield from cut(number, reader, _given(peeked, error, rows), self.folder, self._size_bytes)
 
+    def tidy(self) -> None:
+        """Remove all partitions, and what they have become so far."""
+        rmtree(self.folder, ignore_errors=True)
+
     def task(self, partition: Partition) -> Task:
         """Return what is to be done with a partition."""
         files = self._stage.ledger.files[partition.first_file : partition.first_file + partition.files]

@@ -141,6 +141,8 @@ class Merging:
         for file, each in enumerate(result.files, first_file):
             stage.ledger.take(file, each)
         stage.ledger.take_counted(result.counted)
+        for name, places in result.places.items():
+            stage.ledger.take_places(name, places, first_file)
         stage.ledger.changes.update(result.changes)
         for name, count in result.ignored_fields.items():
             stage.ledger.ignore_fields([name], count)

@@ -39,9 +39,11 @@ from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.pairing import pair_up
+from finetune_trainer.data.pii.figures import pii_figures
 from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
+from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.unknown_words import TokenCount
 from finetune_trainer.patience import best_effort
@@ -196,7 +198,13 @@ def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
 
 def _failure(stage: PrepareStage) -> dict[str, Any]:
     """Return the report of a job that failed."""
-    return {"state": "failed", **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)}
+    funnel = report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)
+    return {"state": "failed", **funnel, "pii": _pii(stage)}
+
+
+def _pii(stage: PrepareStage) -> dict[str, Any]:
+    ledger, uris = stage.ledger, [each.uri for each in stage.ledger.files]
+    return pii_figures(stage.preprocessing.pii, ledger.counted[PII], ledger.places[PII], uris)
 
 
 def _json(content: Any) -> bytes:
@@ -274,6 +282,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
     return {
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
+        "pii": _pii(stage),
         "kept_rows": stage.kept_rows,
         "disk_bytes": disk_use(stage.in_flight_bytes, stage.ledger, division, planned.batches).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},

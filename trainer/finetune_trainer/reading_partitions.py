@@ -43,6 +43,7 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
         too_long=too_long.policy,
         quarantine=reading.bad.quarantine,
         renderer=found,
+        pii_key=None if stage.pii_key is None else stage.pii_key.hex(),
     )
     merged = Merged(reading.bad, too_long)
     resources = stage.resources
@@ -50,6 +51,7 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
     workers = workers_for(resources.cpu_count, resources.memory_bytes)
     job = JobPartitions(stage, reading.inputs, reading.bad, workers, resources.disk_bytes)
     with ExitStack() as stack:
+        stack.callback(job.tidy)  # also where rows end the job: they lie there as they were written
         partitions = stack.enter_context(closing(job.partitions()))
         is_large, every = _begun(partitions)
         own_ids = stack.enter_context(closing(OwnIds(model.files)))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, TypeVar
 
 from finetune_api import defaults
@@ -54,6 +55,7 @@ from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.kept_partitions import KeptPartitions
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
+from finetune_trainer.pii_key import read_key
 from finetune_trainer.runplan import AdapterFacts
 from finetune_trainer.sizing import Choices
 from finetune_trainer.starting_adapter import read_adapter
@@ -85,6 +87,11 @@ class RowsStage:
     def resources(self) -> RunResources:
         """What this stage has."""
         return self.ctx.config.prepare_resources or self.ctx.config.resources
+
+    @cached_property
+    def pii_key(self) -> bytes | None:
+        """The key of the job's pseudonyms, None without any. Raises CONFIG_UNREADABLE."""
+        return read_key(self.preprocessing.pii, self.ctx.config.pii_key_path)
 
     @property
     def preprocessing(self) -> PreprocessingSpec:
@@ -177,7 +184,7 @@ def dataset_rows(
 ) -> Iterator[Iterator[Checked]]:
     """Yield the valid rows of each dataset, all of which are to be taken before the next."""
     ctx, spec = stage.ctx, stage.ctx.config.spec
-    chain = chain_of(spec)
+    chain = chain_of(spec, stage.pii_key)
     for dataset, choices, files in zip(spec.datasets, dataset_choices(stage), inputs, strict=True):
         checked = checked_rows(
             ctx.store,

@@ -1,5 +1,6 @@
 """The prepare stage: one pod without a GPU, which reads the data and writes the plan."""
 
+from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import RunResources
 from finetune_operator.children.base import Manifest, PodParts, Run, default_resources, k8s_job
@@ -14,4 +15,16 @@ def resources(run: Run) -> RunResources:
 
 def render(run: Run, attempt: int) -> list[Manifest]:
     """Return what is created for one attempt, in this order."""
-    return [k8s_job(run, Stage.PREPARE, attempt, PodParts(resources=resources(run)))]
+    volumes, mounts = _pii_key(run)
+    return [k8s_job(run, Stage.PREPARE, attempt, PodParts(resources=resources(run), volumes=volumes, mounts=mounts))]
+
+
+def _pii_key(run: Run) -> tuple[list[Manifest], list[Manifest]]:
+    """Return (volumes, mounts) with the key of the pseudonyms, nothing else of its Secret; train has no use for it."""
+    preprocessing = run.config.spec.preprocessing
+    secret = preprocessing and preprocessing.pii and preprocessing.pii.key_secret_ref
+    if secret is None:
+        return [], []
+    items = [{"key": names.PII_SECRET_KEY, "path": names.PII_SECRET_KEY}]
+    volume: Manifest = {"name": names.PII_KEY_VOLUME, "secret": {"secretName": secret.name, "items": items}}
+    return [volume], [{"name": names.PII_KEY_VOLUME, "mountPath": names.PII_KEY_DIR, "readOnly": True}]

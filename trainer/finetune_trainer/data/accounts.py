@@ -5,7 +5,7 @@ of a field, words are what is wrong there, ref is the row that this one is a cop
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from finetune_api.status import DroppedRows
 from finetune_trainer.data.unknown_words import TokenCount
 
 MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
+MAX_PLACES = 5  # that a report names of one thing
 MAX_CHANGES_BYTES = 64 * 2**20  # of them, so that changes of all rows leave room for those that are left out
 _LEAST_ROW_BYTES = len('{"text":"a"}')
 _BEAT_ROWS = 256
@@ -32,6 +33,17 @@ class RowPlace(NamedTuple):
 
     file: int
     number: int
+
+
+class FieldPlace(NamedTuple):
+    """Where something is in a row: the index of its file, its number there, and the path of the field."""
+
+    file: int
+    number: int
+    field: str
+
+
+Places = dict[str, list[FieldPlace]]  # the first few of each thing, by its name
 
 
 @dataclass
@@ -138,6 +150,7 @@ class Ledger:
         self.ignored_fields: Counter[str] = Counter()  # rows by the field they have and nobody reads
         self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
         self.counted: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by stage, whatever it tells of its rows
+        self.places: defaultdict[str, Places] = defaultdict(dict)  # by stage, where examples of what it counted are
         self._decisions = path.open("wb")
         self._written_bytes = self._changes_bytes = 0
         self._unlisted: Counter[str] = Counter()
@@ -249,6 +262,12 @@ class Ledger:
         """Add what the stages of a partition told of their rows."""
         for stage, counts in counted.items():
             self.counted[stage].update(counts)
+
+    def take_places(self, stage: str, places: Mapping[str, Sequence[FieldPlace]], first_file: int = 0) -> None:
+        """Keep the first of these examples, which are behind those that it has. first_file: what file 0 is of ours."""
+        for name, each in places.items():
+            kept = self.places[stage].setdefault(name, [])
+            kept += (where._replace(file=where.file + first_file) for where in each[: MAX_PLACES - len(kept)])
 
     def ignore_fields(self, names: Iterable[str], rows: int = 1) -> None:
         """Fields that `rows` rows have, and that are not read. Only names that look like names: a key may be data."""

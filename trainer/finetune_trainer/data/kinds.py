@@ -5,7 +5,7 @@ becomes it (`shapes`), and an entry of KINDS; CONTRIBUTING.md says what else.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -387,6 +387,20 @@ def with_texts(row: Row, given: Mapping[str, str]) -> Row:
     unknown = given.keys() - texts(row).keys()
     if unknown:
         raise KeyError(f"no text is at {min(unknown)}")
+    return kind_of(row).with_texts(row, given)
+
+
+def whole_numbers(row: Row) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in its fields that are any JSON, each with the path of its field."""
+    for name, value in kind_of(row).nested(row).items():
+        yield from ((path, each) for path, each in whole_numbers_in(value, name) if not isinstance(each, bool))
+
+
+def with_values(row: Row, given: Mapping[str, str]) -> Row:
+    """Return the row with texts in the place of texts and whole numbers. Raises KeyError where it has neither."""
+    unknown = given.keys() - texts(row).keys() - {path for path, _ in whole_numbers(row)}
+    if unknown:
+        raise KeyError(f"no text or number is at {min(unknown)}")
     return kind_of(row).with_texts(row, given)
 
 

@@ -10,7 +10,7 @@ import orjson
 from finetune_api.errors import StageError
 from finetune_api.job import PreferenceSpec, SameRoleMessages, SystemMessages
 from finetune_api.reasons import Fault
-from finetune_trainer.data.accounts import FileRows, RowPlace, StageAccount
+from finetune_trainer.data.accounts import FieldPlace, FileRows, Places, RowPlace, StageAccount
 from finetune_trainer.data.bad_rows import BrokenRow
 from finetune_trainer.data.encoders import Choice
 from finetune_trainer.data.model_facts import Model
@@ -25,7 +25,8 @@ from finetune_trainer.runplan import ModelFacts
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is the same for all rows of a job. renderer: as `renderer_of` takes it, None without a chat template."""
+    """What is the same for all rows of a job. renderer: as `renderer_of` takes it, None without a chat template.
+    pii_key: of the pseudonyms, as hexadecimal digits; no process writes it anywhere."""
 
     spec: dict[str, Any]
     facts: dict[str, Any]
@@ -39,6 +40,7 @@ class Rules:
     too_long: str
     quarantine: bool
     renderer: dict[str, Any] | None
+    pii_key: str | None = field(default=None, repr=False)
 
     def model(self, tokenizer: Any) -> Model:
         """Return the model as a worker knows it."""
@@ -94,13 +96,14 @@ class Task:
 class PartitionResult:
     """What a partition came to, beside the files in `Task.out`. Files are indices into the partition's own.
 
-    counted: by stage, what it told of its rows; broken: the rows that are, in order, and first_broken_at: how many
-    were read at the first; fault, args: what ended it, if anything, where it is no broken row that ends the job;
-    probed: its first conversations; killed: rows that the template's process died of; choice: the library that read
-    the rows, and why."""
+    counted: by stage, what it told of its rows, and places, where examples of that are; broken: the rows that are, in
+    order, and first_broken_at: how many were read at the first; fault, args: what ended it, if anything, where it is
+    no broken row that ends the job; probed: its first conversations; killed: rows that the template's process died of;
+    choice: the library that read the rows, and why."""
 
     files: list[FileRows]
     counted: dict[str, dict[str, int]]
+    places: dict[str, Places]
     changes: dict[str, int]
     ignored_fields: dict[str, int]
     broken: list[RowPlace]
@@ -138,6 +141,7 @@ class PartitionResult:
         values: dict[str, Any] = orjson.loads(content)
         values["files"] = [_file_rows(each) for each in values["files"]]
         values["broken"] = [RowPlace(*each) for each in values["broken"]]
+        values["places"] = {stage: _places(each) for stage, each in values["places"].items()}
         values["choice"] = Choice(*values["choice"])
         values["probed"] = [ProbedRow(*each) for each in values["probed"]]
         values["killed"] = [RowPlace(*each) for each in values["killed"]]
@@ -148,6 +152,10 @@ class PartitionResult:
         if values["first_long"] is not None:
             values["first_long"] = LongRow(*values["first_long"])
         return cls(**values)
+
+
+def _places(values: dict[str, Any]) -> Places:
+    return {name: [FieldPlace(*each) for each in places] for name, places in values.items()}
 
 
 def _file_rows(values: dict[str, Any]) -> FileRows:

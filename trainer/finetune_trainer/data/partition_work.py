@@ -34,7 +34,7 @@ class PartitionWork:
         self._rules, self._model = rules, model
         self._renderer = None if rules.renderer is None else renderer_of(rules.renderer)
         spec = FineTuneJobSpec.model_validate(rules.spec)
-        self._chain = chain_of(spec)
+        self._chain = chain_of(spec, None if rules.pii_key is None else bytes.fromhex(rules.pii_key))
         self._method = method_of(spec.method.type)
 
     def close(self) -> None:
@@ -88,6 +88,7 @@ class PartitionWork:
         return PartitionResult(
             files=[each.rows for each in ledger.files],
             counted={stage: dict(counts) for stage, counts in ledger.counted.items()},
+            places=dict(ledger.places),
             changes=dict(ledger.changes),
             ignored_fields=dict(ledger.ignored_fields),
             broken=broken,

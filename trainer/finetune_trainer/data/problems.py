@@ -70,6 +70,7 @@ class Change(StrEnum):
     MOJIBAKE = "mojibake"
     CONTROL_CHARACTERS = "control_characters"
     UNICODE_FORM = "unicode_form"
+    PERSONAL_DATA = "personal_data_replaced"
 
 
 HELD_OUT = "evaluation"  # why a row is held out
@@ -94,6 +95,7 @@ class Drop(StrEnum):
     EMPTY_DOCUMENT = "empty_document"
     DOCUMENT_TOO_LARGE = "document_too_large"
     EXTRACTION_ENDED = "extraction_ended"
+    PERSONAL_DATA = "personal_data"
 
 
 @dataclass(frozen=True, slots=True)

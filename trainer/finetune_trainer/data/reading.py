@@ -241,6 +241,12 @@ class RawReader:
                 self._whole_bytes += account.size_bytes
 
     def _parquet(self, account: FileAccount, decoder: parquet.ParquetDecoder) -> Iterator[RawRow]:
+        try:
+            yield from self._parquet_rows(account, decoder)
+        finally:  # the rows lie there as they were written
+            self._path.unlink(missing_ok=True)
+
+    def _parquet_rows(self, account: FileAccount, decoder: parquet.ParquetDecoder) -> Iterator[RawRow]:
         account.sha256 = self._store.download(account.uri, self._path)
         account.size_bytes = self._path.stat().st_size
         rows = 0
@@ -251,7 +257,6 @@ class RawReader:
             yield item
         if rows:
             self._ledger.ignore_fields([name for name in decoder.facts.names if name in decoder.unread], rows)
-        self._path.unlink()
 
     def _text(self, account: FileAccount, kind: FileKind) -> Iterator[RawRow]:
         with self._store.open(account.uri) as stream:

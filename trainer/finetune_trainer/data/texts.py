@@ -45,8 +45,8 @@ def whole_numbers_in(value: object, path: str) -> Iterator[tuple[str, int]]:
 
 
 def with_texts_in(value: Any, path: str, given: Mapping[str, str]) -> Any:
-    """Return the value with the texts at these paths replaced; parts without any are not copied."""
-    if isinstance(value, str):
+    """Return the value with texts at these paths, where it has texts or whole numbers; other parts are not copied."""
+    if isinstance(value, str | int):
         return given.get(path, value)
     if not any(each.startswith(path) for each in given):
         return value

@@ -9,6 +9,7 @@ from finetune_api.job import FineTuneJobSpec, PreprocessingSpec
 from finetune_api.text_quality import QualitySpec
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.reading import Checked
+from finetune_trainer.data.stages.pii import pii_stage
 from finetune_trainer.data.stages.repair import REPAIR
 from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.data.stages.unanswered import UNANSWERED
@@ -18,11 +19,12 @@ _MAX_ROWS = 256  # of a batch
 _MAX_BYTES = 2**20  # of a batch in memory, but for its last row
 
 
-def chain_of(spec: FineTuneJobSpec) -> tuple[Stage, ...]:
-    """Return the stages of a job, in order. It follows from the spec alone: every worker process has the same."""
-    quality = (spec.preprocessing or PreprocessingSpec()).quality or QualitySpec()
-    repair = () if quality.repair is False else (REPAIR,)
-    return (*repair, WEIGHTLESS, UNANSWERED)
+def chain_of(spec: FineTuneJobSpec, pii_key: bytes | None = None) -> tuple[Stage, ...]:
+    """Return the stages of a job, in order. They follow from the spec, and from the key of its pseudonyms where it has
+    any: every worker process has the same."""
+    given = spec.preprocessing or PreprocessingSpec()
+    repair = () if (given.quality or QualitySpec()).repair is False else (REPAIR,)
+    return (*repair, WEIGHTLESS, UNANSWERED, pii_stage(given.pii, pii_key))
 
 
 def through(chain: Sequence[Stage], rows: Iterable[Checked], ledger: Ledger) -> Iterator[Checked]:
@@ -42,6 +44,7 @@ def _through_one(stage: Stage, batch: list[Checked], ledger: Ledger) -> list[Che
             take = ledger.drop if each.action is Action.DROP else partial(ledger.decide, action=each.action)
             take(each.file, each.row, stage.name, reason=each.reason, detail=each.detail, ref=each.ref)
             ledger.changes.update([each.reason] if each.action is Action.CHANGE else ())
+        ledger.take_places(stage.name, staged.places)
         ledger.passed(stage.name, map(_place, given), map(_place, staged.rows), staged.counters)
         passed += staged.rows
     return passed

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from finetune_trainer.data.accounts import Action
+from finetune_trainer.data.accounts import Action, FieldPlace
 from finetune_trainer.data.reading import Checked
 
 
@@ -22,11 +22,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What a stage made of a batch: the rows that go on, in order, its decisions, and what else it counted."""
+    """What a stage made of a batch: the rows that go on, in order, its decisions, and what else it counted.
+
+    places: where there are examples of something, by its name, in the order of the rows; the first few are reported."""
 
     rows: list[Checked]
     decisions: list[Decision] = field(default_factory=list[Decision])
     counters: Counter[str] = field(default_factory=Counter[str])
+    places: dict[str, list[FieldPlace]] = field(default_factory=dict[str, list[FieldPlace]])
 
 
 @dataclass(frozen=True, slots=True)
