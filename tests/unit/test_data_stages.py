@@ -98,6 +98,7 @@ def test_rows_go_through_all_stages_in_order_and_the_accounts_say_where_others_e
         ("b", "weightless"): (1, 1, 0),
         ("a", "unanswered"): (3, 2, 1),
         ("b", "unanswered"): (1, 0, 1),
+        ("a", "pii"): (2, 2, 0),
     }
 
 
