@@ -50,7 +50,7 @@ PII_REGIONS = (
     *("AU", "BE", "BR", "CA", "CH", "CZ", "DE", "DK", "ES", "FI", "FR", "GB", "IE"),
     *("IN", "IT", "KR", "MX", "NL", "NO", "PL", "PT", "RO", "SE", "TR", "US", "ZA"),
 )
-MAX_PII_REGIONS = 40
+MAX_PII_REGIONS = 20
 
 
 class PiiAction(StrEnum):
@@ -138,13 +138,3 @@ class PiiSpec(ApiModel):
         "`openssl rand -hex 32` writes. It is mounted into the prepare pod alone; the operator never reads it. "
         "For finetune run, FINETUNE_PII_KEY_FILE names a file with it. Absent: no pseudonyms. Example: {name: pii-key}",
     )
-
-    def action_of(self, type_: PiiType) -> PiiAction:
-        """Return what becomes of values of a type."""
-        given = getattr(self.types, type_.lower()) if self.types else None
-        return PiiAction(defaults.given(given, defaults.given(self.action, PiiAction(defaults.PII_ACTION))))
-
-    @property
-    def needs_key(self) -> bool:
-        """Whether any type is pseudonymised."""
-        return any(self.action_of(each) is PiiAction.PSEUDONYMISE for each in PiiType)

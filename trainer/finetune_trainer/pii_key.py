@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune_api.errors import StageError
 from finetune_api.pii import PiiSpec
 from finetune_api.reasons import Fault
+from finetune_trainer.data.pii.actions import needs_key
 
 FIELD = "preprocessing.pii.keySecretRef"
 MIN_KEY_BYTES = 32  # what `openssl rand -hex 16` writes; keys that can be guessed undo every pseudonym
@@ -14,7 +15,7 @@ MAX_KEY_BYTES = 4096
 
 def read_key(spec: PiiSpec | None, path: str | None) -> bytes | None:
     """Return the job's key, None where it has no pseudonyms. Raises CONFIG_UNREADABLE, without a word of the key."""
-    if spec is None or not spec.needs_key:
+    if not needs_key(spec):
         return None
     if path is None:
         problem = (

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from finetune_api.pii import PII_REGIONS, PiiAction, PiiSpec, PiiType
 from finetune_trainer.data.accounts import Action, FieldPlace
 from finetune_trainer.data.kinds import texts, whole_numbers, with_values
+from finetune_trainer.data.pii.actions import action_of
 from finetune_trainer.data.pii.find import Found, find
 from finetune_trainer.data.pii.recogniser import Regions
 from finetune_trainer.data.pii.replacing import placeholder, pseudonym, replaced
@@ -62,7 +63,7 @@ class _Field(NamedTuple):
 def treatment_of(spec: PiiSpec | None, key: bytes | None) -> Treatment:
     """Return what a job does. key: as `pii_key.read` returns it."""
     given = spec or PiiSpec()
-    actions = {each: given.action_of(each) for each in PiiType}
+    actions = {each: action_of(spec, each) for each in PiiType}
     return Treatment(actions=actions, regions=frozenset(given.regions or PII_REGIONS), key=key)
 
 
