@@ -12,12 +12,15 @@ from finetune_api.platform import Runtime
 
 Schema = dict[str, Any]
 
-_DROPPED = ("title", "default", "required", "x-kubernetes-validations")
+_DROPPED = ("title", "default", "x-kubernetes-validations")
 
 
 def runtimes_schema() -> Schema:
-    """Return the JSON schema (draft 7, without references) of the value `runtimes`."""
+    """Return the JSON schema (draft 7, without references) of the value `runtimes`.
+
+    No field of a runtime itself is required: the chart fills in the image."""
     whole = Runtime.model_json_schema()
+    del whole["required"]
     names = _inlined(TypeAdapter(DnsName).json_schema(), {})
     return {
         "type": "object",
@@ -28,9 +31,7 @@ def runtimes_schema() -> Schema:
 
 
 def _inlined(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """Return the schema with its references put in, without what only pydantic or Kubernetes reads.
-
-    `required` goes too: a chart fills in what a runtime leaves out."""
+    """Return the schema with its references put in, without what only pydantic or Kubernetes reads."""
     if "$ref" in node:
         target = definitions[node["$ref"].removeprefix("#/$defs/")]
         return _inlined({**target, **{key: value for key, value in node.items() if key != "$ref"}}, definitions)

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from finetune_api.job import FineTuneJobSpec, rules
+from finetune_api.cel import rules
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import CATEGORIES, GROUP, KIND, MAX_NAME_LENGTH, PLURAL, SHORT_NAMES, SINGULAR, VERSION
 from finetune_api.status import PHASE_FIELD, FineTuneJobStatus
 

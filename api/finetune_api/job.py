@@ -15,8 +15,10 @@ from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
 from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
+from finetune_api.governance import OriginSpec
 from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
 from finetune_api.pii import PiiSpec
+from finetune_api.replay import ReplaySpec
 from finetune_api.text_quality import QualitySpec
 
 # The CLI also takes file:///… and exchanges this one rule for it: what runs there needs no cluster and no bucket.
@@ -373,7 +375,7 @@ class PreferenceSpec(ApiModel):
     )
 
 
-class DatasetSpec(ApiModel):
+class DatasetSpec(OriginSpec):
     """A set of files with rows."""
 
     name: DnsName | None = Field(
@@ -843,6 +845,18 @@ class FineTuneJobSpec(ApiModel):
                 "KTO learns no pairs; of datasets[].preference write goodFrom alone, or another method",
             ),
             (
+                "!has(self.replay) || self.method.type in ['CPT', 'SFT']",
+                "replay is for CPT and SFT; with other methods mix datasets by datasets[].weight",
+            ),
+            (
+                "!has(self.replay) || self.replay.datasets.all(n, self.datasets.exists(d, has(d.name) && d.name == n))",
+                "replay.datasets names a dataset that this job does not have; write one of datasets[].name",
+            ),
+            (
+                "!has(self.replay) || self.datasets.exists(d, !has(d.name) || !(d.name in self.replay.datasets))",
+                "replay.datasets names all datasets, so that nothing is new; leave out those that are to be learned",
+            ),
+            (
                 "!has(self.model.adapterFrom) || (has(self.model.adapterFrom.mode) && self.model.adapterFrom.mode == "
                 "'Stack') || !has(self.peft) || (!has(self.peft.rank) && !has(self.peft.alpha))",
                 "the adapter of model.adapterFrom keeps its rank and alpha; remove peft.rank and peft.alpha, or write "
@@ -870,6 +884,11 @@ class FineTuneJobSpec(ApiModel):
     method: MethodSpec = Field(description="The training method.")
     peft: PeftSpec | None = Field(default=None, description="The adapter. Absent: LoRA.")
     datasets: list[DatasetSpec] = Field(min_length=1, max_length=20, description="Where the rows are.")
+    replay: ReplaySpec | None = Field(
+        default=None,
+        description="Mixes in rows like those that the model has seen before, so that it does not forget them. "
+        "Absent: nothing is replayed.",
+    )
     preprocessing: PreprocessingSpec | None = Field(default=None, description="How rows become tokens.")
     hyperparameters: HyperparametersSpec | None = Field(default=None, description="Numbers of the training loop.")
     evaluation: EvaluationSpec | None = Field(default=None, description="What is measured on held-out rows.")

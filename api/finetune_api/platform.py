@@ -1,13 +1,16 @@
 """The platform team's half of a job: runtimes, as they stand in Helm values. The chart's schema is made from here."""
 
 import re
+from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pydantic.alias_generators import to_camel
 
 from finetune_api.base import Str256
+from finetune_api.governance import Confidentiality
 from finetune_api.job import Cores, Cpu, DnsName, DnsSubdomain, Quantity
+from finetune_api.spdx import ONE_LICENSE
 
 # Set by the pod's manifest itself: a runtime that changed them would break the read-only root or the GPU isolation.
 RESERVED_ENV = frozenset({
@@ -19,6 +22,7 @@ _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 _LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 _MAX_VALUE = 4096
+_PREFIX = r"^s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/([^ ]*/)?)?$"  # a whole folder, so that no neighbour is meant
 _IMAGE = r"^[^ ]+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}|@sha256:[0-9a-f]{64})$"
 
 
@@ -101,6 +105,46 @@ class PrepareDefaults(_Closed):
     ephemeral_storage: Quantity = "20Gi"
 
 
+class RequiredField(StrEnum):
+    """What a policy may ask to be said of every dataset, by the name of the job's field."""
+
+    LICENSE = "license"
+    SOURCE = "source"
+    CONFIDENTIALITY = "confidentiality"
+    COPYRIGHT_HOLDER = "copyrightHolder"
+
+
+class OutputPrefix(_Closed):
+    """How confidential the data may be that is learned into adapters below a prefix of output.uri."""
+
+    prefix: Annotated[str, StringConstraints(pattern=_PREFIX, max_length=512)] = Field(
+        description="Of all beginnings of an output.uri that are listed, the longest counts; s3:// is of every one."
+    )
+    highest: Confidentiality
+
+
+class DataPolicy(_Closed):
+    """Which data jobs of a runtime may learn. It is asked once, before a job's first pod."""
+
+    contact: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(
+        description="Whom to ask, in words that a refused user reads."
+    )
+    required_fields: list[RequiredField] = Field(
+        default_factory=list[RequiredField], max_length=8, description="What each dataset must say."
+    )
+    allowed_licenses: list[Annotated[str, StringConstraints(pattern=ONE_LICENSE, max_length=128)]] = Field(
+        default_factory=list[str],
+        max_length=500,
+        description="SPDX names that datasets may be under. Empty: any. Else a dataset that names none is refused too.",
+    )
+    highest_confidentiality: list[OutputPrefix] = Field(
+        default_factory=list[OutputPrefix],
+        max_length=100,
+        description="By prefix of output.uri. Empty: any. Else other outputs are refused, and datasets that do not say "
+        "how confidential they are.",
+    )
+
+
 class Runtime(_Closed):
     """One entry of the runtimes; a snapshot of it lies in the ConfigMap of every job that uses it."""
 
@@ -123,6 +167,9 @@ class Runtime(_Closed):
     gpu: Gpu = Gpu()
     defaults: TrainDefaults = TrainDefaults()
     prepare: PrepareDefaults = PrepareDefaults()
+    policy: DataPolicy | None = Field(
+        default=None, description="Which data its jobs may learn. It ends no job that has begun."
+    )
 
 
 class RuntimesFile(_Closed):

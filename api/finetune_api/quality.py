@@ -69,6 +69,8 @@ FIGURE_WORDS = {
     "rejected_tokens": "tokens of a rejected answer",
     "good_tokens": "tokens of a good answer, bad ones counting as 0",
     "answer_tokens": "tokens of an answer",
+    "new_loss": "loss on those that are new",
+    "replayed_loss": "loss on those that are replayed",
 }
 
 

@@ -87,6 +87,7 @@ class Reason(StrEnum):
     DISRUPTION_BUDGET = "DisruptionBudget"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     NO_ADAPTER_TO_COME = "NoAdapterToCome"  # of a job whose adapter was waited for
+    REFUSED_BY_POLICY = "RefusedByPolicy"  # of the runtime, about data
 
 
 # 10-29 are final (but prepare is tried again for a while after 12 and 13, see retry.py), 30-49 retryable, and so are 1

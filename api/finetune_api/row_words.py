@@ -56,6 +56,8 @@ ROW_WORDS: dict[str, str] = {
     "too_long": "is longer than preprocessing.maxSequenceLength, or than the limit chosen for it",
     "no_label": "has nothing to learn: its weight is 0, or no token of an answer is in what the chat template makes of "
     "it",
+    "other_license": "is under a licence that datasets[].licenses does not allow",
+    "unknown_license": "does not say which licence it is under, by which datasets[].licenses chooses rows",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",
     "equal_answers": "has two answers that say the same, so that nothing is preferred",
     "identical_tokens": "has two answers that are the same tokens once they are rendered and cut to the limit",

@@ -33,6 +33,7 @@ def describe(job: dict[str, Any], console: Console) -> None:
             ("chosen for you", "value", "because"),
             [[one["field"], one["value"], one["reason"]] for one in plan.get("resolved") or []],
         )
+    _table(console, ("dataset", *_ORIGIN.values()), _origins(job.get("spec") or {}))
     data: dict[str, Any] = status.get("data") or {}
     if data:
         console.print(
@@ -61,6 +62,26 @@ def describe(job: dict[str, Any], console: Console) -> None:
     )
     for artifact in status.get("artifacts") or []:
         console.print(f"\n[bold]{artifact['type']}[/]  {artifact['uri']}\n  {artifact['digest']}", soft_wrap=True)
+
+
+_ORIGIN = {
+    "license": "licence",
+    "licenses": "of its rows",
+    "source": "source",
+    "confidentiality": "confidentiality",
+    "copyrightHolder": "copyright holder",
+}
+
+
+def _origins(spec: dict[str, Any]) -> list[list[Any]]:
+    """Return what is said of each dataset beside its rows; nothing where nothing is said of any."""
+    datasets: list[dict[str, Any]] = spec.get("datasets") or []
+    rows = [[each.get("name") or each["uri"], *(_listed(each.get(field)) for field in _ORIGIN)] for each in datasets]
+    return rows if any(cell for row in rows for cell in row[1:]) else []
+
+
+def _listed(said: str | list[str] | None) -> str:
+    return ", ".join(said) if isinstance(said, list) else said or ""
 
 
 def _table(console: Console, heading: tuple[str, ...], rows: list[list[Any]]) -> None:

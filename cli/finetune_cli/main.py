@@ -90,11 +90,13 @@ def validate_command(
     jobs: Annotated[list[Path], typer.Argument(help="Files with one FineTuneJob or more.", show_default=False)],
 ) -> None:
     """Judge jobs as the cluster would, without one: for editors, hooks and pipelines."""
+    from finetune_cli.licenses import unknown_licenses
     from finetune_cli.load import load_jobs
     from finetune_cli.validate import problems
 
     console = terminal(stderr=True)
-    wrong = [f"{path}: {line}" for path in jobs for job in load_jobs(path) for line in problems(job, local=False)]
+    judged = ((path, problems(job, local=False) or unknown_licenses(job)) for path in jobs for job in load_jobs(path))
+    wrong = [f"{path}: {line}" for path, lines in judged for line in lines]
     for line in wrong:
         console.print(line, markup=False, soft_wrap=True)
     raise typer.Exit(Exit.USAGE if wrong else Exit.SUCCEEDED)

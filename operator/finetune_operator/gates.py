@@ -10,6 +10,7 @@ from finetune_api.names import Stage
 from finetune_api.reasons import Reason
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.clock import parse_time
+from finetune_operator.data_policy import may_refuse, refusal
 from finetune_operator.observation import Observation
 from finetune_operator.parent_job import awaited_parent, kept_source
 
@@ -54,6 +55,16 @@ def is_in_time(
         else ""
     )
     return Over(Reason.DEADLINE_EXCEEDED, text)
+
+
+def is_allowed_by_policy(
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, observation: Observation, _now: datetime
+) -> GateAnswer:
+    """End a job that has not begun, and whose data the policy of its runtime refuses."""
+    if observation.policy is None or not may_refuse(status):
+        return Open()
+    words = refusal(spec, observation.policy, defaults.given(spec.runtime, defaults.RUNTIME))
+    return Over(Reason.REFUSED_BY_POLICY, words) if words is not None else Open()
 
 
 def is_not_suspended(
@@ -101,7 +112,7 @@ def is_approved(
 
 
 # The first that is not open decides. A queue will stand here too.
-GATES: tuple[Gate, ...] = (is_in_time, is_not_suspended, has_its_adapter, is_approved)
+GATES: tuple[Gate, ...] = (is_in_time, is_allowed_by_policy, is_not_suspended, has_its_adapter, is_approved)
 
 
 def ask_gates(spec: FineTuneJobSpec, status: FineTuneJobStatus, observation: Observation, now: datetime) -> GateAnswer:

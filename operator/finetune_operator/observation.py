@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_api.names import Stage
+from finetune_api.platform import DataPolicy
 from finetune_api.reasons import Reason
 from finetune_api.run import Progress
 from finetune_api.status import AttemptStatus
@@ -76,6 +77,7 @@ class Observation:
     created: CreatedK8sJob | None = None
     runtime_changed: bool = False  # since the run was made; looked at only while nothing of the job runs
     parent: ParentJob | None = None  # looked at while its adapter is waited for; None then: there is no such job
+    policy: DataPolicy | None = None  # of the runtime; looked at until the job has begun
     pods_listed: bool = False  # the pods were listed after the Jobs were seen: none that there is, is missing
 
     def answer_of(self, entry: AttemptStatus) -> PodAnswer | None:

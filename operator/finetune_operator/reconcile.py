@@ -9,8 +9,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol, cast
 
-from finetune_api import names
+from finetune_api import defaults, names
 from finetune_api.names import Stage
+from finetune_api.platform import DataPolicy
 from finetune_api.status import FineTuneJobStatus, OperatorRecord
 from finetune_operator.attempt_outcome import belongs
 from finetune_operator.child_cache import ChildCache, Owner
@@ -18,6 +19,7 @@ from finetune_operator.child_creator import ChildCreator, Creation, LaterError, 
 from finetune_operator.clock import format_time
 from finetune_operator.close_attempts import digest_of_proof, running_job_uid, wants_live_pods
 from finetune_operator.cluster import ApiError, Body, Cluster, UnreachableError
+from finetune_operator.data_policy import may_refuse
 from finetune_operator.decide import decide
 from finetune_operator.decision import Action, CreateK8sJob, Decision, DeleteK8sJob, JobEvent, SetK8sJobTtl
 from finetune_operator.event_reader import EventReader
@@ -63,6 +65,7 @@ class Reconciler:
     ) -> None:
         self._cluster, self._children, self._progress = cluster, children, progress
         self._creator, self._metrics, self._now = ChildCreator(cluster, runtimes), metrics, now
+        self._runtimes = runtimes
         self._created: dict[Owner, CreatedK8sJob] = {}  # the last of each job
         self._runtime_asked_at: dict[Owner, datetime] = {}  # of jobs whose pod starts slowly
         self._events, self._series, self._known = EventReader(cluster, children.knows), series, known
@@ -153,6 +156,7 @@ class Reconciler:
             progress_write_interval_s=self._progress.interval_s(),
             silences=self._progress.silences(job.owner),
             created=self._created.get(job.owner),
+            policy=self._policy(job),
         )
         entries = job.status.attempts
         awaited = awaited_parent(job.spec, job.status) if job.spec is not None and not job.finished else None
@@ -189,6 +193,12 @@ class Reconciler:
                 break
             last = seen(last.waits_for)
         return parent
+
+    def _policy(self, job: FineTuneJob) -> DataPolicy | None:
+        """Return what the job's runtime says about data, until the job has begun."""
+        if job.spec is None or job.finished or not may_refuse(job.status):
+            return None
+        return self._runtimes.policy(defaults.given(job.spec.runtime, defaults.RUNTIME))
 
     def _runtime_changed(self, job: FineTuneJob) -> bool:
         """Return True if the runtime was mended since the job's last attempt began; False as well if just asked."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from finetune_api.platform import Runtime, RuntimesFile
+from finetune_api.platform import DataPolicy, Runtime, RuntimesFile
 from finetune_operator.settings import SettingsError
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,16 @@ class Runtimes:
         self._by_name = parse_runtimes(self._read())
 
     def get(self, name: str) -> Runtime | None:
+        """Return what a job is started with: all but the policy, which is asked for by itself."""
+        found = self._find(name)
+        return found.model_copy(update={"policy": None}) if found is not None else None
+
+    def policy(self, name: str) -> DataPolicy | None:
+        """Return which data jobs of the runtime may learn; None for any."""
+        found = self._find(name)
+        return found.policy if found is not None else None
+
+    def _find(self, name: str) -> Runtime | None:
         with self._lock:
             stamp = self._now()
             if stamp != self._stamp:

@@ -33,6 +33,12 @@ RUNTIME: dict[str, Any] = {
     "gpu": {"resourceName": "amd.com/gpu", "nodeSelector": {"gpu": "yes"}, "tolerations": []},
     "defaults": {"cpu": "4", "memory": "16Gi", "gpusPerNode": 0, "ephemeralStorage": "20Gi", "sharedMemory": "1Gi"},
     "prepare": {"cpu": "500m", "memory": "4Gi", "ephemeralStorage": "20Gi"},
+    "policy": {
+        "contact": "legal@example.com",
+        "requiredFields": ["license"],
+        "allowedLicenses": ["MIT"],
+        "highestConfidentiality": [{"prefix": "s3://adapters/", "highest": "Internal"}],
+    },
 }
 
 
@@ -220,6 +226,8 @@ def test_the_crd_is_the_generated_one_and_stays_when_the_release_goes(helm: str)
         ({"runtimes": {"default": {"env": {"HOME": "/root"}}}}, "HOME"),
         ({"runtimes": {"default": {"podLabels": {"team": "a b"}}}}, "/runtimes/default/podLabels/team"),
         ({"runtimes": {"GPU": {}}}, "GPU"),
+        ({"runtimes": {"default": {"policy": {}}}}, "contact"),
+        ({"runtimes": {"default": {"policy": {"contact": "x", "allowedLicenses": ["a b"]}}}}, "allowedLicenses/0"),
         ({"runtimes": {"default": {"nodeIdentity": "yes"}}}, "/runtimes/default/nodeIdentity"),
         ({"logLevel": "verbose"}, "/logLevel"),
         ({"rbac": {"cluster": True}}, "cluster"),

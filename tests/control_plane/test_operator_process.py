@@ -72,10 +72,12 @@ class Operator:
         self.process: subprocess.Popen[bytes] | None = None
         self.program = ["-m", "finetune_operator"]
 
-    def offer(self, *runtimes: str) -> None:
+    def offer(self, *runtimes: str, policy: dict[str, Any] | None = None) -> None:
         """What Helm does when the platform team changes its values."""
         small = {"cpu": 1, "memory": "512Mi", "ephemeralStorage": "1Gi"}
-        runtime = {"image": "trainer@sha256:0", "prepare": small, "defaults": {**small, "sharedMemory": "64Mi"}}
+        runtime: dict[str, Any] = {"image": "trainer@sha256:0", "prepare": small}
+        runtime["defaults"] = {**small, "sharedMemory": "64Mi"}
+        runtime |= {} if policy is None else {"policy": policy}
         self._runtimes.write_text(json.dumps({"runtimes": dict.fromkeys(runtimes, runtime)}))
 
     def start(self) -> "Operator":
@@ -797,3 +799,26 @@ def test_an_operator_without_its_crd_is_not_ready_says_so_and_goes_on_once_it_is
     finally:
         if operator.process is not None and operator.process.poll() is None:
             operator.end()
+
+
+def test_a_job_whose_data_the_policy_refuses_ends_in_words_before_anything_is_made_and_one_that_has_begun_goes_on(
+    team: Team, operator: Operator
+):
+    team.submit("begun")
+    team.runs("prepare", 1, "begun")
+    operator.offer("default", policy={"contact": "legal@example.com", "allowedLicenses": ["MIT", "Apache-2.0"]})
+    rows = {"name": "chats", "uri": "s3://data/chats/"}
+    team.submit("refused", datasets=[rows | {"license": "GPL-3.0-only"}])
+    team.submit("allowed", datasets=[rows | {"license": "MIT OR GPL-3.0-only"}])
+    team.until("Succeeded", "False", "RefusedByPolicy", "refused")
+    conditions = team.get("refused")["status"]["conditions"]
+    message = next(each["message"] for each in conditions if each["type"] == "Succeeded")
+    assert "datasets[0] (chats): license is GPL-3.0-only, and allowed is MIT, Apache-2.0" in message
+    assert "ask legal@example.com" in message
+    team.job("prepare", 1, "allowed")
+    team.prepared(name="begun")
+    team.job("train", 1, "begun")
+    made = {each.metadata.labels[names.LABEL_JOB_NAME] for each in team.jobs()}
+    assert made == {"begun", "allowed"}
+    maps: Any = team.core.list_namespaced_config_map(team.namespace)
+    assert not [each.metadata.name for each in maps.items if each.metadata.name.startswith("refused")]

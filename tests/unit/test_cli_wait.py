@@ -198,6 +198,21 @@ def test_the_preferences_that_a_model_shares_are_told_and_all_figures_described(
     assert "-41.5" in output.getvalue()
 
 
+def test_what_is_said_of_the_data_is_described_where_anything_is():
+    rows = {"uri": "s3://data/a/", "licenses": ["MIT", "CC0-1.0"], "confidentiality": "Internal"}
+    said = job("Pending") | {"spec": {"datasets": [rows, {"name": "b", "uri": "s3://data/b/", "license": "[MIT]"}]}}
+    output = io.StringIO()
+    describe(said, Console(file=output, width=200))
+    assert [line.split() for line in output.getvalue().splitlines() if "data" in line or "[MIT]" in line] == [
+        ["dataset", "licence", "of", "its", "rows", "source", "confidentiality", "copyright", "holder"],
+        ["s3://data/a/", "MIT,", "CC0-1.0", "Internal"],
+        ["b", "[MIT]"],
+    ]
+    output = io.StringIO()
+    describe(job("Pending") | {"spec": {"datasets": [{"uri": "s3://data/a/"}]}}, Console(file=output))
+    assert "licence" not in output.getvalue()
+
+
 def test_describe_shows_a_job_without_status():
     output = io.StringIO()
     describe({"metadata": {"name": "bot"}}, Console(file=output))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from finetune_api.job import DatasetSpec, HyperparametersSpec, PreprocessingSpec
 from finetune_api.names import HTTP_PORT
 from finetune_api.platform import RESERVED_ENV
 from finetune_cli.main import app
+from finetune_cli.validate import problems
+from finetune_operator.runtimes import parse_runtimes
 from finetune_operator.settings import Settings
 from testbed import binaries
 from waiting import PATIENCE_S
@@ -215,3 +218,27 @@ def test_the_page_on_security_names_all_rights_of_the_operator_and_the_ports_tha
 def test_the_variables_that_a_runtime_cannot_set_are_listed() -> None:
     section = (ROOT / "docs/operations.md").read_text().partition("`env` must not set")[2].partition("\n\n")[0]
     assert set(re.findall(r"`([A-Z_0-9]+)`", section)) == RESERVED_ENV
+
+
+def policy_of(text: str) -> dict[str, Any]:
+    (runtime,) = parse_runtimes(text.replace("  default:\n", "  default:\n    image: trainer:1\n")).values()
+    assert runtime.policy is not None
+    return runtime.policy.model_dump(mode="json", by_alias=True)
+
+
+def test_the_policies_that_are_shown_are_ones_and_show_every_field() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.MULTILINE | re.DOTALL)
+    (shown,) = [block for block in blocks if "policy:" in block]
+    assert all(policy_of(shown).values())
+    comments = (ROOT / "charts/finetune-operator/values.yaml").read_text()
+    commented = comments.partition("#   policy:\n")[2].partition("# A change")[0]
+    lines = re.sub("^# ", "  ", commented, flags=re.MULTILINE)
+    assert all(policy_of("runtimes:\n  default:\n    policy:\n" + lines).values())
+
+
+def test_the_replay_that_is_shown_is_of_a_dataset_that_is_shown() -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (shown,) = [found for block in blocks if "replay" in (found := yaml.safe_load(block))]
+    spec = {"model": {"uri": "s3://models/base"}, "method": {"type": "CPT"}, "output": {"uri": "s3://adapters/bot"}}
+    job = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": "bot"}, "spec": spec | shown}
+    assert problems(job, local=False) == []

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_run import byte_bpe
 from finetune_api.errors import StageError
+from finetune_api.governance import Confidentiality
 from finetune_api.job import MethodType
 from finetune_api.layout import ADAPTER, join
 from finetune_api.quality import Quality
@@ -25,7 +26,9 @@ from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch, fetch_examples, make_batch
 from finetune_trainer.methods import method_of
 from finetune_trainer.model import LanguageModel, add_adapter, load_base
+from finetune_trainer.origins import DataOrigin
 from finetune_trainer.patience import Patience
+from finetune_trainer.runplan import AdapterFacts
 from finetune_trainer.stop import StopFlag
 from tiny_run import STOP_ID, TinyRun, make_run
 
@@ -186,6 +189,38 @@ def test_what_an_attempt_that_died_has_left_is_not_overwritten_but_removed_after
     assert found is not None
     assert found.artifact == artifact
     assert run.store.head(join(run_uri, ADAPTER, "eval.json")) is None
+
+
+def test_manifest_and_card_say_what_is_said_of_the_data_and_that_of_an_earlier_adapter(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    data = [
+        DataOrigin(uri="s3://data/a/", name="chats", license="CC-BY-4.0", source="a | dump", copyright_holder="us",
+                   confidentiality=Confidentiality.INTERNAL)
+    ]  # fmt: skip
+    earlier = [DataOrigin(uri="s3://data/b/", confidentiality=Confidentiality.RESTRICTED)]
+    adapter = AdapterFacts(
+        uri="s3://adapters/cpt/adapter", digest="sha256:" + "0" * 64, weights=run.plan.model.files[0], base_files={},
+        rank=4, alpha=32, data=earlier,
+    )  # fmt: skip
+    plan = run.plan.model_copy(update={"data": data, "starting_adapter": adapter})
+    card = model_card(plan, LINEAGE, LEARNED, FOUND)
+    assert "| chats: s3&#58;//data/a/ | CC-BY-4.0 | a &#124; dump | Internal | us |" in card
+    assert "| s3&#58;//data/b/ (earlier adapter) | not said | not said | Restricted | not said |" in card
+    assert "What was learned from all of it is Restricted as a whole." in card
+    trained = Trained(run, tmp_path)
+    folder = trained.write()
+    run_uri = f"file://{tmp_path}/out/run"
+    fence = commit.raise_epoch(run.store, run_uri, 1, "pod")
+    artifact = export.upload(run.store, fence, run_uri, folder, plan, LINEAGE, {}, PATIENCE)
+    manifest = commit.read_manifest(run.store, artifact.manifest_uri, artifact.digest)
+    assert manifest["data"] == [
+        {"uri": "s3://data/a/", "name": "chats", "license": "CC-BY-4.0", "source": "a | dump",
+         "confidentiality": "Internal", "copyright_holder": "us"}
+    ]  # fmt: skip
+    assert (manifest["earlier_data"], manifest["confidentiality"]) == (
+        [{"uri": "s3://data/b/", "confidentiality": "Restricted"}], "Restricted",
+    )  # fmt: skip
 
 
 def test_files_that_another_has_put_into_both_folders_are_named_by_no_manifest(run: TinyRun, tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ from finetune_api.names import Stage
 from finetune_api.run import CONTRACT_VERSION
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.child_cache import ChildCache, Owner
-from finetune_operator.child_creator import LaterError, RefusedError, has_stepped
+from finetune_operator.child_creator import ChildCreator, LaterError, RefusedError, has_stepped
 from finetune_operator.close_attempts import digest_of_proof
 from finetune_operator.cluster import ApiError, Cluster, UnreachableError
+from finetune_operator.job_reader import read_job
 from finetune_operator.job_series import JobSeries
 from finetune_operator.known_jobs import KnownJobs
 from finetune_operator.metrics import Metrics
 from finetune_operator.observation import PodAnswer, PodSilence
 from finetune_operator.reconcile import MAX_CHAIN, MAX_CONFLICTS, RUNTIME_ASKED_EVERY_S, Reconciler
-from finetune_operator.run_config import RUNTIME_FILE, digest_of
+from finetune_operator.run_config import RUNTIME_FILE, config_map, digest_of
 from finetune_operator.runtimes import Runtimes
 from spec_cases import merged
 from status_samples import ARTIFACT, PROGRESS, SPEC
@@ -659,3 +660,77 @@ def test_a_pod_that_starts_slowly_has_its_runtime_looked_at_now_and_then_not_in_
     passed_s[0] += RUNTIME_ASKED_EVERY_S
     reconciler.reconcile(KEY)
     assert cluster.status["attempts"][0]["reason"] == "Superseded"
+
+
+POLICY = "policy: {contact: legal@example.com, allowedLicenses: [MIT]}"
+
+
+def test_a_refused_job_gets_no_pod_and_no_configuration_whatever_the_server_does(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    runtimes.write_text(f"runtimes: {{default: {{image: trainer, {POLICY}}}}}")
+    cluster.fail["patch status"] = [CONFLICT, ApiError(503, "x", ""), UnreachableError("cut")]
+    for error in (ApiError, UnreachableError):
+        with pytest.raises(error):
+            reconciler.reconcile(KEY)
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "RefusedByPolicy")
+    assert [kind for kind, _ in cluster.objects] == ["finetunejobs"]
+    runtimes.write_text("runtimes: {default: {image: trainer}}")
+    cluster.changed_by_another_hand()
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "RefusedByPolicy"), "a verdict stands"
+
+
+def test_a_policy_that_comes_later_ends_no_job_whose_pod_is_only_on_its_way(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    cluster.fail["create jobs"] = [ApiError(403, "Forbidden", "exceeded quota: gpus")]
+    with pytest.raises(RefusedError):
+        reconciler.reconcile(KEY)
+    runtimes.write_text(f"runtimes: {{default: {{image: trainer, {POLICY}}}}}")
+    reconciler.reconcile(KEY)
+    assert cluster.jobs() == [FIRST]
+
+
+def test_a_policy_of_a_runtime_that_comes_later_than_the_job_is_asked(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    cluster.submit(runtime="strict")
+    with pytest.raises(RefusedError):
+        reconciler.reconcile(KEY)
+    runtimes.write_text(f"runtimes: {{default: {{image: trainer}}, strict: {{image: trainer, {POLICY}}}}}")
+    reconciler.reconcile(KEY)
+    assert cluster.condition("Succeeded") == ("False", "RefusedByPolicy")
+    assert cluster.jobs() == []
+
+
+def test_a_policy_is_no_part_of_what_a_job_is_started_with(
+    reconciler: Reconciler, cluster: FakeCluster, runtimes: Path
+):
+    cluster.submit(datasets=[{"uri": "s3://data/a/", "license": "MIT"}])
+    runtimes.write_text(f"runtimes: {{default: {{image: trainer, {POLICY}}}}}")
+    reconciler.reconcile(KEY)
+    (before,) = config_maps(cluster)
+    assert "policy" not in cluster.objects["configmaps", before]["data"][RUNTIME_FILE]
+    runtimes.write_text("runtimes: {default: {image: trainer, policy: {contact: somebody else}}}")
+    del cluster.objects["jobs", FIRST]
+    reconciler.reconcile(KEY)
+    assert (config_maps(cluster), cluster.jobs()) == ([before], [FIRST])
+
+
+def test_a_change_of_policy_is_no_mended_runtime_that_a_waiting_job_would_begin_anew_with(
+    cluster: FakeCluster, runtimes: Path
+):
+    runtimes.write_text(f"runtimes: {{default: {{image: trainer, {POLICY}}}}}")
+    creator = ChildCreator(cast(Cluster, cluster), Runtimes(runtimes))
+    cluster.submit(datasets=[{"uri": "s3://data/a/", "license": "MIT"}])
+    job = read_job(cluster.objects["finetunejobs", "bot"])
+    run = creator.find_run(job, job.status).run
+    cluster.create("configmaps", config_map(run))
+    record = {"runConfig": run.name, "runDigest": run.digest}
+    job = read_job({**cluster.objects["finetunejobs", "bot"], "status": {"record": record}})
+    runtimes.write_text("runtimes: {default: {image: trainer, policy: {contact: somebody else}}}")
+    assert not creator.runtime_changed(job)
+    runtimes.write_text("runtimes: {default: {image: trainer-of-tomorrow}}")
+    assert creator.runtime_changed(job)

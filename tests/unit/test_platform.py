@@ -39,6 +39,17 @@ REFUSED: dict[str, dict[str, Any]] = {
     "an effect that there is not": {"tolerations": [{"effect": "Never"}]},
     "a field that there is not": {"gpus": 1},
     "a toleration's field that there is not": {"tolerations": [{"seconds": 1}]},
+    "a policy without anybody to ask": {"policy": {"allowedLicenses": ["MIT"]}},
+    "a licence of a policy in words": {"policy": {"contact": "legal", "allowedLicenses": ["the MIT licence"]}},
+    "a choice of licences in a policy": {"policy": {"contact": "legal", "allowedLicenses": ["MIT OR Apache-2.0"]}},
+    "a prefix that ends within a name": {
+        "policy": {"contact": "legal", "highestConfidentiality": [{"prefix": "s3://adapters/pub", "highest": "Public"}]}
+    },
+    "a prefix without a highest": {"policy": {"contact": "legal", "highestConfidentiality": [{"prefix": "s3://"}]}},
+    "a confidentiality that there is not": {
+        "policy": {"contact": "legal", "highestConfidentiality": [{"prefix": "s3://", "highest": "Secret"}]}
+    },
+    "a required field that there is not": {"policy": {"contact": "legal", "requiredFields": ["owner"]}},
 }
 ACCEPTED: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -51,6 +62,18 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "priorityClassName": "low.priority",
     },
     "sizes": {"defaults": {"cpu": 8, "memory": "64Gi", "gpusPerNode": 1}, "prepare": {"cpu": "500m"}},
+    "a policy": {
+        "policy": {
+            "contact": "legal@example.com, or #data on the chat",
+            "requiredFields": ["license", "source", "confidentiality", "copyrightHolder"],
+            "allowedLicenses": ["MIT", "GPL-2.0-only WITH Classpath-exception-2.0", "LicenseRef-ours"],
+            "highestConfidentiality": [
+                {"prefix": "s3://", "highest": "Public"},
+                {"prefix": "s3://adapters/", "highest": "Restricted"},
+                {"prefix": "s3://adapters/team-a/", "highest": "Internal"},
+            ],
+        }
+    },
 }
 
 

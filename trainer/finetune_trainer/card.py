@@ -10,6 +10,7 @@ from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.methods import method_of
+from finetune_trainer.origins import DataOrigin, highest
 from finetune_trainer.runplan import ANSWERS_FIELD, SERVED_RANKS, AdapterFacts, Denominator, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
@@ -91,6 +92,7 @@ Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS}
 the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
 """,
         _results(plan, found),
+        _data(plan),
         f"""## Serve
 
 With vLLM, from local copies of the base model and of this folder:
@@ -225,6 +227,22 @@ def _results(plan: RunPlan, found: Evaluations) -> str:
         ]
     text = f"{verdict(found.quality).message}.\n" if not found.quality.measured else ""
     return "\n".join(part for part in (_table("## Results", ("", "Before", "Tuned"), rows), text) if part)
+
+
+def _data(plan: RunPlan) -> str:
+    """What it has learned, as far as its jobs said."""
+    rows = [_origin(each, "") for each in plan.data]
+    rows += [_origin(each, " (earlier adapter)") for each in plan.earlier_data]
+    header = ("Dataset", "Licence", "Source", "Confidentiality", "Copyright holder")
+    how = highest([*plan.data, *plan.earlier_data])
+    words = f"What was learned from all of it is {how} as a whole.\n" if how is not None else ""
+    return "\n".join(part for part in (_table("## Data", header, rows), words) if part)
+
+
+def _origin(origin: DataOrigin, of_whom: str) -> tuple[str, ...]:
+    named = f"{origin.name}: {origin.uri}" if origin.name is not None else origin.uri
+    said = (origin.under, origin.source, origin.confidentiality, origin.copyright_holder)
+    return (markdown(named + of_whom), *(markdown(each or "not said") for each in said))
 
 
 def _hyperparameters(plan: RunPlan) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from finetune_trainer.earlier_adapter import is_unchanged, write_joint
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
+from finetune_trainer.origins import as_record, highest
 from finetune_trainer.patience import Patience
 from finetune_trainer.runplan import AdapterFacts, RunPlan
 from finetune_trainer.stop import StopFlag
@@ -97,6 +98,16 @@ def write_adapter(
 def _named(adapter: AdapterFacts) -> dict[str, str]:
     kept = {"mode": adapter.mode.value} if adapter.mode is AdapterMode.STACK else {}
     return {"uri": adapter.uri, "digest": adapter.digest, **kept}
+
+
+def _learned_data(plan: RunPlan) -> dict[str, object]:
+    """What a manifest says of the data: the job's, that of the adapter it went on with, and how confidential all is."""
+    how = highest([*plan.data, *plan.earlier_data])
+    return {
+        "data": [as_record(each) for each in plan.data],
+        **({"earlier_data": [as_record(each) for each in plan.earlier_data]} if plan.earlier_data else {}),
+        **({"confidentiality": how.value} if how is not None else {}),
+    }
 
 
 def require_change(folder: Path, starting_adapter: Path, plan: RunPlan) -> None:
@@ -268,6 +279,7 @@ def upload(
             "files": lineage.base_files,
             "known_by": lineage.base_known_by,
         },
+        **_learned_data(plan),
         **({"starting_adapter": _named(lineage.starting_adapter)} if lineage.starting_adapter else {}),
         "versions": lineage.versions,
         "image": lineage.image,

@@ -85,6 +85,8 @@ class JobPartitions:
             learns_all=choices.learns_all,
             told_by=choices.told_by,
             preference=choices.preference.model_dump(mode="json", exclude_none=True),
+            license_field=choices.license_field,
+            licenses=list(choices.licenses),
         )
 
     def rows_of(self, partition: Partition) -> DecodedRows:

@@ -25,7 +25,17 @@ from finetune_trainer.store import Store
 
 _MAX_LISTED = 100_000
 _MAX_FRAME_BYTES = 2**32 - 1
-_LIBRARIES = ("tokenizers", "fastokens", "jinja2", "orjson", "ftfy", "google-re2", "phonenumbers", "python-stdnum")
+_LIBRARIES = (
+    "tokenizers",
+    "fastokens",
+    "jinja2",
+    "orjson",
+    "ftfy",
+    "google-re2",
+    "phonenumbers",
+    "python-stdnum",
+    "license-expression",
+)
 
 
 def code_digest() -> str:

@@ -46,10 +46,13 @@ from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
 from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.unknown_words import TokenCount
+from finetune_trainer.origins import as_record, origins_of
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
 from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
+from finetune_trainer.replay import file_ranges, is_replayed, replay_weights
 from finetune_trainer.runplan import (
+    FileRange,
     FileRecord,
     Hyperparameters,
     PassLayout,
@@ -199,7 +202,7 @@ def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
 def _failure(stage: PrepareStage) -> dict[str, Any]:
     """Return the report of a job that failed."""
     funnel = report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)
-    return {"state": "failed", **funnel, "pii": _pii(stage)}
+    return {"state": "failed", **funnel, "pii": _pii(stage), "licenses": _licenses(stage)}
 
 
 def _pii(stage: PrepareStage) -> dict[str, Any]:
@@ -239,7 +242,7 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
     train = open_examples(written["train"].folder)
     require_order_fits(len(train), stage.resources.memory_bytes)
     stage.options = stage.method.settle(stage.options, train.columns, stage.choices)
-    mix = _mix(stage, train)
+    mix = _mix(stage, train, examples["train"]["labels"])
     facts = _data_facts(stage, division, examples, mix)
     sized = sizing.size(ctx.config.spec, model.facts, model.family, facts, ctx.config.resources, stage.starting_adapter)
     hyper = sized.hyperparameters
@@ -255,7 +258,8 @@ def _plan(stage: PrepareStage, division: Division) -> _Planned:
         denominator=stage.method.denominator,
     )
     shares = report.shares(plan, mix, examples["train"])
-    if not mix.is_plain:
+    _note_replay(stage, shares)
+    if any(each.weight not in (None, 1) for each in ctx.config.spec.datasets):
         shown = ", ".join(f"{share['reads_share']:.3g}" for share in shares)
         text = "as written: the share of the examples read that is of each dataset, in their order"
         stage.choices.note("datasets[].weight", shown, text)
@@ -283,6 +287,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "state": "prepared",
         **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
         "pii": _pii(stage),
+        "licenses": _licenses(stage),
         "kept_rows": stage.kept_rows,
         "disk_bytes": disk_use(stage.in_flight_bytes, stage.ledger, division, planned.batches).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
@@ -291,8 +296,8 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "answers": stage.taught.report(),
         "same_ids": None if stage.same_ids is None else stage.same_ids.report(),
         "datasets": [
-            {"uri": dataset.uri, **share, "unknown_words": count.report()}
-            for dataset, share, count in zip(datasets, planned.shares, _token_counts(stage), strict=True)
+            {**as_record(origin), **share, "unknown_words": count.report()}
+            for origin, share, count in zip(origins_of(datasets), planned.shares, _token_counts(stage), strict=True)
         ],
         "weights": planned.weights,
         "packing": report.packing(
@@ -349,6 +354,8 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
             FileRecord(uri=each.uri, size_bytes=each.size_bytes, etag=each.etag, sha256=each.sha256)
             for each in ledger.files
         ],
+        data=origins_of(spec.datasets),
+        replayed=_replayed_files(stage),
         resolved=planned.resolved,
         train_tokens=int(plan.tokens.sum()),
         computed_tokens=_computed_tokens(plan, planned.examples["train"], sized.hyperparameters),
@@ -374,12 +381,30 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     return _result(ctx, run_plan, plan, ledger, digest)
 
 
+def _licenses(stage: PrepareStage) -> list[dict[str, Any]]:
+    """Return rows by their own licence, of each dataset that names the field of it."""
+    firsts, files = [*stage.first_files, len(stage.ledger.files)], stage.ledger.files
+    datasets = stage.ctx.config.spec.datasets[: len(stage.first_files)]
+    return [
+        report.licenses(index, dataset.license_field, files[firsts[index] : firsts[index + 1]])
+        for index, dataset in enumerate(datasets)
+        if dataset.license_field is not None
+    ]
+
+
 def _token_counts(stage: PrepareStage) -> list[TokenCount]:
     """Return what was counted of the tokens of each dataset."""
     counts = [TokenCount() for _ in stage.first_files]
     for index, account in enumerate(stage.ledger.files):
         counts[bisect_right(stage.first_files, index) - 1].add(account.tokens)
     return counts
+
+
+def _replayed_files(stage: PrepareStage) -> list[FileRange]:
+    spec = stage.ctx.config.spec
+    if spec.replay is None:
+        return []
+    return file_ranges(stage.first_files, len(stage.ledger.files), is_replayed(spec.datasets, spec.replay))
 
 
 def _note_unknown_words(stage: PrepareStage) -> None:
@@ -391,12 +416,32 @@ def _note_unknown_words(stage: PrepareStage) -> None:
             log.warning("datasets[%d]: %s; %d of them are learned", index, text, count.unknown_learned)
 
 
-def _mix(stage: PrepareStage, train: Examples) -> Mix:
-    """Return how many training examples each dataset has, and how often an epoch reads those of each."""
+def _mix(stage: PrepareStage, train: Examples, labels: Any) -> Mix:
+    """Return how many training examples each dataset has, and how often an epoch reads those of each.
+
+    labels: (examples,) tokens to learn of each."""
     datasets, files = stage.ctx.config.spec.datasets, train.columns["file"]  # in the order of the datasets
     firsts = np.searchsorted(files, np.array(stage.first_files, dtype=files.dtype))
     sizes: list[int] = np.diff(np.append(firsts, len(train))).tolist()
-    return Mix(sizes, [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets])
+    weights = [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets]
+    replay = stage.ctx.config.spec.replay
+    if replay is not None:
+        learned = report.by_dataset(labels, sizes)
+        weights = replay_weights(weights, learned, is_replayed(datasets, replay), replay.fraction)
+    return Mix(sizes, weights)
+
+
+def _note_replay(stage: PrepareStage, shares: list[dict[str, Any]]) -> None:
+    """Say how much of what is learned is really replayed, and how often its examples are read."""
+    spec = stage.ctx.config.spec
+    if spec.replay is None:
+        return
+    which = is_replayed(spec.datasets, spec.replay)
+    old = [share for share, is_old in zip(shares, which, strict=True) if is_old]
+    share = sum(each["label_tokens_share"] for each in old)
+    reads, examples = (sum(each[name] for each in old) for name in ("reads", "examples"))
+    text = f"as written: {share:.1%} of the learned tokens are replayed, in {reads:,} reads of {examples:,} examples"
+    stage.choices.note("replay.fraction", f"{spec.replay.fraction:g}", text)
 
 
 def _data_facts(stage: PrepareStage, division: Division, examples: dict[str, Any], mix: Mix) -> DataFacts:

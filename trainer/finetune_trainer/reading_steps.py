@@ -37,6 +37,7 @@ from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.end_token import require_end_token
+from finetune_trainer.data.licenses import check_license
 from finetune_trainer.data.listing import Inputs, find_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.partition_work import renderer_of
@@ -123,6 +124,7 @@ def with_model(ctx: StageContext, work: Callable[[Model], Result], judge: Judge 
     spec = ctx.config.spec
     for index, dataset in enumerate(spec.datasets):
         check_given(dataset.format, spec.method.type, index)
+        check_license(dataset.license, index)
     ctx.reporter.update(activity="Loading")  # judging the model takes longer than the data does where that is small
     model = read_model(ctx.store, spec.model.uri, judge)
     ctx.reporter.update(activity="Reading")
@@ -337,6 +339,8 @@ def _row_choices(dataset: DatasetSpec, system_messages: SystemMessages, same_rol
         system_messages=system_messages,
         same_role=same_role,
         preference=dataset.preference or PreferenceSpec(),
+        license_field=dataset.license_field,
+        licenses=tuple(dataset.licenses or ()),
     )
 
 

@@ -38,6 +38,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.status import ResolvedValue
 from finetune_trainer.data.examples import ARRAYS
+from finetune_trainer.origins import MAX_EARLIER, DataOrigin
 
 if TYPE_CHECKING:  # the plan itself needs no storage client
     from finetune_trainer.store import Store
@@ -135,6 +136,7 @@ class AdapterFacts(StoredModel):
     rslora: bool = False
     target_modules: list[Str64] = Field(default=[], max_length=MAX_MODULES)  # []: of a release that kept none
     mode: AdapterMode = AdapterMode.CONTINUE
+    data: list[DataOrigin] = Field(default=[], max_length=MAX_EARLIER)  # that it has learned, as far as that is said
 
     @property
     def scale(self) -> float:
@@ -219,6 +221,13 @@ class Hyperparameters(StoredModel):
         return PassLayout.TREES if self.trees else PassLayout.PACKED
 
 
+class FileRange(StoredModel):
+    """Neighbouring files of the data, by their places among all; the end is behind the last."""
+
+    first: int = Field(ge=0)
+    end: int = Field(ge=0)
+
+
 class SamplePrompt(StoredModel):
     """A prompt that base and tuned model answer at the end; its words are data and stay in the bucket."""
 
@@ -247,6 +256,8 @@ class RunPlan(StoredModel):
     batches: FileRecord
     sample_prompts: list[SamplePrompt] = Field(max_length=3)
     inputs: list[FileRecord] = Field(max_length=10_000)
+    data: list[DataOrigin] = Field(default=[], max_length=20)  # the datasets, in order
+    replayed: list[FileRange] = Field(default=[], max_length=20)  # files whose rows are mixed in against forgetting
     resolved: list[ResolvedValue] = Field(max_length=200)  # in the order of `first_to_change`
     train_tokens: int  # over all steps, of flat sequences
     # Over all steps, with what flat sequences share counted once where it is computed once; None: of a release before.
@@ -261,6 +272,11 @@ class RunPlan(StoredModel):
         """The adapter that is kept as it is beside the one that is trained; None where there is none."""
         adapter = self.starting_adapter
         return adapter if adapter is not None and adapter.mode is AdapterMode.STACK else None
+
+    @property
+    def earlier_data(self) -> list[DataOrigin]:
+        """What the adapter had learned that training went on with."""
+        return self.starting_adapter.data if self.starting_adapter is not None else []
 
     @property
     def exported_rank(self) -> int:

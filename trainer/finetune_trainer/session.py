@@ -4,10 +4,13 @@ import logging
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from finetune_trainer.loop import StepAbandonedError, StepPart, Stepper, learnin
 from finetune_trainer.metrics import MetricsFile, TrainMetrics
 from finetune_trainer.passes import computed_tokens
 from finetune_trainer.patience import ENDS_AT_ONCE
+from finetune_trainer.replay import losses_apart
 from finetune_trainer.serve import Reporter
 from finetune_trainer.stop import StopFlag
 from finetune_trainer.world import device_memory
@@ -94,6 +98,7 @@ class Session:
     metrics: TrainMetrics
     metrics_file: MetricsFile
     watchdog: guard.Watchdog
+    replayed: npt.NDArray[np.bool_] | None = None  # (held-out rows,) which are replayed; None: nothing is
     model_size: ModelSize | None = None
     peak_flops: float | None = None  # of the GPU; without it, or without the model's size, there is no MFU
     _pending: deque[_Reading] = field(default_factory=deque[_Reading])
@@ -327,6 +332,7 @@ class Session:
             last_ends=self.last_ends,
         )
         if measured is not None:
+            measured = self._told_apart(measured, sample if sampled else None)
             found = self._compared(measured if sampled or len(sample) == len(self.held_out) else measured.of(sample))
             # The base's stays first, the oldest of the others go.
             earlier = self.position.evaluations
@@ -340,6 +346,15 @@ class Session:
             log.info("held-out loss %.4f after step %d", found.loss, found.step)
         self.reporter.update(activity="Training")
         self._step_began_s = time.monotonic()
+
+    def _told_apart(self, measured: Measurement, rows: Sequence[int] | None) -> Measurement:
+        """Add the losses of new and of replayed rows: the second says what was forgotten. rows: None for all."""
+        if self.replayed is None:
+            return measured
+        replayed = self.replayed if rows is None else self.replayed[rows]
+        apart = losses_apart(measured.row_losses, measured.row_units, replayed)
+        figures = {**measured.held_out.figures, **apart}
+        return replace(measured, held_out=measured.held_out.model_copy(update={"figures": figures}))
 
     def _compared(self, measured: Measurement) -> HeldOut:
         """Compare a measurement of the sample with the first one, row by row, which is kept to be compared with."""

@@ -17,6 +17,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS, StartingAdapter
 from finetune_trainer.commit import MANIFEST, MAX_MANIFEST_BYTES, ManifestFile
+from finetune_trainer.origins import MAX_EARLIER, DataOrigin, joined
 from finetune_trainer.runplan import MAX_ALPHA, MAX_MODULES, AdapterFacts, FileRecord, ModelFacts
 from finetune_trainer.store import Store, spec_field
 
@@ -36,8 +37,12 @@ class _Base(WireModel):
 
 
 class _Manifest(WireModel):
+    """data, earlier_data: absent in those of earlier releases."""
+
     files: list[ManifestFile] = Field(max_length=100)
     base: _Base
+    data: list[DataOrigin] = Field(default=[], max_length=20)
+    earlier_data: list[DataOrigin] = Field(default=[], max_length=MAX_EARLIER)
 
 
 class _Config(WireModel):
@@ -105,6 +110,7 @@ def read_adapter(
         rslora=config.use_rslora,
         target_modules=sorted(config.target_modules),
         mode=mode,
+        data=joined(manifest.data, manifest.earlier_data),
     )
     prefix = join(base.uri, "")
     known = {file.uri.removeprefix(prefix): file.sha256 for file in base.files}

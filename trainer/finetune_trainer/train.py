@@ -49,6 +49,7 @@ from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapte
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
 from finetune_trainer.reference import Kept, reference_key, reference_of, reference_uri
+from finetune_trainer.replay import replayed_rows
 from finetune_trainer.runplan import RunPlan, SplitFiles, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
 from finetune_trainer.session import Session
@@ -327,6 +328,7 @@ def _begin(
             lambda step, seconds: _end_stalled(ctx, step, seconds),
             first_limit_s=_first_pass_limit_s(plan, ctx.config.resources),
         ),
+        _replayed(plan, fetched.held_out),
         model_size(lm, adapted),
         peak_flops(gpu_name) if gpu_name else None,
     )
@@ -357,6 +359,13 @@ def _report_trouble(reporter: Reporter, trouble: FailedTries | None) -> None:
         return
     since_s = time.time() - (time.monotonic() - trouble.since_s)
     reporter.update(trouble=results.trouble(trouble.error, since_s))
+
+
+def _replayed(plan: RunPlan, held_out: Examples | None) -> npt.NDArray[np.bool_] | None:
+    """(held-out rows,) which of them are of replayed datasets; None where nothing is replayed."""
+    if held_out is None or not plan.replayed:
+        return None
+    return replayed_rows(held_out.columns["file"], plan.replayed)
 
 
 def _end_stalled(ctx: StageContext, step: int, seconds: float) -> None:

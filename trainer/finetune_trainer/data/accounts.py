@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import orjson
 
 from finetune_api.status import DroppedRows
+from finetune_trainer.data.licenses import RowLicense
 from finetune_trainer.data.unknown_words import TokenCount
 
 MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
@@ -64,13 +65,15 @@ class StageAccount:
 @dataclass(kw_only=True)
 class FileRows:
     """What was counted of some rows of one file. bytes_in: of the rows, at least; dropped: rows by reason; tokens: of
-    the rows that were not."""
+    the rows that were not; licenses, left_licenses: rows by their own licence that were taken, and left out by it."""
 
     rows_in: int
     bytes_in: int
     dropped: dict[str, int]
     stages: dict[str, StageAccount]
     tokens: TokenCount
+    licenses: dict[str, int]
+    left_licenses: dict[str, int]
 
 
 @dataclass
@@ -94,6 +97,8 @@ class FileAccount:
     dropped: Counter[str] = field(default_factory=Counter[str])
     stages: defaultdict[str, StageAccount] = field(default_factory=lambda: defaultdict(StageAccount))
     tokens: TokenCount = field(default_factory=TokenCount)
+    licenses: Counter[str] = field(default_factory=Counter[str])  # rows that were taken, by their own licence
+    left_licenses: Counter[str] = field(default_factory=Counter[str])  # and those that were left out by it
 
     @property
     def rows(self) -> FileRows:
@@ -104,6 +109,8 @@ class FileAccount:
             dropped=dict(self.dropped),
             stages=dict(self.stages),
             tokens=self.tokens,
+            licenses=dict(self.licenses),
+            left_licenses=dict(self.left_licenses),
         )
 
     @property
@@ -177,6 +184,13 @@ class Ledger:
         self.files[file].dropped[reason] += 1
         self.files[file].stages[stage].dropped += 1
         self.decide(file, number, stage, Action.DROP, reason, detail, ref, words=words)
+
+    def license(self, file: int, number: int, said: RowLicense, field: str) -> None:
+        """Count row `number` of a file by its own licence, and drop it where that is not one that was chosen."""
+        account = self.files[file]
+        (account.licenses if said.drop is None else account.left_licenses)[said.name] += 1
+        if said.drop is not None:
+            self.drop(file, number, "license", said.drop, field)
 
     def passed(
         self, stage: str, given: Iterable[RowPlace], passed: Iterable[RowPlace], counters: Mapping[str, int]
@@ -255,6 +269,8 @@ class Ledger:
         for name, stage in rows.stages.items():
             account.stages[name].add(stage)
         account.tokens.add(rows.tokens)
+        account.licenses.update(rows.licenses)
+        account.left_licenses.update(rows.left_licenses)
         self.rows_read += rows.rows_in
         self.file_read = file
 

@@ -77,6 +77,8 @@ class Task:
     learns_all: bool
     told_by: str
     preference: dict[str, Any]
+    license_field: str | None
+    licenses: list[str]
     most_rows: int | None = None
 
     @property
@@ -89,6 +91,8 @@ class Task:
             learns_all=self.learns_all,
             told_by=self.told_by,
             preference=PreferenceSpec.model_validate(self.preference),
+            license_field=self.license_field,
+            licenses=tuple(self.licenses),
         )
 
 

@@ -81,6 +81,8 @@ class Drop(StrEnum):
 
     TOO_LONG = "too_long"
     NO_LABEL = "no_label"
+    OTHER_LICENSE = "other_license"
+    UNKNOWN_LICENSE = "unknown_license"
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"
     EQUAL_ANSWERS = "equal_answers"
     IDENTICAL_TOKENS = "identical_tokens"

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from finetune_api.data_files import MAX_UNPACKED_BYTES
 from finetune_api.job import DatasetFormat, MethodType
@@ -17,6 +17,7 @@ from finetune_trainer.data.documents.reading import extracted
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.kinds import content_hash, texts
+from finetune_trainer.data.licenses import RowLicenses
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.problems import Broken, LeftOut
 from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
@@ -117,7 +118,7 @@ def shape_of(
 
 def unread_columns(choices: RowChoices) -> Collection[str]:
     """Return the names of columns that are passed over."""
-    return METADATA.union(choices.ignored).difference(choices.columns)
+    return METADATA.union(choices.ignored).difference(choices.columns, [choices.license_field])
 
 
 def peek(rows: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
@@ -147,11 +148,18 @@ def valid_rows(
 ) -> Iterator[Checked]:
     """Yield the valid rows and count all. Raises BROKEN_ROW."""
     of_tables = replace(choices, nulls_are_absent=True)
+    licenses = RowLicenses(choices.license_field, choices.licenses) if choices.license_field else None
     for file, (number, value, size_bytes, held_bytes) in rows:
         ledger.count(file, size_bytes)
         if isinstance(value, LeftOut):
             ledger.drop(file, number, "extract", value.drop, words=value.words)
             continue
+        if licenses is not None and isinstance(value, dict):
+            said = licenses.take(cast(dict[str, Any], value))
+            if not bad.failing:
+                ledger.license(file, number, said, licenses.field)
+            if said.drop is not None:
+                continue
         checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked)

@@ -1,13 +1,15 @@
 """report.json: what became of every row, how long rows are, how fast it went. No content."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.batches import CHUNK, Mix
-from finetune_trainer.data.accounts import Ledger
+from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.passes import computed_tokens, passes
 from finetune_trainer.runplan import Hyperparameters
@@ -43,12 +45,25 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
         "ignored_files_total": len(ignored),
         "changed": dict(sorted(ledger.changes.items())),
         "counted": {stage: dict(sorted(counts.items())) for stage, counts in sorted(ledger.counted.items())},
-        "ignored_fields": dict(sorted(ledger.ignored_fields.items(), key=lambda item: (-item[1], item[0]))),
+        "ignored_fields": _most_first(ledger.ignored_fields),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}
             for stage, spent in seconds.items()
         },
     }
+
+
+def licenses(index: int, field: str, files: Sequence[FileAccount]) -> dict[str, Any]:
+    """Rows of a dataset by their own licence: those that were taken, and those that were left out by it."""
+    taken, left = Counter[str](), Counter[str]()
+    for account in files:
+        taken.update(account.licenses)
+        left.update(account.left_licenses)
+    return {"dataset": index, "field": field, "taken": _most_first(taken), "left_out": _most_first(left)}
+
+
+def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def shares(plan: StepPlan, mix: Mix, examples: npt.NDArray[Any]) -> list[dict[str, Any]]:
@@ -68,6 +83,12 @@ def shares(plan: StepPlan, mix: Mix, examples: npt.NDArray[Any]) -> list[dict[st
         for share, total in zip(found, sums.tolist(), strict=True):
             share |= {name: int(total), f"{name}_share": round(total / max(1.0, float(sums.sum())), 4)}
     return found
+
+
+def by_dataset(values: npt.NDArray[Any], sizes: Sequence[int]) -> list[int]:
+    """Return the sum of each dataset. values: (examples,) in the order of the datasets, which have so many each."""
+    ends = np.cumsum([0, *sizes], dtype=np.int64)
+    return [int(values[first:end].sum(dtype=np.int64)) for first, end in pairwise(ends.tolist())]
 
 
 def weights(column: npt.NDArray[np.float32]) -> dict[str, float]:

@@ -32,7 +32,8 @@ _OURS = frozenset(_OF_THE_RENDERER.split())
 class RowChoices:
     """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
     nulls_are_absent: whether a null inside tools and calls is what a table fills in. learns_all: whether the job learns
-    every token, so that no message can be kept from it. told_by: what says that the dataset's rows have their shape."""
+    every token, so that no message can be kept from it. told_by: what says that the dataset's rows have their shape.
+    licenses: by which of their own licences, in license_field, rows are chosen; none: all are taken."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: frozenset[str] = frozenset()
@@ -42,6 +43,8 @@ class RowChoices:
     learns_all: bool = False
     told_by: str = "its dataset has"
     preference: PreferenceSpec = field(default_factory=PreferenceSpec)
+    license_field: str | None = None
+    licenses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
