@@ -15,6 +15,7 @@ from finetune_api import defaults
 from finetune_api.base import ApiModel, Uri
 from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
+from finetune_api.documents import DocumentsSpec
 from finetune_api.governance import OriginSpec
 from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
 from finetune_api.pii import PiiSpec
@@ -518,6 +519,10 @@ class PreprocessingSpec(ApiModel):
         le=1,
         description="With Drop and Truncate: the job fails when a larger share of rows is dropped as too long. "
         f"Absent: {defaults.MAX_TOO_LONG_FRACTION}.",
+    )
+    documents: DocumentsSpec | None = Field(
+        default=None,
+        description="How the texts of documents (CPT) are put together and cut. Absent: as its fields say.",
     )
     packing: bool | None = Field(
         default=None,

@@ -1,7 +1,6 @@
 """Labels lie on the answers and the token that ends them; texts are split without losing a token."""
 
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data_run import CHATML, byte_bpe, every_answer, one_sequence
 from finetune_trainer.data.template import ChatTemplate
-from finetune_trainer.data.tokens import RowTokenizer, Tokens, special_tokens, split
+from finetune_trainer.data.tokens import RowTokenizer, Tokens, special_tokens
 
 BPE = byte_bpe()
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -172,24 +171,6 @@ def test_truncation_and_padding_of_the_tokenizer_file_are_off() -> None:
 def test_an_end_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="eos_token"):
         tokenizer("<|nothing|>")
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=200), st.integers(2, 40))
-def test_a_split_text_predicts_every_token_once(ids: list[int], limit: int) -> None:
-    breaks = np.array([number < 3 for number in range(10)])
-    pieces = split(np.array(ids, dtype=np.uint32), limit, breaks)
-    assert all(1 <= len(piece) <= limit for piece in pieces)
-    predicted = [token for piece in pieces for token in piece[1:].tolist()]
-    assert [ids[0], *predicted] == ids
-    for piece, following in pairwise(pieces):
-        assert piece[-1] == following[0]
-
-
-def test_a_text_is_split_after_a_newline_in_the_second_half_of_a_piece() -> None:
-    breaks = np.array([False, True])
-    first, _ = split(np.array([0, 0, 0, 0, 0, 1, 0, 0, 0, 0], dtype=np.uint32), 8, breaks)
-    assert first.tolist() == [0, 0, 0, 0, 0, 1]
 
 
 def test_special_tokens_are_read_in_all_the_ways_they_are_written() -> None:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from data_run import LFS_POINTER, jsonl, prepare_run
+from data_run import LFS_POINTER, context, jsonl, prepare_run
 from finetune_api.data_files import DOCUMENTS
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
@@ -21,6 +21,7 @@ from finetune_trainer.data.documents.kinds import READERS
 from finetune_trainer.data.documents.reading import Document, extracted
 from finetune_trainer.data.file_kinds import DocumentKind, document_of
 from finetune_trainer.data.problems import Drop
+from finetune_trainer.shown import Wanted, show
 from finetune_trainer.store import Store, open_store
 from written_documents import columns_pdf, encrypted_pdf, page_html, pages_pdf, pdf, put_lines, scanned_pdf, table_pdf
 
@@ -219,6 +220,16 @@ def test_a_table_keeps_its_rows(tmp_path: Path) -> None:
     assert "\n".join("| " + " | ".join(row) + " |" for row in rows) in text
 
 
+def test_title_and_source_are_put_into_the_text_by_a_template(tmp_path: Path) -> None:
+    named = page_html("<h1>Foxes</h1><p>The fox is quick, as everybody knows.</p>", "All foxes")
+    folder(tmp_path, {"b/fox.html": named, "dog.txt": b"The dog is lazy {source}."})
+    template = {"documents": {"template": "{title} ({source})\n{text}"}}
+    shown = show(context(tmp_path, {**CPT, "preprocessing": template}), Wanted(most=2))
+    texts = ["".join(segment.text for segment in row.segments) for row in shown]
+    assert texts[0].startswith("All foxes (b/fox.html)\n# Foxes")
+    assert texts[1].startswith("dog (dog.txt)\nThe dog is lazy {source}.")
+
+
 def test_a_large_text_becomes_several_rows_cut_where_paragraphs_end() -> None:
     text = "".join(f"Paragraph {at}. {'word ' * 20}\n\n" for at in range(200))
     parts = found.parts(text, 4000)
@@ -267,7 +278,7 @@ def test_documents_are_fetched_several_at_once_and_come_in_order(tmp_path: Path)
     for number in range(5 * several):
         path = tmp_path / f"{number:02}.txt"
         path.write_bytes(b"words %d" % number)
-        documents.append(Document(path.as_uri(), path.stat().st_size, DocumentKind.TEXT))
+        documents.append(Document(path.as_uri(), path.stat().st_size, DocumentKind.TEXT, path.name))
     store = _Meeting(open_store(StorageConfig()), several)
     rows = [
         json.loads(row.content) for each in extracted(store, documents, tmp_path / "work", 2) for row in each.rows()
@@ -282,7 +293,7 @@ def test_nothing_is_left_where_reading_stops_early(tmp_path: Path) -> None:
     for number in range(200):
         path = tmp_path / f"{number:03}.txt"
         path.write_bytes(b"words")
-        documents.append(Document(path.as_uri(), 5, DocumentKind.TEXT))
+        documents.append(Document(path.as_uri(), 5, DocumentKind.TEXT, path.name))
     with closing(extracted(open_store(StorageConfig()), documents, tmp_path / "work", 2)) as found_documents:
         next(found_documents)
     assert not (tmp_path / "work").exists()

@@ -22,7 +22,7 @@ from finetune_trainer.data.reading import (
     unread_columns,
     valid_rows,
 )
-from finetune_trainer.reading_steps import PrepareStage, dataset_choices
+from finetune_trainer.reading_steps import PrepareStage, dataset_choices, document_template
 
 FEW = 2  # partitions for which more than one process, and keeping them finished, may pay
 
@@ -52,7 +52,8 @@ class JobPartitions:
         for number, (dataset, inputs) in enumerate(zip(ctx.config.spec.datasets, self._inputs, strict=True)):
             choices, self._cut = self._choices[number], number
             unread = unread_columns(choices)
-            reader = RawReader(ctx.store, stage.ledger, inputs, unread, ctx.work_dir, self._extractors)
+            template = document_template(stage.preprocessing)
+            reader = RawReader(ctx.store, stage.ledger, inputs, unread, ctx.work_dir, self._extractors, template)
             with closing(reader.rows()) as rows:
                 peeked, error = _peeked(rows)
                 found = shape_of(inputs, dataset.format, stage.ledger, peeked, method, choices)

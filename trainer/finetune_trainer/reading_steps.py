@@ -35,6 +35,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.detect import check_given
+from finetune_trainer.data.documents.reading import PLAIN
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.end_token import require_end_token
 from finetune_trainer.data.licenses import check_license
@@ -181,6 +182,11 @@ def find_inputs(stage: RowsStage) -> list[Inputs]:
     return inputs
 
 
+def document_template(spec: PreprocessingSpec) -> str:
+    """Return what the texts of documents are put into."""
+    return (spec.documents and spec.documents.template) or PLAIN
+
+
 def dataset_rows(
     stage: RowsStage, inputs: list[Inputs], bad: BadRows, select: Select = every_row
 ) -> Iterator[Iterator[Checked]]:
@@ -199,6 +205,7 @@ def dataset_rows(
             ctx.work_dir,
             stage.formats,
             select,
+            template=document_template(stage.preprocessing),
         )
         yield through(chain, checked, stage.ledger)
 
@@ -256,6 +263,7 @@ def read_datasets(stage: PrepareStage, sink: Sink, select: Select = every_row) -
             stage.timings,
             stage.method.examples,
             pairs=stage.method.pairs is not None,
+            with_headings=bool(stage.preprocessing.documents and stage.preprocessing.documents.heading_context),
         )
         for rows in dataset_rows(stage, reading.inputs, reading.bad, select):
             for _ in pipeline.run(rows):

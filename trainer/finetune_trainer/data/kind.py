@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import pyarrow as pa
 
 from finetune_api.job import DatasetFormat
+from finetune_trainer.data.cuts import Marks
 from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.rows import Conversation, Row
-from finetune_trainer.data.tokens import Breaks, Tokens
+from finetune_trainer.data.tokens import Tokens
 
 if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
     from finetune_trainer.data.model_facts import Model
@@ -34,11 +35,12 @@ class Untemplated(Generic[R]):
 
     tokens: of rows, of which everything is learned where the last argument says so; cut: a row's tokens cut to a limit,
     those that the tokenizer begins every text with being kept, None where they cannot be; pieces: a row's tokens as
-    examples of their own within a limit, None where no row may become several."""
+    examples of their own within a limit, with the headings above each where the last argument says so, None where no
+    row may become several."""
 
     tokens: Callable[["Model", Sequence[R], bool], list[Tokens]]
     cut: Callable[[Tokens, int, int], Tokens | None]
-    pieces: Callable[[Tokens, int, Breaks], list[Tokens]] | None = None
+    pieces: Callable[[Tokens, int, Marks, bool], list[Tokens]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import orjson
 import pyarrow as pa
 
 from finetune_api.job import DatasetFormat
+from finetune_trainer.data.cuts import Marks, split
 from finetune_trainer.data.end_token import require_end_token, require_stop_at_end_token
 from finetune_trainer.data.kind import KIND_NAME, ArrowBatch, Kind, Members, SaidText, Untemplated
 from finetune_trainer.data.problems import Broken, Drop, Problem
@@ -29,7 +30,7 @@ from finetune_trainer.data.rows import (
     Thumb,
 )
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
-from finetune_trainer.data.tokens import Breaks, Tokens, of_document, split
+from finetune_trainer.data.tokens import Tokens, of_document
 from finetune_trainer.data.too_long import without_beginning
 
 if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
@@ -129,8 +130,8 @@ def _tokens_of_texts(model: "Model", rows: Sequence[Text], _: bool) -> list[Toke
     return [of_document(ids) for ids in model.tokenizer.texts([row.text for row in rows])]
 
 
-def _pieces_of_text(tokens: Tokens, limit: int, breaks: Breaks) -> list[Tokens]:
-    return [of_document(piece) for piece in split(tokens.ids, limit, breaks)]
+def _pieces_of_text(tokens: Tokens, limit: int, marks: Marks, with_headings: bool) -> list[Tokens]:
+    return [of_document(*piece) for piece in split(tokens.ids, limit, marks, with_headings)]
 
 
 _OF_CHATS = frozenset(

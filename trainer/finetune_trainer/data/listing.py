@@ -52,6 +52,7 @@ class _Matched(NamedTuple):
     others: list[str]  # whose names end as those of no data file
     beside: Sequence[str] = ()
     are_documents: bool = False
+    folder: str = ""  # what all their URIs begin with
 
     @property
     def ignored(self) -> list[str]:
@@ -82,7 +83,7 @@ def find_files(
         own: list[FileKind] = []
         documents: list[Document] = []
         if found.are_documents:
-            documents = [_document(info) for info in found.data]
+            documents = [_document(info, found.folder) for info in found.data]
             ledger.files += [_document_account(info) for info in found.data]
         else:
             own = list(islice(kinds, len(found.data)))
@@ -101,10 +102,10 @@ def _document_account(info: ObjectInfo) -> FileAccount:
     return FileAccount(info.uri, info.size_bytes, info.etag, most_bytes=most_text_bytes(info.size_bytes))
 
 
-def _document(info: ObjectInfo) -> Document:
+def _document(info: ObjectInfo, folder: str) -> Document:
     kind = document_of(info.uri)
     assert kind is not None
-    return Document(info.uri, info.size_bytes, kind)
+    return Document(info.uri, info.size_bytes, kind, info.uri.removeprefix(folder))
 
 
 def changed_files(
@@ -134,7 +135,8 @@ def _match(store: Store, uri: str, takes_documents: bool) -> _Matched:
     Beside files of rows a document is none: a dataset that was downloaded has a README.md beside its rows."""
     found = store.match(uri, _MAX_FILES)
     if not is_pattern(uri) and not uri.endswith("/"):
-        return _Matched(found, [], [], are_documents=takes_documents and document_of(uri) is not None)
+        folder = uri[: uri.rfind("/") + 1]
+        return _Matched(found, [], [], are_documents=takes_documents and document_of(uri) is not None, folder=folder)
     begin = fixed_prefix(uri).rfind("/") + 1
     matched, documents = _Matched([], [], []), list[ObjectInfo]()
     for info in found:
@@ -147,7 +149,7 @@ def _match(store: Store, uri: str, takes_documents: bool) -> _Matched:
         else:
             matched.others.append(info.uri)
     if documents and not matched.data:
-        return matched._replace(data=documents, are_documents=True)
+        return matched._replace(data=documents, are_documents=True, folder=fixed_prefix(uri)[:begin])
     return matched._replace(beside=[info.uri for info in documents])
 
 

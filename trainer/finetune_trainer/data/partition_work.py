@@ -36,6 +36,8 @@ class PartitionWork:
         spec = FineTuneJobSpec.model_validate(rules.spec)
         self._chain = chain_of(spec, None if rules.pii_key is None else bytes.fromhex(rules.pii_key))
         self._method = method_of(spec.method.type)
+        documents = spec.preprocessing and spec.preprocessing.documents
+        self._with_headings = bool(documents and documents.heading_context)
 
     def close(self) -> None:
         """End the renderer's process; the tokenizer's is the caller's."""
@@ -72,6 +74,7 @@ class PartitionWork:
                 Timings(),
                 self._method.examples,
                 pairs=self._method.pairs is not None,
+                with_headings=self._with_headings,
             )
             rows = through(self._chain, _checked(task, ledger, bad), ledger)
             try:

@@ -101,7 +101,8 @@ class Sink(Protocol):
 @dataclass(frozen=True)
 class Pipeline:
     """Where rows go on their way to the sink. renderer: None when no row is a conversation's; pairs: whether single
-    answers that are rated are paired there; probe: keeps the first that go there."""
+    answers that are rated are paired there; with_headings: whether pieces of a text begin with the headings above them;
+    probe: keeps the first that go there."""
 
     model: Model
     loss_on: LossOn
@@ -113,6 +114,7 @@ class Pipeline:
     timings: Timings
     examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what the sequences of a row become, or the pieces of a text
     pairs: bool = False
+    with_headings: bool = False
     probe: Probe = field(default_factory=Probe)
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
@@ -293,7 +295,7 @@ class Pipeline:
         tokenizer, untemplated = self.model.tokenizer, kind_of(example[0].row).untemplated
         if policy is TooLong.SPLIT and untemplated is not None and untemplated.pieces is not None:
             ((row, (whole,)),) = example
-            pieces = untemplated.pieces(whole, limit, tokenizer.breaks)
+            pieces = untemplated.pieces(whole, limit, tokenizer.marks, self.with_headings)
             self.too_long.split(item.file, item.number, len(pieces))
             return Shorter([Member(row, pieces)])
         if policy is not TooLong.TRUNCATE or (self.pairs and kind_of(item.row).label(item.row)):

@@ -13,7 +13,7 @@ from finetune_api.job import DatasetFormat, MethodType
 from finetune_trainer.data import detect, files, parquet
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.documents.reading import extracted
+from finetune_trainer.data.documents.reading import PLAIN, extracted
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.kinds import content_hash, texts
@@ -77,6 +77,7 @@ def checked_rows(
     formats: list[DatasetFormat],
     select: Select = every_row,
     processes: int = 1,
+    template: str = PLAIN,
 ) -> Iterator[Checked]:
     """Valid rows of one dataset, in order; its format is appended to `formats` before the first.
 
@@ -85,7 +86,9 @@ def checked_rows(
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
     choices = choices_for(inputs, choices)
-    with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir, processes).rows()) as rows:
+    with closing(
+        RawReader(store, ledger, inputs, unread_columns(choices), work_dir, processes, template).rows()
+    ) as rows:
         peeked = list(peek(rows))
         found = shape_of(inputs, given, ledger, peeked, method, choices)
         if found is None:
@@ -200,7 +203,8 @@ class RawReader:
     """Reads the files of a dataset in order, each at one version. Only Parquet, which needs seeking, and documents,
     which are read ahead, go to disk.
 
-    unread: names of columns that are passed over; processes: that read documents, at most."""
+    unread: names of columns that are passed over; processes: that read documents, at most; template: of
+    their texts."""
 
     def __init__(
         self,
@@ -210,9 +214,11 @@ class RawReader:
         unread: Collection[str],
         work_dir: Path,
         processes: int = 1,
+        template: str = PLAIN,
     ) -> None:
         self._store, self._ledger, self._inputs = store, ledger, inputs
         self._unread, self._work_dir, self._processes = unread, work_dir, processes
+        self._template = template
         self._path = work_dir / "input.parquet"
         self.row_bytes = 0  # of the rows so far, unpacked
         self._whole_bytes = 0  # of the files that are read to their end
@@ -243,7 +249,7 @@ class RawReader:
             for index, document in zip(self._inputs.files, documents, strict=True):
                 account = self._ledger.files[index]
                 account.sha256, account.size_bytes = document.sha256, document.size_bytes
-                for row in document.rows():
+                for row in document.rows(self._template):
                     self.row_bytes += row.size_bytes
                     yield PlacedRow(index, row)
                 self._whole_bytes += account.size_bytes

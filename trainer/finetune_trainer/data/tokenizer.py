@@ -12,6 +12,7 @@ import orjson
 
 from finetune_trainer.data import child
 from finetune_trainer.data.added_tokens import NAMING_FILES
+from finetune_trainer.data.cuts import MARK_TYPE, Marks
 from finetune_trainer.data.encoders import FAST, FAST_AFTER, HUGGING_FACE, Choice, FastDiffersError
 from finetune_trainer.data.rows import Completion
 from finetune_trainer.data.sequences import Span
@@ -74,7 +75,7 @@ class Tokenizer:
             self.close()  # the machine's fault, as no tokenizer was looked at yet
             raise RuntimeError(f"{_MODULE} did not start ({self._child.returncode})")
         # In JSON's own ASCII: a file may hold numbers and halves of characters that a message cannot.
-        reply, (breaks,) = self._ask(json.dumps(self._setup).encode(), self._content, more=1)
+        reply, (marks,) = self._ask(json.dumps(self._setup).encode(), self._content, more=1)
         self.eos_id: int | None = reply["eos_id"]
         self.prefix_ids: list[int] = reply["prefix_ids"]  # usually [] or the begin-of-text token
         self.vocabulary_size: int = reply["vocabulary_size"]  # one above the largest token id
@@ -82,8 +83,7 @@ class Tokenizer:
         added = [AddedWord(*each) for each in reply["added"]]
         self.added = {each.number: each.content for each in added}
         self.special_words = SpecialWords(each.content for each in added if each.is_special)
-        # (vocabulary,) whether a token contains a newline: where a text is best split
-        self.breaks: npt.NDArray[np.bool_] = np.frombuffer(breaks, dtype=np.bool_)
+        self.marks: Marks = np.frombuffer(marks, dtype=MARK_TYPE)  # (vocabulary,) where a text is best cut
 
     @property
     def restartable(self) -> tuple[dict[str, Any], bytes]:

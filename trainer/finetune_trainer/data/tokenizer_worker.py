@@ -153,7 +153,7 @@ def main() -> int:
     facts |= {"vocabulary_size": rows.vocabulary_size, "added": [list(each) for each in added]}
     facts["unknown_id"] = unknown_id
     write_frame(replies, orjson.dumps(facts))
-    write_frame(replies, rows.breaks.tobytes())
+    write_frame(replies, rows.marks.tobytes())
     while (body := read_frame(requests, _MAX_REQUEST_BYTES)) is not None:
         request = orjson.loads(body)
         if request["kind"] == "decode":

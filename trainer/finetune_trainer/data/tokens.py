@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
+from finetune_trainer.data.cuts import Marks, marks_of
 from finetune_trainer.data.encoders import Encoders
 
 if TYPE_CHECKING:  # the process that runs tokenizers must start fast
@@ -24,10 +25,8 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is, and reads no vocabulary beside it
 _MAX_END_IDS = 256
 _STOP_WINDOW = 256  # characters at an answer's end in which its stop token is looked for
-_NEWLINES = ("Ċ", "\n", "<0x0A>")  # a newline in byte-level, plain and byte-fallback vocabularies
 
 
-Breaks = npt.NDArray[np.bool_]  # by token: whether a text may be split after it
 TEXT_PROMPT_TOKENS = 32  # of a document: what a sample of it begins with
 
 
@@ -47,10 +46,10 @@ class Tokens(NamedTuple):
     prompt_tokens: int
 
 
-def of_document(ids: npt.NDArray[np.uint32]) -> Tokens:
-    """Return a document, or a piece of one: every token but the first is learned."""
+def of_document(ids: npt.NDArray[np.uint32], context: int = 1) -> Tokens:
+    """Return a document, or a piece of one: every token is learned but the first ones, which are context alone."""
     labels = np.ones(len(ids), dtype=np.uint8)
-    labels[:1] = 0
+    labels[:context] = 0
     return Tokens(ids, labels, min(TEXT_PROMPT_TOKENS, len(ids)))
 
 
@@ -120,7 +119,7 @@ class RowTokenizer:
         # does with the spaces at a token's begin, is a part of the answer.
         tokenizer.post_processor = None  # type: ignore[assignment]
         self.encoders = Encoders(tokenizer)
-        self._breaks: npt.NDArray[np.bool_] | None = None
+        self._marks: Marks | None = None
         self.stop_ids: set[int] = set()  # tokens seen to end an answer or a text
 
     @property
@@ -195,13 +194,12 @@ class RowTokenizer:
         return np.array([*begin, *ids.tolist(), *end], dtype=np.uint32), len(begin)
 
     @property
-    def breaks(self) -> npt.NDArray[np.bool_]:
-        """(vocabulary,) whether a token contains a newline: where a text is best split."""
-        if self._breaks is None:
-            self._breaks = np.zeros(self.vocabulary_size, dtype=np.bool_)
-            for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-                self._breaks[number] = any(newline in token for newline in _NEWLINES)
-        return self._breaks
+    def marks(self) -> Marks:
+        """(vocabulary,) what each token begins or ends: where a text is best cut."""
+        if self._marks is None:
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self._marks = marks_of(vocabulary.items(), self.vocabulary_size)
+        return self._marks
 
 
 def _row(ids: npt.NDArray[np.uint32], labels: npt.NDArray[np.uint8], prompt_tokens: int, learn_all: bool) -> Tokens:
@@ -209,21 +207,3 @@ def _row(ids: npt.NDArray[np.uint32], labels: npt.NDArray[np.uint8], prompt_toke
         labels[:] = 1
     labels[:1] = 0  # nothing comes before a row's first token
     return Tokens(ids, labels, prompt_tokens)
-
-
-def split(ids: npt.NDArray[np.uint32], limit: int, breaks: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.uint32]]:
-    """Split a document into pieces of at most `limit` tokens, after the last newline in a piece's second half.
-
-    Each piece but the first begins with the last token of the one before, which is only context there: so every
-    token but the document's first is predicted exactly once, and n tokens give n - 1 labels.
-    """
-    pieces: list[npt.NDArray[np.uint32]] = []
-    begin = 0
-    while len(ids) - begin > limit:
-        half = begin + limit // 2
-        newlines = np.flatnonzero(breaks[ids[half : begin + limit]])
-        end = half + int(newlines[-1]) + 1 if len(newlines) else begin + limit
-        pieces.append(ids[begin:end])
-        begin = end - 1
-    pieces.append(ids[begin:])
-    return pieces

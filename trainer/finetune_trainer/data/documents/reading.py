@@ -1,6 +1,7 @@
 """Documents of a dataset to raw rows, in order: several are fetched and read at once, in bounded memory and disk."""
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,12 +35,23 @@ def most_text_bytes(size_bytes: int) -> int:
     return min(_MOST_ROWS_BYTES, max(size_bytes, 1) * _MAX_RATIO)
 
 
+PLAIN = "{text}"  # the template of a document that is learned as it is
+_NAME = re.compile(r"[{](text|title|source)[}]")
+
+
+def _filled(template: str, text: str, title: str, source: str) -> str:
+    """Return a template with what its names stand for."""
+    own = {"text": text, "source": source, "title": title or source.rpartition("/")[2].rpartition(".")[0]}
+    return _NAME.sub(lambda name: own[name[1]], template)
+
+
 class Document(NamedTuple):
     """An object that is one document."""
 
     uri: str
     size_bytes: int
     kind: DocumentKind
+    source: str  # its path below the folder of datasets[].uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +62,10 @@ class Extracted:
     size_bytes: int
     path: Path | None
     left_out: LeftOut | None = None
+    source: str = ""
 
-    def rows(self) -> Iterator[RawRow]:
-        """Yield what it says, each row as a line of JSON; or one row that says why it is left out."""
+    def rows(self, template: str = PLAIN) -> Iterator[RawRow]:
+        """Yield what it says, in the template, each row as a line of JSON; or one that says why it is left out."""
         if self.left_out is not None:
             yield raw_left_out(1, self.left_out, self.size_bytes)
             return
@@ -61,7 +74,9 @@ class Extracted:
             number = 0
             while (frame := read_frame(stream, _MAX_FRAME_BYTES)) is not None:
                 number += 1
-                text, _ = orjson.loads(frame)
+                text, title = orjson.loads(frame)
+                if template != PLAIN:
+                    text = _filled(template, text, title, self.source)
                 yield raw_line(number, orjson.dumps({"text": text}))
 
 
@@ -117,4 +132,6 @@ def _one(store: Store, document: Document, path: Path, extractors: Extractors) -
     path.unlink()
     if left_out is not None:
         out.unlink(missing_ok=True)
-    return Extracted(f"sha256:{digest.hexdigest()}", size_bytes, out if left_out is None else None, left_out)
+    return Extracted(
+        f"sha256:{digest.hexdigest()}", size_bytes, out if left_out is None else None, left_out, document.source
+    )
