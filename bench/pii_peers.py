@@ -5,6 +5,7 @@ They import no code of ours, and of each other nothing: each runs in an environm
 
 PRESIDIO = """
 import spacy
+import tldextract
 from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
 from presidio_analyzer.nlp_engine import SpacyNlpEngine
 from spacy.language import Language
@@ -16,6 +17,9 @@ def lower_lemmas(doc):
     return doc
 
 LANGUAGES = ["en", "de", "fr", "es"]
+
+# Its own looks for a list on the network with the first address.
+tldextract.extract = tldextract.TLDExtract(suffix_list_urls=())
 
 class Blank(SpacyNlpEngine):
     def __init__(self):
@@ -41,7 +45,6 @@ TYPES = {
     "ES_NIF": "NATIONAL_ID", "ES_NIE": "NATIONAL_ID", "US_ITIN": "NATIONAL_ID", "DE_SOCIAL_SECURITY": "NATIONAL_ID",
     "DE_TAX_ID": "NATIONAL_ID", "FR_NIR": "NATIONAL_ID", "UK_NHS": "NATIONAL_ID",
 }
-import phonenumbers
 
 def found(text, locale):
     results = engine.analyze(text=text, language=locale[:2], score_threshold=0.4)
@@ -70,7 +73,7 @@ def found(text, locale):
 DATATROVE = """
 from datatrove.pipeline.formatters.pii import PIIFormatter
 formatter = PIIFormatter()
-REPLACERS = (("EMAIL", formatter.email_replacer), ("IP_ADDRESS", formatter.ip_replacer))
+REPLACERS = (("EMAIL", formatter.emails_replacer), ("IP_ADDRESS", formatter.ip_replacer))
 
 def found(text, locale):
     return [
@@ -96,5 +99,5 @@ out.write(json.dumps({"found": lines, "cpu_s": time.process_time() - begin}))
 PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Presidio": (PRESIDIO + _MAIN, ("presidio-analyzer==2.2.360",)),
     "scrubadub": (SCRUBADUB + _MAIN, ("scrubadub==2.0.1", "setuptools<81")),
-    "datatrove": (DATATROVE + _MAIN, ("datatrove==0.10.0",)),
+    "datatrove": (DATATROVE + _MAIN, ("datatrove==0.10.0", "regex")),
 }

@@ -137,6 +137,11 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
             console.print(f"ids     {found['same_ids']['words']}", markup=False, soft_wrap=True)
         for name, rows in found["special_tokens_in_words"].items():
             console.print(f"special {rows:,} rows have {name} in their own words", markup=False, soft_wrap=True)
+        for each in found["pii"]["types"]:
+            text = f"private {each['found']:,} {each['type']} in {each['rows']:,} rows ({each['action']})"
+            console.print(text, markup=False, soft_wrap=True)
+        if found["pii"]["advice"]:
+            console.print(f"        {found['pii']['advice']}", markup=False, soft_wrap=True)
         for each in found["resolved"]:
             console.print(f"        {each['field']}: {each['value']}, {each['reason']}", markup=False, soft_wrap=True)
     console.print("[green]Good[/]    nothing was written")

@@ -265,6 +265,17 @@ def test_the_commands_of_the_page_about_data_work(tmp_path: Path, monkeypatch: p
         assert done.exit_code == 0, (command, done.output, done.exception)
 
 
+def test_check_says_what_personal_data_there_is_and_what_becomes_of_it(tmp_path: Path):
+    put(tmp_path, a_jsonl=jsonl([*chats(3), chat("I am ada@example.org", "Hello ada@example.org!")]))
+    _, said = check(job(tmp_path))
+    assert "private 2 EMAIL in 1 rows (Report)\n" in said
+    assert "set preprocessing.pii.action to Redact" in said
+    _, said = check(job(tmp_path, {"preprocessing": {"pii": {"action": "Redact"}}}))
+    assert "private 2 EMAIL in 1 rows (Redact)\n" in said
+    assert "set preprocessing.pii.action" not in said
+    assert "ada@" not in said
+
+
 def test_check_says_what_prepare_would_and_writes_nothing(tmp_path: Path):
     put(tmp_path, a_jsonl=jsonl([*chats(30), {"messages": []}]))
     quarantine = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}

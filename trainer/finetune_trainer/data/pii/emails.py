@@ -31,4 +31,4 @@ def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG00
             yield Span(begin, end)
 
 
-EMAIL = Recogniser(PiiType.EMAIL, r"(?i:@[^\s@]|%40|[(\[{]\s?at\s?[)\]}])", _found)
+EMAIL = Recogniser(PiiType.EMAIL, r"(?i:[^\s@\"'(<>\[{,;:]@[^\s@]|%40|[(\[{]\s?at\s?[)\]}])", _found)

@@ -139,6 +139,7 @@ def _is_part(subject: Subject, span: Span) -> bool:
     return before in (b".", b"-", b"+", b"/") or (after[:1] in (b".", b"-", b"/") and after[1:].isdigit())
 
 
-NATIONAL_ID = Recogniser(
-    PiiType.NATIONAL_ID, r"\d(?:[ ./+-]?[\dA-Za-z]){6}|(?i:[a-z]{4}\d\d)|(?i:[a-z]{2} ?\d\d ?\d\d ?\d\d)", _found
+_TRIGGER = (  # six digits, or the letters and digits of numbers with fewer in a row
+    r"\d(?:[ ./-]?\d){5}|[A-Z]{5}\d{4}[A-Z]|(?i:[a-z]{6}[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2}[a-z][0-9lmnp-v]{3})"
 )
+NATIONAL_ID = Recogniser(PiiType.NATIONAL_ID, _TRIGGER, _found)
