@@ -22,6 +22,7 @@ from finetune_api.data_files import DOCUMENTS
 from finetune_api.names import HTTP_PORT, Stage
 from finetune_api.pii import PII_WORDS
 from finetune_api.row_words import CHANGE_WORDS, ROW_WORDS
+from finetune_api.text_quality import LANGUAGES, RULES, QualityPreset, ThresholdsSpec
 from finetune_operator.job_series import MAX_FINISHED
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
@@ -186,6 +187,16 @@ def _documents() -> Iterator[str]:
         yield f"| {_named(files.endings)} | {files.words} |"
 
 
+def _rules() -> Iterator[str]:
+    presets = [each for each in QualityPreset if each is not QualityPreset.OFF]
+    yield f"| threshold | {' | '.join(presets)} | of | source | reason |"
+    yield "|---|" + "---|" * (len(presets) + 3)
+    for name, rule in RULES.items():
+        limits = " | ".join(f"{rule.presets[each]:g}" if each in rule.presets else "" for each in presets)
+        field = ThresholdsSpec.model_fields[name].alias
+        yield f"| `{field}` | {limits} | {rule.figure} | {rule.source} | `{rule.reason}` |"
+
+
 def data_page() -> str:
     """The page about data as it is, with its lists made anew. Raises ValueError where a list has no place in it."""
     page = DATA.read_text()
@@ -195,6 +206,8 @@ def data_page() -> str:
         "messages": _message_fields(),
         "changes": _words(CHANGE_WORDS),
         "notes": _words(NOTE_WORDS, "a conversation, …"),
+        "quality": _rules(),
+        "languages": iter([", ".join(f"`{code}`" for code in LANGUAGES)]),
         "reasons": _words(ROW_WORDS),
         "documents": _documents(),
         "pii": _pii(),

@@ -27,6 +27,7 @@ ON_BAD_ROW = "Fail"
 PII_ACTION = "Report"
 MAX_UNROLLED_FRACTION = 0.9  # of all tokens; conversations of some twenty answers of equal length repeat as much
 MAX_BROKEN_FRACTION = 0.05
+MAX_POOR_FRACTION = 0.1
 SYSTEM_MESSAGES = "Keep"
 SAME_ROLE_MESSAGES = "Keep"
 

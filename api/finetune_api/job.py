@@ -559,7 +559,7 @@ class PreprocessingSpec(ApiModel):
     )
     quality: QualitySpec | None = Field(
         default=None,
-        description="What is done about damaged and poor texts. Absent: damaged characters are put right.",
+        description="What is done about damaged and poor texts. Absent: as its fields say of themselves.",
     )
 
 

@@ -181,6 +181,7 @@ class Fault(StrEnum):
     WRONG_FILE = "WrongFile"
     WRONG_FORMAT = "WrongFormat"
     TOO_MANY_LONG_ROWS = "TooManyLongRows"
+    TOO_MANY_POOR_ROWS = "TooManyPoorRows"
     NO_TRAINING_DATA = "NoTrainingData"
     ONE_SIDED_THUMBS = "OneSidedThumbs"
     INPUT_CHANGED = "InputChanged"
@@ -394,6 +395,13 @@ FAULTS: dict[Fault, FaultText] = {
         "{dropped} of {rows} rows read are longer than {limit} tokens, {source}; the first is row {row} of {file} with "
         "{tokens}, the longest has {longest}; {remedy}",
         unknown={"remedy": "see preprocessing.tooLong and preprocessing.maxTooLongFraction"},
+    ),
+    Fault.TOO_MANY_POOR_ROWS: FaultText(
+        Reason.DATA_INVALID,
+        "the rules of preset {preset} would leave out {dropped} of {rows} rows ({percent} %), where "
+        "preprocessing.quality.maxDroppedFraction allows {allowed} %: {table}. decisions.jsonl in .job/ or "
+        "finetune data check names the rows; raise maxDroppedFraction to go on without them, or write other thresholds "
+        "or preset: Off",
     ),
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,

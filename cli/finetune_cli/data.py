@@ -124,6 +124,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
         ignored = Ignored(found["ignored_files"], found["ignored_files_total"])
         _say_rows(found["rows_in"], found["dropped"], found["changed"], ignored, ctx, console)
         console.print(f"files   {count_files(len(found['files']))}", soft_wrap=True)
+        _say_quality(found, console)
         if findings.error is not None:
             raise CommandError(str(findings.error), findings.error.exit_code)
         lengths = found["lengths"]
@@ -151,6 +152,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console) 
 def _say_read(found: "Unrendered", ctx: "StageContext", console: Console) -> int:
     _say_rows(found.rows_in, found.dropped, found.changed, Ignored(found.ignored, len(found.ignored)), ctx, console)
     console.print(f"shapes  {', '.join(dict.fromkeys(found.formats)) or 'none'}", soft_wrap=True)
+    _say_quality(found.quality, console)
     if found.error is not None:
         raise CommandError(str(found.error), found.error.exit_code)
     console.print(f"[green]Good[/]    as far as it can be told {_NO_MODEL}", soft_wrap=True)
@@ -185,6 +187,28 @@ def _say_rows(
             console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
     for reason, rows in changed.items():
         console.print(f"changed {rows:,} of {rows_in:,} rows: {_words(reason)}", markup=False, soft_wrap=True)
+
+
+def _say_quality(found: Mapping[str, Any], console: Console) -> None:
+    """Say what the rules of quality found, and in which languages the rows are. found: as in report.json."""
+    quality, languages = found["quality"], found["languages"]
+    if quality["found"]:
+        rows = sum(each["rows"] for each in quality["found"])
+        if quality["drops"]:
+            share = rows / quality["rows"]
+            allowed = f"{quality['max_dropped_fraction']:.3g} of them may be left out"
+            told = f"would drop {share:.2%} of {quality['rows']:,} rows; {allowed}"
+        else:
+            told = f"of {quality['rows']:,} rows, none of which is left out"
+        console.print(f"quality {quality['preset']}: {told}", soft_wrap=True)
+    for each in quality["found"]:
+        places = ", ".join(f"{place['uri'].rpartition('/')[2]} row {place['row']}" for place in each["places"])
+        words = f"{row_words(each['reason'])} ({each['reason']})"
+        line = f"        {each['rows']:>9,}  {each['share']:>7.2%}  {words}: {places}"
+        console.print(line, markup=False, soft_wrap=True)
+    if languages:
+        told = ", ".join(f"{code} {rows:,}" for code, rows in list(languages.items())[:MAX_PLACES])
+        console.print(f"spoken  {told}", soft_wrap=True)
 
 
 @contextmanager

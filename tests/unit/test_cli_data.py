@@ -65,7 +65,8 @@ def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(t
     masked = chat("q", "never")
     masked["messages"][1]["weight"] = 0
     put(tmp_path, a_jsonl=jsonl([chat("Hi\x7f", "Höllo\x1b"), {"messages": []}, masked, *chats(5)]))
-    first, broken, unlearned = shown(job(tmp_path))
+    as_it_is = {"preprocessing": {"quality": {"repair": False}}}  # else DEL is left out
+    first, broken, unlearned = shown(job(tmp_path, as_it_is))
     file = (tmp_path / "data" / "a.jsonl").as_uri()
     assert first == {
         "file": file,
@@ -364,3 +365,23 @@ def test_rows_that_say_what_is_preferred_are_shown_by_answer_and_checked_as_prep
     assert f"rows    {len(rows)}, 1 of them dropped" in text
     assert reason in text
     assert not (tmp_path / "out").exists()
+
+
+def test_check_shows_which_rows_are_poor_before_it_says_that_the_job_would_fail(tmp_path: Path):
+    put(
+        tmp_path,
+        a_jsonl=jsonl([{"text": f"Oslo is the capital of Norway, said {n}."} for n in range(8)] + [{"text": "-"}] * 2),
+    )
+    code, said = check(job(tmp_path, {"method": {"type": "CPT"}}))
+    assert code == 11
+    assert "quality Documents: would drop 20.00% of 10 rows; 0.1 of them may be left out\n" in said
+    assert "2   20.00%  has few words (few_words): a.jsonl row 9, a.jsonl row 10\n" in said
+    assert "would leave out 2 of 10 rows (20 %)" in said
+    refusals = [chat(f"{n}?", "I'm sorry, but I cannot help with that.") for n in range(4)]
+    put(tmp_path, a_jsonl=jsonl(refusals))
+    for target in (job(tmp_path), str(tmp_path / "data")):
+        code, said = check(target)
+        assert code == Exit.SUCCEEDED
+        assert "quality Chat: of 4 rows, none of which is left out\n" in said
+        assert "(refusal): a.jsonl row 1, a.jsonl row 2" in said
+        assert "spoken  en 4\n" in said

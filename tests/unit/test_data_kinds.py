@@ -258,7 +258,7 @@ def test_a_job_with_rows_of_a_new_kind_is_prepared_and_shown_by_its_entry_and_sh
     monkeypatch.setitem(KINDS, Verse, kind)
     monkeypatch.setitem(SHAPES, format_, OF_VERSES)
     rows = [{"lines": [f"Roses {n}", "Violets"], "weight": n + 1} for n in range(8)]
-    long = {"lines": ["a", *["the quick brown fox"] * 300]}
+    long = {"lines": ["a", *(f"the quick brown fox {n}" for n in range(300))]}
     put(tmp_path, a_jsonl=jsonl([*rows, long, {"lines": ["b", "c"], "mood": "sad"}]))
     put_aside = {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}
     limits = {"maxSequenceLength": 128, "tooLong": "Truncate", "maxTooLongFraction": 1}

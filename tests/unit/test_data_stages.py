@@ -66,7 +66,7 @@ def test_a_stage_drops_what_its_description_says_with_a_decision_each(
 
 
 def test_the_chain_of_a_job_follows_from_its_spec_and_can_be_sent_to_a_worker() -> None:
-    assert [stage.name for stage in chain_of(SPEC)] == ["repair", "weightless", "unanswered", "pii"]
+    assert [stage.name for stage in chain_of(SPEC)] == ["repair", "weightless", "unanswered", "quality", "pii"]
     assert [stage.name for stage in pickle.loads(pickle.dumps(chain_of(SPEC)))] == [
         stage.name for stage in chain_of(SPEC)
     ]
@@ -99,6 +99,7 @@ def test_rows_go_through_all_stages_in_order_and_the_accounts_say_where_others_e
         ("a", "unanswered"): (3, 2, 1),
         ("b", "unanswered"): (1, 0, 1),
         ("a", "pii"): (2, 2, 0),
+        ("a", "quality"): (2, 2, 0),
     }
 
 

@@ -14,7 +14,7 @@ from finetune_api.crd import object_schema
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for part in ("api", "operator", "trainer", "cli") for path in (ROOT / part).rglob("*.py"))
 API = ROOT / "api/finetune_api"
-DEFAULTS_FILE, FIELDS_FILES = API / "defaults.py", {API / "job.py", API / "pii.py"}
+DEFAULTS_FILE, FIELDS_FILES = API / "defaults.py", {API / name for name in ("job.py", "pii.py", "text_quality.py")}
 NAMES = {name for name, value in vars(defaults).items() if name.isupper() and not isinstance(value, TypeVar)}
 # A text that would tell these is no help to who writes a job.
 NOT_IN_TEXTS = {"LEARNING_RATE_EXPONENTS"}

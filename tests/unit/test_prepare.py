@@ -275,7 +275,11 @@ def test_a_batch_larger_than_the_data_is_said_in_plan_and_report(tmp_path: Path)
 
 
 def test_texts_are_split_and_no_token_is_lost(tmp_path: Path) -> None:
-    texts = ["the quick brown fox\n" * 40, "a", "jumps over the lazy dog " * 50]
+    texts = [
+        "".join(f"the quick brown fox {at}\n" for at in range(40)),
+        "a",
+        "".join(f"jumps over the lazy dog {at} " for at in range(50)),
+    ]
     put(tmp_path, a_jsonl=jsonl({"text": text} for text in texts))
     prepared = prepare_run(tmp_path, {**CPT, "preprocessing": {"maxSequenceLength": 64}})
     accounted(prepared)
@@ -364,7 +368,12 @@ def test_long_prompts_lose_their_beginning_and_long_texts_their_end(tmp_path: Pa
     assert text_of(first[0]).endswith("brown end of the fox<|im_end|>")
     assert (len(first[0]), learned(first)) == (48, " the fox<|im_end|>")
     assert learned(second) == " a<|im_end|>"
-    put(tmp_path, a_jsonl=jsonl([{"text": "the quick brown fox " * 40}, {"text": "a"}]))
+    put(
+        tmp_path,
+        a_jsonl=jsonl(
+            [{"text": "the quick brown fox the " + "".join(f"{n} foxes " for n in range(50))}, {"text": "a"}]
+        ),
+    )
     prepared = prepare_run(tmp_path, {**CPT, **TRUNCATE}, attempt=2)
     accounted(prepared)
     assert [len(ids) for ids, _ in prepared.train] == [48, 2]

@@ -34,7 +34,8 @@ from finetune_trainer.serve import Reporter
 BROKEN = b"not json\n" + jsonl([{"messages": [{"role": "user", "content": "no answer"}]}])
 QUARANTINE = {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}
 LONG = [chat("long " * 400, "short"), chat("why? " * 150, "so", "again " * 200, "end")]
-TEXTS = [{"text": f"{i} is a number.\n" * (1 + i % 90)} for i in range(200)]
+TEXTS = [{"text": "".join(f"{i + line} is a number.\n" for line in range(1 + i % 90))} for i in range(200)]
+POOR = [{"text": "It says the same again.\n" * (1 + i % 90) if i % 3 else "-" * (i % 7 + 1)} for i in range(200)]
 PAIRS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}", "weight": 1 + i % 3} for i in range(300)]
 
 
@@ -58,7 +59,13 @@ def document_files(folder: Path) -> None:
     """Texts, some of them long and some empty."""
     (folder / "data").mkdir()
     for i in range(200):
-        (folder / "data" / f"{i:03}.{'md' if i % 2 else 'txt'}").write_text(f"{i} is a number.\n" * (i % 90))
+        (folder / "data" / f"{i:03}.{'md' if i % 2 else 'txt'}").write_text(
+            "".join(f"{i + line} is a number.\n" for line in range(i % 90))
+        )
+
+
+def poor_files(folder: Path) -> None:
+    put(folder, a_jsonl=jsonl(TEXTS + POOR), b_jsonl=jsonl(POOR[::-1] + TEXTS))
 
 
 def pair_files(folder: Path) -> None:
@@ -121,6 +128,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "text, split": (text_files, {"method": {"type": "CPT"}}, []),
     "documents": (document_files, {"method": {"type": "CPT"}}, []),
     "personal data": (personal_files, {"preprocessing": {"pii": {"action": "Redact", "types": {"CARD": "Drop"}}}}, []),
+    "text, poor rows left out": (
+        poor_files,
+        {"method": {"type": "CPT"}, "preprocessing": {"quality": {"maxDroppedFraction": 1}}},
+        [],
+    ),
     "completions with weights": (pair_files, {}, []),
     "pairs": (preference_pair_files, PREFERENCE, []),
     "rankings": (ranking_files, PREFERENCE, []),

@@ -31,6 +31,8 @@ _LIBRARIES = (
     "jinja2",
     "orjson",
     "ftfy",
+    "py3langid",
+    "numpy",
     "google-re2",
     "phonenumbers",
     "python-stdnum",

@@ -41,6 +41,7 @@ from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.pairing import pair_up
 from finetune_trainer.data.pii.figures import pii_figures
 from finetune_trainer.data.problems import HELD_OUT, Drop
+from finetune_trainer.data.quality_report import quality_parts
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
 from finetune_trainer.data.stages.pii import NAME as PII
@@ -202,7 +203,8 @@ def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
 def _failure(stage: PrepareStage) -> dict[str, Any]:
     """Return the report of a job that failed."""
     funnel = report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)
-    return {"state": "failed", **funnel, "pii": _pii(stage), "licenses": _licenses(stage)}
+    quality = quality_parts(stage.ctx.config.spec, stage.ledger)
+    return {"state": "failed", **funnel, **quality, "pii": _pii(stage), "licenses": _licenses(stage)}
 
 
 def _pii(stage: PrepareStage) -> dict[str, Any]:
@@ -292,6 +294,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "disk_bytes": disk_use(stage.in_flight_bytes, stage.ledger, division, planned.batches).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
         "special_tokens_in_words": model.tokenizer.special_words.report,
+        **quality_parts(stage.ctx.config.spec, stage.ledger),
         "lengths": lengths(division, stage.ledger),
         "answers": stage.taught.report(),
         "same_ids": None if stage.same_ids is None else stage.same_ids.report(),

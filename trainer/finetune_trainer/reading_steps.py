@@ -45,6 +45,7 @@ from finetune_trainer.data.partition_work import renderer_of
 from finetune_trainer.data.pipeline import Pipeline, Sink, Timings
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.progress import reading_figures
+from finetune_trainer.data.quality_report import require_few_poor
 from finetune_trainer.data.reading import Checked, Select, checked_rows, every_row
 from finetune_trainer.data.same_ids import OwnIds, Probe, SameIds
 from finetune_trainer.data.shapes import RowChoices
@@ -236,12 +237,13 @@ def begin(stage: PrepareStage) -> Reading:
 def end(stage: PrepareStage, reading: Reading, taught: Taught, is_rendered: bool) -> None:
     """Say what all rows came to: every way to read them ends so. is_rendered: whether any conversation was.
 
-    Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS."""
+    Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS, TOO_MANY_POOR_ROWS."""
     if is_rendered and reading.rendering is not None:
         stage.template = reading.rendering["source"]
     reading.bad.check()
     _require_taught(stage, taught)
     _choose_too_long(stage, reading.too_long)
+    require_few_poor(stage.ctx.config.spec, stage.ledger)
     choose_formats(stage)
 
 

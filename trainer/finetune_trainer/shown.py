@@ -9,12 +9,14 @@ import orjson
 
 from finetune_api.errors import StageError
 from finetune_api.job import OnBadRow, PreprocessingSpec, TooLong
+from finetune_api.text_quality import QualitySpec
 from finetune_trainer.context import StageContext
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
 from finetune_trainer.data.kinds import kind_of, member_names, members_of
 from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.quality_report import quality_parts, require_few_poor
 from finetune_trainer.data.reading import Checked, DecodedRows, Select
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
@@ -180,7 +182,9 @@ def _letting_through(given: PreprocessingSpec) -> PreprocessingSpec:
     """Return the choices by which no row ends the job."""
     fractions = dict.fromkeys(("max_broken_fraction", "max_too_long_fraction", "max_unrolled_fraction"), 1.0)
     too_long = TooLong.DROP if given.too_long is TooLong.FAIL else given.too_long
-    return given.model_copy(update={**fractions, "on_bad_row": OnBadRow.QUARANTINE, "too_long": too_long})
+    quality = (given.quality or QualitySpec()).model_copy(update={"max_dropped_fraction": 1.0})
+    update = {**fractions, "on_bad_row": OnBadRow.QUARANTINE, "too_long": too_long, "quality": quality}
+    return given.model_copy(update=update)
 
 
 def _show(model: Model, ctx: StageContext, wanted: Wanted) -> list[ShownRow]:
@@ -250,13 +254,14 @@ def reason_of(decision: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Unrendered:
-    """What reading alone tells of the data. error: why it would fail, if it would."""
+    """What reading alone tells of the data. quality: as `quality_parts`; error: why it would fail, if it would."""
 
     rows_in: int
     dropped: dict[str, int]
     changed: dict[str, int]
     formats: list[str]
     ignored: list[str]
+    quality: dict[str, Any]
     error: StageError | None
 
 
@@ -270,6 +275,7 @@ def check_unrendered(ctx: StageContext) -> Unrendered:
             for dataset in dataset_rows(stage, find_inputs(stage), bad):
                 for _ in dataset:
                     pass
+            require_few_poor(ctx.config.spec, ledger)
         except StageError as caught:
             error = caught
     return Unrendered(
@@ -278,5 +284,6 @@ def check_unrendered(ctx: StageContext) -> Unrendered:
         changed=dict(sorted(ledger.changes.items())),
         formats=[str(each) for each in stage.formats],
         ignored=stage.ignored,
+        quality=quality_parts(ctx.config.spec, ledger),
         error=error,
     )

@@ -90,7 +90,8 @@ class Kind(Generic[R]):
     learned in its place. said: all of it for people, but of a kind with members. only_fields: what a row may have in
     its file, where that is less than its shape reads. nested: its fields that are any JSON. contents: texts that a
     field beside may say again. label: 1 for a good answer, -1 for a bad one, 0 where that is not said. prompt: what
-    an answer answers, as JSON: equal for answers that can be compared."""
+    an answer answers, as JSON: equal for answers that can be compared. answers: what is learned as one,
+    without calls of functions and bad ones."""
 
     name: str
     formats: frozenset[DatasetFormat]  # the shapes that become it
@@ -110,6 +111,7 @@ class Kind(Generic[R]):
     contents: Callable[[R], Sequence[str]] = _no_texts
     label: Callable[[R], int] = _no_label
     prompt: Callable[[R], object] = _no_prompt
+    answers: Callable[[R], Sequence[str]] = _no_texts
 
     def __post_init__(self) -> None:
         ways = (self.conversation, self.untemplated, self.members)

@@ -110,6 +110,11 @@ def _said_by_messages(row: Conversation) -> list[SaidText]:
     return [SaidText(_lines(message), learned) for message, learned in zip(row.messages, row.learned, strict=True)]
 
 
+def _answers_of_chat(row: Conversation) -> list[str]:
+    learned = (message for message, is_learned in zip(row.messages, row.learned, strict=True) if is_learned)
+    return [each.get("content") or "" for each in learned if not each.get("tool_calls")]
+
+
 def _lines(message: Message) -> str:
     """Return a message as lines, each part after its name; what is no text as JSON."""
     content = message.get("content")
@@ -170,6 +175,7 @@ CHAT = Kind[Conversation](
     nested=lambda row: {"messages": row.messages, "tools": row.tools, "chat_template_kwargs": row.template_kwargs},
     contents=lambda row: [each.get("content") or "" for each in row.messages],
     prompt=lambda row: [row.messages[:-1], row.tools, dict(row.template_kwargs)],
+    answers=_answers_of_chat,
 )
 COMPLETION = Kind[Completion](
     name="completion",
@@ -185,6 +191,7 @@ COMPLETION = Kind[Completion](
     untemplated=Untemplated(tokens=_tokens_of_completions, cut=without_beginning),
     only_fields=lambda _: frozenset(("prompt", "completion", "weight")),
     prompt=lambda row: row.prompt,
+    answers=lambda row: [row.completion],
 )
 TEXT = Kind[Text](
     name="text",
@@ -234,6 +241,10 @@ def _nested_of_members(members: Mapping[str, Answered]) -> dict[str, Any]:
     return {f"{name}.{path}": each for name, row in members.items() for path, each in kind_of(row).nested(row).items()}
 
 
+def _answers_of(row: Answered) -> Sequence[str]:
+    return kind_of(row).answers(row)
+
+
 def _content(row: Answered) -> object:
     return kind_of(row).content(row)
 
@@ -270,6 +281,7 @@ PAIR = Kind[Pair](
     only_fields=lambda row: _PLAIN_PAIR if isinstance(row.chosen, Completion) else None,
     nested=lambda row: _nested_of_members(_sides(row)),
     contents=lambda row: [*kind_of(row.chosen).contents(row.chosen), *kind_of(row.rejected).contents(row.rejected)],
+    answers=lambda row: _answers_of(row.chosen),
 )
 THUMB = Kind[Thumb](
     name="thumb",
@@ -286,6 +298,7 @@ THUMB = Kind[Thumb](
     contents=lambda row: kind_of(row.answer).contents(row.answer),
     label=lambda row: 1 if row.is_good else -1,
     prompt=lambda row: kind_of(row.answer).prompt(row.answer),
+    answers=lambda row: _answers_of(row.answer) if row.is_good else (),
 )
 
 
@@ -343,6 +356,7 @@ RANKING = Kind[Ranking](
     only_fields=lambda row: _PLAIN_RANKING if isinstance(row.answers[0], Completion) else None,
     nested=lambda row: _nested_of_members(_answers(row)),
     contents=lambda row: [said for each in row.answers for said in kind_of(each).contents(each)],
+    answers=lambda row: _answers_of(row.answers[max(range(len(row.scores)), key=row.scores.__getitem__)]),
 )
 
 KINDS: dict[type, Kind[Any]] = {  # by the class of the row

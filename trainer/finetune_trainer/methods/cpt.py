@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api import defaults
 from finetune_api.job import LossOn, MethodSpec, Schedule, TooLong
+from finetune_api.text_quality import QualityPreset
 from finetune_trainer.data.examples import TokenRun, Tree, one_segment
 from finetune_trainer.data.kinds import TEXT
 from finetune_trainer.methods.likelihood import likelihood_loss, token_losses
@@ -41,6 +42,7 @@ CPT = Method(
     choose=_choose,
     examples=_examples,
     too_long=TooLong(defaults.CPT_TOO_LONG),
+    quality_preset=QualityPreset.DOCUMENTS,
     needs_end_token=True,
     longest_tokens=defaults.TEXT_SEQUENCE_LENGTH,
     ranks=defaults.CPT_LORA_RANKS,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy.typing as npt
 
 from finetune_api.job import DatasetFormat, LossOn, MethodSpec, Schedule, TooLong
+from finetune_api.text_quality import QualityPreset
 from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.kind import Kind
 from finetune_trainer.runplan import Denominator, RunPlan
@@ -81,6 +82,7 @@ class Method:
     # What a good and a bad answer to one prompt become; None where single answers are learned as they are.
     pairs: Callable[[TokenRun, TokenRun], Tree] | None = None
     too_long: TooLong  # what becomes of rows that are too long, by default
+    quality_preset: QualityPreset = QualityPreset.CHAT  # which rules rows are judged by, by default
     needs_end_token: bool  # whether every row ends with the tokenizer's end token
 
     # The plan

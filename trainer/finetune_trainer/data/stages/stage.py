@@ -31,12 +31,18 @@ class Staged:
     counters: Counter[str] = field(default_factory=Counter[str])
     places: dict[str, list[FieldPlace]] = field(default_factory=dict[str, list[FieldPlace]])
 
+    def count(self, reason: str, where: FieldPlace) -> None:
+        """Count a row for a reason, and that it is an example of it."""
+        self.counters[reason] += 1
+        self.places.setdefault(reason, []).append(where)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A pure map from some rows of one kind; each row that it does not pass on has a decision that says so.
 
-    run: a function of a module, or a `functools.partial` of one, so that a worker process can have the stage too."""
+    run: a function of a module, a `functools.partial` of one, or a frozen dataclass that is called, so that a worker
+    process can have the stage too."""
 
     name: str
     description: str  # the end of a sentence that begins with its name
