@@ -83,6 +83,10 @@ soak: assets testbed images  ## Longer than a change waits for: twenty kills of 
 	FINETUNE_REAL_KILLS=20 $(BIN)/pytest tests/unit/test_exactness.py -k real_model
 	FINETUNE_HELD_S=300 $(BIN)/pytest tests/cluster/test_e2e_disturbances.py -k queue
 
+.PHONY: fuzz
+fuzz: $(READY)  ## A hundred thousand changed data files through all readers: nothing lost, every end named
+	PYTHONPATH=tests/support $(BIN)/python -m fuzzing 100000
+
 .PHONY: templates
 templates: $(READY)  ## Write bench/results/templates.md: what becomes of conversations by every chat template of TRL
 	PYTHONPATH=tests/support $(BIN)/python -m template_table > bench/results/templates.md
