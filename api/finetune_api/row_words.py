@@ -125,6 +125,8 @@ CHANGE_WORDS: dict[str, str] = {
     "parts_joined": "has a content of several parts of text, which are joined as they stand",
     "result_as_json": "has the result of a tool as an object or a list, which is written as JSON",
     "nulls_left_out": "has nulls in tools or calls, which the columns of a table fill in for what is absent",
+    "attachments_left_out": "is a mail with attachments, of which nothing is learned",
+    "pictures_left_out": "has pages that are pictures without text, of which nothing is learned",
     "byte_order_mark": "begins with a byte order mark, which is left out",
     "line_ends": "has line ends of Windows or of an old Mac, which become line feeds",
     "mojibake": "has characters that a wrong encoding made of others, as é became Ã©, which are put right",

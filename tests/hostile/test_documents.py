@@ -3,7 +3,9 @@
 import zlib
 from collections.abc import Callable
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 
@@ -75,6 +77,26 @@ def _many_headings() -> bytes:
     return b"<h1>" * 3_000_000 + b"words"
 
 
+def _zip_bomb() -> bytes:
+    written = BytesIO()
+    with ZipFile(written, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", bytes(400 * MIB))
+    return written.getvalue()
+
+
+def _expanding_book() -> bytes:
+    """A container whose entities refer to one another, a billion times in all."""
+    entities = "".join(f'<!ENTITY e{at} "{f"&e{at - 1};" * 10}">' for at in range(1, 10))
+    written = BytesIO()
+    with ZipFile(written, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("META-INF/container.xml", f'<!DOCTYPE c [<!ENTITY e0 "lol">{entities}]><c>&e9;</c>')
+    return written.getvalue()
+
+
+def _nested_mail(levels: int) -> bytes:
+    return b"Content-Type: message/rfc822\n\n" * levels + b"Subject: a\n\nwords"
+
+
 ENDED = {Drop.EXTRACTION_ENDED, Drop.DOCUMENT_TOO_LARGE, Drop.BROKEN_DOCUMENT, Drop.EMPTY_DOCUMENT, Drop.NO_TEXT_LAYER}
 # What is made, and whether anything may be read of it.
 ATTACKS: dict[str, tuple[str, Callable[[], bytes], bool]] = {
@@ -88,6 +110,9 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], bool]] = {
     "a PDF of nothing but objects": ("a.pdf", lambda: b"%PDF-1.7\n" + b"1 0 obj\n<<\n" * 500_000, False),
     "a text that is one line": ("a.txt", lambda: b"a" * (300 * MIB), False),
     "half of a page": ("a.html", lambda: b"<!doctype html><html><body><p>wor", True),
+    "a Word document of 400 MiB of zeros": ("a.docx", _zip_bomb, False),
+    "a book whose XML expands": ("a.epub", _expanding_book, False),
+    "mail in mail": ("a.eml", lambda: _nested_mail(3000), True),
     "nothing but zeros": ("a.pdf", lambda: bytes(MIB), False),
 }
 

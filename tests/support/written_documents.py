@@ -1,8 +1,10 @@
 """Documents as people have them, made here: PDFs with columns, headers and tables, and pages with navigation."""
 
 from collections.abc import Callable, Sequence
+from email.message import EmailMessage
 from io import BytesIO
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.utils import ImageReader
@@ -82,6 +84,58 @@ def scanned_pdf() -> bytes:
 def encrypted_pdf() -> bytes:
     """Return a PDF that asks for a password."""
     return pdf(lambda canvas: put_lines(canvas, LEFT, 700, ["secret"]), encrypt="sesame")
+
+
+def docx_bytes() -> bytes:
+    """Return a Word document with a heading, a list and a table."""
+    import docx
+
+    document: Any = docx.Document()
+    document.core_properties.title = "All rivers"
+    document.add_heading("Rivers", 1)
+    document.add_paragraph("A river flows towards the sea.")
+    for item in ("The Nile", "The Rhine"):
+        document.add_paragraph(item, style="List Bullet")
+    table = document.add_table(rows=2, cols=2)
+    for at, text in enumerate(("River", "Length", "Nile", "6650 km")):
+        table.cell(at // 2, at % 2).text = text
+    document.add_paragraph("That is all.")
+    written = BytesIO()
+    document.save(written)
+    return written.getvalue()
+
+
+def epub_bytes(chapters: Sequence[str], names: Sequence[str] = ()) -> bytes:
+    """Return a book. names: what its spine calls the chapters, where that is not where they are."""
+    files = {f"OEBPS/c{at}.xhtml": f"<html><body>{each}</body></html>" for at, each in enumerate(chapters)}
+    called = names or [f"c{at}.xhtml" for at in range(len(chapters))]
+    items = "".join(
+        f'<item id="i{at}" href="{name}" media-type="application/xhtml+xml"/>' for at, name in enumerate(called)
+    )
+    spine = "".join(f'<itemref idref="i{at}"/>' for at in reversed(range(len(called))))
+    package = (
+        '<package xmlns="http://www.idpf.org/2007/opf"><metadata xmlns:dc="http://purl.org/dc/elements/1.1/">'
+        f"<dc:title>A book</dc:title></metadata><manifest>{items}</manifest><spine>{spine}</spine></package>"
+    )
+    container = '<container><rootfiles><rootfile full-path="OEBPS/p.opf"/></rootfiles></container>'
+    written = BytesIO()
+    with ZipFile(written, "w", ZIP_DEFLATED) as archive:
+        for name, text in {"META-INF/container.xml": container, "OEBPS/p.opf": package, **files}.items():
+            archive.writestr(name, text)
+    return written.getvalue()
+
+
+def mail_bytes(subject: str, plain: str = "", html: str = "", attachment: bytes = b"") -> bytes:
+    """Return a mail."""
+    message = EmailMessage()
+    message["Subject"], message["From"] = subject, "a@example.org"
+    if plain or not html:
+        message.set_content(plain)
+    if html:
+        (message.add_alternative if plain else message.set_content)(html, subtype="html")
+    if attachment:
+        message.add_attachment(attachment, "application", "octet-stream", filename="a.bin")
+    return message.as_bytes()
 
 
 def page_html(body: str, title: str = "Rivers - Atlas") -> bytes:

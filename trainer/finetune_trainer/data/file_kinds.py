@@ -32,6 +32,12 @@ class DocumentKind(StrEnum):
     MARKDOWN = "Markdown"
     HTML = "HTML"
     PDF = "PDF"
+    WORD = "Word"
+    EPUB = "EPUB"
+    RST = "reStructuredText"
+    MAIL = "mail"
+    MAILBOX = "mailbox"
+    CODE = "source code"
 
 
 class Packing(StrEnum):

@@ -65,6 +65,8 @@ class Change(StrEnum):
     PARTS_JOINED = "parts_joined"
     RESULT_AS_JSON = "result_as_json"
     NULLS_LEFT_OUT = "nulls_left_out"
+    ATTACHMENTS_LEFT_OUT = "attachments_left_out"
+    PICTURES_LEFT_OUT = "pictures_left_out"
     BYTE_ORDER_MARK = "byte_order_mark"
     LINE_ENDS = "line_ends"
     MOJIBAKE = "mojibake"
@@ -137,6 +139,14 @@ class LeftOut:
 
     drop: Drop
     words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDocument:
+    """What a document says, or a part of it that is a row. changes: what of it was left out."""
+
+    text: str
+    changes: tuple[str, ...] = ()
 
 
 class RefusedError(Exception):

@@ -11,7 +11,7 @@ import orjson
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.files import Decoded, decoded
-from finetune_trainer.data.problems import Broken, Drop, LeftOut, Problem
+from finetune_trainer.data.problems import Broken, Drop, LeftOut, Problem, ReadDocument
 
 _HEAD = struct.Struct("<cIQII")  # notation, file, number, size in the file, bytes that follow
 
@@ -23,6 +23,7 @@ class Cut(Enum):
     COLUMNS = b"c"  # of Parquet: JSON of problem and detail by column, and of the other columns
     CELLS = b"t"  # of CSV: JSON of the cells by name, and their size in memory
     BROKEN = b"b"  # JSON of problem, field and detail
+    DOCUMENT = b"d"  # JSON of the text, and of what was left out
     LEFT_OUT = b"x"  # of a document: JSON of reason and words
 
 
@@ -52,6 +53,14 @@ def raw_broken(number: int, broken: Broken, size_bytes: int = MAX_LINE_BYTES) ->
     return RawRow(number, Cut.BROKEN, orjson.dumps([broken.problem, broken.field, broken.detail]), size_bytes)
 
 
+def raw_document(number: int, document: ReadDocument) -> RawRow:
+    """Return a row of a document's text."""
+    if not document.changes:
+        return raw_line(number, orjson.dumps({"text": document.text}))
+    content = orjson.dumps([document.text, document.changes])
+    return RawRow(number, Cut.DOCUMENT, content, len(content))
+
+
 def raw_left_out(number: int, left_out: LeftOut, size_bytes: int) -> RawRow:
     """Return what stands for a document of which nothing can be used."""
     return RawRow(number, Cut.LEFT_OUT, orjson.dumps([left_out.drop, left_out.words]), size_bytes)
@@ -66,6 +75,9 @@ def decode_row(raw: RawRow) -> Decoded:
     if cut is Cut.BROKEN:
         problem, field, detail = parsed
         return Decoded(number, Broken(Problem(problem), field, detail), size_bytes, 0)
+    if cut is Cut.DOCUMENT:
+        text, changes = parsed
+        return Decoded(number, ReadDocument(text, tuple(changes)), size_bytes, size_bytes)
     if cut is Cut.LEFT_OUT:
         drop, words = parsed
         return Decoded(number, LeftOut(Drop(drop), words), size_bytes, 0)

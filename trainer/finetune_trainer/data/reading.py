@@ -19,7 +19,7 @@ from finetune_trainer.data.file_kinds import FileKind, Notation, Packing
 from finetune_trainer.data.kinds import content_hash, texts
 from finetune_trainer.data.licenses import RowLicenses
 from finetune_trainer.data.listing import Inputs
-from finetune_trainer.data.problems import Broken, LeftOut
+from finetune_trainer.data.problems import Broken, LeftOut, ReadDocument
 from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
@@ -157,6 +157,9 @@ def valid_rows(
         if isinstance(value, LeftOut):
             ledger.drop(file, number, "extract", value.drop, words=value.words)
             continue
+        if isinstance(value, ReadDocument):
+            ledger.change(file, number, value.changes)
+            value = {"text": value.text}
         if licenses is not None and isinstance(value, dict):
             said = licenses.take(cast(dict[str, Any], value))
             if not bad.failing:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from finetune_trainer.data.problems import Drop
+from finetune_trainer.data.problems import Change, Drop
 
 MAX_PART_BYTES = 4 * 2**20  # of a row's text: a longer text becomes several rows
 _MAX_TITLE = 200  # characters
@@ -16,10 +16,11 @@ _BREAKS = ("\n\n", "\n", " ")  # where a text is best cut, the best first
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A text that is one row, and what it is called; an empty title where nothing says so."""
+    """A text that is one row, what it is called (an empty title where nothing says so), and what was left out."""
 
     text: str
     title: str = ""
+    changes: tuple[Change, ...] = ()
 
 
 class NoTextError(Exception):

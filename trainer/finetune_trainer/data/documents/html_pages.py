@@ -28,7 +28,9 @@ _NO_CONTENT = (
 _CONTENT = ("main", "[role=main]", "article", "#content", "#main", "div.body")  # the first that is there
 _LEAST_SHARE = 0.3  # of a page's text: what holds less is not its content, but a part of that
 _CODE = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
-_CELL = re.compile(r"(<t[dh]\b[^>]{0,500}>)\s*<(?:p|div)\b[^>]{0,500}>|</(?:p|div)>\s*(?=</t[dh]>)", re.IGNORECASE)
+_BOX = re.compile(  # around all of a cell or an item
+    r"(<(?:t[dh]|li)\b[^>]{0,500}>)\s*<(?:p|div)\b[^>]{0,500}>|</(?:p|div)>\s*(?=</(?:t[dh]|li)>)", re.IGNORECASE
+)
 _OF_LISTS = re.compile(r"^[ ]*(?:</?(?:ul|ol|li)>)+[ ]*\n", re.MULTILINE)
 _ITEM = re.compile(r"^(?:  )?([ ]*)<li>", re.MULTILINE)
 _TAG = re.compile(r"</?([a-z][a-z0-9]{0,20})>")
@@ -44,7 +46,7 @@ def read_html(path: Path) -> list[Found]:
 
 def of_html(text: str, main_content: bool = True) -> Found:
     """Return the content of a page and its title. main_content: whether it has navigation to be left out."""
-    tree: Any = HTMLTree.parse(_CELL.sub(r"\1", text))
+    tree: Any = HTMLTree.parse(_BOX.sub(r"\1", text))
     title = titled(tree.title)
     if not main_content:
         return Found(_markdown(_written(tree, ("script", "style"))), title)

@@ -52,6 +52,7 @@ class Page(NamedTuple):
     bottom: float
     top: float
     segments: list[Segment]
+    is_picture: bool = False  # of nothing but pictures
 
 
 @dataclass(frozen=True, slots=True)

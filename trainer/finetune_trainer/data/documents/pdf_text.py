@@ -12,7 +12,7 @@ import pypdfium2.raw as pdfium
 from finetune_trainer.data.documents.found import Found, NoTextError, tidy, titled
 from finetune_trainer.data.documents.pdf_layout import Page, Segment, text_of
 from finetune_trainer.data.documents.pdf_margins import without_margins
-from finetune_trainer.data.problems import Drop
+from finetune_trainer.data.problems import Change, Drop
 
 _MAX_PAGES = 20_000
 _MAX_CHARACTERS = 500_000  # of a page: a large sheet of figures has a tenth
@@ -40,7 +40,8 @@ def read_pdf(path: Path) -> list[Found]:
         document.close()
     if not any(page.segments for page in pages):
         raise NoTextError(Drop.NO_TEXT_LAYER if pages else Drop.EMPTY_DOCUMENT)
-    return [Found(tidy(text_of(without_margins(pages))), title)]
+    changes = (Change.PICTURES_LEFT_OUT,) if any(page.is_picture for page in pages) else ()
+    return [Found(tidy(text_of(without_margins(pages))), title, changes)]
 
 
 def _page(document: Any, number: int) -> Page:
@@ -52,7 +53,9 @@ def _page(document: Any, number: int) -> Page:
         return Page(0.0, 0.0, [])
     try:
         bottom, top = page.get_bbox()[1::2]
-        return Page(bottom, top, list(_segments(text)))
+        segments = list(_segments(text))
+        pictures = () if segments else page.get_objects(filter=[pdfium.FPDF_PAGEOBJ_IMAGE], max_depth=2)
+        return Page(bottom, top, segments, is_picture=any(True for _ in pictures))
     finally:
         text.close()
         page.close()

@@ -16,8 +16,8 @@ import orjson
 from finetune_trainer.data.documents.extractor import Extractors
 from finetune_trainer.data.file_kinds import DocumentKind
 from finetune_trainer.data.frames import read_frame
-from finetune_trainer.data.problems import Drop, LeftOut
-from finetune_trainer.data.raw_rows import RawRow, raw_left_out, raw_line
+from finetune_trainer.data.problems import Drop, LeftOut, ReadDocument
+from finetune_trainer.data.raw_rows import RawRow, raw_document, raw_left_out
 from finetune_trainer.store import Store
 
 MAX_DOCUMENT_BYTES = 512 * 2**20  # of an object: what is larger is hardly one document
@@ -74,10 +74,10 @@ class Extracted:
             number = 0
             while (frame := read_frame(stream, _MAX_FRAME_BYTES)) is not None:
                 number += 1
-                text, title = orjson.loads(frame)
+                text, title, changes = orjson.loads(frame)
                 if template != PLAIN:
                     text = _filled(template, text, title, self.source)
-                yield raw_line(number, orjson.dumps({"text": text}))
+                yield raw_document(number, ReadDocument(text, tuple(changes)))
 
 
 def extracted(store: Store, documents: Sequence[Document], folder: Path, processes: int) -> Generator[Extracted]:

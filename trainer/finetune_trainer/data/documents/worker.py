@@ -31,7 +31,7 @@ def _write(found: Iterable[Found], out: Path) -> None:
             for part in parts(each.text):
                 if not part.strip():
                     continue
-                frame = orjson.dumps([part, each.title])
+                frame = orjson.dumps([part, each.title, each.changes])
                 written_bytes += len(frame)
                 if written_bytes > MAX_TEXT_BYTES:
                     raise NoTextError(Drop.DOCUMENT_TOO_LARGE, f"more than {MAX_TEXT_BYTES // 2**20} MiB of text")
