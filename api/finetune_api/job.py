@@ -16,6 +16,7 @@ from finetune_api.base import ApiModel, Uri
 from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
 from finetune_api.documents import DocumentsSpec
+from finetune_api.duplicates import DeduplicationSpec
 from finetune_api.governance import OriginSpec
 from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
 from finetune_api.pii import PiiSpec
@@ -560,6 +561,10 @@ class PreprocessingSpec(ApiModel):
     quality: QualitySpec | None = Field(
         default=None,
         description="What is done about damaged and poor texts. Absent: as its fields say of themselves.",
+    )
+    deduplication: DeduplicationSpec | None = Field(
+        default=None,
+        description="What becomes of rows that say the same as others. Absent: as the fields in it say.",
     )
 
 

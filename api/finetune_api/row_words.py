@@ -58,6 +58,8 @@ ROW_WORDS: dict[str, str] = {
     "it",
     "other_license": "is under a licence that datasets[].licenses does not allow",
     "unknown_license": "does not say which licence it is under, by which datasets[].licenses chooses rows",
+    "duplicate": "says the same as another row, which is kept (ref)",
+    "near_duplicate": "says nearly the same as another row, which is kept (ref)",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",
     "equal_answers": "has two answers that say the same, so that nothing is preferred",
     "identical_tokens": "has two answers that are the same tokens once they are rendered and cut to the limit",

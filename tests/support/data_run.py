@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -267,3 +268,21 @@ def prepare_run(tmp: Path, spec: dict[str, Any] | None = None, attempt: int = 1)
         report=json.loads((folder / "report.json").read_bytes()),
         decisions=[json.loads(line) for line in (folder / "decisions.jsonl").read_bytes().splitlines()],
     )
+
+
+def accounted(prepared: Prepared) -> None:
+    """rows in = used + held out + dropped, per file and in all; one decision per held-out or dropped row."""
+    data = prepared.result.data
+    assert data is not None
+    for file in prepared.report["files"]:
+        assert file["rows_in"] == file["rows_used"] + file["rows_held_out"] + sum(file["dropped"].values())
+    assert data.rows_in == data.rows_used + data.rows_held_out + sum(each.rows for each in data.dropped)
+    assert data.rows_in == sum(file["rows_in"] for file in prepared.report["files"])
+    actions = Counter(decision["action"] for decision in prepared.decisions)
+    assert actions["drop"] == sum(each.rows for each in data.dropped)
+    assert actions["hold_out"] == data.rows_held_out
+    assert actions.keys() <= {"drop", "hold_out", "split", "change"}
+    changed = Counter(
+        each["reason"] for each in prepared.decisions if each["stage"] == "read" and each["action"] == "change"
+    )
+    assert changed == prepared.report["changed"]

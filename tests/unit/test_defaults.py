@@ -14,7 +14,8 @@ from finetune_api.crd import object_schema
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for part in ("api", "operator", "trainer", "cli") for path in (ROOT / part).rglob("*.py"))
 API = ROOT / "api/finetune_api"
-DEFAULTS_FILE, FIELDS_FILES = API / "defaults.py", {API / name for name in ("job.py", "pii.py", "text_quality.py")}
+DEFAULTS_FILE = API / "defaults.py"
+FIELDS_FILES = {API / name for name in ("job.py", "pii.py", "text_quality.py", "duplicates.py")}
 NAMES = {name for name, value in vars(defaults).items() if name.isupper() and not isinstance(value, TypeVar)}
 # A text that would tell these is no help to who writes a job.
 NOT_IN_TEXTS = {"LEARNING_RATE_EXPONENTS"}
@@ -73,6 +74,9 @@ def names_used(path: Path) -> set[str]:
         ("preprocessing.maxTooLongFraction", defaults.MAX_TOO_LONG_FRACTION),
         ("preprocessing.onBadRow", defaults.ON_BAD_ROW),
         ("preprocessing.maxBrokenFraction", defaults.MAX_BROKEN_FRACTION),
+        ("preprocessing.deduplication.exact", defaults.EXACT_COPIES),
+        ("preprocessing.deduplication.near", f"{defaults.CPT_NEAR_COPIES} for CPT"),
+        ("preprocessing.deduplication.similarity", defaults.SIMILARITY),
         ("datasets[].weight", defaults.DATASET_WEIGHT),
         ("hyperparameters.epochs", f"by the number of rows, {defaults.MIN_EPOCHS} to {defaults.MAX_EPOCHS}"),
         (

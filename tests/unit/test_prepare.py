@@ -29,7 +29,7 @@ from tokenizers import models, pre_tokenizers
 from data_run import (
     CHATML,
     LFS_POINTER,
-    Prepared,
+    accounted,
     byte_bpe,
     chat,
     chats,
@@ -55,6 +55,7 @@ from waiting import PATIENCE_S
 CPT: dict[str, Any] = {"method": {"type": "CPT"}}
 QUARANTINE: dict[str, Any] = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}
 BPE = byte_bpe()
+KEEP_COPIES = {"preprocessing": {"deduplication": {"exact": "Report"}}}
 
 
 def text_of(ids: list[int]) -> str:
@@ -70,24 +71,6 @@ def fails(tmp: Path, spec: dict[str, Any] | None = None) -> StageError:
         prepare_run(tmp, spec)
     assert "secret" not in str(caught.value)
     return caught.value
-
-
-def accounted(prepared: Prepared) -> None:
-    """rows in = used + held out + dropped, per file and in all; one decision per held-out or dropped row."""
-    data = prepared.result.data
-    assert data is not None
-    for file in prepared.report["files"]:
-        assert file["rows_in"] == file["rows_used"] + file["rows_held_out"] + sum(file["dropped"].values())
-    assert data.rows_in == data.rows_used + data.rows_held_out + sum(each.rows for each in data.dropped)
-    assert data.rows_in == sum(file["rows_in"] for file in prepared.report["files"])
-    actions = Counter(decision["action"] for decision in prepared.decisions)
-    assert actions["drop"] == sum(each.rows for each in data.dropped)
-    assert actions["hold_out"] == data.rows_held_out
-    assert actions.keys() <= {"drop", "hold_out", "split", "change"}
-    changed = Counter(
-        each["reason"] for each in prepared.decisions if each["stage"] == "read" and each["action"] == "change"
-    )
-    assert changed == prepared.report["changed"]
 
 
 def test_conversations_become_rows_whose_answers_are_learned(tmp_path: Path) -> None:
@@ -178,7 +161,7 @@ def test_the_weight_of_rows_is_kept_through_every_notation_and_told_in_plan_and_
 def test_a_row_that_is_held_out_is_not_learned_with_another_weight(tmp_path: Path) -> None:
     rows = chats(40)
     put(tmp_path, a_jsonl=jsonl([*rows, *({**row, "weight": 3} for row in rows)]))
-    found = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.25}})
+    found = prepare_run(tmp_path, {**KEEP_COPIES, "evaluation": {"holdoutFraction": 0.25}})
     accounted(found)
     held_out = sum(each["action"] == "hold_out" for each in found.decisions)
     assert held_out == found.report["dropped"]["duplicate_of_held_out"] == 10
@@ -259,7 +242,7 @@ def test_a_base_model_without_a_template_may_use_the_plain_one(tmp_path: Path) -
 
 def test_copies_of_few_rows_make_no_step_that_reads_one_of_them_twice_unasked(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(3) * 20))
-    prepared = prepare_run(tmp_path)
+    prepared = prepare_run(tmp_path, KEEP_COPIES)
     assert prepared.plan.train.examples == 60
     assert prepared.plan.hyperparameters.global_batch_size == 3
     assert "a step reads none of the 3 twice" in json.dumps(prepared.report["resolved"])
@@ -391,22 +374,20 @@ def test_an_answer_that_the_template_leaves_out_is_refused_by_its_field(tmp_path
 
 def test_equal_rows_stay_on_one_side_and_are_counted(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(60)), b_jsonl=jsonl(chats(60)))
-    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.1}})
+    prepared = prepare_run(tmp_path, {**KEEP_COPIES, "evaluation": {"holdoutFraction": 0.1}})
     accounted(prepared)
     assert prepared.plan.held_out is not None
     held = [text_of(ids) for ids, _ in prepared.rows(prepared.plan.held_out)]
     assert len(held) == len(set(held)) == 6
     assert not set(held) & {text_of(ids) for ids, _ in prepared.train}
-    assert prepared.report["lengths"]["duplicates"] == {
-        "distinct_rows": 60,
-        "repeated_rows": 60,
-        "dropped_as_copies_of_held_out": 6,
-    }
+    told = prepared.report["duplicates"]
+    assert (told["distinct_rows"], told["dropped_as_copies_of_held_out"]) == (60, 6)
+    assert (told["exact"]["copies"], told["exact"]["groups"], told["exact"]["rows"]) == (60, 60, 120)
 
 
 def test_every_held_out_row_is_a_decision_and_a_copy_names_the_row_it_is_of(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl(chats(60)), b_jsonl=jsonl(chats(60)))
-    prepared = prepare_run(tmp_path, {"evaluation": {"holdoutFraction": 0.5}})
+    prepared = prepare_run(tmp_path, {**KEEP_COPIES, "evaluation": {"holdoutFraction": 0.5}})
     accounted(prepared)
     held, copies = ([d for d in prepared.decisions if d["action"] == action] for action in ("hold_out", "drop"))
     assert len(held) == len(copies) == 30

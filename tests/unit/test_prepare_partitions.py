@@ -118,6 +118,14 @@ def personal_files(folder: Path) -> None:
     put(folder, a_jsonl=jsonl(rows[:250]), b_jsonl=jsonl(rows[250:]))
 
 
+def copied_files(folder: Path) -> None:
+    """Texts with copies, near copies and chains of them, far apart and in two files."""
+    numbers = [" ".join(str(i * i + at) for at in range(60)) for i in range(100, 130)]
+    texts = [*numbers, *(f"{text} and so on" for text in numbers), *numbers[:9], *(text[5:] for text in numbers)]
+    rows = [{"text": text} for text in texts]
+    put(folder, a_jsonl=jsonl(rows[:50]), b_jsonl=jsonl(rows[50:]))
+
+
 def datasets(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [{"uri": (folder / "data" / name).as_uri(), "weight": 1 + i} for i, name in enumerate(names)]
 
@@ -134,6 +142,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
         [],
     ),
     "completions with weights": (pair_files, {}, []),
+    "copies and near copies": (copied_files, {"method": {"type": "CPT"}, "evaluation": {"holdoutFraction": 0.2}}, []),
+    "copies that are reported": (
+        copied_files,
+        {"method": {"type": "CPT"}, "preprocessing": {"deduplication": {"exact": "Report"}}},
+        [],
+    ),
     "pairs": (preference_pair_files, PREFERENCE, []),
     "rankings": (ranking_files, PREFERENCE, []),
     "rated answers that become pairs": (thumb_files, PREFERENCE, []),

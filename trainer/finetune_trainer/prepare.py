@@ -32,13 +32,19 @@ from finetune_trainer.commit import Fence, before_training, claim
 from finetune_trainer.context import StageContext
 from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, Ledger
-from finetune_trainer.data.disk import disk_use, require_arrays_fit, require_order_fits, require_pairs_fit
+from finetune_trainer.data.disk import (
+    disk_use,
+    require_arrays_fit,
+    require_order_fits,
+    require_pairs_fit,
+    sketch_bytes,
+)
 from finetune_trainer.data.division import Division, divide
 from finetune_trainer.data.examples import Examples, open_examples
 from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
-from finetune_trainer.data.pairing import pair_up
+from finetune_trainer.data.pairing import Paired, pair_up
 from finetune_trainer.data.pii.figures import pii_figures
 from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.quality_report import quality_parts
@@ -47,6 +53,7 @@ from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
 from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.unknown_words import TokenCount
+from finetune_trainer.finding_duplicates import clusters_of_pairs, find_duplicates
 from finetune_trainer.origins import as_record, origins_of
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
@@ -145,21 +152,34 @@ def _read(stage: PrepareStage, fence: Fence | None) -> Division:
 
 def _divide(stage: PrepareStage) -> Division:
     """Choose held-out rows and close the accounts of every file. Raises NO_TRAINING_DATA."""
-    ledger = stage.ledger
+    ledger, spool = stage.ledger, _spool_dir(stage)
     evaluation = stage.ctx.config.spec.evaluation or EvaluationSpec()
     beat, pairs = stage.ctx.reporter.touch, stage.method.pairs
-    joined: Any = None
+    with stage.timings.of("duplicates"):
+        duplicates = find_duplicates(stage, spool)
+    stage.sketch_bytes = sketch_bytes(spool)
+    left_out: Any = duplicates.left_out["why"]
+    clusters = duplicates.clusters
+    paired: Paired | None = None
     if pairs is not None:
-        require_pairs_fit(_spool_dir(stage), stage.resources.disk_bytes)
-        joined = pair_up(_spool_dir(stage), pairs, ledger, beat)
-    division = divide(_spool_dir(stage), evaluation.holdout_fraction, beat)
-    if joined is not None:
-        division = replace(division, joined=joined)
+        require_pairs_fit(spool, stage.resources.disk_bytes)
+        paired = pair_up(spool, pairs, ledger, beat, left_out)
+        if paired.origin is not None:
+            left_out = None
+            clusters = clusters if clusters is None else clusters_of_pairs(spool, clusters, paired.origin)
+    division = divide(spool, evaluation.holdout_fraction, beat, clusters, left_out)
+    if paired is not None:
+        division = replace(division, joined=paired.joined)
+    stage.duplicates = {
+        "distinct_rows": division.distinct,
+        "dropped_as_copies_of_held_out": division.dropped,
+        **duplicates.report,
+    }
     _choose_holdout(stage.choices, division, evaluation.holdout_fraction)
     for where in division.held_out_places():
         ledger.decide(*where, "split", Action.HOLD_OUT, HELD_OUT)
     for chunk in division.chunks():
-        for row in np.flatnonzero(chunk.dropped):
+        for row in np.flatnonzero(chunk.copies_of_held_out):
             record, kept = chunk.rows[row], division.rows[division.copy_of[chunk.first_row + row]]
             ref = f"{ledger.files[int(kept['file'])].uri}#{int(kept['number'])}"
             ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT, ref=ref)
@@ -291,10 +311,13 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
         "pii": _pii(stage),
         "licenses": _licenses(stage),
         "kept_rows": stage.kept_rows,
-        "disk_bytes": disk_use(stage.in_flight_bytes, stage.ledger, division, planned.batches).report(),
+        "disk_bytes": disk_use(
+            stage.in_flight_bytes, stage.sketch_bytes, stage.ledger, division, planned.batches
+        ).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
         "special_tokens_in_words": model.tokenizer.special_words.report,
         **quality_parts(stage.ctx.config.spec, stage.ledger),
+        "duplicates": stage.duplicates,
         "lengths": lengths(division, stage.ledger),
         "answers": stage.taught.report(),
         "same_ids": None if stage.same_ids is None else stage.same_ids.report(),

@@ -117,6 +117,8 @@ class PrepareStage(RowsStage):
     kept: KeptPartitions | None = None  # partitions that are to be removed once there is a plan
     in_flight_bytes: int = 0  # of disk, that partitions took at most while rows were read
     kept_rows: int = 0  # read by an earlier attempt, whose partitions were taken
+    sketch_bytes: int = 0  # of disk, by which near copies are found
+    duplicates: dict[str, Any] = field(default_factory=dict[str, Any])  # what report.json says of them
 
 
 def with_model(ctx: StageContext, work: Callable[[Model], Result], judge: Judge = check_structure) -> Result:

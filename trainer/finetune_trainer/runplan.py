@@ -62,6 +62,8 @@ FIRST_TO_CHANGE = (
     "method.kto.desirableWeight",
     "method.kto.undesirableWeight",
     "evaluation.holdoutFraction",
+    "preprocessing.deduplication.exact",
+    "preprocessing.deduplication.near",
     "preprocessing.onBadRow",
     "preprocessing.maxBrokenFraction",
     "datasets[].format",

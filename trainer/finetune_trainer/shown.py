@@ -18,6 +18,7 @@ from finetune_trainer.data.kinds import kind_of, member_names, members_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.quality_report import quality_parts, require_few_poor
 from finetune_trainer.data.reading import Checked, DecodedRows, Select
+from finetune_trainer.data.sketches import Sketch
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
@@ -114,6 +115,7 @@ class _Shown:
         answers: Sequence[str] = (),
         label: int = 0,  # noqa: ARG002
         prompt_hash: bytes = b"",  # noqa: ARG002
+        sketch: Sketch | None = None,  # noqa: ARG002
     ) -> None:
         """Keep one row."""
         of_trees = [flat_sequences(tree) for tree in examples]

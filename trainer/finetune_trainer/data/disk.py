@@ -15,7 +15,7 @@ from finetune_api.reasons import DISK_FIELDS, MEMORY_FIELDS, Fault
 from finetune_trainer.batches import ORDER_BYTES
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.division import DIVIDING_BYTES, Division
-from finetune_trainer.data.spool import EXAMPLE, ROW, SEGMENT, prepared_bytes
+from finetune_trainer.data.spool import EXAMPLE, ROW, SEGMENT, SKETCH_FILES, prepared_bytes
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES, StepPlan
 
 _GIB = 2**30
@@ -24,26 +24,30 @@ _PROCESS_BYTES = 2**28  # what prepare takes once its rows are read
 
 
 class DiskUse(NamedTuple):
-    """Bytes of disk. partitions: of those in work, at most; table: the largest; rows: all that were read."""
+    """Bytes of disk. partitions: of those in work, at most; table: the largest; rows: all that were read; sketches: by
+    which near copies among them are found."""
 
     decisions: int
     partitions: int
     table: int
     rows: int
+    sketches: int
     dividing: int
     arrays: int
 
     @property
     def most(self) -> int:
         """Return what is taken at a time; rows are divided once all are read, and the partitions are gone."""
-        return self.decisions + self.rows + max(self.partitions + self.table, self.dividing + self.arrays)
+        return (
+            self.decisions + self.rows + self.sketches + max(self.partitions + self.table, self.dividing + self.arrays)
+        )
 
     def report(self) -> dict[str, int]:
         return self._asdict() | {"most": self.most}
 
 
-def disk_use(partitions: int, ledger: Ledger, division: Division, steps: StepPlan) -> DiskUse:
-    """Return what prepare takes in all. partitions: bytes of those in work."""
+def disk_use(partitions: int, sketches: int, ledger: Ledger, division: Division, steps: StepPlan) -> DiskUse:
+    """Return what prepare takes in all. partitions: bytes of those in work; sketches: of these."""
     examples = division.examples
     tokens, segments = (int(examples[name].sum(dtype=np.int64)) for name in ("stored_tokens", "segments"))
     records = EXAMPLE.itemsize * len(examples)
@@ -52,6 +56,7 @@ def disk_use(partitions: int, ledger: Ledger, division: Division, steps: StepPla
         partitions=partitions,
         table=largest_table(ledger),
         rows=_TOKEN_BYTES * tokens + SEGMENT.itemsize * segments + ROW.itemsize * len(division.rows) + records,
+        sketches=sketches,
         dividing=DIVIDING_BYTES * len(division.rows),
         arrays=prepared_bytes(examples) + records + READ_BYTES * len(steps.examples) + STEP_BYTES * len(steps),
     )
@@ -98,6 +103,11 @@ def _require(needed_bytes: int, limit_bytes: int, what: str, field: str = DISK_F
     if needed_bytes > limit_bytes:
         needed_gib, limit_gib = (round(each / _GIB, 3) for each in (needed_bytes, limit_bytes))
         raise StageError(Fault.PREPARE_TOO_SMALL, needed_gib=needed_gib, limit_gib=limit_gib, what=what, field=field)
+
+
+def sketch_bytes(spool: Path) -> int:
+    """Return the bytes of what near copies are found by."""
+    return sum(size_of(spool / name) for name in SKETCH_FILES)
 
 
 def size_of(path: Path) -> int:

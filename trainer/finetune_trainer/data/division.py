@@ -14,17 +14,27 @@ import numpy.typing as npt
 
 from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_TO_HOLD_OUT
 from finetune_trainer.data.accounts import RowPlace
+from finetune_trainer.data.buckets import (
+    CHUNK,
+    GROUP,
+    HASHED,
+    Buckets,
+    alone,
+    gathered,
+    group_of_each,
+    groups_of,
+)
+from finetune_trainer.data.left_out import LEFT_OUT
 from finetune_trainer.data.mapped import mapped, new_mapped
-from finetune_trainer.data.spool import EXAMPLE, ROW
+from finetune_trainer.data.spool import CLUSTER, EXAMPLE, ROW
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
-CHUNK = 2**16  # rows, and examples if no row has more, that are worked on at once
-BUCKET_ROWS = 2**19  # distinct ones of a bucket, about; of all rows 24 bytes each lie on disk while they are divided
-DIVIDING_BYTES = 24 + 1 + 8  # of disk, for a row: its hash and number, its use, and the row that it is a copy of
-_HELD_OUT, _DROPPED, _COPY = 1, 2, 4  # bits of a row's use
-_HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", "<u8")])
+# Of disk, for a row: its hash, its use, what it is a copy of, whether it is left out; and, where near copies are looked
+# for, whether it is compared, where its shingles begin, its component and its cluster.
+DIVIDING_BYTES = HASHED.itemsize + 1 + 8 + LEFT_OUT.itemsize + 1 + 8 + 8 + CLUSTER.itemsize
+_HELD_OUT, _DROPPED, _COPY, _LEFT_OUT = 1, 2, 4, 8  # bits of a row's use
 JOINED = np.dtype([("row", "<u8"), ("file", "<u4"), ("number", "<u8")])
 
 
@@ -45,7 +55,11 @@ class Chunk:
 
     @property
     def dropped(self) -> Mask:
-        """(rows,) whether each is a copy of a row that is held out."""
+        """(rows,) whether each is for nothing: left out before, or a copy of a row that is held out."""
+        return (self.use & (_DROPPED | _LEFT_OUT)) != 0
+
+    @property
+    def copies_of_held_out(self) -> Mask:
         return (self.use & _DROPPED) != 0
 
     @property
@@ -55,7 +69,7 @@ class Chunk:
 
     @property
     def train(self) -> Mask:
-        return (self.use & (_HELD_OUT | _DROPPED)) == 0
+        return (self.use & (_HELD_OUT | _DROPPED | _LEFT_OUT)) == 0
 
     def examples_of(self, rows: Mask) -> Mask:
         """(examples,) whether each belongs to one of `rows`."""
@@ -71,16 +85,17 @@ class Division:
     rows: Array  # (rows,) ROW
     examples: Array  # (examples,) EXAMPLE
     use: npt.NDArray[np.uint8]  # (rows,)
-    copy_of: npt.NDArray[np.int64]  # (rows,) of a dropped row, the held-out one that says the same; 0 of the others
+    copy_of: npt.NDArray[np.int64]  # (rows,) of a copy, the first row that says the same; 0 of the others
     distinct: int
     held_out: int  # rows
-    dropped: int  # rows
+    dropped: int  # rows that are copies of held-out ones
+    left_out: int = 0  # rows that were for nothing before
     joined: Array = field(default_factory=lambda: np.empty(0, dtype=JOINED))
 
     @property
     def trained(self) -> int:
         """Return how many rows are trained on."""
-        return len(self.rows) - self.held_out - self.dropped
+        return len(self.rows) - self.held_out - self.dropped - self.left_out
 
     def rows_by_file(self, files: int) -> list[tuple[int, int]]:
         """Return of each of so many files how many rows are trained on, and how many are held out."""
@@ -127,38 +142,59 @@ def divide(
     fraction: float | None,
     beat: Callable[[], None] = lambda: None,
     clusters: Array | None = None,
+    left_out: Array | None = None,
 ) -> Division:
     """Choose held-out rows by the hash of their content, the smallest hashes first, calling `beat` with every bucket.
 
     The choice does not depend on order, files or seed. Of equal rows the first is held out and the others are
     dropped, so that no held-out row is trained on. fraction: of the distinct rows; None takes HOLDOUT_FRACTION, at
     most MAX_HELD_OUT_ROWS rows and examples, and nothing of fewer than MIN_ROWS_TO_HOLD_OUT rows.
-    clusters: (rows,) CLUSTER, equal for rows of which none may be trained on where another is held out; None takes the
-    hash of their content.
+    clusters: (rows,) CLUSTER, equal for rows that are held out together or not at all, as equal rows must be; those of
+    which there are too many stay in training. None takes the hash of their content.
+    left_out: (rows,) what is not 0 of a row that is for nothing.
     """
     rows, examples = mapped(folder / "rows", ROW), mapped(folder / "examples", EXAMPLE)
     use = new_mapped(folder / "use", np.dtype(np.uint8), len(rows))
     copy_of = new_mapped(folder / "copy_of", np.dtype("<i8"), len(rows))
+    before = 0 if left_out is None else _mark_left_out(left_out, use)
     path = folder / "hashes"
-    buckets = Buckets(path, rows if clusters is None else clusters)
+    buckets = Buckets(path, rows, left_out)
     distinct = 0
     for bucket in range(buckets.count):
-        distinct += len(_distinct(buckets.pieces(bucket), use))
+        distinct += _mark_copies(buckets, bucket, use, copy_of)
         beat()
+    if clusters is not None:
+        buckets = Buckets(path, clusters, left_out)
+    room = _Room(_held_out_count(distinct, fraction), MAX_HELD_OUT_ROWS if fraction is None else None)
     held_out = dropped = 0
-    for bucket, chosen in _chosen(buckets, rows, _held_out_count(distinct, fraction), is_default=fraction is None):
-        use[chosen["row"]] |= np.uint8(_HELD_OUT)
-        held_out += len(chosen)
+    for bucket, chosen in _chosen(buckets, rows, use, room):
         for piece in buckets.pieces(bucket):
-            copies = _copies_of(chosen, piece)
-            use[copies.rows] |= np.uint8(_DROPPED)
-            copy_of[copies.rows] = copies.of
-            dropped += len(copies.rows)
+            found = piece["row"][group_of_each(chosen, piece) >= 0]
+            is_copy = (use[found] & _COPY) != 0
+            use[found] |= np.where(is_copy, _DROPPED, _HELD_OUT).astype(np.uint8)
+            held_out, dropped = held_out + int((~is_copy).sum()), dropped + int(is_copy.sum())
         beat()
     path.unlink()
     return Division(
-        rows=rows, examples=examples, use=use, copy_of=copy_of, distinct=distinct, held_out=held_out, dropped=dropped
+        rows=rows,
+        examples=examples,
+        use=use,
+        copy_of=copy_of,
+        distinct=distinct,
+        held_out=held_out,
+        dropped=dropped,
+        left_out=before,
     )
+
+
+def _mark_left_out(left_out: Array, use: npt.NDArray[np.uint8]) -> int:
+    """Mark the rows that are for nothing; return how many they are."""
+    count = 0
+    for begin in range(0, len(use), CHUNK):
+        is_left_out = left_out[begin : begin + CHUNK] != 0
+        use[begin : begin + CHUNK] = np.where(is_left_out, _LEFT_OUT, 0)
+        count += int(is_left_out.sum())
+    return count
 
 
 def _held_out_count(distinct: int, fraction: float | None) -> int:
@@ -169,104 +205,60 @@ def _held_out_count(distinct: int, fraction: float | None) -> int:
     return min(round(fraction * distinct), max(0, distinct - 1))
 
 
-class Buckets:
-    """The hashes of all rows, in a file, in buckets by their first bits; within a bucket in the order of the rows.
-
-    Rows that say the same are in one bucket, however many they are, so a bucket is read in pieces."""
-
-    def __init__(self, path: Path, rows: Array) -> None:
-        self._bits = (max(0, len(rows) - 1) // BUCKET_ROWS).bit_length()
-        self.count = 2**self._bits
-        sizes = np.zeros(self.count, dtype=np.int64)
-        chunks = range(0, len(rows), CHUNK)
-        for begin in chunks:
-            sizes += np.bincount(self._of(rows[begin : begin + CHUNK]), minlength=self.count)
-        self._bounds = np.concatenate([[0], np.cumsum(sizes)])
-        self._hashed = new_mapped(path, _HASHED, len(rows))
-        free = self._bounds[:-1].copy()
-        for begin in chunks:
-            part = rows[begin : begin + CHUNK]
-            bucket = self._of(part)
-            order = np.argsort(bucket, kind="stable")
-            sizes = np.bincount(bucket, minlength=self.count)
-            hashed = np.empty(len(part), dtype=_HASHED)
-            hashed["high"], hashed["low"], hashed["row"] = (
-                part["hash_high"][order],
-                part["hash_low"][order],
-                begin + order,
-            )
-            self._hashed[np.arange(len(part)) + np.repeat(free - np.cumsum(sizes) + sizes, sizes)] = hashed
-            free += sizes
-
-    def _of(self, rows: Array) -> npt.NDArray[np.int64]:
-        """(rows,) the bucket of each."""
-        return ((rows["hash_high"] >> np.uint64(1)) >> np.uint64(63 - self._bits)).astype(np.int64)
-
-    def pieces(self, bucket: int) -> Iterator[Array]:
-        """Yield what is in a bucket, a bounded part at a time."""
-        first, last = int(self._bounds[bucket]), int(self._bounds[bucket + 1])
-        for begin in range(first, last, BUCKET_ROWS):
-            yield self._hashed[begin : min(last, begin + BUCKET_ROWS)]
-
-
-class _Groups(NamedTuple):
-    """Hashed rows in the order of their hashes, and which of them begin the rows of one hash."""
-
-    hashed: Array
-    is_first: Mask
-
-
-def _grouped(first: Array, then: Array) -> _Groups:
-    """Bring rows into the order of their hashes; of equal ones, those of `first` come first."""
-    hashed = np.concatenate([first, then])
-    hashed = hashed[np.lexsort((hashed["low"], hashed["high"]))]  # stable
-    is_first = np.ones(len(hashed), dtype=np.bool_)
-    high, low = hashed["high"], hashed["low"]
-    is_first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    return _Groups(hashed, is_first)
-
-
-def _distinct(pieces: Iterator[Array], use: npt.NDArray[np.uint8]) -> Array:
-    """Return the first row of each content, in the order of hashes, and mark the others as copies."""
-    found = np.empty(0, dtype=_HASHED)
-    for piece in pieces:
-        hashed, is_first = _grouped(found, piece)
-        use[hashed["row"][~is_first]] |= np.uint8(_COPY)
-        found = hashed[is_first]
-    return found
-
-
-def _chosen(buckets: Buckets, rows: Array, count: int, *, is_default: bool) -> Iterator[tuple[int, Array]]:
-    """Yield the rows of each bucket that are held out, until they are `count`, or so many examples as by default."""
-    chosen = examples = 0
-    for bucket in range(buckets.count):
-        if chosen == count:
-            return
-        found = np.empty(0, dtype=_HASHED)
+def _mark_copies(buckets: Buckets, bucket: int, use: npt.NDArray[np.uint8], copy_of: npt.NDArray[np.int64]) -> int:
+    """Mark the copies in a bucket, and of what; return how many rows say different things."""
+    firsts = groups_of(buckets.pieces(bucket))
+    if (firsts["rows"] > 1).any():
         for piece in buckets.pieces(bucket):
-            hashed, is_first = _grouped(found, piece)
-            found = hashed[is_first][: count - chosen]
-        if is_default:
-            until = examples + np.cumsum(rows["examples"][found["row"]], dtype=np.int64)
-            fitting = int(np.searchsorted(until, MAX_HELD_OUT_ROWS, side="right"))
-            if fitting < len(found):
-                count = max(1, chosen + fitting)
-                found = found[: count - chosen]
-            examples = int(until[len(found) - 1]) if len(found) else examples
-        chosen += len(found)
-        yield bucket, found
+            of = firsts["row"][group_of_each(firsts, piece)]
+            is_copy = of != piece["row"]
+            use[piece["row"][is_copy]] |= np.uint8(_COPY)
+            copy_of[piece["row"][is_copy]] = of[is_copy]
+    return len(firsts)
 
 
-class _Copies(NamedTuple):
-    """Rows, and the row that each of them is a copy of."""
+class _Room(NamedTuple):
+    """How many rows may still be held out, and examples, None for any number; of these the first row has as many as
+    it has."""
 
-    rows: npt.NDArray[np.uint64]
-    of: npt.NDArray[np.int64]
+    rows: int
+    examples: int | None
+    is_untouched: bool = True
 
 
-def _copies_of(chosen: Array, piece: Array) -> _Copies:
-    """Return the rows of a piece that say the same as one that was chosen, and are not that one."""
-    hashed, is_first = _grouped(chosen, piece)
-    first_rows = hashed["row"][is_first][np.cumsum(is_first) - 1]
-    is_copy = np.isin(first_rows, chosen["row"]) & (hashed["row"] != first_rows)
-    return _Copies(hashed["row"][is_copy], first_rows[is_copy].astype(np.int64))
+def _chosen(buckets: Buckets, rows: Array, use: npt.NDArray[np.uint8], room: _Room) -> Iterator[tuple[int, Array]]:
+    """Yield the clusters of each bucket that are held out, as far as there is room."""
+    for bucket in range(buckets.count):
+        if not room.rows:
+            return
+        groups = np.empty(0, dtype=GROUP)
+        for piece in buckets.pieces(bucket):
+            own = piece[(use[piece["row"]] & _COPY) == 0]
+            groups = gathered(groups, alone(own, examples=rows["examples"][own["row"]]))
+        taken, room = _taken(groups, room)
+        yield bucket, taken
+
+
+class _Taken(NamedTuple):
+    """Clusters that are held out, and what room is left."""
+
+    groups: Array
+    room: _Room
+
+
+def _taken(groups: Array, room: _Room) -> _Taken:
+    """Take clusters in order, passing over those that are larger than the room that is left; where their examples are
+    more than there is room for, that is the end."""
+    taken = [groups[:0]]
+    while room.rows and len(groups := groups[groups["rows"] <= room.rows]):
+        fitting = int(np.searchsorted(np.cumsum(groups["rows"]), room.rows, side="right"))
+        within, is_end = fitting, False
+        if room.examples is not None:
+            within = int(np.searchsorted(np.cumsum(groups["examples"]), room.examples, side="right"))
+            is_end = within < fitting
+            fitting = max(within, int(room.is_untouched)) if is_end else fitting
+        found, groups = groups[:fitting], groups[fitting:]
+        taken.append(found)
+        left = None if room.examples is None else max(0, room.examples - int(found["examples"].sum()))
+        room = _Room(0 if is_end else room.rows - int(found["rows"].sum()), left, False)
+    return _Taken(np.concatenate(taken), room)

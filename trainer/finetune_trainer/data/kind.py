@@ -10,6 +10,7 @@ from finetune_api.job import DatasetFormat
 from finetune_trainer.data.cuts import Marks
 from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.rows import Conversation, Row
+from finetune_trainer.data.shingles import Compared
 from finetune_trainer.data.tokens import Tokens
 
 if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
@@ -66,6 +67,10 @@ def _nothing_said(_: Any) -> list[SaidText]:
     return []
 
 
+def _nothing_compared(_: Any) -> Compared:
+    return Compared((), ())
+
+
 def _any_field(_: Any) -> None:
     return None
 
@@ -83,7 +88,7 @@ class Kind(Generic[R]):
     """What is to be known of a kind of rows.
 
     texts: what its writer wrote, by the path of the field; with_texts: the row with some of that replaced.
-    content: what rows that say the same have in common, as JSON or bytes. unlearnable: why nothing of it is to be
+    content: what rows that say the same have in common, as JSON. unlearnable: why nothing of it is to be
     learned, None where something is. to_columns, from_columns: the row as values of `columns`, and back.
 
     conversation: what the chat template renders of it; a kind without is `untemplated`, or has `members`, which are
@@ -91,7 +96,8 @@ class Kind(Generic[R]):
     its file, where that is less than its shape reads. nested: its fields that are any JSON. contents: texts that a
     field beside may say again. label: 1 for a good answer, -1 for a bad one, 0 where that is not said. prompt: what
     an answer answers, as JSON: equal for answers that can be compared. answers: what is learned as one,
-    without calls of functions and bad ones."""
+    without calls of functions and bad ones. compared: by which near copies are told, without what many rows begin with,
+    as system prompts."""
 
     name: str
     formats: frozenset[DatasetFormat]  # the shapes that become it
@@ -112,6 +118,7 @@ class Kind(Generic[R]):
     label: Callable[[R], int] = _no_label
     prompt: Callable[[R], object] = _no_prompt
     answers: Callable[[R], Sequence[str]] = _no_texts
+    compared: Callable[[R], Compared] = _nothing_compared
 
     def __post_init__(self) -> None:
         ways = (self.conversation, self.untemplated, self.members)

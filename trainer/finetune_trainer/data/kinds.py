@@ -16,6 +16,7 @@ from finetune_api.job import DatasetFormat
 from finetune_trainer.data.cuts import Marks, split
 from finetune_trainer.data.end_token import require_end_token, require_stop_at_end_token
 from finetune_trainer.data.kind import KIND_NAME, ArrowBatch, Kind, Members, SaidText, Untemplated
+from finetune_trainer.data.normal_text import normalised
 from finetune_trainer.data.problems import Broken, Drop, Problem
 from finetune_trainer.data.rows import (
     Answered,
@@ -29,6 +30,7 @@ from finetune_trainer.data.rows import (
     Text,
     Thumb,
 )
+from finetune_trainer.data.shingles import Compared
 from finetune_trainer.data.texts import texts_in, whole_numbers_in, with_texts_in
 from finetune_trainer.data.tokens import Tokens, of_document
 from finetune_trainer.data.too_long import without_beginning
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # whose tokenizer counts special tokens in the texts of rows
 
 _PLAIN_MESSAGE = ["role", "content"]
 _FIXED_WORDS = frozenset(("role",))  # of a message: no text of anybody's
+_SYSTEM_ROLES = frozenset(("system", "developer"))
 
 
 def _texts_of_chat(row: Conversation) -> dict[str, str]:
@@ -125,6 +128,15 @@ def _lines(message: Message) -> str:
     return "".join(lines)
 
 
+def _chat_compared(row: Conversation) -> Compared:
+    """Return what is compared of a conversation: what is learned beside all else but system messages."""
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for message, learned in zip(row.messages, row.learned, strict=True):
+        if message["role"] not in _SYSTEM_ROLES:
+            texts[learned].append("\n".join(each.text for each in texts_in(message, "", _FIXED_WORDS)))
+    return Compared(texts[False], ("\n".join(texts[True]),))
+
+
 def _tokens_of_completions(model: "Model", rows: Sequence[Completion], learn_all: bool) -> list[Tokens]:
     require_end_token(model)
     require_stop_at_end_token(model)
@@ -176,6 +188,7 @@ CHAT = Kind[Conversation](
     contents=lambda row: [each.get("content") or "" for each in row.messages],
     prompt=lambda row: [row.messages[:-1], row.tools, dict(row.template_kwargs)],
     answers=_answers_of_chat,
+    compared=_chat_compared,
 )
 COMPLETION = Kind[Completion](
     name="completion",
@@ -192,18 +205,20 @@ COMPLETION = Kind[Completion](
     only_fields=lambda _: frozenset(("prompt", "completion", "weight")),
     prompt=lambda row: row.prompt,
     answers=lambda row: [row.completion],
+    compared=lambda row: Compared((row.prompt,), (row.completion,)),
 )
 TEXT = Kind[Text](
     name="text",
     formats=frozenset((DatasetFormat.TEXT,)),
     texts=lambda row: {"text": row.text},
     with_texts=lambda row, given: replace(row, **given),
-    content=lambda row: row.text.encode(),
+    content=lambda row: row.text,
     unlearnable=lambda _: None,
     columns=pa.schema([("text", pa.string()), ("weight", pa.float64())]),
     to_columns=lambda row: {"text": row.text, "weight": row.weight},
     from_columns=lambda columns: Text(**columns),
     said=lambda row: [SaidText(row.text, True)],
+    compared=lambda row: Compared((), (row.text,)),
     untemplated=Untemplated(
         tokens=_tokens_of_texts,
         cut=lambda tokens, limit, _: of_document(tokens.ids[:limit]),
@@ -257,6 +272,12 @@ def _answer(row: Thumb) -> dict[str, Answered]:
     return {"answer": row.answer}
 
 
+def _members_compared(members: Sequence[Answered]) -> Compared:
+    """Return what is compared of answers to one prompt, each being told from the others by its place."""
+    every = [compared(each) for each in members]
+    return Compared(every[0].asked, ["\n".join(each.said) for each in every])
+
+
 _PLAIN_PAIR = frozenset(("chosen", "rejected", "weight"))  # beside the prompt
 _PLAIN_RANKING = frozenset(("weight",))  # beside the prompt, the answers and their scores
 PAIR = Kind[Pair](
@@ -282,6 +303,7 @@ PAIR = Kind[Pair](
     nested=lambda row: _nested_of_members(_sides(row)),
     contents=lambda row: [*kind_of(row.chosen).contents(row.chosen), *kind_of(row.rejected).contents(row.rejected)],
     answers=lambda row: _answers_of(row.chosen),
+    compared=lambda row: _members_compared((row.chosen, row.rejected)),
 )
 THUMB = Kind[Thumb](
     name="thumb",
@@ -299,6 +321,7 @@ THUMB = Kind[Thumb](
     label=lambda row: 1 if row.is_good else -1,
     prompt=lambda row: kind_of(row.answer).prompt(row.answer),
     answers=lambda row: _answers_of(row.answer) if row.is_good else (),
+    compared=lambda row: compared(row.answer),
 )
 
 
@@ -320,6 +343,12 @@ def _no_pair_of(row: Ranking) -> Drop | None:
         return Drop.TIED
     first = _content(row.answers[0])
     return Drop.EQUAL_ANSWERS if all(_content(each) == first for each in row.answers) else Drop.SMALL_MARGIN
+
+
+def _ranking_compared(row: Ranking) -> Compared:
+    """Return what is compared of a ranking: its answers from the best on."""
+    best_first = sorted(range(len(row.answers)), key=lambda place: -row.scores[place])
+    return _members_compared([row.answers[place] for place in best_first])
 
 
 RANKING = Kind[Ranking](
@@ -357,6 +386,7 @@ RANKING = Kind[Ranking](
     nested=lambda row: _nested_of_members(_answers(row)),
     contents=lambda row: [said for each in row.answers for said in kind_of(each).contents(each)],
     answers=lambda row: _answers_of(row.answers[max(range(len(row.scores)), key=row.scores.__getitem__)]),
+    compared=_ranking_compared,
 )
 
 KINDS: dict[type, Kind[Any]] = {  # by the class of the row
@@ -419,6 +449,11 @@ def with_values(row: Row, given: Mapping[str, str]) -> Row:
     return kind_of(row).with_texts(row, given)
 
 
+def compared(row: Row) -> Compared:
+    """Return what is compared of a row, to find its near copies."""
+    return kind_of(row).compared(row)
+
+
 def from_arrow(batch: ArrowBatch) -> list[Row]:
     """Return the rows of a batch that a kind's `to_arrow` made."""
     name = (batch.schema.metadata or {})[KIND_NAME].decode()
@@ -427,13 +462,14 @@ def from_arrow(batch: ArrowBatch) -> list[Row]:
 
 
 def content_hash(row: Row) -> bytes | Broken:
-    """16 bytes over the row's canonical JSON: equal for rows that say the same, whatever file they are in.
+    """16 bytes over the row's canonical JSON, with texts as they are compared: equal for rows that say the same,
+    whatever file they are in.
 
     Its weight is no part of that: of rows that say the same with other weights one may be held out, and then none of
     the others may be learned."""
     try:
-        said = kind_of(row).content(row)
-        content = said if isinstance(said, bytes) else orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
+        said = normalised(kind_of(row).content(row))
+        content = said.encode() if isinstance(said, str) else orjson.dumps(said, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, UnicodeEncodeError):
         large = _beyond_64_bits(row)
         if large is not None:

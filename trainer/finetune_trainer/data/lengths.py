@@ -71,11 +71,6 @@ def lengths(division: Division, ledger: Ledger) -> dict[str, Any]:
         "percentiles": {f"p{q}": longest.percentile(q) for q in (50, 95, 99, 100)},
         "histogram": longest.histogram(),
         "longest_rows": rows,
-        "duplicates": {
-            "distinct_rows": division.distinct,
-            "repeated_rows": len(division.rows) - division.distinct,
-            "dropped_as_copies_of_held_out": division.dropped,
-        },
     }
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.data.accounts import Ledger
-from finetune_trainer.data.division import CHUNK, JOINED, Buckets
+from finetune_trainer.data.buckets import CHUNK, Buckets
+from finetune_trainer.data.division import JOINED
 from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.mapped import mapped, new_mapped
 from finetune_trainer.data.problems import Drop
@@ -26,35 +27,50 @@ Array = npt.NDArray[Any]
 _STAGE = "pair"
 _PAIRED = np.dtype([("first", "<u8"), ("good", "<u8"), ("bad", "<u8")])  # rows: the first of all pairs of its prompt
 _BEGIN = np.dtype([("example", "<u8"), ("segment", "<u8"), ("token", "<u8")])  # how many lie before those of a row
-_ONE_SIDED, _BOTH_WAYS, _IN_A_PAIR = 1, 2, 3  # what becomes of a rated row; 0: it is none
+_ONE_SIDED, _BOTH_WAYS, _IN_A_PAIR, _LEFT_OUT = 1, 2, 3, 4  # what becomes of a rated row; 0: it is none
 _DROPS = {_ONE_SIDED: Drop.ONE_SIDED, _BOTH_WAYS: Drop.RATED_BOTH_WAYS}
 
 
+class Paired(NamedTuple):
+    """joined: (…,) JOINED, the rows that are in the pairs of another one; origin: (rows,) of each row of the new spool,
+    which one it was in the old; None where nothing was to be paired, and the spool is as it was."""
+
+    joined: Array
+    origin: Array | None
+
+
 def pair_up(
-    folder: Path, pairs: Callable[[TokenRun, TokenRun], Tree], ledger: Ledger, beat: Callable[[], None]
-) -> Array:
+    folder: Path,
+    pairs: Callable[[TokenRun, TokenRun], Tree],
+    ledger: Ledger,
+    beat: Callable[[], None],
+    left_out: Array,
+) -> Paired:
     """Replace the rated rows in the spool by the pairs that they make, calling `beat` now and then.
 
-    Those that make none are dropped. Returns (…,) JOINED: the rows that are in the pairs of another one."""
+    Those that make none are dropped. left_out: (rows,) what is not 0 of a row that goes no further."""
     if not (folder / "prompts").stat().st_size:
-        return np.empty(0, dtype=JOINED)
+        return Paired(np.empty(0, dtype=JOINED), None)
     spooled = _Spooled(folder)
     path, fates = folder / "paired", new_mapped(folder / "fates", np.dtype(np.uint8), len(spooled.rows))
+    for begin in range(0, len(fates), CHUNK):
+        fates[begin : begin + CHUNK][left_out[begin : begin + CHUNK] != 0] = _LEFT_OUT
     with path.open("wb") as file:
-        for found in _found(spooled, folder / "hashes", fates):
+        for found in _found(spooled, folder / "hashes", fates, left_out):
             file.write(found.tobytes())
             beat()
     paired = np.memmap(path, dtype=_PAIRED, mode="r+") if path.stat().st_size else np.empty(0, dtype=_PAIRED)
     paired.sort(order=("first", "good"))
-    target, joined = folder / "new", folder / "joined"
-    with Spool(target) as spool, joined.open("wb") as others:
-        for record in _rewritten(spooled, paired, fates, pairs, spool, ledger, beat):
-            others.write(record.tobytes())
+    target, joined, origin = folder / "new", folder / "joined", folder / "origin"
+    with Spool(target) as spool, joined.open("wb") as others, origin.open("wb") as origins:
+        for row, joined_to_it in _rewritten(spooled, paired, fates, pairs, spool, ledger, beat):
+            others.write(joined_to_it.tobytes())
+            origins.write(row.to_bytes(8, "little"))
     for name in FILES:
         shutil.move(target / name, folder / name)
     for name in ("paired", "fates", "hashes", "begins"):
         (folder / name).unlink()
-    return mapped(joined, JOINED)
+    return Paired(mapped(joined, JOINED), mapped(origin, np.dtype("<u8")))
 
 
 class _Spooled:
@@ -99,9 +115,9 @@ class _Spooled:
         return TokenRun(tree.tokens, tree.labels)
 
 
-def _found(spooled: _Spooled, path: Path, fates: npt.NDArray[np.uint8]) -> Iterator[Array]:
+def _found(spooled: _Spooled, path: Path, fates: npt.NDArray[np.uint8], left_out: Array) -> Iterator[Array]:
     """Yield the pairs, and write what becomes of each rated row. path: for a file."""
-    buckets = Buckets(path, spooled.prompts)
+    buckets = Buckets(path, spooled.prompts, left_out)
     for bucket in range(buckets.count):
         pieces = list(buckets.pieces(bucket))
         if not pieces:
@@ -145,8 +161,8 @@ def _rewritten(
     spool: Spool,
     ledger: Ledger,
     beat: Callable[[], None],
-) -> Iterator[Array]:
-    """Write the new spool in the order of the rows, and yield the rows that are in the examples of another one."""
+) -> Iterator[tuple[int, Array]]:
+    """Write the new spool in the order of the rows; yield each with the rows that are in its examples too."""
     place = written = 0
     for row, fate in enumerate(_each(fates)):
         record = spooled.rows[row]
@@ -157,13 +173,13 @@ def _rewritten(
         while place < len(paired) and int(paired["first"][place]) == row:
             own.append(_Pair(int(paired["good"][place]), int(paired["bad"][place])))
             place += 1
-        if fate == _IN_A_PAIR and not own:
+        if fate == _LEFT_OUT or (fate == _IN_A_PAIR and not own):
             continue
         _append(spooled, row, own, pairs, spool)
         others = spooled.rows[sorted({each for pair in own for each in pair} - {row})]
         joined = np.zeros(len(others), dtype=JOINED)
         joined["row"], joined["file"], joined["number"] = written, others["file"], others["number"]
-        yield joined
+        yield row, joined
         written += 1
         if written % CHUNK == 0:
             beat()

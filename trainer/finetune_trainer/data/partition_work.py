@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from finetune_api.duplicates import Copies
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetFormat, FineTuneJobSpec, LossOn, TooLong
 from finetune_api.reasons import Fault
 from finetune_trainer.data.accounts import FileAccount, PartitionLedger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.deduplication import deduplication_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.partition_messages import PartitionResult, Rules, Task
 from finetune_trainer.data.pipeline import Pipeline, Timings
@@ -18,6 +20,7 @@ from finetune_trainer.data.problems import Broken
 from finetune_trainer.data.raw_rows import decode_row, read_rows
 from finetune_trainer.data.reading import Checked, DecodedRows, valid_rows
 from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.sketches import Sketcher
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.stages.chain import chain_of, through
 from finetune_trainer.data.stops import Ends
@@ -38,6 +41,8 @@ class PartitionWork:
         self._method = method_of(spec.method.type)
         documents = spec.preprocessing and spec.preprocessing.documents
         self._with_headings = bool(documents and documents.heading_context)
+        chosen = deduplication_of(spec)
+        self._sketcher = None if chosen.near is Copies.OFF else Sketcher(chosen.similarity)
 
     def close(self) -> None:
         """End the renderer's process; the tokenizer's is the caller's."""
@@ -75,6 +80,7 @@ class PartitionWork:
                 self._method.examples,
                 pairs=self._method.pairs is not None,
                 with_headings=self._with_headings,
+                sketcher=self._sketcher,
             )
             rows = through(self._chain, _checked(task, ledger, bad), ledger)
             try:

@@ -22,7 +22,7 @@ from finetune_api.redact import shortened
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree
-from finetune_trainer.data.kinds import conversations_of, kind_of, member_names, members_of, prompt_hash
+from finetune_trainer.data.kinds import compared, conversations_of, kind_of, member_names, members_of, prompt_hash
 from finetune_trainer.data.members import (
     Batch,
     Example,
@@ -42,6 +42,7 @@ from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.renderer import Rendered, Renderer, TemplateInvalidError
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.same_ids import Probe
+from finetune_trainer.data.sketches import Sketch, Sketcher
 from finetune_trainer.data.taught import Taught, changes_of, refused, stop_is_split
 from finetune_trainer.data.tokenizer import TokenizerFailedError
 from finetune_trainer.data.tokens import Tokens, all_end_in
@@ -93,6 +94,7 @@ class Sink(Protocol):
         answers: Sequence[str] = (),
         label: int = 0,
         prompt_hash: bytes = b"",
+        sketch: Sketch | None = None,
     ) -> None:
         """Take one row, as the spool does. answers: what is said of each sequence of an example, as chosen."""
         ...
@@ -115,6 +117,7 @@ class Pipeline:
     examples: Callable[[Sequence[TokenRun]], list[Tree]]  # what the sequences of a row become, or the pieces of a text
     pairs: bool = False
     with_headings: bool = False
+    sketcher: Sketcher | None = None  # None where near copies are not looked for
     probe: Probe = field(default_factory=Probe)
     taught: Taught = field(default_factory=Taught)
     killed: list[RowPlace] = field(default_factory=list[RowPlace])  # rows that the renderer's child died of
@@ -182,9 +185,11 @@ class Pipeline:
                 future = pool.submit(self._render, batch)
             with self.timings.of("tokenise"):
                 rows = self._tokenised(pool, part, rendered)
+            with self.timings.of("sketch"):
+                sketches = self._sketched([item for item, _ in rows])
             with self.timings.of("write"):
-                for item, examples in rows:
-                    self._store(item, examples)
+                for (item, examples), sketch in zip(rows, sketches, strict=True):
+                    self._store(item, examples, sketch)
             yield
 
     def _rendered(self, batch: Batch, future: Future[list[Rendered | Broken]]) -> list[Rendered | Broken]:
@@ -198,7 +203,7 @@ class Pipeline:
 
     def _tokenised(
         self, pool: ThreadPoolExecutor, batch: Batch, rendered: list[Rendered | Broken]
-    ) -> Iterable[tuple[Checked, list[Example]]]:
+    ) -> list[tuple[Checked, list[Example]]]:
         try:
             found = self._sequences(batch, rendered)
             return [(item, self._shortened(pool, item, examples)) for item, examples in found]
@@ -343,7 +348,13 @@ class Pipeline:
             found += self._rendered(rest, pool.submit(self._render, rest))
         return found
 
-    def _store(self, item: Checked, examples: list[Example]) -> None:
+    def _sketched(self, batch: Batch) -> Sequence[Sketch | None]:
+        """Return the sketch of each row, where near copies are looked for."""
+        if self.sketcher is None:
+            return [None] * len(batch)
+        return self.sketcher.sketches([compared(item.row) for item in batch])
+
+    def _store(self, item: Checked, examples: list[Example], sketch: Sketch | None) -> None:
         """Hand on one row, or record why it is left out."""
         highest = max(int(run.tokens.max(initial=0)) for example in examples for run in runs_of(example))
         if highest >= self.model.facts.vocabulary_size:
@@ -372,6 +383,7 @@ class Pipeline:
             answers=member_names(item.row),
             label=kind_of(item.row).label(item.row),
             prompt_hash=prompt_hash(item.row) if self.pairs else b"",
+            sketch=sketch,
         )
 
     def _drop(self, item: Checked, example: Example, reason: Drop) -> None:

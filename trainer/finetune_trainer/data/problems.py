@@ -85,6 +85,8 @@ class Drop(StrEnum):
     NO_LABEL = "no_label"
     OTHER_LICENSE = "other_license"
     UNKNOWN_LICENSE = "unknown_license"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"
     EQUAL_ANSWERS = "equal_answers"
     IDENTICAL_TOKENS = "identical_tokens"

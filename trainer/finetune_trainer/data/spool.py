@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.data.examples import ARRAYS, COLUMNS, Tree, leaves_of
+from finetune_trainer.data.sketches import Sketch
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +41,11 @@ SEGMENT = np.dtype([("length", "<u4"), ("parent", "<u4")])
 _COPY_BYTES = 2**20
 CLUSTER = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8")])  # a hash, as rows have one of their content
 # prompts: (rows,) CLUSTER, empty unless rows are to be paired
-FILES = ("tokens", "labels", "segments", "rows", "examples", "prompts")
+# sizes: (rows,) SIZES, bands: (rows, bands) hashes, shingles: hashes of each row in turn, of what is asked, then of
+# what is said; empty unless near copies are looked for
+SIZES = np.dtype([("asked", "<u4"), ("said", "<u4"), ("size_bytes", "<u4")])
+SKETCH_FILES = ("sizes", "bands", "shingles")
+FILES = ("tokens", "labels", "segments", "rows", "examples", "prompts", *SKETCH_FILES)
 
 
 class Spool:
@@ -83,10 +88,13 @@ class Spool:
         answers: Sequence[str] = (),  # noqa: ARG002 (only for people)
         label: int = 0,
         prompt_hash: bytes = b"",
+        sketch: Sketch | None = None,
     ) -> None:
         """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered; label: 1
         where its answer is a good one, -1 for a bad one, 0 where nothing says so; prompt_hash: by which rows are
-        paired, of all rows or of none."""
+        paired, of all rows or of none; sketch: by which near copies are found, of all rows or of none."""
+        if sketch is not None:
+            self._write_sketch(sketch)
         self._files["prompts"].write(_halves(prompt_hash) if prompt_hash else b"")
         record = np.array((*_hash(content_hash), file, number, len(examples), prompt_tokens, weight, label), dtype=ROW)
         self._files["rows"].write(record.tobytes())
@@ -97,6 +105,14 @@ class Spool:
             self._files["labels"].write(tree.labels.tobytes())
             self._files["segments"].write(segments.tobytes())
             self._files["examples"].write(_example(tree).tobytes())
+
+    def _write_sketch(self, sketch: Sketch) -> None:
+        asked, said, size_bytes = sketch.shingles
+        sizes = np.array((len(asked), len(said), min(size_bytes, 2**32 - 1)), dtype=SIZES)
+        self._files["sizes"].write(sizes.tobytes())
+        self._files["bands"].write(sketch.bands.astype("<u8", copy=False).tobytes())
+        for part in (asked, said):
+            self._files["shingles"].write(part.astype("<u4", copy=False).tobytes())
 
 
 def _hash(digest: bytes) -> tuple[int, int]:
