@@ -167,7 +167,7 @@ def _values(locale: str, fake: Faker, generator: random.Random) -> dict[str, Cal
 
     national: dict[str, Callable[[], str]] = {
         "es_ES": lambda: generator.choice((fake.nif, fake.nie))(),
-        "de_DE": lambda: fake.rvnr(),
+        "de_DE": lambda: fake.rvnr(fake.date_between_dates(_FIRST_BORN, _LAST_BORN)),  # by itself it asks the clock
         "en_GB": lambda: _OF_NOBODY.sub(lambda end: generator.choice(_NINO_ENDS[end[0]]), fake.ssn()),
     }
     return {
