@@ -50,6 +50,7 @@ FOUND: list[tuple[PiiType, str]] = [
     (PiiType.IBAN, "to «GB29NWBK60161331926819»."),
     (PiiType.IBAN, "«fr1420041010050500013M02606»"),
     (PiiType.IP_ADDRESS, "from «81.2.69.142» at noon"),
+    (PiiType.IP_ADDRESS, "Our server «81.2.69.142» is up, version 81.2.69.143"),
     (PiiType.IP_ADDRESS, "[«2a02:2e0:3fe:1001:302::»]"),
     (PiiType.IP_ADDRESS, "host «2001:4860:4860::8888»: up"),
     (PiiType.MAC_ADDRESS, "nic «00:1A:2b:3c:4D:5e»"),

@@ -11,8 +11,8 @@ from finetune_trainer.data.pii.subject import Span, Subject, compiled
 _V4 = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
 _ADDRESS = compiled(rf"\b{_V4}\b|[0-9A-Fa-f:]*:[0-9A-Fa-f]{{0,4}}:[0-9A-Fa-f:]*(?:{_V4})?")
 _IS_VERSION = re.compile(
-    r"(?:versions?|ver|v|release|rel|build|firmware|kernel|driver|chapter|section|clause|§+|paragraph|kapitel|"
-    r"abschnitt|schema|oid)\W{0,3}\Z"
+    r"(?:\b(?:versions?|ver|v|release|rel|build|firmware|kernel|driver|chapter|section|clause|paragraph|kapitel|"
+    r"abschnitt|schema|oid)|§+)\W{0,3}\Z"
 )
 _IS_ADDRESS = re.compile(
     r"\b(?:ip|ipv4|inet|addr|host|server|ping|from|client|gateway|dns|peer|remote|von|depuis|desde)"
