@@ -1,4 +1,4 @@
-"""Which language texts are in, by the model of py3langid, many texts at once: forty times as fast as one by one."""
+"""Which language texts are in, by the model of py3langid, with the same answers, for many texts at once."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -75,15 +75,21 @@ def _told(samples: Sequence[str], asked: Sequence[str]) -> list[Told]:
     model = _model()
     encoded = [_encoded(each) for each in samples]
     wanted = np.array([name in asked for name in model.languages])
-    found: list[Told] = []
-    for sample, likely in zip(samples, _probabilities(encoded), strict=True):
-        by_name: dict[str, float] = {}
-        for name, probability in zip(model.languages, likely.tolist(), strict=True):
-            by_name[name] = by_name.get(name, 0.0) + probability
-        best = max(by_name, key=by_name.__getitem__)
-        is_told = by_name[best] >= _MIN_PROBABILITY and sum(map(str.isalpha, sample)) >= _MIN_LETTERS
-        found.append(Told(best if is_told else NO_LANGUAGE, float(likely[wanted].sum())))
-    return found
+    names = list(dict.fromkeys(model.languages))  # some have two scripts, each with a column of its own
+    likely = _probabilities(encoded)
+    by_name = np.zeros((len(names), len(samples)), dtype=np.float32)
+    np.add.at(by_name, [names.index(name) for name in model.languages], likely.T)
+    best, asked_for = by_name.argmax(axis=0), likely[:, wanted].sum(axis=1)
+    is_sure = by_name.max(axis=0) >= _MIN_PROBABILITY
+    return [
+        Told(names[best[at]] if is_sure[at] and _has_letters(sample) else NO_LANGUAGE, float(asked_for[at]))
+        for at, sample in enumerate(samples)
+    ]
+
+
+def _has_letters(sample: str) -> bool:
+    """Return whether there are enough letters to tell a language by; as a rule the first characters say so."""
+    return any(sum(map(str.isalpha, part)) >= _MIN_LETTERS for part in (sample[: 2 * _MIN_LETTERS], sample))
 
 
 def _encoded(sample: str) -> bytes:

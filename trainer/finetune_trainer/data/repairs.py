@@ -27,8 +27,7 @@ _REPLACED = (
 _LINE_ENDS = re.compile("\r\n?")
 _OVERSTRUCK = re.compile("[^\n\x08]\x08")  # as manual pages write bold and underlined letters
 _HIGH_CONTROLS = re.compile("[\x80-\x9f]")
-# What ftfy may take for UTF-8 that was read as something else, or for Windows-1252. Most texts have none, which this
-# finds out many times as fast as ftfy does.
+# What ftfy may take for UTF-8 that was read as something else, or for Windows-1252. Lines without go past it.
 _GARBLED = re2.compile(
     "[\x80-\x9f]|[{utf8_first_of_2}][{utf8_continuation}]|[{utf8_first_of_3}][{utf8_continuation}]{{2}}|"
     "[{utf8_first_of_4}][{utf8_continuation}]{{3}}".format(**UTF8_CLUES)
