@@ -82,7 +82,7 @@ def _parquet() -> bytes:
 
 
 class Kind(NamedTuple):
-    """A valid file. is_packed: whether it is changed behind its packing too; share: of the files that are made."""
+    """A valid file. pack: what packs it; share: of the files that are made."""
 
     name: str
     content: Callable[[], bytes]
