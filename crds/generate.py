@@ -27,10 +27,11 @@ from finetune_operator.job_series import MAX_FINISHED
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 from finetune_trainer.data import field_names
+from finetune_trainer.data.decided import Decided
 from finetune_trainer.data.pii.national_ids import NATIONAL_IDS
 from finetune_trainer.data.shapes import SHAPES
 from finetune_trainer.data.taught import NOTE_WORDS
-from finetune_trainer.metrics import TrainMetrics
+from finetune_trainer.metrics import DecidedRows, TrainMetrics
 from finetune_trainer.serve import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,10 @@ def _reported(stage: Stage) -> list[Collector]:
     )
     if stage is Stage.TRAIN:
         TrainMetrics(registry)
+    else:
+        decided = Decided()
+        decided.add(b'{"stage":"read","action":"drop","reason":"empty"}')
+        registry.register(DecidedRows(decided))
     return _collectors(registry)
 
 

@@ -28,6 +28,7 @@ NODE = {
     "skopeo": "/usr/bin/skopeo",
     "mmdebstrap": "/usr/bin/mmdebstrap",
     "prometheus": "/usr/bin/promtool",
+    "chromium": "/usr/bin/chromium",  # a test looks at report.html with it
 }
 _LOCK_TIMEOUT_S = 2400.0  # both installations and the refresh of the lists
 _POLICY = Path("/usr/sbin/policy-rc.d")

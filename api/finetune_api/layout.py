@@ -13,6 +13,7 @@ WRITERS = f"{JOB}/writers"  # epoch fence: EPOCH.json, If-None-Match, by every t
 PLAN = f"{JOB}/plan.json"  # the last one that a prepare stage wrote, for people
 PLANS = f"{JOB}/plans"  # DIGEST.json: what train reads, so that no later prepare can change a plan in use
 REPORT = f"{JOB}/report.json"
+REPORT_PAGE = f"{JOB}/report.html"  # made of it, for people
 DECISIONS = f"{JOB}/decisions.jsonl"
 PREPARED = f"{JOB}/prepared"
 PARTITIONS = f"{JOB}/partitions"  # KEY: partitions of rows that a prepare stage has finished, until there is a plan
@@ -20,6 +21,11 @@ REFERENCE = f"{JOB}/reference"  # KEY/PART: what the base model says of the answ
 CHECKPOINTS = f"{JOB}/checkpoints"
 LOGS = f"{JOB}/logs"
 METRICS = f"{JOB}/metrics.jsonl"
+
+
+def page_of(report_uri: str) -> str:
+    """Return the URI of the page that lies beside a report.json."""
+    return f"{report_uri.removesuffix(REPORT)}{REPORT_PAGE}" if report_uri.endswith(REPORT) else report_uri
 
 
 def join(uri: str, *parts: str) -> str:

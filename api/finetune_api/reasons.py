@@ -406,7 +406,7 @@ FAULTS: dict[Fault, FaultText] = {
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,
         "no row is left to train on: {rows_in} rows read, {rows_dropped} dropped, most because each {reason}; "
-        "report.json and decisions.jsonl in .job/ name the rows",
+        "finetune data check names the rows, as do report.json and decisions.jsonl in .job/ of a run",
     ),
     Fault.ONE_SIDED_THUMBS: FaultText(
         Reason.DATA_INVALID,

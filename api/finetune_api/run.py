@@ -54,7 +54,7 @@ _URIS = (
 _FAULT_CODES = frozenset(fault.value for fault in Fault)
 
 Activity = Literal[
-    "Starting", "Reading", "Loading", "Training", "Evaluating", "Saving", "Committing", "Done", "Working"
+    "Starting", "Reading", "Loading", "Scoring", "Training", "Evaluating", "Saving", "Committing", "Done", "Working"
 ]
 
 
@@ -309,6 +309,8 @@ class Progress(WireModel):
     eval_loss: float | None = None
     base_eval_loss: float | None = None
     learning_rate: float | None = None
+    answers_to_score: Count = 0  # by the model that the job began with, before the first step
+    answers_scored: Count = 0
     tokens_per_second: float | None = None
     tokens_total: Count = 0
     rows_read: Count = 0

@@ -100,7 +100,7 @@ class DataStatus(ApiModel):
     rows_held_out: Count = Field(description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
     digest: Digest = Field(description="SHA-256 over the prepared data.")
-    report_uri: Uri = Field(description="report.json in the bucket.")
+    report_uri: Uri = Field(description="report.json in the bucket; report.html beside it is the same for people.")
 
 
 class MethodFigure(ApiModel):

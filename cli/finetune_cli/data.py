@@ -31,20 +31,12 @@ from finetune_cli.validate import problems
 
 if TYPE_CHECKING:
     from finetune_trainer.context import StageContext
-    from finetune_trainer.shown import ShownRow, Unrendered
+    from finetune_trainer.shown import ShownRow
 
 MAX_PLACES = 20
 _JOB_ENDINGS = (".yaml", ".yml")
 _LEARNED = "bold green"
 _NO_MODEL = "without a model: no chat template, tokens or lengths; name a base model by --model, or a job's file"
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """Files that are passed over: the URIs of the first of them, and how many there are."""
-
-    uris: Sequence[str]
-    files: int
 
 
 def show(
@@ -109,70 +101,103 @@ def _words(code: str, more: str | None = None) -> str:
     return f"{NOTE_WORDS.get(reason) or f'it {row_words(reason)}'}{told} ({reason}){colon}{detail}"
 
 
-def check(target: str, model: str | None, method: MethodType, console: Console) -> int:
+@dataclass(frozen=True)
+class Page:
+    """A page that is to be written. rows: of each dataset, as they are learned, which are data."""
+
+    path: Path
+    rows: int = 0
+
+
+def check(target: str, model: str | None, method: MethodType, console: Console, page: Page | None = None) -> int:
     """Do all of prepare but writing; returns 0, or the exit code with which prepare would end."""
     with _stage(target, model, method) as (ctx, renders):
-        from finetune_trainer import prepare, shown
-
         try:
-            if not renders:
-                return _say_read(shown.check_unrendered(ctx), ctx, console)
-            findings = prepare.check(ctx)
+            found = _checked(ctx) if renders else _read(ctx)
+            _say_rows(found.report, ctx, console)
+            if page is not None:
+                _write(page, found.report, ctx, renders)
+                console.print(f"page    {page.path}", markup=False, soft_wrap=True)
         except StageError as error:
             raise CommandError(str(error), error.exit_code) from error
-        found = findings.report
-        ignored = Ignored(found["ignored_files"], found["ignored_files_total"])
-        _say_rows(found["rows_in"], found["dropped"], found["changed"], ignored, ctx, console)
-        console.print(f"files   {count_files(len(found['files']))}", soft_wrap=True)
-        _say_quality(found, console)
-        if findings.error is not None:
-            raise CommandError(str(findings.error), findings.error.exit_code)
-        lengths = found["lengths"]
-        percentiles = ", ".join(f"{name} {tokens:,}" for name, tokens in lengths["percentiles"].items())
-        console.print(
-            f"tokens  {lengths['tokens']:,} in {lengths['sequences']:,} sequences of {lengths['examples']:,} "
-            f"examples, {lengths['label_tokens']:,} learned; {percentiles}",
-            soft_wrap=True,
-        )
-        if found["same_ids"] is not None:
-            console.print(f"ids     {found['same_ids']['words']}", markup=False, soft_wrap=True)
-        for name, rows in found["special_tokens_in_words"].items():
-            console.print(f"special {rows:,} rows have {name} in their own words", markup=False, soft_wrap=True)
-        for each in found["pii"]["types"]:
-            text = f"private {each['found']:,} {each['type']} in {each['rows']:,} rows ({each['action']})"
-            console.print(text, markup=False, soft_wrap=True)
-        if found["pii"]["advice"]:
-            console.print(f"        {found['pii']['advice']}", markup=False, soft_wrap=True)
-        for each in found["resolved"]:
-            console.print(f"        {each['field']}: {each['value']}, {each['reason']}", markup=False, soft_wrap=True)
-    console.print("[green]Good[/]    nothing was written")
+        first, *more = found.lines
+        console.print(first, markup=False, soft_wrap=True)
+        _say_quality(found.report, console)
+        for line in more:
+            console.print(line, markup=False, soft_wrap=True)
+        if found.error is not None:
+            raise CommandError(str(found.error), found.error.exit_code)
+    written = "nothing was written" if page is None else "nothing but the page was written"
+    console.print(
+        f"[green]Good[/]    {written if renders else f'as far as it can be told {_NO_MODEL}'}", soft_wrap=True
+    )
     return Exit.SUCCEEDED
 
 
-def _say_read(found: "Unrendered", ctx: "StageContext", console: Console) -> int:
-    _say_rows(found.rows_in, found.dropped, found.changed, Ignored(found.ignored, len(found.ignored)), ctx, console)
-    console.print(f"shapes  {', '.join(dict.fromkeys(found.formats)) or 'none'}", soft_wrap=True)
-    _say_quality(found.quality, console)
-    if found.error is not None:
-        raise CommandError(str(found.error), found.error.exit_code)
-    console.print(f"[green]Good[/]    as far as it can be told {_NO_MODEL}", soft_wrap=True)
-    return Exit.SUCCEEDED
+@dataclass(frozen=True)
+class _Found:
+    """What is told of data. report: as in report.json; lines: what follows the rows; error: what would end the job."""
+
+    report: Mapping[str, Any]
+    lines: Sequence[str]
+    error: StageError | None
 
 
-def _say_rows(
-    rows_in: int,
-    dropped: Mapping[str, int],
-    changed: Mapping[str, int],
-    ignored: Ignored,
-    ctx: "StageContext",
-    console: Console,
-) -> None:
+def _read(ctx: "StageContext") -> _Found:
+    from finetune_trainer.shown import check_unrendered
+
+    read = check_unrendered(ctx)
+    return _Found(read.report, [f"shapes  {', '.join(dict.fromkeys(read.formats)) or 'none'}"], read.error)
+
+
+def _checked(ctx: "StageContext") -> _Found:
+    from finetune_trainer import prepare
+
+    findings = prepare.check(ctx)
+    found = findings.report
+    lines = [f"files   {count_files(len(found['files']))}"]
+    if findings.error is None:
+        lines += _of_a_plan(found)
+    return _Found(found, lines, findings.error)
+
+
+def _of_a_plan(found: Mapping[str, Any]) -> list[str]:
+    """Return what is told of data that can be trained on."""
+    lengths = found["lengths"]
+    percentiles = ", ".join(f"{name} {tokens:,}" for name, tokens in lengths["percentiles"].items())
+    lines = [
+        f"tokens  {lengths['tokens']:,} in {lengths['sequences']:,} sequences of {lengths['examples']:,} "
+        f"examples, {lengths['label_tokens']:,} learned; {percentiles}",
+    ]
+    if found["same_ids"] is not None:
+        lines.append(f"ids     {found['same_ids']['words']}")
+    special = found["special_tokens_in_words"]
+    lines += [f"special {rows:,} rows have {name} in their own words" for name, rows in special.items()]
+    pii = found["pii"]
+    lines += [
+        f"private {each['found']:,} {each['type']} in {each['rows']:,} rows ({each['action']})" for each in pii["types"]
+    ]
+    lines += [f"        {pii['advice']}"] if pii["advice"] else []
+    return [*lines, *(f"        {each['field']}: {each['value']}, {each['reason']}" for each in found["resolved"])]
+
+
+def _write(page: Page, report: Mapping[str, Any], ctx: "StageContext", renders: bool) -> None:
+    """Write the page; its rows are read once more."""
+    from finetune_trainer.prepare import page as page_of
+    from finetune_trainer.shown import Wanted, show, show_unrendered
+
+    rows = (show if renders else show_unrendered)(ctx, Wanted(page.rows)) if page.rows else []
+    page.path.write_bytes(page_of(ctx, report, rows))
+
+
+def _say_rows(found: Mapping[str, Any], ctx: "StageContext", console: Console) -> None:
     from finetune_trainer.shown import decisions, reason_of
 
-    passed_over = f"; {count_files(ignored.files)} passed over" if ignored.files else ""
+    rows_in, dropped, passed_over_files = found["rows_in"], found["dropped"], found["ignored_files_total"]
+    passed_over = f"; {count_files(passed_over_files)} passed over" if passed_over_files else ""
     left_out = f"{sum(dropped.values()):,}" if dropped else "none"
     console.print(f"rows    {rows_in:,}, {left_out} of them dropped{passed_over}", soft_wrap=True)
-    for uri in ignored.uris[:MAX_PLACES]:
+    for uri in found["ignored_files"][:MAX_PLACES]:
         console.print(f"passed over {uri}", markup=False, soft_wrap=True)
     said = Counter[str]()
     for decision in decisions(ctx):
@@ -185,7 +210,7 @@ def _say_rows(
     for reason, rows in dropped.items():
         if rows > MAX_PLACES:
             console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
-    for reason, rows in changed.items():
+    for reason, rows in found["changed"].items():
         console.print(f"changed {rows:,} of {rows_in:,} rows: {_words(reason)}", markup=False, soft_wrap=True)
 
 

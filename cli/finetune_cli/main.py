@@ -19,6 +19,7 @@ from finetune_cli.errors import CommandError, Exit
 from finetune_cli.screen import terminal
 
 MAX_SHOWN_ROWS = 1000  # of each dataset, by `data show`
+MAX_PAGE_ROWS = 20  # of each dataset, on the page of `data check`
 
 app = typer.Typer(
     help=(__doc__ or "").replace("\n", " ").replace("  ", "\n\n"),
@@ -130,14 +131,25 @@ def data_show_command(
 
 
 @data_app.command("check")
-def data_check_command(target: Target, model: Model = None, method: Method = MethodType.SFT) -> None:
+def data_check_command(
+    target: Target,
+    model: Model = None,
+    method: Method = MethodType.SFT,
+    report: Annotated[Path | None, typer.Option(help="Write what is found as a page, too.", show_default=False)] = None,
+    with_rows: Annotated[
+        int, typer.Option(min=0, max=MAX_PAGE_ROWS, help="Rows of each dataset on that page, as they are learned.")
+    ] = 0,
+) -> None:
     """Do all of prepare but writing: what would be dropped and why, shapes, lengths, choices.
 
     Ends with 0, or as prepare would: 11 for data, 10 for the job, 12 for what is not there, 13 for what is denied.
+    The page (HTML) holds no data unless rows are asked for: then keep it as you keep the data.
     """
-    from finetune_cli.data import check
+    from finetune_cli.data import Page, check
 
-    raise typer.Exit(check(target, model, method, terminal()))
+    if with_rows and report is None:
+        raise CommandError("--with-rows is about the page of --report", Exit.USAGE)
+    raise typer.Exit(check(target, model, method, terminal(), None if report is None else Page(report, with_rows)))
 
 
 def main() -> None:

@@ -18,13 +18,15 @@ from jsonschema import Draft4Validator  # OpenAPI 3.0, which CRDs use, has draft
 from jsonschema.exceptions import ValidationError
 
 from finetune_api.crd import Schema, object_schema
-from finetune_api.job import S3_URI_RULE
+from finetune_api.job import S3_URI_RULE, DpoLoss
 from finetune_api.names import API_VERSION, KIND
 
 # Without a cluster, files of this machine will do as well.
 LOCAL_URI_RULE = S3_URI_RULE + " || self.matches('^file:///[^ ].*$')"
 MAX_PROBLEMS = 10
 _OPTIONS = "spec.method."
+_METHOD = f"{_OPTIONS}type"
+_FILES_TOO = "; only finetune run takes files of this machine"
 _MADE_LETTERS = 5  # that the API server writes after metadata.generateName
 _NO_TEXT = "must be of type string; quote it"
 
@@ -52,7 +54,14 @@ def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: b
     errors = sorted(_validator().iter_errors(job), key=lambda error: error.json_path)
     found = [line for error in errors for line in _words(error)] or list(_too_large(job, ""))
     # As in the API server: rules are not run on what has not the right shape.
-    return (found or list(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+    return (found or _told_once(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+
+
+def _told_once(lines: Iterable[str]) -> list[str]:
+    """Return the lines, of which the first alone says who takes files of this machine: it is said of all."""
+    told = list(lines)
+    first = next((at for at, line in enumerate(told) if line.endswith(_FILES_TOO)), len(told))
+    return [*told[: first + 1], *(line.removesuffix(_FILES_TOO) for line in told[first + 1 :])]
 
 
 def _no_texts(metadata: dict[str, Any]) -> Iterator[str]:
@@ -119,7 +128,8 @@ def _words(error: ValidationError) -> Iterator[str]:
             yield f"{place}: must be of type {wanted}"
         case "enum":
             words = ", ".join(f'"{word}"' for word in cast(list[str], limit))
-            yield f'{place}: Unsupported value: "{str(error.instance)[:64]}": supported values: {words}'
+            found = f'Unsupported value: "{str(error.instance)[:64]}"'
+            yield f"{place}: {found}: supported values: {words}{_of_a_loss(error.instance, place)}"
         case "minimum" | "maximum":
             exclusive = cast(dict[str, Any], error.schema).get(f"exclusive{error.validator.title()}", False)
             side = "greater" if error.validator == "minimum" else "less"
@@ -132,6 +142,12 @@ def _words(error: ValidationError) -> Iterator[str]:
             yield f"{place}: Too long: may not be more than {limit} bytes"
         case _:
             yield f"{place}: {error.validator} {limit} does not hold"
+
+
+def _of_a_loss(value: object, place: str) -> str:
+    """Return what to write instead of a method that is a loss of DPO."""
+    loss = next((each for each in DpoLoss if str(value).lower() == each.lower()), None)
+    return f"; {loss} is a loss of DPO: write type: DPO, and dpo.loss: {loss}" if place == _METHOD and loss else ""
 
 
 def _instead(name: str, known: Iterable[str], place: str) -> str:
@@ -175,7 +191,7 @@ def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool)
         if not _holds(LOCAL_URI_RULE if is_uri else text, value, old):
             words = _local_advice(value) if is_uri else rule["message"]
             if text == S3_URI_RULE and not is_uri and _holds(LOCAL_URI_RULE, value, old):
-                words += "; only finetune run takes files of this machine"
+                words += _FILES_TOO
             yield f"{place}: {words}".removeprefix(": ")
     if isinstance(value, dict):
         fields, olds = cast(dict[str, Any], value), cast(dict[str, Any], old if isinstance(old, dict) else {})

@@ -80,7 +80,9 @@ def tidy_up(k8s_jobs: Iterable[ObservedK8sJob], ttl_s: int) -> tuple[DeleteK8sJo
     """Return what is to be done with the Jobs of a job that is finished."""
     k8s_jobs = tuple(k8s_jobs)
     ended = [each for each in k8s_jobs if not each.live and not each.deleting]
-    return delete_all(k8s_jobs) + tuple(SetK8sJobTtl(j.name, ttl_s) for j in ended if j.ttl_seconds != ttl_s)
+    return delete_all(k8s_jobs) + tuple(
+        SetK8sJobTtl(each.name, each.uid, ttl_s) for each in ended if each.ttl_seconds != ttl_s
+    )
 
 
 def stop(

@@ -76,13 +76,19 @@ class ChildCache:
         for key, owner in touched:
             self._changed(key, owner)
 
-    def take_written(self, body: Body) -> None:
+    def k8s_job(self, owner: Owner, uid: str) -> ObservedK8sJob | None:
+        """Return one Kubernetes Job of a FineTuneJob as it is known, None if it is not."""
+        with self._lock:
+            return self._jobs.get(owner, {}).get(uid)
+
+    def take_written(self, body: Body, before: ObservedK8sJob) -> None:
         """Take a Kubernetes Job that a write of ours changed, before its watch tells of that; nobody is told.
 
-        Only where it is known: it may be deleted by now, of which no watch would tell once more."""
+        before: as it was known when the write began. Where the watch has told more of it since, that may be newer, or
+        its end, of which it would not tell once more."""
         place, uid = _place(body), str(body["metadata"]["uid"])
         with self._lock:
-            if place is not None and uid in self._jobs.get(place[1], {}):
+            if place is not None and self._jobs.get(place[1], {}).get(uid) is before:
                 self._put("jobs", place[1], place[0], body, deleted=False)
 
     def keep_only(self, kind: str, namespace: str | None, listed: set[str]) -> None:

@@ -178,9 +178,9 @@ class Cluster:
         query = {"fieldManager": FIELD_MANAGER}
         return self._write("patch", "finetunejobs/status", "PATCH", path, body, query)
 
-    def set_ttl(self, namespace: str, name: str, seconds: int) -> Body | None:
-        """Let Kubernetes remove a finished Job after that time. Return it as it is then; None if it is gone."""
-        body = {"spec": {"ttlSecondsAfterFinished": seconds}}
+    def set_ttl(self, namespace: str, name: str, uid: str, seconds: int) -> Body | None:
+        """Let Kubernetes remove a finished Job after that time. Return it as it is then; None if that one is gone."""
+        body = {"metadata": {"uid": uid}, "spec": {"ttlSecondsAfterFinished": seconds}}
         path = _path("jobs", namespace, name)
         return self._gone_is_fine("patch", "PATCH", path, body, {"fieldManager": FIELD_MANAGER})
 
@@ -291,8 +291,9 @@ class Cluster:
         try:
             return self._write(verb, "jobs", method, path, body, query)
         except ApiError as error:
-            # 409: the precondition failed, so another object has the name by now.
-            if error.status not in (404, 409):
+            # 409: the precondition failed, so another object has the name by now; of a patch that says 422.
+            is_another = error.status == 422 and "metadata.uid" in error.message
+            if error.status not in (404, 409) and not is_another:
                 raise
             return None
 

@@ -27,9 +27,10 @@ class DeleteK8sJob:
 
 @dataclass(frozen=True)
 class SetK8sJobTtl:
-    """Let Kubernetes remove a finished Job."""
+    """Let Kubernetes remove a finished Job: this very object."""
 
     name: str
+    uid: str
     seconds: int
 
 

@@ -228,10 +228,11 @@ class Reconciler:
                 self._creator.create(job, creation, action)
             case DeleteK8sJob(name, uid):
                 self._cluster.delete_k8s_job(job.namespace, name, uid)
-            case SetK8sJobTtl(name, seconds):
-                written = self._cluster.set_ttl(job.namespace, name, seconds)
-                if written is not None:
-                    self._children.take_written(written)
+            case SetK8sJobTtl(name, uid, seconds):
+                before = self._children.k8s_job(job.owner, uid)
+                written = self._cluster.set_ttl(job.namespace, name, uid, seconds)
+                if written is not None and before is not None:
+                    self._children.take_written(written, before)
 
     def _tell(self, job: FineTuneJob, event: JobEvent) -> None:
         """Best effort: the status has it all, and is written already."""

@@ -46,7 +46,7 @@ def running_status(
     suspended = held is not None and held.reason == Reason.SUSPENDED
     waits = held if not suspended else None
     updates = [
-        planned_condition(status),
+        _planned(status, waits),
         _admitted(job.status, state, pod_state, held, doing),
         _running(job.status, state, pod_state, held, doing),
         _suspended(job.status, suspend, suspended),
@@ -67,6 +67,13 @@ def running_status(
     if held is not None:
         phase = Phase.SUSPENDED if suspended else Phase.WAITING
     return status.model_copy(update={"phase": phase})
+
+
+def _planned(status: FineTuneJobStatus, waits: Wait | None) -> ConditionUpdate:
+    """Whether the plan is known; where the job is held back before it has one, by what."""
+    if status.plan is None and waits is not None:
+        return ConditionUpdate(ConditionType.PLANNED, "Unknown", waits.reason, waits.message)
+    return planned_condition(status)
 
 
 def _admitted(

@@ -51,11 +51,11 @@ def shown(target: str, most: int = 3, row: str | None = None, model: str | None 
     return json.loads(output.getvalue())
 
 
-def check(target: str, model: str | None = None) -> tuple[int, str]:
+def check(target: str, model: str | None = None, method: MethodType = SFT) -> tuple[int, str]:
     """Return the exit code and what was said, the error included."""
     output = io.StringIO()
     try:
-        code = data.check(target, model, SFT, cleaned(Console(file=output)))
+        code = data.check(target, model, method, cleaned(Console(file=output)))
     except CommandError as error:
         return error.code, f"{output.getvalue()}{error}"
     return code, output.getvalue()
@@ -385,3 +385,34 @@ def test_check_shows_which_rows_are_poor_before_it_says_that_the_job_would_fail(
         assert "quality Chat: of 4 rows, none of which is left out\n" in said
         assert "(refusal): a.jsonl row 1, a.jsonl row 2" in said
         assert "spoken  en 4\n" in said
+
+
+RATED = [{**chat("two and two?", "four"), "label": True}, {**chat("and three?", "five"), "label": True}]
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "says"),
+    [
+        ("DPO", [PREFERRED["pairs"][1][1]] * 3, "no row is left to train on: 3 rows read, 3 dropped"),
+        ("SFT", [{**chat("a", "b"), "weight": 0}], "no row is left to train on: 1 rows read, 1 dropped"),
+        ("SFT", [], "the files are empty"),
+        ("KTO", RATED, "of the answers to train on 2 are good and 0 are bad"),
+        ("DPO", RATED, "most because each rates an answer to whose prompt no other one is left"),
+    ],
+)
+def test_without_a_model_data_of_which_nothing_can_be_learned_are_not_good(
+    tmp_path: Path, method: str, rows: list[dict[str, Any]], says: str
+):
+    put(tmp_path, a_jsonl=jsonl(rows))
+    code, text = check(str(tmp_path / "data"), method=MethodType(method))
+    assert code == 11
+    assert says in text
+    assert "Good" not in text
+
+
+def test_plain_texts_are_said_to_be_learned_without_the_chat_template(tmp_path: Path):
+    put(tmp_path, a_jsonl=jsonl([{"prompt": f"{n} and 2 is", "chosen": " 4.", "rejected": " 5."} for n in range(3)]))
+    _, text = check(job(tmp_path, {"method": {"type": "DPO"}}))
+    assert "chat template: none, prompts and answers are plain texts, which it does not render" in text
+    put(tmp_path, a_jsonl=jsonl(PREFERRED["pairs"][1]))
+    assert "chat template: none" not in check(job(tmp_path, {"method": {"type": "DPO"}}))[1]

@@ -359,6 +359,12 @@ def test_within_a_long_step_a_person_sees_that_it_moves() -> None:
     assert show.describe(seen.model_copy(update={"step": 1, "step_tokens": 0})) == "training, step 1/9"
 
 
+def test_while_the_start_scores_answers_a_person_sees_how_many_are_done() -> None:
+    seen = Progress(stage=Stage.TRAIN, attempt=1, activity="Scoring", answers_scored=300, answers_to_score=1200)
+    assert show.describe(seen) == "scoring, 25% of 1,200 answers"
+    assert show.describe(seen.model_copy(update={"activity": "Training"})) == "training"
+
+
 def test_the_preferences_that_a_model_shares_are_in_the_line_of_a_run() -> None:
     seen = Progress(stage=Stage.TRAIN, attempt=1, activity="Training", step=3, total_steps=9, train_loss=0.5)
     told = seen.model_copy(update={"figures": {"reward_accuracy": 0.875, "reward_margin": 0.1}})

@@ -45,6 +45,21 @@ def test_files_of_this_machine_are_taken_without_a_cluster_only():
     assert "only finetune run takes files of this machine" in for_the_cluster
 
 
+def test_of_many_files_of_this_machine_it_is_said_once_who_takes_them():
+    body = spec_cases.base()
+    body["spec"] |= {"output": {"uri": "file:///out"}, "datasets": [{"uri": "file:///a"}, {"uri": "file:///b"}]}
+    said = problems(body, local=False)
+    assert len(said) == 3
+    assert "\n".join(said).count("only finetune run takes files") == 1
+
+
+@pytest.mark.parametrize(("given", "loss"), [("SimPO", "SimPO"), ("IPO", "IPO"), ("sigmoid", "Sigmoid")])
+def test_a_loss_of_dpo_as_a_method_is_told_where_it_belongs(given: str, loss: str):
+    body = spec_cases.base()
+    body["spec"]["method"] = {"type": given}
+    assert problems(body)[0].endswith(f"; {loss} is a loss of DPO: write type: DPO, and dpo.loss: {loss}")
+
+
 def test_a_relative_path_is_not_taken():
     body = spec_cases.base()
     body["spec"]["model"]["uri"] = "file://models/x"

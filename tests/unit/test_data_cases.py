@@ -186,7 +186,7 @@ def test_rows_that_gzip_packs_to_less_than_a_hundredth_are_read(tmp_path: Path) 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl.gz").write_bytes(packed)
     found = check_unrendered(context(tmp_path, {}))
-    assert (found.rows_in, found.dropped, found.error) == (3000, {}, None)
+    assert (found.report["rows_in"], found.report["dropped"], found.error) == (3000, {}, None)
 
 
 def test_rows_that_are_long_are_learned_where_the_model_was_made_for_their_length(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ TALK: Messages = [
     {"role": "assistant", "content": "hi, what is it?"},
     {"role": "user", "content": "two and two?"},
 ]
+AND_THEN = {"role": "user", "content": "and then?"}
 GOOD, BAD = "the answer is four.", "the answer is fox"
 ALL: dict[str, Any] = {"method": {"type": "DPO"}, "evaluation": {"holdoutFraction": 0}}
 ONE_BY_ONE = {**ALL, "method": {"type": "KTO"}}
@@ -200,14 +201,20 @@ def refusal(row: Row, format_: str) -> tuple[Problem, str]:
             Problem.UNKNOWN_FIELD,
             "prompt",
         ),
+        (
+            {
+                "prompt": ASKED,
+                "chosen": [*TALK, says("c"), *ASKED, says("d"), AND_THEN, says("a")],
+                "rejected": [*TALK, says("c"), *ASKED, says("d"), AND_THEN, says("b")],
+            },
+            Problem.TWO_FIELDS,
+            "chosen",
+        ),
         ({"prompt": ASKED, "chosen": [says("a")], "rejected": [says("b")], "mood": "m"}, Problem.UNKNOWN_FIELD, "mood"),
     ],
 )
 def test_a_pair_that_cannot_be_compared_is_refused_by_its_field(row: Row, problem: Problem, field: str) -> None:
     assert refusal(row, "Pair") == (problem, field)
-
-
-AND_THEN = {"role": "user", "content": "and then?"}
 
 
 @pytest.mark.parametrize(
@@ -506,6 +513,47 @@ def test_a_rating_is_good_from_where_the_job_says(rating: object, says_good: boo
     assert isinstance(found.row, Thumb)
     assert found.row.is_good is says_good
     assert refusal(row, "Thumb") == (Problem.MISSING_FIELD, "label")
+
+
+@pytest.mark.parametrize(
+    ("label", "rating", "is_refused"), [(True, 1, True), (False, 5, True), (True, 5, False), (False, 1, False)]
+)
+def test_a_label_that_a_rating_contradicts_is_refused_where_the_job_says_what_is_good(
+    label: bool, rating: int, is_refused: bool
+) -> None:
+    row = {"messages": [*ASKED, says("a")], "rating": rating, "label": label}
+    shape = next(each for each in SHAPES if each == "Thumb")
+    found = read_row(row, shape, RowChoices(preference=PreferenceSpec(good_from=3)))
+    assert isinstance(found, Broken) is is_refused
+    assert not isinstance(found, Broken) or (found.problem, found.field) == (Problem.TWO_FIELDS, "rating")
+    assert isinstance(read_row(row, shape, RowChoices()), Found)
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "preference", "field"),
+    [
+        ("DPO", {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, {"minMargin": 1}, "minMargin"),
+        ("DPO", {"prompt": "q", "chosen": "a", "rejected": "b"}, {"pairs": "All", "maxPairsPerPrompt": 2}, "pairs"),
+        ("DPO", {"prompt": "q", "chosen": "a", "rejected": "b"}, {"goodFrom": 3}, "goodFrom"),
+        ("DPO", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}, {"goodFrom": 3}, "goodFrom"),
+        ("KTO", {"prompt": "q", "completion": "a", "label": True}, {"minMargin": 1}, "minMargin"),
+        ("KTO", {"prompt": "q", "completion": "a", "label": True}, {"goodFrom": 3}, "goodFrom"),
+    ],
+)
+@pytest.mark.parametrize("is_given", [False, True])
+def test_a_choice_about_preferences_that_no_row_of_the_dataset_can_follow_ends_the_job(
+    tmp_path: Path, method: str, row: Row, preference: dict[str, Any], field: str, is_given: bool
+) -> None:
+    put(tmp_path, a_jsonl=jsonl([row] * 3))
+    shape = {"chosen": "Pair", "responses": "Ranking", "label": "Thumb"}[
+        next(name for name in row if name in ("chosen", "responses", "label"))
+    ]
+    dataset = {"uri": (tmp_path / "data").as_uri() + "/", "preference": preference}
+    datasets = [{**dataset, "format": shape} if is_given else dataset]
+    with pytest.raises(StageError) as caught:
+        prepare_run(tmp_path, {"method": {"type": method}, "datasets": datasets})
+    assert caught.value.fault is Fault.CONFIG_UNREADABLE
+    assert f"spec.datasets[0].preference.{field}" in str(caught.value)
 
 
 def test_which_answers_make_pairs_stands_in_the_plan_where_the_job_does_not_say(tmp_path: Path) -> None:

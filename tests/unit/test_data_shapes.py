@@ -486,6 +486,24 @@ def test_a_row_of_another_shape_than_its_datasets_is_told_both_and_by_which_row(
     assert refused({"mood": "m"}, shape)[0] is Problem.MISSING_FIELD
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER], "label": True},
+        {"messages": [USER, ANSWER], "mood": "m", "label": 0},
+        {"question": "q", "answer": "a", "kto_tag": "good"},
+    ],
+)
+def test_a_rated_answer_that_is_to_be_learned_as_it_is_names_the_methods_that_learn_from_ratings(row: Row) -> None:
+    shape = DatasetFormat.MESSAGES if "messages" in row else DatasetFormat.QUESTION_ANSWER
+    found = read_row(row, shape, RowChoices())
+    assert isinstance(found, Broken)
+    assert (found.problem, found.field) == (Problem.UNKNOWN_FIELD, "label" if "label" in row else "kto_tag")
+    assert "method.type KTO" in found.words
+    assert "DPO and ORPO" in found.words
+    assert len(found.words) <= 256
+
+
 def test_rows_of_no_shape_are_refused_with_what_is_needed_and_what_was_found() -> None:
     with pytest.raises(StageError) as caught:
         shape_of({"chosen": "a", "rejected": "b", "a secret": 1})

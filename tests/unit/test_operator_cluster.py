@@ -194,6 +194,28 @@ def test_a_deletion_is_in_the_background_of_one_object_and_fine_if_it_is_gone(
     assert server.asked[0][2] == {"propagationPolicy": "Background", "preconditions": {"uid": "uid-1"}}
 
 
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "gone"),
+        (409, "x"),
+        (422, 'Job.batch "train-1" is invalid: metadata.uid: Invalid value: "uid-1": field is immutable'),
+    ],
+)
+def test_a_kubernetes_job_that_took_the_name_of_a_finished_one_is_given_no_ttl(
+    cluster: Cluster, server: Server, status: int, message: str
+):
+    server.refuses(status, "x", message)
+    assert cluster.set_ttl("a", "train-1", "uid-1", 60) is None
+    assert server.asked[0][2] == {"metadata": {"uid": "uid-1"}, "spec": {"ttlSecondsAfterFinished": 60}}
+
+
+def test_a_ttl_that_is_refused_for_another_reason_is_tried_again(cluster: Cluster, server: Server):
+    server.refuses(422, "Invalid", "spec.ttlSecondsAfterFinished: Invalid value")
+    with pytest.raises(ApiError):
+        cluster.set_ttl("a", "train-1", "uid-1", 60)
+
+
 def test_a_watch_lists_in_pages_what_has_our_label_and_follows_from_there(cluster: Cluster, server: Server):
     server.says(200, listed("one", token="more"))
     server.says(200, listed("two", version="9"))

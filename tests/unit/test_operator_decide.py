@@ -100,7 +100,7 @@ class World:
                             self._create(stage, attempt)
                     case DeleteK8sJob(name, _):
                         self.jobs[name] = replace(self.jobs[name], deleting=True)
-                    case SetK8sJobTtl(name, seconds):
+                    case SetK8sJobTtl(name, _, seconds):
                         self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
             if not changed and (not acted or self.blocked is not None):
                 return self
@@ -1733,6 +1733,8 @@ def test_a_job_waits_for_the_one_whose_adapter_it_goes_on_with_from_before_that_
     world = child()
     assert (world.phase, world.condition(ConditionType.RUNNING)) == (Phase.WAITING, ("False", "WaitingForJob"))
     assert "FineTuneJob cpt of model.adapterFrom does not exist" in world.message(ConditionType.RUNNING)
+    assert world.condition(ConditionType.PLANNED) == ("Unknown", "WaitingForJob")
+    assert world.message(ConditionType.PLANNED) == world.message(ConditionType.RUNNING)
     assert world.requeue_after_s == PARENT_ASKED_EVERY_S
     world.parent = PARENT
     world.step(after_s=500_000)
@@ -1743,6 +1745,7 @@ def test_a_job_waits_for_the_one_whose_adapter_it_goes_on_with_from_before_that_
     world.parent = COMMITTED
     world.step()
     assert world.created == ["prepare-1"]
+    assert world.condition(ConditionType.PLANNED) == ("Unknown", "Preparing")
     kept = {"jobUid": "uid-of-cpt", "uri": ADAPTER.uri, "digest": ADAPTER.digest}
     assert world.status["record"]["adapterFrom"] == kept
     world.parent = None

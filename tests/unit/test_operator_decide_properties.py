@@ -287,7 +287,7 @@ class OneJobInACluster(RuleBasedStateMachine):
                     self._create(stage, attempt)
                 case DeleteK8sJob(name, _):
                     self.jobs[name] = replace(self.jobs[name], deleting=True)
-                case SetK8sJobTtl(name, seconds):
+                case SetK8sJobTtl(name, _, seconds):
                     self.jobs[name] = replace(self.jobs[name], ttl_seconds=seconds)
 
     def _create(self, stage: Stage, attempt: int) -> None:

@@ -188,14 +188,24 @@ def test_the_round_that_writes_a_verdict_tidies_up_and_no_other_is_asked_for_but
 
 def test_what_a_write_of_ours_made_of_a_kubernetes_job_is_known_before_its_watch_tells(room: Room):
     room.children.take("jobs", "ADDED", ended_k8s_job("done", None))
-    room.children.take_written(ended_k8s_job("done", 86400))
+    before = room.children.k8s_job(DONE, "x")
+    assert before is not None
+    room.children.take_written(ended_k8s_job("done", 86400), before)
     room.list(finished_job("done"))
     assert room.asked == []
 
 
-def test_a_kubernetes_job_that_was_deleted_meanwhile_does_not_come_back_by_the_answer_to_a_write(room: Room):
-    room.children.take_written(ended_k8s_job("done", 86400))
-    assert room.children.of(DONE) == ((), ())
+@pytest.mark.parametrize("event", ["DELETED", "MODIFIED"])
+def test_what_the_watch_told_of_a_kubernetes_job_meanwhile_stays_whatever_a_write_of_ours_is_answered(
+    room: Room, event: str
+):
+    room.children.take("jobs", "ADDED", ended_k8s_job("done", None))
+    before = room.children.k8s_job(DONE, "x")
+    assert before is not None
+    room.children.take("jobs", event, ended_k8s_job("done", 60))  # of another hand, after our write
+    told = room.children.of(DONE)
+    room.children.take_written(ended_k8s_job("done", 86400), before)
+    assert room.children.of(DONE) == told
 
 
 def test_while_many_namespaces_are_listed_at_once_no_more_of_the_newest_are_kept(

@@ -88,7 +88,7 @@ class FakeCluster:
     def delete_k8s_job(self, namespace: str, name: str, uid: str) -> None:
         del self.objects["jobs", name]
 
-    def set_ttl(self, namespace: str, name: str, seconds: int) -> None:
+    def set_ttl(self, namespace: str, name: str, uid: str, seconds: int) -> None:
         self.ttls.append(name)
 
     def list_events(self, namespace: str) -> Iterator[dict[str, Any]]:

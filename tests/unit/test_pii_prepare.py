@@ -186,7 +186,7 @@ def test_a_row_is_shown_as_it_will_be_learned(tmp_path: Path) -> None:
 
 def test_data_without_a_model_is_checked_for_personal_data_too(tmp_path: Path) -> None:
     found = check_unrendered(job(tmp_path, {"action": "Drop"}))
-    assert found.dropped == {"personal_data": 30}
+    assert found.report["dropped"] == {"personal_data": 30}
 
 
 def test_masks_are_those_of_the_new_words(tmp_path: Path) -> None:

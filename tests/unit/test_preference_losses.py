@@ -221,3 +221,9 @@ def test_kto_is_trls() -> None:
         ratios, desirable, reference_point(mismatched.mean()), beta=BETA, desirable_weight=1.2, undesirable_weight=0.8
     )
     torch.testing.assert_close(found.mean(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("margin", "loss"), [(math.inf, 0.0), (-math.inf, math.inf)])
+def test_without_smoothing_a_margin_that_is_infinite_has_a_loss_that_is_a_number(margin: float, loss: float) -> None:
+    sure, other = (Answers(torch.tensor([each]), torch.zeros(1), torch.ones(1)) for each in (margin, 0.0))
+    assert float(sigmoid_losses(sure, other, beta=BETA, label_smoothing=0.0)) == loss

@@ -60,7 +60,11 @@ def test_rows_become_a_committed_adapter(tmp_path: Path, method: str) -> None:
     prepared = prepare.run(ctx)
     assert prepared.plan is not None
     chosen = {value.field: value for value in prepared.plan.resolved}
-    result = train.run(train_context(ctx, prepared.plan.digest, tmp_path / "train"), StopFlag(60))
+    training = train_context(ctx, prepared.plan.digest, tmp_path / "train")
+    result = train.run(training, StopFlag(60))
+    progress = training.reporter.progress()
+    assert progress.answers_scored == progress.answers_to_score
+    assert bool(progress.answers_scored) is method_of(MethodType(method)).needs_reference
     assert result.artifact is not None
     assert result.quality is not None
     figures = set(method_of(MethodType(method)).figures)

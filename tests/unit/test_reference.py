@@ -46,11 +46,14 @@ class Asked:
         self.lm: LanguageModel = load_base(self.run.folder / "model", self.run.plan, torch.device("cpu"))
         self.fence: Fence = raise_epoch(self.run.store, self.run.run_uri, 1, "pod-1")
         self.is_read = np.arange(len(self.examples)) % 3 != 0
-        self.passes = 0
+        self.passes = self.scored = 0
 
     def values(self, beat: Callable[[], None] = lambda: None, store: Store | None = None) -> np.ndarray:
         """Return what the base says, and count the passes that it took."""
-        self.passes = 0
+        self.passes = self.scored = 0
+
+        def scored(answers: int) -> None:
+            self.scored += answers
 
         def count(lm: LanguageModel, batch: Batch) -> torch.Tensor:
             self.passes += 1
@@ -58,7 +61,7 @@ class Asked:
 
         original = LanguageModel.token_logprobs
         uri = f"{self.run.run_uri}/{REFERENCE}/{self.key}"
-        kept = Kept(store=store or self.run.store, fence=self.fence, folder_uri=uri, beat=beat)
+        kept = Kept(store=store or self.run.store, fence=self.fence, folder_uri=uri, beat=beat, scored=scored)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LanguageModel, "token_logprobs", count)
             path = self.folder / "values"
@@ -91,8 +94,11 @@ def test_it_is_the_log_probability_of_each_answer_that_is_read(asked: Asked, tre
 def test_it_is_computed_once_for_all_attempts(asked: Asked) -> None:
     first = asked.values()
     assert asked.passes
+    answers = len(asked.examples.sequences_of(np.flatnonzero(asked.is_read).tolist()))
+    assert asked.scored == answers
     np.testing.assert_array_equal(asked.values(), first)
     assert not asked.passes
+    assert asked.scored == answers, "what an earlier attempt has done is done"
 
 
 class _KilledError(Exception):

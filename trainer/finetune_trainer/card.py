@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from finetune_api.layout import REPORT_PAGE
 from finetune_api.printable import markdown, markdown_code, printable
 from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
@@ -90,6 +91,7 @@ trained by {method_of(plan.method).name}{_after(plan)}.
 {_learned(plan, learned)}{_not_adapted(plan)}
 Before it was committed it was reloaded from these files: on up to {RELOAD_ROWS} rows it gave the log-probabilities of
 the trained model, and others than the base model's. That says that the files are whole, not that the model is good.
+What became of every row of its data is told by `{REPORT_PAGE}` in the folder of its run, beside this one.
 """,
         _results(plan, found),
         _data(plan),

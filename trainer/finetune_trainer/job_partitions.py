@@ -8,6 +8,7 @@ from shutil import rmtree
 from finetune_api.errors import StageError
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.detect import check_preference
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
 from finetune_trainer.data.partition_runner import NoRowsError, extractors_for
@@ -17,6 +18,7 @@ from finetune_trainer.data.reading import (
     DecodedRows,
     RawReader,
     choices_for,
+    decoded_values,
     peek,
     shape_of,
     unread_columns,
@@ -59,6 +61,8 @@ class JobPartitions:
                 found = shape_of(inputs, dataset.format, stage.ledger, peeked, method, choices)
                 stage.formats.append(found.shape if found else stage.method.formats[0])
                 if found is not None:
+                    if choices.preference.model_fields_set and peeked:
+                        check_preference(found.shape, choices, number, decoded_values(peeked))
                     self._choices[number] = replace(choices, told_by=found.told_by)
                 else:
                     yield from cut(number, reader, iter(peeked), self.folder, MAX_PARTITION_BYTES)

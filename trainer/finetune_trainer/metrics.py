@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from finetune_api.base import finite
+from finetune_trainer.data.decided import Decided, DecisionKind
 from finetune_trainer.patience import best_effort
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,23 @@ class TrainMetrics:
         self.step_seconds = Histogram(
             "finetune_train_step_seconds", "Duration of steps.", registry=registry, buckets=_STEP_BUCKETS
         )
+
+
+class DecidedRows(Collector):
+    """What prepare did to rows that do not go straight through: its labels come from fixed lists."""
+
+    def __init__(self, decided: Decided) -> None:
+        self._decided = decided
+
+    def collect(self) -> Iterator[Metric]:
+        counter = CounterMetricFamily(
+            "finetune_prepare_decided_rows",
+            "Rows that do not go straight through, by what was done to them, where and why.",
+            labels=DecisionKind._fields,
+        )
+        for kind, rows in self._decided.rows.items():
+            counter.add_metric(kind, rows)
+        yield counter
 
 
 class MetricsFile:

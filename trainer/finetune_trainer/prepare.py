@@ -8,11 +8,12 @@ import errno
 import hashlib
 import json
 import logging
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,10 +21,9 @@ from finetune_api import defaults
 from finetune_api.base import sha256_digest
 from finetune_api.errors import StageError
 from finetune_api.job import EvaluationSpec
-from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, join
+from finetune_api.layout import DECISIONS, PLAN, PREPARED, REPORT, REPORT_PAGE, join
 from finetune_api.reasons import Fault, Reason
 from finetune_api.redact import shortened
-from finetune_api.row_words import row_words
 from finetune_api.run import RunResult
 from finetune_api.status import MAX_RESOLVED, DataStatus, PlanStatus, ResolvedValue
 from finetune_trainer import batches, sizing
@@ -50,6 +50,7 @@ from finetune_trainer.data.problems import HELD_OUT, Drop
 from finetune_trainer.data.quality_report import quality_parts
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
+from finetune_trainer.data.stages.chain import chain_of
 from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.unknown_words import TokenCount
@@ -57,7 +58,7 @@ from finetune_trainer.finding_duplicates import clusters_of_pairs, find_duplicat
 from finetune_trainer.origins import as_record, origins_of
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
-from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, opened, with_model
+from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, no_training_data, opened, with_model
 from finetune_trainer.replay import file_ranges, is_replayed, replay_weights
 from finetune_trainer.runplan import (
     FileRange,
@@ -73,6 +74,9 @@ from finetune_trainer.runplan import (
 from finetune_trainer.sizing import Choices, DataFacts, Sizing
 from finetune_trainer.standstill import ended_by_standstill
 from finetune_trainer.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from finetune_trainer.shown import ShownRow
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +128,7 @@ def _check(model: Model, ctx: StageContext) -> Findings:
             division = _read(stage, None)
             content = _report(stage, division, _plan(stage, division))
         except StageError as error:
-            return Findings(_failure(stage), error, ctx.work_dir / DECISIONS_FILE)
+            return Findings(_failure(stage, error), error, ctx.work_dir / DECISIONS_FILE)
     return Findings(content, None, ctx.work_dir / DECISIONS_FILE)
 
 
@@ -134,7 +138,7 @@ def _prepare(model: Model, ctx: StageContext, fence: Fence) -> RunResult:
             division = _read(stage, fence)
         except StageError as error:
             if error.reason is Reason.DATA_INVALID:
-                _upload_failure(stage, fence)
+                _upload_failure(stage, fence, error)
             raise
     return _write(stage, division, fence)
 
@@ -187,9 +191,7 @@ def _divide(stage: PrepareStage) -> Division:
         account.used, account.held_out = rows
         account.check()
     if not division.trained:
-        dropped = ledger.dropped
-        reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
-        raise StageError(Fault.NO_TRAINING_DATA, rows_in=ledger.rows_read, rows_dropped=dropped.total(), reason=reason)
+        raise no_training_data(ledger.rows_read, ledger.dropped)
     return division
 
 
@@ -207,29 +209,44 @@ def _choose_holdout(choices: Choices, division: Division, given: float | None) -
     choices.pick(field, given, defaults.HOLDOUT_FRACTION if held_out else 0.0, reason)
 
 
-def _upload_failure(stage: PrepareStage, fence: Fence) -> None:
+def _upload_failure(stage: PrepareStage, fence: Fence, error: StageError) -> None:
     """Leave the report of what was read, so that all broken rows can be found, not only the first."""
     ctx = stage.ctx
-    content = _failure(stage)
+    content = _failure(stage, error)
     if stage.kept is not None:
         stage.kept.tidy()
     with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
         stage.ledger.flush()
         fence.check()
         ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
+        ctx.store.put(join(ctx.config.run_uri, REPORT_PAGE), page(ctx, content))
         ctx.store.upload(ctx.work_dir / DECISIONS_FILE, join(ctx.config.run_uri, DECISIONS))
 
 
-def _failure(stage: PrepareStage) -> dict[str, Any]:
+def _failure(stage: PrepareStage, error: StageError) -> dict[str, Any]:
     """Return the report of a job that failed."""
-    funnel = report.funnel(stage.ledger, stage.ignored, stage.timings.seconds)
+    return {"state": "failed", "problem": str(error), **_funnel(stage)}
+
+
+def _funnel(stage: PrepareStage) -> dict[str, Any]:
+    """Return what a report says of the rows, whatever became of the job."""
+    chain = chain_of(stage.ctx.config.spec, stage.pii_key)
+    funnel = report.funnel(stage.ledger, chain, stage.ignored, stage.timings.seconds)
     quality = quality_parts(stage.ctx.config.spec, stage.ledger)
-    return {"state": "failed", **funnel, **quality, "pii": _pii(stage), "licenses": _licenses(stage)}
+    return {**funnel, **quality, "pii": _pii(stage), "licenses": _licenses(stage)}
 
 
 def _pii(stage: PrepareStage) -> dict[str, Any]:
     ledger, uris = stage.ledger, [each.uri for each in stage.ledger.files]
     return pii_figures(stage.preprocessing.pii, ledger.counted[PII], ledger.places[PII], uris)
+
+
+def page(ctx: StageContext, content: Mapping[str, Any], rows: Sequence["ShownRow"] = ()) -> bytes:
+    """Return report.html of a report. rows: some of the data, where their owner asks for them."""
+    os.environ.setdefault("MPLCONFIGDIR", str(ctx.work_dir / "matplotlib"))  # a pod may write nowhere else
+    from finetune_trainer.report_html.page import report_page  # matplotlib takes a while to come
+
+    return report_page(content, rows)
 
 
 def _json(content: Any) -> bytes:
@@ -307,16 +324,13 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
     model, datasets = stage.model, stage.ctx.config.spec.datasets
     return {
         "state": "prepared",
-        **report.funnel(stage.ledger, stage.ignored, stage.timings.seconds),
-        "pii": _pii(stage),
-        "licenses": _licenses(stage),
+        **_funnel(stage),
         "kept_rows": stage.kept_rows,
         "disk_bytes": disk_use(
             stage.in_flight_bytes, stage.sketch_bytes, stage.ledger, division, planned.batches
         ).report(),
         "tokenizer": {"library": model.tokenizer.choice.library, "reason": model.tokenizer.choice.reason},
         "special_tokens_in_words": model.tokenizer.special_words.report,
-        **quality_parts(stage.ctx.config.spec, stage.ledger),
         "duplicates": stage.duplicates,
         "lengths": lengths(division, stage.ledger),
         "answers": stage.taught.report(),
@@ -396,6 +410,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
         log.warning("%d rows have the special token %s in their own words", rows, token)
     fence.check()
     store.put(join(run_uri, REPORT), _json(content))
+    store.put(join(run_uri, REPORT_PAGE), page(ctx, content))
     store.upload(ctx.work_dir / DECISIONS_FILE, join(run_uri, DECISIONS))
     plan_bytes = run_plan.model_dump_json().encode()
     fence.check()  # again: all decisions may have taken long

@@ -5,6 +5,7 @@ What is made of them goes to the stage that asks: prepare writes it, `data check
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from finetune_api.job import (
 )
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
+from finetune_api.row_words import row_words
 from finetune_api.run import MAX_ARG_CHARS, RunResources
 from finetune_trainer import sizing
 from finetune_trainer.context import StageContext
@@ -58,6 +60,7 @@ from finetune_trainer.data.too_long import SequenceLimit, TooLongRows
 from finetune_trainer.kept_partitions import KeptPartitions
 from finetune_trainer.methods import method_of
 from finetune_trainer.methods.method import Method
+from finetune_trainer.metrics import DecidedRows
 from finetune_trainer.pii_key import read_key
 from finetune_trainer.runplan import AdapterFacts
 from finetune_trainer.sizing import Choices
@@ -168,8 +171,14 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
         ctx.reporter.update(**reading_figures(ledger.files, ledger.file_read, rows, seconds))
 
     with Ledger(ctx.work_dir / DECISIONS_FILE, told) as ledger:
-        options = ctx.config.spec.method
-        yield PrepareStage(ctx=ctx, ledger=ledger, model=model, limit=limit, options=options, starting_adapter=adapter)
+        options, registry, rows = ctx.config.spec.method, ctx.reporter.registry, DecidedRows(ledger.decided)
+        registry.register(rows)
+        try:
+            yield PrepareStage(
+                ctx=ctx, ledger=ledger, model=model, limit=limit, options=options, starting_adapter=adapter
+            )
+        finally:
+            registry.unregister(rows)  # all may be read once more
 
 
 def find_inputs(stage: RowsStage) -> list[Inputs]:
@@ -188,6 +197,12 @@ def find_inputs(stage: RowsStage) -> list[Inputs]:
 def document_template(spec: PreprocessingSpec) -> str:
     """Return what the texts of documents are put into."""
     return (spec.documents and spec.documents.template) or PLAIN
+
+
+def no_training_data(rows_in: int, dropped: Counter[str]) -> StageError:
+    """Return the end of a job of which no row is left to train on."""
+    reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
+    return StageError(Fault.NO_TRAINING_DATA, rows_in=rows_in, rows_dropped=dropped.total(), reason=reason)
 
 
 def dataset_rows(
@@ -242,6 +257,9 @@ def end(stage: PrepareStage, reading: Reading, taught: Taught, is_rendered: bool
     Raises BROKEN_ROW, UNROLLED_TOO_MUCH, TOO_MANY_LONG_ROWS, TOO_MANY_POOR_ROWS."""
     if is_rendered and reading.rendering is not None:
         stage.template = reading.rendering["source"]
+    if not is_rendered and reading.rendering is not None and stage.ledger.rows_read:
+        text = "prompts and answers are plain texts, which it does not render; it renders lists of messages"
+        stage.choices.note("chat template", "none", text)
     reading.bad.check()
     _require_taught(stage, taught)
     _choose_too_long(stage, reading.too_long)

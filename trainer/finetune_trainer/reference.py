@@ -28,6 +28,7 @@ from finetune_trainer.passes import passes
 from finetune_trainer.patience import ENDS_AT_ONCE, best_effort
 from finetune_trainer.policy import Scores
 from finetune_trainer.runplan import RunPlan, SplitFiles
+from finetune_trainer.serve import Reporter
 from finetune_trainer.store import Store
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,28 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Where the values of one split are kept. beat: called after each pass and with each part; it may raise."""
+    """Where the values of one split are kept. beat: called after each pass and with each part; it may raise.
+
+    scored: called with how many answers more are known."""
 
     store: Store
     fence: Fence
     folder_uri: str
     beat: Callable[[], None]
+    scored: Callable[[int], None]
+
+
+class Scoring:
+    """Tells how many of the answers are scored."""
+
+    def __init__(self, reporter: Reporter, answers: int) -> None:
+        self._reporter, self._scored = reporter, 0
+        reporter.update(activity="Scoring", answers_scored=0, answers_to_score=answers)
+
+    def add(self, answers: int) -> None:
+        """Add answers that are scored now, or were by an earlier attempt."""
+        self._scored += answers
+        self._reporter.update(answers_scored=self._scored)
 
 
 def reference_key(plan: RunPlan, split: SplitFiles, base_digest: str, dtype: torch.dtype, name: str) -> str:
@@ -109,6 +126,8 @@ def reference_of(
         values[part.segments] = _computed(lm, examples, part, is_read, plan, kept) if there is None else there
         if there is None:
             _write(kept, name, values[part.segments])
+        else:
+            kept.scored(len(examples.sequences_of([each for each in part.examples if is_read[each]])))
         kept.beat()
     log.info("what the base model says of the answers: %d parts were there, the others are computed", found)
     return values
@@ -137,6 +156,7 @@ def _computed(
         leaves = np.array([each.leaf for each in group])
         values[leaves - part.segments.start] = Scores(lm, batch).sequences.cpu().numpy()
         kept.beat()
+        kept.scored(len(group))
     return values
 
 

@@ -30,6 +30,11 @@ _TRAIN_GAUGES = {
     "train_loss": ("finetune_train_loss", "Loss of the last step, nats per label token."),
     "eval_loss": ("finetune_train_eval_loss", "Last loss on held-out rows, nats per label token."),
     "base_eval_loss": ("finetune_train_base_eval_loss", "Loss of the base model on held-out rows."),
+    "answers_to_score": (
+        "finetune_train_answers_to_score",
+        "Answers of which the start's log-probability is computed.",
+    ),
+    "answers_scored": ("finetune_train_answers_scored", "Those of them that are done."),
     "learning_rate": ("finetune_train_learning_rate", "Learning rate of the last step."),
     "tokens_per_second": ("finetune_train_tokens_per_second", "Real tokens per second."),
     "eta_seconds": ("finetune_train_eta_seconds", "Time left at the present speed."),

@@ -1,34 +1,41 @@
 """`finetune data show`: single rows as they will be learned from, on the way that prepare takes, kept in memory."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 import orjson
 
 from finetune_api.errors import StageError
 from finetune_api.job import OnBadRow, PreprocessingSpec, TooLong
 from finetune_api.text_quality import QualitySpec
 from finetune_trainer.context import StageContext
+from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
 from finetune_trainer.data.kinds import kind_of, member_names, members_of
 from finetune_trainer.data.model_facts import Model
+from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.quality_report import quality_parts, require_few_poor
 from finetune_trainer.data.reading import Checked, DecodedRows, Select
 from finetune_trainer.data.sketches import Sketch
+from finetune_trainer.data.stages.chain import chain_of
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
     RowsStage,
     dataset_rows,
     find_inputs,
+    no_training_data,
     opened,
     read_datasets,
     with_model,
 )
+from finetune_trainer.sizing import Choices
 
 
 @dataclass(frozen=True)
@@ -254,38 +261,48 @@ def reason_of(decision: Mapping[str, Any]) -> str:
     return ": ".join(decision[name] for name in ("reason", "detail") if name in decision)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Unrendered:
-    """What reading alone tells of the data. quality: as `quality_parts`; error: why it would fail, if it would."""
+    """What reading alone tells of the data. report: the part of report.json that needs no model; error: why it would
+    fail, if it would."""
 
-    rows_in: int
-    dropped: dict[str, int]
-    changed: dict[str, int]
+    report: dict[str, Any]
     formats: list[str]
-    ignored: list[str]
-    quality: dict[str, Any]
     error: StageError | None
 
 
 def check_unrendered(ctx: StageContext) -> Unrendered:
     """Read and check all rows, as far as that needs no model."""
     error: StageError | None = None
+    labels = Counter[int]()  # of the rows that are left: 1 for a good answer, -1 for a bad one, 0 for others
     with Ledger(ctx.work_dir / DECISIONS_FILE) as ledger:
         stage = RowsStage(ctx=ctx, ledger=ledger)
         bad = BadRows(ledger, False, max_broken_fraction=0)
         try:
             for dataset in dataset_rows(stage, find_inputs(stage), bad):
-                for _ in dataset:
-                    pass
+                labels.update(kind_of(item.row).label(item.row) for item in dataset)
             require_few_poor(ctx.config.spec, ledger)
+            _require_trainable(stage, labels)
         except StageError as caught:
             error = caught
-    return Unrendered(
-        rows_in=ledger.rows_read,
-        dropped=dict(sorted(ledger.dropped.items())),
-        changed=dict(sorted(ledger.changes.items())),
-        formats=[str(each) for each in stage.formats],
-        ignored=stage.ignored,
-        quality=quality_parts(ctx.config.spec, ledger),
-        error=error,
-    )
+    return Unrendered(_funnel(stage, error), [str(each) for each in stage.formats], error)
+
+
+def _funnel(stage: RowsStage, error: StageError | None) -> dict[str, Any]:
+    """Return what report.json would say of the rows."""
+    chain = chain_of(stage.ctx.config.spec, stage.pii_key)
+    state = {"state": "read"} if error is None else {"state": "failed", "problem": str(error)}
+    quality = quality_parts(stage.ctx.config.spec, stage.ledger)
+    return {**state, **report.funnel(stage.ledger, chain, stage.ignored, {}), **quality}
+
+
+def _require_trainable(stage: RowsStage, labels: Counter[int]) -> None:
+    """Raise what prepare would where no row is left, or where all answers are rated alike."""
+    ledger, method = stage.ledger, stage.method
+    if not labels:
+        raise no_training_data(ledger.rows_read, ledger.dropped)
+    if method.pairs is not None and not labels[0] and not (labels[1] and labels[-1]):
+        one_sided = Counter({str(Drop.ONE_SIDED): labels.total()})
+        raise no_training_data(ledger.rows_read, ledger.dropped + one_sided)
+    label = np.repeat(np.array([1, 0, -1], dtype=np.int8), [labels[1], labels[0], labels[-1]])
+    method.settle(stage.ctx.config.spec.method, {"label": label}, Choices())

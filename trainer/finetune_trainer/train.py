@@ -48,7 +48,7 @@ from finetune_trainer.mismatched import Mismatched
 from finetune_trainer.model import LanguageModel, adapter_parameters, add_adapter, model_size
 from finetune_trainer.patience import FailedTries, Patience, best_effort
 from finetune_trainer.precision import computed_in, load_for_training
-from finetune_trainer.reference import Kept, reference_key, reference_of, reference_uri
+from finetune_trainer.reference import Kept, Scoring, reference_key, reference_of, reference_uri
 from finetune_trainer.replay import replayed_rows
 from finetune_trainer.runplan import RunPlan, SplitFiles, StoredPlan, read_plan
 from finetune_trainer.serve import Reporter
@@ -209,14 +209,17 @@ def _with_reference(
     method, hyper = planned_method(plan), fetched.plan.hyperparameters
     if not method.needs_reference:
         return fetched
-    ctx.reporter.update(activity="Evaluating")
     base = inputs.digest_of(fetched.model_digests)
+    read = examples_read(fetched.steps.examples, len(train))
+    examples = np.count_nonzero(read) + (len(held_out) if held_out is not None else 0)
+    scoring = Scoring(ctx.reporter, int(examples) * method.sequences * (2 if method.needs_drift else 1))
 
     def values(
         examples: Examples, split: SplitFiles, is_read: npt.NDArray[np.bool_], name: str
     ) -> npt.NDArray[np.float32]:
         key = reference_key(plan, split, base, lm.dtype, name)
-        kept = Kept(store=ctx.store, fence=fence, folder_uri=reference_uri(ctx.config.run_uri, key), beat=beat)
+        uri = reference_uri(ctx.config.run_uri, key)
+        kept = Kept(store=ctx.store, fence=fence, folder_uri=uri, beat=beat, scored=scoring.add)
         return reference_of(lm, examples, is_read, plan, kept, ctx.work_dir / "prepared" / f"reference-{name}")
 
     def compared(examples: Examples, split: SplitFiles, is_read: npt.NDArray[np.bool_], name: str) -> Examples:
@@ -229,7 +232,7 @@ def _with_reference(
 
     # A new adapter changes nothing yet, and would cost time.
     with nullcontext() if plan.starting_adapter is not None else adapted.disable_adapter():
-        train = compared(train, plan.train, examples_read(fetched.steps.examples, len(train)), "train")
+        train = compared(train, plan.train, read, "train")
         if held_out is not None and plan.held_out is not None:
             held_out = compared(held_out, plan.held_out, np.ones(len(held_out), dtype=np.bool_), "held-out")
     return replace(fetched, examples=train, held_out=held_out)

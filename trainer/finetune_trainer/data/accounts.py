@@ -1,7 +1,8 @@
 """Every row's fate: counts per file, and a decision for each row that does not go straight through. No content.
 
-A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?, words?}; detail is the path
-of a field, words are what is wrong there, ref is the row that this one is a copy of, as FILE#ROW.
+A decision is a line of decisions.jsonl: {file, row, stage, action, reason, ref?, detail?, words?, shape?}. detail is
+the path of a field, words are what is wrong there, shape is how a broken row looks without what it says, and ref is the
+row that this one is a copy of, as FILE#ROW.
 """
 
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from typing import NamedTuple, Self
 import orjson
 
 from finetune_api.status import DroppedRows
+from finetune_trainer.data.decided import Decided
 from finetune_trainer.data.licenses import RowLicense
 from finetune_trainer.data.unknown_words import TokenCount
 
@@ -158,6 +160,7 @@ class Ledger:
         self.changes: Counter[str] = Counter()  # rows by what was done to them so that they can be learned
         self.counted: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by stage, whatever it tells of its rows
         self.places: defaultdict[str, Places] = defaultdict(dict)  # by stage, where examples of what it counted are
+        self.decided = Decided()
         self._decisions = path.open("wb")
         self._written_bytes = self._changes_bytes = 0
         self._unlisted: Counter[str] = Counter()
@@ -178,12 +181,21 @@ class Ledger:
         return self._written_bytes
 
     def drop(
-        self, file: int, number: int, stage: str, reason: str, detail: str = "", ref: str = "", *, words: str = ""
+        self,
+        file: int,
+        number: int,
+        stage: str,
+        reason: str,
+        detail: str = "",
+        ref: str = "",
+        *,
+        words: str = "",
+        shape: str = "",
     ) -> None:
-        """Row `number` of a file is left out. words: what is wrong there, beyond its reason."""
+        """Row `number` of a file is left out. words, shape: what is wrong beyond its reason, and what it looks like."""
         self.files[file].dropped[reason] += 1
         self.files[file].stages[stage].dropped += 1
-        self.decide(file, number, stage, Action.DROP, reason, detail, ref, words=words)
+        self.decide(file, number, stage, Action.DROP, reason, detail, ref, words=words, shape=shape)
 
     def license(self, file: int, number: int, said: RowLicense, field: str) -> None:
         """Count row `number` of a file by its own licence, and drop it where that is not one that was chosen."""
@@ -214,17 +226,21 @@ class Ledger:
         ref: str = "",
         *,
         words: str = "",
+        shape: str = "",
     ) -> None:
         """Write what was done to a row.
 
         Beyond MAX_DECISIONS_BYTES, and as a change beyond MAX_CHANGES_BYTES, it is counted and no longer listed."""
         is_change = action is Action.CHANGE
+        record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
+        more = {"ref": ref, "detail": detail, "words": words, "shape": shape}
+        record |= {name: value for name, value in more.items() if value}
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        self.decided.add(line)
         if self._is_full(is_change):
             self._unlisted[reason] += 1
-            return
-        record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
-        record |= {name: value for name, value in (("ref", ref), ("detail", detail), ("words", words)) if value}
-        self._list(file, number, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE), is_change)
+        else:
+            self._list(file, number, line, is_change)
 
     def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002 (of the interface)
         size_bytes = self._decisions.write(line)
@@ -235,6 +251,7 @@ class Ledger:
         """Add the decisions of a partition, which `PartitionLedger` wrote, under the same bounds."""
         with path.open("rb") as file:
             for line in file:
+                self.decided.add(line)
                 is_change = _CHANGED in line
                 if self._is_full(is_change):
                     self._unlisted[orjson.loads(line)["reason"]] += 1

@@ -10,6 +10,7 @@ from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data.accounts import FileAccount, Ledger, RowPlace
 from finetune_trainer.data.problems import Broken, place
+from finetune_trainer.data.redacted_shape import redacted_shape
 
 _JUDGED_EVERY = (
     1000  # broken rows: how often it is judged whether there is hope, and where a failing job stops counting
@@ -36,12 +37,13 @@ class BadRows:
         self.first_at = 0  # rows read then
         self.count = 0
 
-    def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
-        """Row `number` of a file is broken.
+    def add(self, file: int, number: int, stage: str, broken: Broken, value: object = None) -> None:
+        """Row `number` of a file is broken. value: what it decodes to, of which its shape is told.
 
         Raises BROKEN_ROW once more are than will be allowed, were all rows that are still to come good."""
         words = shortened(broken.detail, MAX_ARG_CHARS)
-        self._ledger.drop(file, number, stage, broken.problem, broken.field, words=words)
+        shape = "" if value is None or isinstance(value, Broken) else redacted_shape(value)
+        self._ledger.drop(file, number, stage, broken.problem, broken.field, words=words, shape=shape)
         self.count += 1
         if self.first is None:
             self.first, self.first_at = BrokenRow(file, number, broken), self._ledger.rows_read

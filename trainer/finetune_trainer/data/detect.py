@@ -1,7 +1,7 @@
 """Which shape a dataset's rows have: told from its first rows, or from the spec."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 from finetune_api.errors import StageError
@@ -9,6 +9,7 @@ from finetune_api.job import DatasetFormat, MethodType
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_trainer.data.field_names import shown
+from finetune_trainer.data.preferences import RATING
 from finetune_trainer.data.problems import RefusedError, place
 from finetune_trainer.data.shapes import SHAPES, RowChoices, renamed
 from finetune_trainer.methods import METHODS, method_of
@@ -41,6 +42,35 @@ def check_given(given: DatasetFormat | None, method: MethodType, index: int) -> 
             field=f"spec.datasets[{index}].format",
             problem=f"{given} does not fit method {method}; write {fitting}, or leave it out",
         )
+
+
+def check_preference(found: DatasetFormat, choices: RowChoices, index: int, values: Iterable[object]) -> None:
+    """Refuse what the spec says of preferences where no row of the dataset can follow it: it would do nothing.
+
+    values: the decoded first rows."""
+    given = choices.preference.model_dump(by_alias=True, exclude_none=True)
+    good_from = given.pop("goodFrom", None)
+    problem = f"it is about the scores of a Ranking, and the rows are {found}, of which no score is read"
+    field = next(iter(given), None) if found is not DatasetFormat.RANKING else None
+    if field is None and good_from is not None:
+        problem = f"it is about the ratings of a Thumb, and the rows are {found}"
+        field = "goodFrom" if found is not DatasetFormat.THUMB else None
+        if field is None and not any(_is_rated(value, choices) for value in values):
+            field, problem = "goodFrom", "none of the first rows has a `rating` or `score`"
+    if field is not None:
+        raise StageError(
+            Fault.CONFIG_UNREADABLE,
+            field=f"spec.datasets[{index}].preference.{field}",
+            problem=f"{problem}; leave it out",
+        )
+
+
+def _is_rated(value: object, choices: RowChoices) -> bool:
+    """Whether a decoded row has a rating, under its own name or the one that the job gives it."""
+    if not isinstance(value, dict):
+        return False
+    row = cast(dict[str, Any], value)
+    return any(row.get(name) is not None and choices.columns.get(name, name) in RATING for name in row)
 
 
 def detect(rows: Sequence[tuple[str, int, object]], method: MethodType, choices: RowChoices) -> Detected:

@@ -127,9 +127,9 @@ class _BadRows(BadRows):
         super().__init__(ledger, quarantine, max_broken_fraction)
         self.places: list[RowPlace] = []
 
-    def add(self, file: int, number: int, stage: str, broken: Broken) -> None:
+    def add(self, file: int, number: int, stage: str, broken: Broken, value: object = None) -> None:
         self.places.append(RowPlace(file, number))
-        super().add(file, number, stage, broken)
+        super().add(file, number, stage, broken, value)
 
 
 def _checked(task: Task, ledger: PartitionLedger, bad: BadRows) -> Iterator[Checked]:

@@ -17,11 +17,15 @@ from finetune_trainer.data.rows import Answered, Completion, Conversation, Pair,
 ASKED = ("question", "query", "input")  # names of a question that a template renders; `prompt` may be plain text
 LABEL = ("label", "kto_tag")
 RATING = ("rating", "score")
+RATES = (
+    "if it says whether the answer is good, method.type KTO learns from it, and DPO and ORPO from pairs of such rows"
+)
 _GOOD = frozenset(("true", "1", "good", "desirable", "up", "like", "chosen"))
 _BAD = frozenset(("false", "0", "-1", "bad", "undesirable", "down", "dislike", "rejected"))
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # as Anthropic's HH writes conversations
 _NO_PROMPT = "say what is answered there, or make each answer a list of all messages of its conversation"
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TELLING = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,10 @@ def _is_good(reading: RowReader) -> bool:
     said = str(whole).strip().lower() if isinstance(whole, bool | int | str) else ""
     if said not in _GOOD | _BAD:
         raise RefusedError(Problem.WRONG_TYPE, name, "must be true or false, 1 or 0, good or bad, up or down")
-    return said in _GOOD
+    is_good, rated = said in _GOOD, reading.one_of(RATING)
+    if reading.choices.preference.good_from is not None and rated is not None and _is_rated_good(reading) != is_good:
+        raise RefusedError(Problem.TWO_FIELDS, rated, f"{name} says otherwise, by datasets[].preference.goodFrom")
+    return is_good
 
 
 def _is_rated_good(reading: RowReader) -> bool:
@@ -157,10 +164,12 @@ def after_the_same(chosen: Conversation, rejected: Conversation, field: str) -> 
 
 
 def _holds(said: list[Said], prompt: list[Said]) -> bool:
-    """Whether the messages of an answer are a whole conversation, with those of the prompt in it."""
+    """Whether the messages of an answer are a whole conversation, which begins with those of the prompt, be it behind
+    system messages, or ends with them before the answer: in its middle they would be one question among others."""
     before, sought = [each.message for each in said[:-1]], [each.message for each in prompt]
-    places = range(len(before) - len(sought) + 1)
-    return bool(sought) and any(before[at : at + len(sought)] == sought for at in places)
+    told = next((at for at, each in enumerate(before) if each["role"] not in _TELLING), len(before))
+    begins = any(before[at : at + len(sought)] == sought for at in range(told + 1))
+    return bool(sought) and (begins or before[-len(sought) :] == sought)
 
 
 def _is_message(value: object) -> bool:

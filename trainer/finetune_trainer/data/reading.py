@@ -1,7 +1,7 @@
 """Files to checked rows, in order: which of them are broken, and when that ends the job."""
 
 import logging
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -95,6 +95,8 @@ def checked_rows(
             _count_broken(ledger, bad, peeked, method, choices)
             raise bad.error()
         formats.append(found.shape)
+        if choices.preference.model_fields_set and peeked:
+            detect.check_preference(found.shape, choices, len(formats) - 1, decoded_values(peeked))
         choices = replace(choices, told_by=found.told_by)
         decoded = ((file, decode_row(row)) for file, row in chain(_given_away(peeked), rows))
         yield from valid_rows(ledger, bad, select(decoded), found.shape, choices)
@@ -117,6 +119,11 @@ def shape_of(
     if inputs.documents:
         return detect.Detected(DatasetFormat.TEXT, "its files are documents, which have")
     return detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
+
+
+def decoded_values(peeked: Sequence[PlacedRow]) -> Iterator[object]:
+    """Yield the values of rows, decoded."""
+    return (decode_row(row).value for _, row in peeked)
 
 
 def unread_columns(choices: RowChoices) -> Collection[str]:
@@ -143,7 +150,7 @@ def _count_broken(
         ledger.count(file, item.size_bytes)
         broken = _check(item.value, method_of(method).formats[0], choices)
         assert isinstance(broken, Broken)
-        bad.add(file, item.number, "read", broken)
+        bad.add(file, item.number, "read", broken, item.value)
 
 
 def valid_rows(
@@ -168,7 +175,7 @@ def valid_rows(
                 continue
         checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
-            bad.add(file, number, "read", checked)
+            bad.add(file, number, "read", checked, value)
         elif not bad.failing:
             found, hashed = checked
             ledger.ignore_fields(sorted(found.passed_over))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from finetune_trainer.batches import CHUNK, Mix
 from finetune_trainer.data.accounts import FileAccount, Ledger
 from finetune_trainer.data.examples import Examples
+from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.passes import computed_tokens, passes
 from finetune_trainer.runplan import Hyperparameters
 from finetune_trainer.step_plan import StepPlan
@@ -19,8 +20,9 @@ _MAX_IGNORED = 100
 _STEPS_SAMPLED = 100
 
 
-def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) -> dict[str, Any]:
-    """Rows by file and reason, and the speed of each stage; also for a job that failed."""
+def funnel(ledger: Ledger, chain: Sequence[Stage], ignored: Sequence[str], seconds: dict[str, float]) -> dict[str, Any]:
+    """Rows by file and reason, where the first that are left out lie, and the speed of each stage; also for a job that
+    failed. chain: the stages between reading and rendering."""
     size_bytes = sum(account.size_bytes for account in ledger.files)
     return {
         "rows_in": ledger.rows_read,
@@ -41,6 +43,8 @@ def funnel(ledger: Ledger, ignored: Sequence[str], seconds: dict[str, float]) ->
             }
             for account in ledger.files
         ],
+        "chain": [stage.name for stage in chain],
+        "drop_places": ledger.decided.drop_places,
         "ignored_files": list(ignored[:_MAX_IGNORED]),
         "ignored_files_total": len(ignored),
         "changed": dict(sorted(ledger.changes.items())),

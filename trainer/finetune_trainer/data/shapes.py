@@ -285,7 +285,8 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
         read = (kind_of(found).only_fields(found) or shape.reads) | reading.also_read
         passed_over = _passed_over(row, read, found)
     except RefusedError as refused:
-        return _of_another_shape(row, shape_name, choices) or _in_their_names(refused.broken, choices)
+        broken = _of_another_shape(row, shape_name, choices) or _rated(refused.broken, shape_name)
+        return broken if broken.problem is Problem.OTHER_SHAPE else _in_their_names(broken, choices)
     passed_over |= {shown(name) for name in cast(dict[str, Any], value) if name in choices.ignored}
     return Found(
         found,
@@ -303,6 +304,14 @@ def _of_another_shape(row: Mapping[str, Any], shape_name: DatasetFormat, choices
         return None  # an answer of which nothing is said lacks its label
     detail = f"it is {' or '.join(others)}, not {shape_name}, which {choices.told_by}"
     return Broken(Problem.OTHER_SHAPE, detail=detail) if others else None
+
+
+def _rated(broken: Broken, shape_name: DatasetFormat) -> Broken:
+    """Return the problem; of an answer that is rated, with the methods that learn from that."""
+    is_rating = broken.problem is Problem.UNKNOWN_FIELD and broken.field in preferences.LABEL
+    if not is_rating or shape_name not in _ANSWERED:
+        return broken
+    return Broken(broken.problem, broken.field, "; ".join(filter(None, (broken.detail, preferences.RATES))))
 
 
 def renamed(row: dict[str, Any], choices: RowChoices) -> dict[str, Any]:
@@ -334,7 +343,7 @@ def _passed_over(row: Mapping[str, Any], reads: frozenset[str], found: Row) -> s
     if unknown:
         said = {each.strip() for each in kind_of(found).contents(found)}
         unknown = [name for name in unknown if not isinstance(row[name], str) or row[name].strip() not in said]
-    refuse_unknown(unknown)
+    refuse_unknown(sorted(unknown, key=lambda name: name not in preferences.LABEL))
     return {shown(name) for name in others}
 
 

@@ -44,6 +44,8 @@ FIGURES = ("reward_accuracy", "reward_margin", *PAIR_FIGURES)
 
 def _smoothed(margins: "Tensor", label_smoothing: float) -> "Tensor":
     """-log sigmoid(margin), of the label that is turned round with this probability."""
+    if not label_smoothing:
+        return minus_log_sigmoid(margins)  # 0 times the other side would be NaN where a margin is infinite
     return (1 - label_smoothing) * minus_log_sigmoid(margins) + label_smoothing * minus_log_sigmoid(-margins)
 
 
