@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from data_run import chats, context, jsonl, prepare_run, put, write_model
 from finetune_api.errors import StageError
 from finetune_api.layout import DECISIONS, REPORT, REPORT_PAGE, page_of
+from finetune_cli.errors import CommandError, Exit
 from finetune_cli.main import app
 from finetune_trainer import prepare
 from finetune_trainer.data.decided import MAX_PLACES, Decided, DecisionKind
@@ -166,7 +167,9 @@ def test_finetune_data_check_writes_the_page_and_rows_only_where_they_are_asked_
         page = path.read_text()
         assert (SECRET in page) is ("--with-rows" in more)
         assert ("Lengths" in page) is ("--model" in more)
-    assert CliRunner().invoke(app, ["data", "check", target, "--with-rows", "1"]).exit_code == 2
+    refused = CliRunner().invoke(app, ["data", "check", target, "--with-rows", "1"]).exception
+    assert isinstance(refused, CommandError)
+    assert refused.code is Exit.USAGE
     put(tmp_path, b_jsonl=jsonl([{"messages": []}]))
     failed = CliRunner().invoke(app, ["data", "check", target, "--report", str(tmp_path / "failed.html")])
     assert failed.exit_code == 11
