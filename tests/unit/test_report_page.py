@@ -171,8 +171,9 @@ def test_finetune_data_check_writes_the_page_and_rows_only_where_they_are_asked_
     assert isinstance(refused, CommandError)
     assert refused.code is Exit.USAGE
     put(tmp_path, b_jsonl=jsonl([{"messages": []}]))
-    failed = CliRunner().invoke(app, ["data", "check", target, "--report", str(tmp_path / "failed.html")])
-    assert failed.exit_code == 11
+    failed = CliRunner().invoke(app, ["data", "check", target, "--report", str(tmp_path / "failed.html")]).exception
+    assert isinstance(failed, CommandError)
+    assert failed.code == 11
     assert "The job ends here" in (tmp_path / "failed.html").read_text()
 
 
