@@ -726,7 +726,7 @@ def test_every_change_of_a_row_is_a_decision(tmp_path: Path) -> None:
         [question, answer, question, answer],
     ]
     put(tmp_path, a_jsonl=jsonl({"messages": row} for row in rows))
-    found = prepare_run(tmp_path)
+    found = prepare_run(tmp_path, KEEP_COPIES)
     accounted(found)
     assert [(each["row"], each["stage"], each["action"], each["reason"]) for each in found.decisions] == [
         (2, "read", "change", "developer_as_system"),
@@ -802,7 +802,7 @@ def test_what_cannot_be_learned_as_served_is_refused_or_put_aside(
     tmp_path: Path, template: str, row: dict[str, Any], fault: Fault, words: str
 ) -> None:
     write_model(tmp_path / "model", template=template)
-    put(tmp_path, a_jsonl=jsonl([row]), b_jsonl=jsonl([{"prompt": "a", "completion": "b"}] * 3))
+    put(tmp_path, a_jsonl=jsonl([row]), b_jsonl=jsonl({"prompt": f"a{n}", "completion": "b"} for n in range(3)))
     datasets = [{"uri": (tmp_path / "data" / name).as_uri()} for name in ("a.jsonl", "b.jsonl")]
     error = fails(tmp_path, {"datasets": datasets})
     assert error.fault is fault
@@ -1032,9 +1032,9 @@ def test_a_template_that_needs_too_much_for_many_rows_is_told_with_one_of_them(
     monkeypatch.setattr(partition_work, "Renderer", partial(Renderer, row_cpu_s=0.2))
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     write_model(tmp_path / "model", template="{% if messages[0].content == 'much' %}" + loop + "{% endif %}" + CHATML)
-    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 5, *chats(20)]))
+    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 5, *chats(20, 20)]))
     assert prepare_run(tmp_path, QUARANTINE).report["dropped"] == {"template_failed": 5}
-    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 6, *chats(20)]))
+    put(tmp_path, a_jsonl=jsonl([*chats(20), *[chat("much", "a")] * 6, *chats(20, 20)]))
     error = fails(tmp_path, QUARANTINE)
     assert error.args_by_name["row"] == 26
     assert "5 rows before it" in str(error)
@@ -1058,7 +1058,11 @@ def test_changes_of_very_many_rows_leave_room_for_those_that_are_left_out(
     monkeypatch.setattr(accounts, "MAX_CHANGES_BYTES", 2000)
     changed = [chat("q", "a", f"and {number}?") for number in range(90)]
     put(tmp_path, a_jsonl=jsonl(changed), b_jsonl=jsonl(chats(5)) + b"1\n" * 3)
-    prepared = prepare_run(tmp_path, QUARANTINE | {"evaluation": {"holdoutFraction": 0}})
+    spec = {
+        "preprocessing": QUARANTINE["preprocessing"] | KEEP_COPIES["preprocessing"],
+        "evaluation": {"holdoutFraction": 0},
+    }
+    prepared = prepare_run(tmp_path, spec)
     *listed, last = prepared.decisions
     assert Counter(each["action"] for each in listed)["drop"] == 3
     assert 5 < len(listed) < 40

@@ -120,7 +120,7 @@ def personal_files(folder: Path) -> None:
 
 def copied_files(folder: Path) -> None:
     """Texts with copies, near copies and chains of them, far apart and in two files."""
-    numbers = [" ".join(str(i * i + at) for at in range(60)) for i in range(100, 130)]
+    numbers = [" ".join(f"word{i * i + at}" for at in range(60)) for i in range(100, 130)]
     texts = [*numbers, *(f"{text} and so on" for text in numbers), *numbers[:9], *(text[5:] for text in numbers)]
     rows = [{"text": text} for text in texts]
     put(folder, a_jsonl=jsonl(rows[:50]), b_jsonl=jsonl(rows[50:]))
