@@ -131,7 +131,7 @@ def spec_of(name: str, case: Case) -> dict[str, Any]:
     return {
         "datasets": [{"uri": f"{folder.as_uri()}/"}],
         "evaluation": {"holdoutFraction": 0},
-        "preprocessing": {"maxUnrolledFraction": 1, **case.preprocessing},
+        "preprocessing": {"maxUnrolledFraction": 1, "deduplication": {"exact": "Off"}, **case.preprocessing},
     }
 
 

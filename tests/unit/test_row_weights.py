@@ -32,6 +32,7 @@ def trained(folder: Path, rows: list[dict[str, Any]], batch: int) -> tuple[list[
     tokenizer.save_pretrained(folder / "model")
     put(folder, a_jsonl=jsonl(rows))
     spec = {
+        "preprocessing": {"deduplication": {"exact": "Off"}},
         "peft": {"type": "LoRA", "rank": 4},
         "evaluation": {"holdoutFraction": 0},
         "hyperparameters": {"maxSteps": 3, "globalBatchSize": batch, "learningRate": 1e-3},
