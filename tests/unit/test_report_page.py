@@ -101,6 +101,7 @@ def test_decisions_are_counted_by_stage_action_and_reason_whatever_their_texts_h
         ({"dropped": {"too_long": 40}}, "are left out, most of them (40)"),
         ({"special_tokens_in_words": {"<|im_end|>": 3}}, "3 rows have the special token &lt;|im_end|&gt;"),
         ({"ignored_files_total": 2}, "2 files are passed over"),
+        ({"duplicates": {"distinct_rows": 40, "exact": {"action": "Report", "copies": 9}}}, "9 rows say what"),
     ],
 )  # fmt: skip
 def test_what_speaks_against_the_data_is_said_with_what_to_do(

@@ -98,8 +98,12 @@ def _words(data: npt.NDArray[np.uint8]) -> _Found:
     begins, ends = changes[::2], changes[1::2]
     if len(wide):
         behind = wide + _WIDE_BYTES
-        begins = np.unique(np.concatenate([begins, wide, behind[is_word[behind]]]))
-        bounds = np.unique(np.concatenate([begins, ends]))
+        is_bound = np.zeros(len(data), dtype=np.bool_)
+        for places in (begins, wide, behind[is_word[behind]]):
+            is_bound[places] = True
+        begins = np.flatnonzero(is_bound)
+        is_bound[ends] = True
+        bounds = np.flatnonzero(is_bound)
         ends = bounds[np.searchsorted(bounds, begins, side="right")]
     return _Found(begins, ends)
 

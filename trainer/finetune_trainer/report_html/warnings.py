@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from finetune_api.duplicates import Copies
 from finetune_api.row_words import row_words
 from finetune_trainer.report_html.details import SECTIONS
 
@@ -33,11 +34,13 @@ def _of_rows(report: Report) -> Iterator[str]:
             "no row is held out, so that nothing will tell whether the model has learned more than its own rows: "
             "write evaluation.holdoutFraction, or add rows"
         )
-    copies = dict[str, int](report.get("lengths", {}).get("duplicates", {}))
-    if copies and copies["repeated_rows"] > MANY_COPIES * (copies["distinct_rows"] + copies["repeated_rows"]):
+    found: Report = report.get("duplicates", {})
+    exact: Report = found.get("exact", {})
+    copies = int(exact.get("copies", 0))
+    if exact.get("action") == Copies.REPORT and copies > MANY_COPIES * (copies + int(found["distinct_rows"])):
         yield (
-            f"{copies['repeated_rows']:,} rows say what another row says: each of them is learned again; "
-            "leave them out unless they are to count more"
+            f"{copies:,} rows say what another row says: each of them is learned again; write "
+            "preprocessing.deduplication.exact: Drop unless they are to count more"
         )
 
 
