@@ -159,9 +159,10 @@ MIB = 2**20
 
 
 def left(folder: Path) -> dict[str, str]:
-    """Digests of the arrays, the decisions and the counts of the report, by name."""
+    """Digests of the arrays, the decisions and the counts of the report, by name; its page also shows its times."""
     job = folder / "out" / "bot-1a2b3" / ".job"
-    files = [path for path in sorted(job.rglob("*")) if path.is_file() and path.name != "report.json"]
+    reports = ("report.json", "report.html")
+    files = [path for path in sorted(job.rglob("*")) if path.is_file() and path.name not in reports]
     found = {str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     report = json.loads((job / "report.json").read_bytes())
     del report["stages"]
