@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from pydantic import TypeAdapter
 
-from finetune_api.job import DnsName
+from finetune_api.objects import DnsName
 from finetune_api.platform import Runtime
 
 Schema = dict[str, Any]

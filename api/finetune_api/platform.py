@@ -9,7 +9,8 @@ from pydantic.alias_generators import to_camel
 
 from finetune_api.base import Str256
 from finetune_api.governance import Confidentiality
-from finetune_api.job import Cores, Cpu, DnsName, DnsSubdomain, Quantity
+from finetune_api.job import Cores, Cpu, Quantity
+from finetune_api.objects import DnsName, DnsSubdomain
 from finetune_api.spdx import ONE_LICENSE
 
 # Set by the pod's manifest itself: a runtime that changed them would break the read-only root or the GPU isolation.

@@ -35,6 +35,14 @@ def is_allowed(expression: str, allowed: Collection[str]) -> bool:
     return found
 
 
+def may_use(expression: str, allowed: Collection[str]) -> bool:
+    """Return what `is_allowed` does; False for what is no expression too."""
+    try:
+        return is_allowed(expression, allowed)
+    except NotAnExpressionError:
+        return False
+
+
 @dataclass
 class _Reading:
     """An expression while it is read from left to right."""

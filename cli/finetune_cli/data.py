@@ -123,6 +123,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console, 
         first, *more = found.lines
         console.print(first, markup=False, soft_wrap=True)
         _say_quality(found.report, console)
+        _say_pii(found.report["pii"], console)
         for line in more:
             console.print(line, markup=False, soft_wrap=True)
         if found.error is not None:
@@ -173,11 +174,6 @@ def _of_a_plan(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"ids     {found['same_ids']['words']}")
     special = found["special_tokens_in_words"]
     lines += [f"special {rows:,} rows have {name} in their own words" for name, rows in special.items()]
-    pii = found["pii"]
-    lines += [
-        f"private {each['found']:,} {each['type']} in {each['rows']:,} rows ({each['action']})" for each in pii["types"]
-    ]
-    lines += [f"        {pii['advice']}"] if pii["advice"] else []
     return [*lines, *(f"        {each['field']}: {each['value']}, {each['reason']}" for each in found["resolved"])]
 
 
@@ -187,7 +183,7 @@ def _write(page: Page, report: Mapping[str, Any], ctx: "StageContext", renders: 
     from finetune_trainer.shown import Wanted, show, show_unrendered
 
     rows = (show if renders else show_unrendered)(ctx, Wanted(page.rows)) if page.rows else []
-    page.path.write_bytes(page_of(ctx, report, rows))
+    page.path.write_bytes(page_of(report, rows))
 
 
 def _say_rows(found: Mapping[str, Any], ctx: "StageContext", console: Console) -> None:
@@ -212,6 +208,15 @@ def _say_rows(found: Mapping[str, Any], ctx: "StageContext", console: Console) -
             console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
     for reason, rows in found["changed"].items():
         console.print(f"changed {rows:,} of {rows_in:,} rows: {_words(reason)}", markup=False, soft_wrap=True)
+
+
+def _say_pii(pii: Mapping[str, Any], console: Console) -> None:
+    """Say what personal data and secrets there are. pii: as in report.json."""
+    for each in pii["types"]:
+        words = f"private {each['found']:,} {each['type']} in {each['rows']:,} rows ({each['action']})"
+        console.print(words, markup=False, soft_wrap=True)
+    if pii["advice"]:
+        console.print(f"        {pii['advice']}", markup=False, soft_wrap=True)
 
 
 def _say_quality(found: Mapping[str, Any], console: Console) -> None:

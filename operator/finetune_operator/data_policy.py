@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from finetune_api.governance import Confidentiality
+from finetune_api.governance import Confidentiality, OriginSpec
 from finetune_api.job import DatasetSpec, FineTuneJobSpec
 from finetune_api.layout import join
 from finetune_api.platform import DataPolicy, OutputPrefix, RequiredField
-from finetune_api.spdx import NotAnExpressionError, is_allowed
+from finetune_api.spdx import may_use
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.close_attempts import has_begun
 
 _MAX_SAID = 3  # findings that are told in full
 _MAX_LISTED = 12  # names that are listed
-_FIELDS = ("license", "source", "confidentiality", "copyright_holder")
 
 
 class Finding(NamedTuple):
@@ -52,7 +51,7 @@ def _findings(spec: FineTuneJobSpec, policy: DataPolicy) -> Iterator[str]:
 
 
 def _missing(dataset: DatasetSpec, policy: DataPolicy) -> Iterator[Finding]:
-    values = dataset.model_dump(by_alias=True, include={*_FIELDS})
+    values = dataset.model_dump(by_alias=True, include=set(OriginSpec.model_fields))
     for field in policy.required_fields:
         if values[field] is None:
             yield Finding(field, "is not said, and has to be")
@@ -64,18 +63,11 @@ def _licenses(dataset: DatasetSpec, policy: DataPolicy) -> Iterator[Finding]:
     allows = f"and allowed is {_listed(policy.allowed_licenses)}"
     if dataset.license is None and not dataset.licenses:
         yield Finding(RequiredField.LICENSE, f"is not said, {allows}")
-    if dataset.license is not None and not _may_use(dataset.license, policy):
+    if dataset.license is not None and not may_use(dataset.license, policy.allowed_licenses):
         yield Finding(RequiredField.LICENSE, f"is {dataset.license}, {allows}")
-    others = [each for each in dataset.licenses or () if not _may_use(each, policy)]
+    others = [each for each in dataset.licenses or () if not may_use(each, policy.allowed_licenses)]
     if others:
         yield Finding("licenses", f"takes rows under {_listed(others)}, {allows}")
-
-
-def _may_use(expression: str, policy: DataPolicy) -> bool:
-    try:
-        return is_allowed(expression, policy.allowed_licenses)
-    except NotAnExpressionError:
-        return False
 
 
 def _confidentiality(dataset: DatasetSpec, prefix: OutputPrefix | None) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from finetune_api.layout import join
 from finetune_api.names import Stage
 from finetune_api.platform import Runtime, runtime_of_snapshot
 from finetune_api.run import CONTRACT_VERSION, JobRef, RunConfig, StartingAdapter, StorageConfig
-from finetune_operator.children.base import Manifest, Run, default_resources, owned_metadata
+from finetune_operator.children.base import Manifest, Run, default_resources, owned_metadata, pii_secret
 from finetune_operator.job_reader import FineTuneJob
 
 RUNTIME_FILE = "runtime.json"
@@ -72,14 +72,9 @@ def run_config(
         ),
         resources=default_resources(runtime, Stage.TRAIN).with_asked(asked),
         prepare_resources=default_resources(runtime, Stage.PREPARE).with_asked(asked and asked.prepare),
-        pii_key_path=f"{names.PII_KEY_DIR}/{names.PII_SECRET_KEY}" if _has_pii_key(spec) else None,
+        pii_key_path=f"{names.PII_KEY_DIR}/{names.PII_SECRET_KEY}" if pii_secret(spec) is not None else None,
         grace_period_s=runtime.termination_grace_period_seconds,
     )
-
-
-def _has_pii_key(spec: FineTuneJobSpec) -> bool:
-    pii = spec.preprocessing and spec.preprocessing.pii
-    return pii is not None and pii.key_secret_ref is not None
 
 
 def config_map(run: Run) -> Manifest:

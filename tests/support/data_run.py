@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,16 @@ def chat(question: str, answer: str, *more: str) -> dict[str, Any]:
 
 def chats(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [chat(f"what is {i} and one?", f"the answer is {i + 1}.") for i in range(start, start + count)]
+
+
+def prose(seed: int, words: int) -> str:
+    """Return sentences of made-up words: no two seeds give texts that are alike, and no rule of quality drops one."""
+    draw = Random(seed)
+    spelled = [
+        "".join(draw.choice("bdfklmnrst") + draw.choice("aeiou") for _ in range(draw.randint(2, 4)))
+        for _ in range(words)
+    ]
+    return " ".join(f"{word}." if at % 9 == 8 else word for at, word in enumerate(spelled))
 
 
 def every_answer(messages: Sequence[dict[str, Any]], learn_from: int = 0) -> tuple[bool, ...]:

@@ -6,7 +6,6 @@ stay bounded. A finding names seed and number, with which `changed` makes the sa
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_run import chat
+from data_run import chat, gz, jsonl
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetSpec, MethodType
 from finetune_api.reasons import FAULTS
@@ -60,7 +59,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def _json_lines() -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows())
+    return jsonl(rows())
 
 
 def _json_list() -> bytes:
@@ -90,10 +89,6 @@ class Kind(NamedTuple):
     share: int = 10
 
 
-def _gzip(content: bytes) -> bytes:
-    return gzip.compress(content, mtime=0)
-
-
 def _zstd(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
@@ -103,7 +98,7 @@ KINDS = (
     Kind("a.json", _json_list, share=20),
     Kind("a.csv", lambda: _separated(","), share=15),
     Kind("a.tsv", lambda: _separated("\t")),
-    Kind("a.jsonl.gz", _json_lines, _gzip),
+    Kind("a.jsonl.gz", _json_lines, gz),
     Kind("a.csv.zst", lambda: _separated(","), _zstd),
     Kind("a.parquet", _parquet, share=5),
 )

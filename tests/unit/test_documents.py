@@ -1,5 +1,6 @@
 """Documents as rows of continued pre-training: what is read of each, and that one which is broken costs itself."""
 
+import errno
 import gzip
 import json
 import os
@@ -256,6 +257,13 @@ def test_a_document_that_takes_too_much_is_left_out_and_the_next_one_is_read(
         monkeypatch.undo()
         (tmp_path / "b.txt").write_bytes(b"words")
         assert extractors.extract(tmp_path / "b.txt", DocumentKind.TEXT, tmp_path / "out") is None
+
+
+def test_a_full_disk_is_told_as_that_and_leaves_no_document_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"words")
+    with closing(Extractors(1)) as extractors, pytest.raises(OSError, match="space") as caught:
+        extractors.extract(tmp_path / "a.txt", DocumentKind.TEXT, Path("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
 
 
 class _Meeting(Store):

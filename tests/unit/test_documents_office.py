@@ -73,6 +73,8 @@ MAILS = {
     "HTML": (mail_bytes("Flüsse", "", "<p>The <b>Rhine</b>.</p>"), "Flüsse\n\nThe Rhine.", ()),
     "an attachment": (mail_bytes("A", "B", "", b"secret"), "A\n\nB", (Change.ATTACHMENTS_LEFT_OUT,)),
     "an unknown encoding": (b"Subject: =?x-no?q?A?=\nContent-Type: text/plain; charset=x-no\n\nB", ODD + "\n\nB", ()),
+    "a broken word": (b"Subject: =?utf-8?b?A?=\n\nB", "=?utf-8?b?A?=\n\nB", ()),
+    "an encoding that is none": (b"Subject: A\nContent-Type: text/plain; charset=undefined\n\nB", "A\n\nB", ()),
 }  # fmt: skip
 
 

@@ -208,6 +208,8 @@ def test_manifest_and_card_say_what_is_said_of_the_data_and_that_of_an_earlier_a
     assert "| chats: s3&#58;//data/a/ | CC-BY-4.0 | a &#124; dump | Internal | us |" in card
     assert "| s3&#58;//data/b/ (earlier adapter) | not said | not said | Restricted | not said |" in card
     assert "What was learned from all of it is Restricted as a whole." in card
+    of_old_release = plan.model_copy(update={"starting_adapter": adapter.model_copy(update={"data": []})})
+    assert "as a whole" not in model_card(of_old_release, LINEAGE, LEARNED, FOUND)
     trained = Trained(run, tmp_path)
     folder = trained.write()
     run_uri = f"file://{tmp_path}/out/run"

@@ -299,6 +299,25 @@ def test_near_copies_of_conversations_are_reported_and_dropped_where_the_job_say
     assert drops(found) == {1: 2}
 
 
+def test_pairs_of_prompts_that_say_nearly_the_same_are_of_one_cluster_whatever_row_they_stand_at(
+    tmp_path: Path,
+) -> None:
+    """The one is made at its bad answer, the other at its good one, which both prompts have."""
+    words = " ".join(f"w{at}" for at in range(24))
+    one, other, good = f"{words} end", f"{words} last", " ".join(f"g{at}" for at in range(12))
+    said = [
+        (other, "bad one two three", False),
+        (one, good, True),
+        (other, good, True),
+        (one, "worse four five six", False),
+    ]
+    rows = [{**chat(prompt, answer), "label": label} for prompt, answer, label in said]
+    put(tmp_path, a_jsonl=jsonl(rows))
+    found = prepare_run(tmp_path, {"method": {"type": "DPO"}, "evaluation": {"holdoutFraction": 0.5}})
+    assert found.plan.train.examples == 2, "a cluster is held out whole or not at all"
+    assert found.plan.held_out is None
+
+
 def test_nothing_is_compared_where_near_copies_are_not_looked_for(tmp_path: Path) -> None:
     put(tmp_path, a_jsonl=jsonl({"text": " ".join([*words(1, 40), str(each)])} for each in range(5)))
     found = prepare_run(tmp_path, {**CPT, **NONE_HELD_OUT, "preprocessing": {"deduplication": {"near": "Off"}}})

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_run import CHATML, GIB, chat, chats, context, jsonl, put, write_model
+from data_run import CHATML, GIB, chat, chats, context, jsonl, prose, put, write_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.run import Progress, RunResources
@@ -527,7 +527,7 @@ def test_parts_of_a_template_that_tells_the_time_are_known_by_it(tmp_path: Path,
 
 
 def test_how_far_several_workers_have_come_is_told(tmp_path: Path, sized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = [{"text": f"{i} is a number.\n" * 600} for i in range(360)]
+    pages = [{"text": prose(i, words=1800)} for i in range(360)]
     put(tmp_path, a_jsonl=jsonl(pages[:180]), b_jsonl=jsonl(pages[180:]))
     sized(400_000)
     heard: list[Progress] = []
@@ -630,7 +630,7 @@ def run_on_disk(folder: Path, disk_bytes: int, memory_bytes: int = 4 * GIB) -> p
 
 
 def test_a_disk_that_cannot_suffice_is_refused_as_soon_as_that_is_sure(tmp_path: Path, sized: Any) -> None:
-    texts = [{"text": f"{i} is a number.\n" * (1 + i % 90)} for i in range(400)]
+    texts = [{"text": f"{i} {prose(i, words=3 * (1 + i % 90))}"} for i in range(400)]
     put(tmp_path, a_jsonl=jsonl(texts))
     sized(SMALL)
     run_on_disk(tmp_path, 10 * GIB)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_run import Prepared, jsonl, prepare_run, put
+from data_run import Prepared, jsonl, prepare_run, prose, put
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_trainer.replay import file_ranges, losses_apart, replay_weights, replayed_rows
@@ -43,7 +43,7 @@ def test_a_side_of_which_nothing_is_left_to_learn_is_named(tokens: list[int], wo
 
 
 def test_rows_are_known_as_replayed_by_their_files() -> None:
-    ranges = file_ranges([0, 2, 2, 5], 7, [True, True, False, True])
+    ranges = file_ranges([range(2), range(2, 2), range(2, 5), range(5, 7)], [True, True, False, True])
     assert [(each.first, each.end) for each in ranges] == [(0, 2), (5, 7)]
     assert replayed_rows(np.array([0, 1, 2, 4, 5, 6]), ranges).tolist() == [True, True, False, False, True, True]
 
@@ -55,7 +55,7 @@ def test_held_out_losses_are_told_apart_where_there_are_rows_of_both() -> None:
 
 
 def text(number: int, words: int) -> dict[str, Any]:
-    return {"text": f"{number} " + "the quick brown fox " * words}
+    return {"text": f"{number} {prose(number, words=4 * words)}"}
 
 
 def replayed(tmp_path: Path, attempt: int = 1, **fields: Any) -> Prepared:

@@ -115,6 +115,27 @@ def test_what_speaks_against_the_data_is_said_with_what_to_do(
     assert len(warnings({**report, **changed})) == 1 + len(warnings(report))
 
 
+def test_the_way_of_the_rows_is_told_in_the_order_in_which_they_go_it(tmp_path: Path) -> None:
+    put(tmp_path, a_jsonl=jsonl(chats(12)))
+    report = prepare_run(tmp_path).report
+    way = [
+        "extract",
+        "license",
+        "read",
+        *report["chain"],
+        "render",
+        "tokenise",
+        "length",
+        "duplicates",
+        "pair",
+        "split",
+    ]
+    (file,) = report["files"]
+    told = {**report, "files": [{**file, "dropped_by_stage": dict.fromkeys(sorted(way), 1)}]}
+    page = report_page(told).decode()
+    assert sorted(way, key=lambda stage: page.index(f"after {stage}<")) == way
+
+
 @pytest.mark.parametrize("key", SECTIONS)
 def test_what_a_stage_tells_beside_rows_has_a_section_of_its_own_and_none_where_it_tells_nothing(
     tmp_path: Path, key: str
@@ -203,6 +224,10 @@ def test_a_browser_shows_the_page_in_light_and_dark(tmp_path: Path, scheme: str)
         ([[[[[[1]]]]]], "[[[[[1 values]]]]]"),
         ({"a": "x" * 9, **{f"field_{n}": [] for n in range(90)}}, "{a: text of 9, field_0: [], "),
         (SECRET, "text of 18"),
+        (
+            {"password": SECRET, "authorization": SECRET, "n": 1},
+            "{password: text of 18, authorization: text of 18, n: number}",
+        ),
     ],
 )
 def test_a_broken_row_is_shown_by_its_fields_and_sizes_alone(value: object, shape: str) -> None:

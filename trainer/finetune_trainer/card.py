@@ -11,7 +11,7 @@ from finetune_api.quality import FIGURE_WORDS, Quality, concern_words, verdict
 from finetune_trainer.evaluate import MAX_NEW_TOKENS, Answer, HeldOut
 from finetune_trainer.identity import Evidence
 from finetune_trainer.methods import method_of
-from finetune_trainer.origins import DataOrigin, highest
+from finetune_trainer.origins import DataOrigin
 from finetune_trainer.runplan import ANSWERS_FIELD, SERVED_RANKS, AdapterFacts, Denominator, RunPlan
 
 RELOAD_ROWS = 8  # on which the reloaded adapter is compared
@@ -236,7 +236,7 @@ def _data(plan: RunPlan) -> str:
     rows = [_origin(each, "") for each in plan.data]
     rows += [_origin(each, " (earlier adapter)") for each in plan.earlier_data]
     header = ("Dataset", "Licence", "Source", "Confidentiality", "Copyright holder")
-    how = highest([*plan.data, *plan.earlier_data])
+    how = plan.confidentiality
     words = f"What was learned from all of it is {how} as a whole.\n" if how is not None else ""
     return "\n".join(part for part in (_table("## Data", header, rows), words) if part)
 

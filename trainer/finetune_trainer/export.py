@@ -32,7 +32,7 @@ from finetune_trainer.earlier_adapter import is_unchanged, write_joint
 from finetune_trainer.evaluate import Answer, HeldOut
 from finetune_trainer.inputs import Batch
 from finetune_trainer.model import LanguageModel
-from finetune_trainer.origins import as_record, highest
+from finetune_trainer.origins import as_record
 from finetune_trainer.patience import Patience
 from finetune_trainer.runplan import AdapterFacts, RunPlan
 from finetune_trainer.stop import StopFlag
@@ -102,7 +102,7 @@ def _named(adapter: AdapterFacts) -> dict[str, str]:
 
 def _learned_data(plan: RunPlan) -> dict[str, object]:
     """What a manifest says of the data: the job's, that of the adapter it went on with, and how confidential all is."""
-    how = highest([*plan.data, *plan.earlier_data])
+    how = plan.confidentiality
     return {
         "data": [as_record(each) for each in plan.data],
         **({"earlier_data": [as_record(each) for each in plan.earlier_data]} if plan.earlier_data else {}),

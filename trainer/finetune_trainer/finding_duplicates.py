@@ -1,6 +1,5 @@
 """Find rows that say the same as others, or nearly so, once all are in the spool: drop or report them, as asked."""
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api import defaults
 from finetune_api.duplicates import Copies, DeduplicationSpec
 from finetune_trainer.data.buckets import CHUNK, Buckets, group_of_each, groups_of
 from finetune_trainer.data.components import Components
@@ -48,7 +46,7 @@ def find_duplicates(stage: PrepareStage, folder: Path) -> Duplicates:
     report: dict[str, Any] = {}
 
     def place_of(row: int) -> str:
-        return _place(stage, rows[row])
+        return stage.ledger.ref(int(rows[row]["file"]), int(rows[row]["number"]))
 
     exact = find_copies(rows, _file_weights(stage), left_out, folder / "hashes", place_of, beat)
     if chosen.exact is not Copies.OFF:
@@ -64,10 +62,11 @@ def find_duplicates(stage: PrepareStage, folder: Path) -> Duplicates:
         report["near"] |= near.told.report()
         _tell_near(stage, given.near, chosen.near, near, chosen.similarity)
         _join_copies(components, left_out)
+        _keep(left_out, {Why.NEAR_COPY: chosen.near})  # those that go on become pairs too
         if stage.method.pairs is not None:
             _join_prompts(components, folder, rows, left_out, beat)
         components.write(clusters)
-    _keep(left_out, {Why.COPY: chosen.exact, Why.NEAR_COPY: chosen.near})
+    _keep(left_out, {Why.COPY: chosen.exact})
     _drop(stage, rows, left_out)
     return Duplicates(left_out, clusters, report)
 
@@ -82,13 +81,7 @@ def clusters_of_pairs(folder: Path, clusters: Array, origin: Array) -> Array:
 
 def _file_weights(stage: PrepareStage) -> npt.NDArray[np.float64]:
     """(files,) how often the rows of each are read in an epoch."""
-    datasets = stage.ctx.config.spec.datasets
-    weights = [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets]
-    return np.array([weights[bisect_right(stage.first_files, file) - 1] for file in range(len(stage.ledger.files))])
-
-
-def _place(stage: PrepareStage, record: Any) -> str:
-    return f"{stage.ledger.files[int(record['file'])].uri}#{int(record['number'])}"
+    return np.repeat(np.array(stage.weights, dtype=np.float64), [len(each) for each in stage.files])
 
 
 def _tell_exact(stage: PrepareStage, given: Copies | None, exact: Copies, found: ExactCopies) -> None:
@@ -148,8 +141,8 @@ def _drop(stage: PrepareStage, rows: Array, left_out: Array) -> None:
         for row in (begin + chosen).tolist():
             record, why, kept = rows[row], Why(int(left_out["why"][row])), rows[_kept(left_out, row)]
             detail = "weight" if why is Why.COPY and record["weight"] != kept["weight"] else ""
-            place = _place(stage, kept)
-            stage.ledger.drop(int(record["file"]), int(record["number"]), _STAGE, _REASONS[why], detail, place)
+            ref = stage.ledger.ref(int(kept["file"]), int(kept["number"]))
+            stage.ledger.drop(int(record["file"]), int(record["number"]), _STAGE, _REASONS[why], detail, ref)
 
 
 def _kept(left_out: Array, row: int) -> int:

@@ -8,7 +8,6 @@ from shutil import rmtree
 from finetune_api.errors import StageError
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.bad_rows import BadRows
-from finetune_trainer.data.detect import check_preference
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.partition_messages import Task
 from finetune_trainer.data.partition_runner import NoRowsError, extractors_for
@@ -18,7 +17,6 @@ from finetune_trainer.data.reading import (
     DecodedRows,
     RawReader,
     choices_for,
-    decoded_values,
     peek,
     shape_of,
     unread_columns,
@@ -58,11 +56,9 @@ class JobPartitions:
             reader = RawReader(ctx.store, stage.ledger, inputs, unread, ctx.work_dir, self._extractors, template)
             with closing(reader.rows()) as rows:
                 peeked, error = _peeked(rows)
-                found = shape_of(inputs, dataset.format, stage.ledger, peeked, method, choices)
+                found = shape_of(inputs, dataset.format, stage.ledger, peeked, method, choices, number)
                 stage.formats.append(found.shape if found else stage.method.formats[0])
                 if found is not None:
-                    if choices.preference.model_fields_set and peeked:
-                        check_preference(found.shape, choices, number, decoded_values(peeked))
                     self._choices[number] = replace(choices, told_by=found.told_by)
                 else:
                     yield from cut(number, reader, iter(peeked), self.folder, MAX_PARTITION_BYTES)

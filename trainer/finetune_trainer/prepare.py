@@ -8,8 +8,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,20 +43,16 @@ from finetune_trainer.data.lengths import lengths
 from finetune_trainer.data.mapped import mapped
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.pairing import Paired, pair_up
-from finetune_trainer.data.pii.figures import pii_figures
 from finetune_trainer.data.problems import HELD_OUT, Drop
-from finetune_trainer.data.quality_report import quality_parts
 from finetune_trainer.data.splits import SPLITS, Written, write_split
 from finetune_trainer.data.spool import EXAMPLE, Spool, prepared_bytes
-from finetune_trainer.data.stages.chain import chain_of
-from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.tokens import TEXT_PROMPT_TOKENS
 from finetune_trainer.data.unknown_words import TokenCount
 from finetune_trainer.finding_duplicates import clusters_of_pairs, find_duplicates
 from finetune_trainer.origins import as_record, origins_of
 from finetune_trainer.patience import best_effort
 from finetune_trainer.reading_partitions import read_in_partitions
-from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, no_training_data, opened, with_model
+from finetune_trainer.reading_steps import DECISIONS_FILE, PrepareStage, funnel, no_training_data, opened, with_model
 from finetune_trainer.replay import file_ranges, is_replayed, replay_weights
 from finetune_trainer.runplan import (
     FileRange,
@@ -185,7 +179,7 @@ def _divide(stage: PrepareStage) -> Division:
     for chunk in division.chunks():
         for row in np.flatnonzero(chunk.copies_of_held_out):
             record, kept = chunk.rows[row], division.rows[division.copy_of[chunk.first_row + row]]
-            ref = f"{ledger.files[int(kept['file'])].uri}#{int(kept['number'])}"
+            ref = ledger.ref(int(kept["file"]), int(kept["number"]))
             ledger.drop(int(record["file"]), int(record["number"]), "split", Drop.DUPLICATE_HELD_OUT, ref=ref)
     for account, rows in zip(ledger.files, division.rows_by_file(len(ledger.files)), strict=True):
         account.used, account.held_out = rows
@@ -218,32 +212,23 @@ def _upload_failure(stage: PrepareStage, fence: Fence, error: StageError) -> Non
     with best_effort("the report of what was read is not uploaded"):  # what ended the stage matters more
         stage.ledger.flush()
         fence.check()
-        ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
-        ctx.store.put(join(ctx.config.run_uri, REPORT_PAGE), page(ctx, content))
-        ctx.store.upload(ctx.work_dir / DECISIONS_FILE, join(ctx.config.run_uri, DECISIONS))
+        _put_report(ctx, content)
+
+
+def _put_report(ctx: StageContext, content: dict[str, Any]) -> None:
+    """Write what became of the rows: for programs, row by row, and for people."""
+    ctx.store.put(join(ctx.config.run_uri, REPORT), _json(content))
+    ctx.store.upload(ctx.work_dir / DECISIONS_FILE, join(ctx.config.run_uri, DECISIONS))
+    ctx.store.put(join(ctx.config.run_uri, REPORT_PAGE), page(content))
 
 
 def _failure(stage: PrepareStage, error: StageError) -> dict[str, Any]:
     """Return the report of a job that failed."""
-    return {"state": "failed", "problem": str(error), **_funnel(stage)}
+    return {"state": "failed", "problem": str(error), **funnel(stage, stage.timings.seconds)}
 
 
-def _funnel(stage: PrepareStage) -> dict[str, Any]:
-    """Return what a report says of the rows, whatever became of the job."""
-    chain = chain_of(stage.ctx.config.spec, stage.pii_key)
-    funnel = report.funnel(stage.ledger, chain, stage.ignored, stage.timings.seconds)
-    quality = quality_parts(stage.ctx.config.spec, stage.ledger)
-    return {**funnel, **quality, "pii": _pii(stage), "licenses": _licenses(stage)}
-
-
-def _pii(stage: PrepareStage) -> dict[str, Any]:
-    ledger, uris = stage.ledger, [each.uri for each in stage.ledger.files]
-    return pii_figures(stage.preprocessing.pii, ledger.counted[PII], ledger.places[PII], uris)
-
-
-def page(ctx: StageContext, content: Mapping[str, Any], rows: Sequence["ShownRow"] = ()) -> bytes:
+def page(content: Mapping[str, Any], rows: Sequence["ShownRow"] = ()) -> bytes:
     """Return report.html of a report. rows: some of the data, where their owner asks for them."""
-    os.environ.setdefault("MPLCONFIGDIR", str(ctx.work_dir / "matplotlib"))  # a pod may write nowhere else
     from finetune_trainer.report_html.page import report_page  # matplotlib takes a while to come
 
     return report_page(content, rows)
@@ -324,7 +309,7 @@ def _report(stage: PrepareStage, division: Division, planned: _Planned) -> dict[
     model, datasets = stage.model, stage.ctx.config.spec.datasets
     return {
         "state": "prepared",
-        **_funnel(stage),
+        **funnel(stage, stage.timings.seconds),
         "kept_rows": stage.kept_rows,
         "disk_bytes": disk_use(
             stage.in_flight_bytes, stage.sketch_bytes, stage.ledger, division, planned.batches
@@ -409,9 +394,7 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     for token, rows in model.tokenizer.special_words.report.items():
         log.warning("%d rows have the special token %s in their own words", rows, token)
     fence.check()
-    store.put(join(run_uri, REPORT), _json(content))
-    store.put(join(run_uri, REPORT_PAGE), page(ctx, content))
-    store.upload(ctx.work_dir / DECISIONS_FILE, join(run_uri, DECISIONS))
+    _put_report(ctx, content)
     plan_bytes = run_plan.model_dump_json().encode()
     fence.check()  # again: all decisions may have taken long
     store.put(plan_uri(run_uri, run_plan.digest()), plan_bytes)
@@ -422,22 +405,12 @@ def _write(stage: PrepareStage, division: Division, fence: Fence) -> RunResult:
     return _result(ctx, run_plan, plan, ledger, digest)
 
 
-def _licenses(stage: PrepareStage) -> list[dict[str, Any]]:
-    """Return rows by their own licence, of each dataset that names the field of it."""
-    firsts, files = [*stage.first_files, len(stage.ledger.files)], stage.ledger.files
-    datasets = stage.ctx.config.spec.datasets[: len(stage.first_files)]
-    return [
-        report.licenses(index, dataset.license_field, files[firsts[index] : firsts[index + 1]])
-        for index, dataset in enumerate(datasets)
-        if dataset.license_field is not None
-    ]
-
-
 def _token_counts(stage: PrepareStage) -> list[TokenCount]:
     """Return what was counted of the tokens of each dataset."""
-    counts = [TokenCount() for _ in stage.first_files]
-    for index, account in enumerate(stage.ledger.files):
-        counts[bisect_right(stage.first_files, index) - 1].add(account.tokens)
+    counts = [TokenCount() for _ in stage.files]
+    for count, files in zip(counts, stage.files, strict=True):
+        for account in stage.ledger.files[files.start : files.stop]:
+            count.add(account.tokens)
     return counts
 
 
@@ -445,7 +418,7 @@ def _replayed_files(stage: PrepareStage) -> list[FileRange]:
     spec = stage.ctx.config.spec
     if spec.replay is None:
         return []
-    return file_ranges(stage.first_files, len(stage.ledger.files), is_replayed(spec.datasets, spec.replay))
+    return file_ranges(stage.files, is_replayed(spec.datasets, spec.replay))
 
 
 def _note_unknown_words(stage: PrepareStage) -> None:
@@ -462,9 +435,9 @@ def _mix(stage: PrepareStage, train: Examples, labels: Any) -> Mix:
 
     labels: (examples,) tokens to learn of each."""
     datasets, files = stage.ctx.config.spec.datasets, train.columns["file"]  # in the order of the datasets
-    firsts = np.searchsorted(files, np.array(stage.first_files, dtype=files.dtype))
+    firsts = np.searchsorted(files, np.array([each.start for each in stage.files], dtype=files.dtype))
     sizes: list[int] = np.diff(np.append(firsts, len(train))).tolist()
-    weights = [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in datasets]
+    weights = stage.weights
     replay = stage.ctx.config.spec.replay
     if replay is not None:
         learned = report.by_dataset(labels, sizes)

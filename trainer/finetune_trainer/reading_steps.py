@@ -34,6 +34,7 @@ from finetune_api.row_words import row_words
 from finetune_api.run import MAX_ARG_CHARS, RunResources
 from finetune_trainer import sizing
 from finetune_trainer.context import StageContext
+from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.detect import check_given
@@ -44,14 +45,16 @@ from finetune_trainer.data.licenses import check_license
 from finetune_trainer.data.listing import Inputs, find_files
 from finetune_trainer.data.model_facts import Model, read_model
 from finetune_trainer.data.partition_work import renderer_of
+from finetune_trainer.data.pii.figures import pii_figures
 from finetune_trainer.data.pipeline import Pipeline, Sink, Timings
 from finetune_trainer.data.problems import place
 from finetune_trainer.data.progress import reading_figures
-from finetune_trainer.data.quality_report import require_few_poor
+from finetune_trainer.data.quality_report import quality_parts, require_few_poor
 from finetune_trainer.data.reading import Checked, Select, checked_rows, every_row
 from finetune_trainer.data.same_ids import OwnIds, Probe, SameIds
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.data.stages.chain import chain_of, through
+from finetune_trainer.data.stages.pii import NAME as PII
 from finetune_trainer.data.structure import Judge, check_structure
 from finetune_trainer.data.taught import Taught
 from finetune_trainer.data.template import plain_template
@@ -81,7 +84,7 @@ class RowsStage:
     ledger: Ledger
     choices: Choices = field(default_factory=Choices)
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
-    first_files: list[int] = field(default_factory=list[int])  # of each dataset, as an index into the ledger
+    files: list[range] = field(default_factory=list[range])  # of each dataset, as indices into the ledger
     ignored: list[str] = field(default_factory=list[str])
 
     @property
@@ -102,6 +105,11 @@ class RowsStage:
     @property
     def preprocessing(self) -> PreprocessingSpec:
         return self.ctx.config.spec.preprocessing or PreprocessingSpec()
+
+    @property
+    def weights(self) -> list[float]:
+        """How often an epoch reads the rows of each dataset, as the job gives it."""
+        return [defaults.given(each.weight, defaults.DATASET_WEIGHT) for each in self.ctx.config.spec.datasets]
 
 
 @dataclass(kw_only=True)
@@ -189,7 +197,7 @@ def find_inputs(stage: RowsStage) -> list[Inputs]:
         stage.ledger,
         takes_documents=stage.method.takes_documents,
     )
-    stage.first_files = [each.files.start for each in inputs]
+    stage.files = [each.files for each in inputs]
     stage.ignored = [uri for each in inputs for uri in each.ignored]
     return inputs
 
@@ -203,6 +211,28 @@ def no_training_data(rows_in: int, dropped: Counter[str]) -> StageError:
     """Return the end of a job of which no row is left to train on."""
     reason = row_words(dropped.most_common(1)[0][0]) if dropped else "was in no file: the files are empty"
     return StageError(Fault.NO_TRAINING_DATA, rows_in=rows_in, rows_dropped=dropped.total(), reason=reason)
+
+
+def funnel(stage: RowsStage, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return what a report says of the rows, whatever became of the job. seconds: by stage."""
+    spec = stage.ctx.config.spec
+    told = report.funnel(stage.ledger, chain_of(spec), stage.ignored, seconds)
+    return {**told, **quality_parts(spec, stage.ledger), "pii": _pii(stage), "licenses": _licenses(stage)}
+
+
+def _pii(stage: RowsStage) -> dict[str, Any]:
+    ledger, uris = stage.ledger, [each.uri for each in stage.ledger.files]
+    return pii_figures(stage.preprocessing.pii, ledger.counted[PII], ledger.places[PII], uris)
+
+
+def _licenses(stage: RowsStage) -> list[dict[str, Any]]:
+    """Return rows by their own licence, of each dataset that names the field of it; nothing before files are found."""
+    datasets = zip(stage.ctx.config.spec.datasets, stage.files, strict=False)
+    return [
+        report.licenses(index, dataset.license_field, stage.ledger.files[files.start : files.stop])
+        for index, (dataset, files) in enumerate(datasets)
+        if dataset.license_field is not None
+    ]
 
 
 def dataset_rows(

@@ -42,11 +42,10 @@ def replay_weights(
     return [weight * factor if is_old else weight for weight, is_old in zip(weights, replayed, strict=True)]
 
 
-def file_ranges(first_files: Sequence[int], files: int, replayed: Sequence[bool]) -> list[FileRange]:
-    """Return which of a job's files are of replayed datasets. first_files: of each dataset."""
-    ends = [*first_files[1:], files]
-    ranges = zip(first_files, ends, replayed, strict=True)
-    return [FileRange(first=first, end=end) for first, end, is_old in ranges if is_old and end > first]
+def file_ranges(files: Sequence[range], replayed: Sequence[bool]) -> list[FileRange]:
+    """Return which of a job's files are of replayed datasets. files: of each dataset."""
+    datasets = zip(files, replayed, strict=True)
+    return [FileRange(first=each.start, end=each.stop) for each, is_old in datasets if is_old and each]
 
 
 def replayed_rows(files: npt.NDArray[Any], ranges: Sequence[FileRange]) -> npt.NDArray[np.bool_]:

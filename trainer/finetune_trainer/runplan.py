@@ -31,6 +31,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from finetune_api.base import Digest, StoredModel, Str64, Str256, Uri, first_problem, sha256_digest
 from finetune_api.errors import StageError
+from finetune_api.governance import Confidentiality
 from finetune_api.job import AdapterMode, DatasetFormat, LossOn, MethodSpec, MethodType, Schedule
 from finetune_api.layout import PLAN, PLANS, join
 from finetune_api.quality import Unit
@@ -38,7 +39,7 @@ from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.status import ResolvedValue
 from finetune_trainer.data.examples import ARRAYS
-from finetune_trainer.origins import MAX_EARLIER, DataOrigin
+from finetune_trainer.origins import MAX_EARLIER, DataOrigin, highest
 
 if TYPE_CHECKING:  # the plan itself needs no storage client
     from finetune_trainer.store import Store
@@ -279,6 +280,13 @@ class RunPlan(StoredModel):
     def earlier_data(self) -> list[DataOrigin]:
         """What the adapter had learned that training went on with."""
         return self.starting_adapter.data if self.starting_adapter is not None else []
+
+    @property
+    def confidentiality(self) -> Confidentiality | None:
+        """How confidential what learned all of its data is; None where that is not said of some of it."""
+        adapter = self.starting_adapter
+        is_unknown = adapter is not None and not adapter.data  # of a release that said nothing of data
+        return None if is_unknown else highest([*self.data, *self.earlier_data])
 
     @property
     def exported_rank(self) -> int:

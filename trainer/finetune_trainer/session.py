@@ -316,6 +316,7 @@ class Session:
         if self.held_out is None:
             return
         sample = sampled_rows(len(self.held_out), self.stepper.hyper.seed)
+        rows = sample if sampled else None
         self.reporter.update(activity="Evaluating")
         stepper = self.stepper
         measured = held_out_loss(
@@ -327,12 +328,12 @@ class Session:
             self.position.step,
             self.stop,
             self.reporter.touch,
-            rows=sample if sampled else None,
+            rows=rows,
             end_ids=self.end_ids or (),
             last_ends=self.last_ends,
         )
         if measured is not None:
-            measured = self._told_apart(measured, sample if sampled else None)
+            measured = self._told_apart(measured, rows)
             found = self._compared(measured if sampled or len(sample) == len(self.held_out) else measured.of(sample))
             # The base's stays first, the oldest of the others go.
             earlier = self.position.evaluations

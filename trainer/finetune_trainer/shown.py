@@ -13,23 +13,22 @@ from finetune_api.errors import StageError
 from finetune_api.job import OnBadRow, PreprocessingSpec, TooLong
 from finetune_api.text_quality import QualitySpec
 from finetune_trainer.context import StageContext
-from finetune_trainer.data import report
 from finetune_trainer.data.accounts import Action, FileAccount, Ledger
 from finetune_trainer.data.bad_rows import BadRows
 from finetune_trainer.data.examples import TokenRun, Tree, flat_sequences
 from finetune_trainer.data.kinds import kind_of, member_names, members_of
 from finetune_trainer.data.model_facts import Model
 from finetune_trainer.data.problems import Drop
-from finetune_trainer.data.quality_report import quality_parts, require_few_poor
+from finetune_trainer.data.quality_report import require_few_poor
 from finetune_trainer.data.reading import Checked, DecodedRows, Select
 from finetune_trainer.data.sketches import Sketch
-from finetune_trainer.data.stages.chain import chain_of
 from finetune_trainer.data.structure import sizes_alone
 from finetune_trainer.reading_steps import (
     DECISIONS_FILE,
     RowsStage,
     dataset_rows,
     find_inputs,
+    funnel,
     no_training_data,
     opened,
     read_datasets,
@@ -285,15 +284,8 @@ def check_unrendered(ctx: StageContext) -> Unrendered:
             _require_trainable(stage, labels)
         except StageError as caught:
             error = caught
-    return Unrendered(_funnel(stage, error), [str(each) for each in stage.formats], error)
-
-
-def _funnel(stage: RowsStage, error: StageError | None) -> dict[str, Any]:
-    """Return what report.json would say of the rows."""
-    chain = chain_of(stage.ctx.config.spec, stage.pii_key)
     state = {"state": "read"} if error is None else {"state": "failed", "problem": str(error)}
-    quality = quality_parts(stage.ctx.config.spec, stage.ledger)
-    return {**state, **report.funnel(stage.ledger, chain, stage.ignored, {}), **quality}
+    return Unrendered({**state, **funnel(stage, {})}, [str(each) for each in stage.formats], error)
 
 
 def _require_trainable(stage: RowsStage, labels: Counter[int]) -> None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api import names
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.names import Stage
+from finetune_api.objects import LocalObjectRef
 from finetune_api.platform import Runtime, Toleration
 from finetune_api.quantity import cpu_count, quantity_bytes
 from finetune_api.reasons import FINAL_EXIT_CODES
@@ -46,6 +48,12 @@ class PodParts:
     args: list[str] = field(default_factory=list[str])
     volumes: list[Manifest] = field(default_factory=list[Manifest])
     mounts: list[Manifest] = field(default_factory=list[Manifest])
+
+
+def pii_secret(spec: FineTuneJobSpec) -> LocalObjectRef | None:
+    """Return the Secret with the key of the job's pseudonyms, if it has one."""
+    pii = spec.preprocessing and spec.preprocessing.pii
+    return pii.key_secret_ref if pii is not None else None
 
 
 def default_resources(runtime: Runtime, stage: Stage) -> RunResources:

@@ -3,7 +3,7 @@
 from finetune_api import names
 from finetune_api.names import Stage
 from finetune_api.run import RunResources
-from finetune_operator.children.base import Manifest, PodParts, Run, default_resources, k8s_job
+from finetune_operator.children.base import Manifest, PodParts, Run, default_resources, k8s_job, pii_secret
 
 
 def resources(run: Run) -> RunResources:
@@ -21,8 +21,7 @@ def render(run: Run, attempt: int) -> list[Manifest]:
 
 def _pii_key(run: Run) -> tuple[list[Manifest], list[Manifest]]:
     """Return (volumes, mounts) with the key of the pseudonyms, nothing else of its Secret; train has no use for it."""
-    preprocessing = run.config.spec.preprocessing
-    secret = preprocessing and preprocessing.pii and preprocessing.pii.key_secret_ref
+    secret = pii_secret(run.config.spec)
     if secret is None:
         return [], []
     items = [{"key": names.PII_SECRET_KEY, "path": names.PII_SECRET_KEY}]

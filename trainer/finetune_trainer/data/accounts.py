@@ -16,12 +16,11 @@ from typing import NamedTuple, Self
 import orjson
 
 from finetune_api.status import DroppedRows
-from finetune_trainer.data.decided import Decided
+from finetune_trainer.data.decided import MAX_PLACES, Decided
 from finetune_trainer.data.licenses import RowLicense
 from finetune_trainer.data.unknown_words import TokenCount
 
 MAX_DECISIONS_BYTES = 256 * 2**20  # of decisions.jsonl: about two million rows
-MAX_PLACES = 5  # that a report names of one thing
 MAX_CHANGES_BYTES = 64 * 2**20  # of them, so that changes of all rows leave room for those that are left out
 _LEAST_ROW_BYTES = len('{"text":"a"}')
 _BEAT_ROWS = 256
@@ -29,6 +28,11 @@ _MAX_REASONS = 10
 _MAX_IGNORED_FIELDS = 500  # all names of facts about rows are fewer, so that none depends on which row is read first
 _MAX_FIELD_NAME = 32
 _CHANGED = b'"action":"change"'  # in a line of decisions; within a text its quotes would be written otherwise
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts by name, the highest first, equal ones by name."""
+    return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
 
 
 class RowPlace(NamedTuple):
@@ -197,6 +201,10 @@ class Ledger:
         self.files[file].stages[stage].dropped += 1
         self.decide(file, number, stage, Action.DROP, reason, detail, ref, words=words, shape=shape)
 
+    def ref(self, file: int, number: int) -> str:
+        """Return how a decision names another row."""
+        return f"{self.files[file].uri}#{number}"
+
     def license(self, file: int, number: int, said: RowLicense, field: str) -> None:
         """Count row `number` of a file by its own licence, and drop it where that is not one that was chosen."""
         account = self.files[file]
@@ -231,18 +239,17 @@ class Ledger:
         """Write what was done to a row.
 
         Beyond MAX_DECISIONS_BYTES, and as a change beyond MAX_CHANGES_BYTES, it is counted and no longer listed."""
-        is_change = action is Action.CHANGE
         record = {"file": self.files[file].uri, "row": number, "stage": stage, "action": action, "reason": reason}
         more = {"ref": ref, "detail": detail, "words": words, "shape": shape}
         record |= {name: value for name, value in more.items() if value}
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-        self.decided.add(line)
-        if self._is_full(is_change):
-            self._unlisted[reason] += 1
-        else:
-            self._list(file, number, line, is_change)
+        self._take(file, number, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002 (of the interface)
+    def _take(self, file: int, number: int, line: bytes) -> None:  # noqa: ARG002 (of the interface)
+        self.decided.add(line)
+        is_change = _CHANGED in line
+        if self._written_bytes >= MAX_DECISIONS_BYTES or (is_change and self._changes_bytes >= MAX_CHANGES_BYTES):
+            self._unlisted[orjson.loads(line)["reason"]] += 1
+            return
         size_bytes = self._decisions.write(line)
         self._written_bytes += size_bytes
         self._changes_bytes += size_bytes * is_change
@@ -251,15 +258,7 @@ class Ledger:
         """Add the decisions of a partition, which `PartitionLedger` wrote, under the same bounds."""
         with path.open("rb") as file:
             for line in file:
-                self.decided.add(line)
-                is_change = _CHANGED in line
-                if self._is_full(is_change):
-                    self._unlisted[orjson.loads(line)["reason"]] += 1
-                else:
-                    self._list(0, 0, line, is_change)
-
-    def _is_full(self, is_change: bool) -> bool:
-        return self._written_bytes >= MAX_DECISIONS_BYTES or (is_change and self._changes_bytes >= MAX_CHANGES_BYTES)
+                self._take(0, 0, line)
 
     def flush(self) -> None:
         """Make decisions so far readable, the last line telling how many rows are not listed."""
@@ -324,7 +323,7 @@ class Ledger:
 
     def dropped_rows(self) -> list[DroppedRows]:
         """Rows dropped by reason, most first; at most ten entries, the rest as `other`."""
-        ordered = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+        ordered = list(most_first(self.dropped).items())
         shown = ordered if len(ordered) <= _MAX_REASONS else ordered[: _MAX_REASONS - 1]
         rest = sum(rows for _, rows in ordered[len(shown) :])
         return [DroppedRows(reason=reason, rows=rows) for reason, rows in shown] + (
@@ -335,17 +334,15 @@ class Ledger:
 class PartitionLedger(Ledger):
     """The ledger of one partition, whose decisions are written in the order of its rows once they are flushed.
 
-    So decisions.jsonl is the same, however rows are cut into partitions and batches."""
+    So decisions.jsonl is the same, however rows are cut into partitions and batches. They are counted, and bounded,
+    by the ledger that takes them; the rows of a partition are bounded."""
 
     def __init__(self, path: Path, on_rows: Callable[[int], None] = lambda _: None) -> None:
         super().__init__(path, on_rows)
         self._held: list[tuple[int, int, bytes]] = []
 
-    def _list(self, file: int, number: int, line: bytes, is_change: bool) -> None:  # noqa: ARG002
+    def _take(self, file: int, number: int, line: bytes) -> None:
         self._held.append((file, number, line))
-
-    def _is_full(self, is_change: bool) -> bool:  # noqa: ARG002 (the rows of a partition are bounded)
-        return False
 
     def flush(self) -> None:
         """Write what is held."""

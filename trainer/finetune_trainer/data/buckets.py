@@ -3,9 +3,9 @@
 Buckets lie in a file, by the first bits of the hash, and so in its order; each is read in pieces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,10 +79,9 @@ class Buckets:
             yield self._hashed[begin : min(last, begin + BUCKET_ROWS)]
 
 
-def first_of_each(hashed: Array) -> Mask:
-    """(rows,) whether each is the first of its hash. hashed: in the order of hashes."""
-    is_first = np.ones(len(hashed), dtype=np.bool_)
-    high, low = hashed["high"], hashed["low"]
+def first_of_each(high: Array, low: Array) -> Mask:
+    """(rows,) whether each is the first of its hash. high, low: halves of the hashes, in their order."""
+    is_first = np.ones(len(high), dtype=np.bool_)
     is_first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     return is_first
 
@@ -100,7 +99,7 @@ def gathered(groups: Array, more: Array) -> Array:
     """Return the groups of both, those of one hash being one, in the order of their hashes."""
     both = np.concatenate([groups, more])
     both = both[np.lexsort((both["row"], -both["worth"], both["low"], both["high"]))]
-    firsts = np.flatnonzero(first_of_each(both))
+    firsts = np.flatnonzero(first_of_each(both["high"], both["low"]))
     found = both[firsts]
     if len(found) < len(both):
         for name in ("rows", "examples"):
@@ -108,20 +107,33 @@ def gathered(groups: Array, more: Array) -> Array:
     return found
 
 
-def groups_of(pieces: Iterator[Array]) -> Array:
-    """Return the groups of a bucket, each row being worth the same."""
+def groups_of(pieces: Iterable[Array], each: Callable[[Array], Array] = alone) -> Array:
+    """Return the groups of a bucket. each: the rows of a piece as groups of themselves."""
     groups = np.empty(0, dtype=GROUP)
     for piece in pieces:
-        groups = gathered(groups, alone(piece))
+        groups = gathered(groups, each(piece))
     return groups
+
+
+class CopiesIn(NamedTuple):
+    """(…,) rows of a piece, and of which row each is a copy."""
+
+    rows: Array
+    of: Array
+
+
+def copies_in(groups: Array, piece: Array) -> CopiesIn:
+    """Return the rows of a piece that are not the one of their group."""
+    of = groups["row"][group_of_each(groups, piece)]
+    is_copy = of != piece["row"]
+    return CopiesIn(piece["row"][is_copy], of[is_copy])
 
 
 def group_of_each(groups: Array, piece: Array) -> npt.NDArray[np.int64]:
     """(rows,) the place among the groups of each row's own; -1 where it is not there. groups: each hash once."""
     high, low = (np.concatenate([groups[name], piece[name]]) for name in ("high", "low"))
     order = np.lexsort((low, high))  # stable: a group comes before the rows of its hash
-    is_first = np.ones(len(order), dtype=np.bool_)
-    is_first[1:] = (high[order][1:] != high[order][:-1]) | (low[order][1:] != low[order][:-1])
+    is_first = first_of_each(high[order], low[order])
     first = order[is_first][np.cumsum(is_first) - 1]
     found = np.empty(len(order), dtype=np.int64)
     found[order] = np.where(first < len(groups), first, -1)

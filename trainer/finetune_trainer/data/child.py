@@ -35,6 +35,11 @@ def limit_data(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def allow_cpu(cpu_s: float) -> None:
+    """SIGPROF ends this process after so much more CPU, of all threads: a loop in C heeds no handler. 0 allows any."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
 def streams() -> tuple[IO[bytes], IO[bytes]]:
     """Return what this child reads requests from and writes replies to; it ends when the first does, at no signal."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent closes stdin when it ends

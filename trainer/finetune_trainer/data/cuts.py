@@ -4,6 +4,7 @@ Each token of a vocabulary has a mark that says what it begins or ends, so that 
 by numpy, and no text has to be read a second time.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def mark_of(token: str) -> int:
     hashes = len(token) if set(token) == {"#"} else 0
     flags = {
         NEWLINE: "\n" in token,
-        PARAGRAPH: token.replace(" ", "").replace("\r", "").find("\n\n") >= 0,
+        PARAGRAPH: "\n\n" in token.replace(" ", "").replace("\r", ""),
         HEADING: hashes > 0,
         SENTENCE: bare.endswith(_SENTENCE_ENDS),
         SPACE: token[:1].isspace(),
@@ -57,11 +58,10 @@ def marks_of(vocabulary: Iterable[tuple[str, int]], size: int) -> Marks:
     return marks
 
 
-def strengths(ids: npt.NDArray[np.uint32], marks: Marks) -> npt.NDArray[np.uint8]:
-    """Return by token how well the text may be cut before it."""
-    own = marks[ids]
-    found = np.zeros(len(ids), dtype=np.uint8)
-    if len(ids) < 2:
+def strengths(own: Marks) -> npt.NDArray[np.uint8]:
+    """Return by token how well the text may be cut before it. own: (tokens,) the mark of each."""
+    found = np.zeros(len(own), dtype=np.uint8)
+    if len(own) < 2:
         return found
     before, here = own[:-1], own[1:]
     is_line = before & NEWLINE > 0
@@ -91,28 +91,32 @@ class _Heading(NamedTuple):
 
 
 class Headings:
-    """The headings of a text, by which the path to any of its places is told."""
+    """The headings of a text, by which the path to its places is told, one after another.
 
-    def __init__(self, ids: npt.NDArray[np.uint32], marks: Marks) -> None:
-        own = marks[ids]
+    own: (tokens,) the mark of each."""
+
+    def __init__(self, ids: npt.NDArray[np.uint32], own: Marks) -> None:
         line_ends = np.flatnonzero(own & NEWLINE > 0) + 1
         self._ids = ids
-        self._all: list[_Heading] = []
+        self._path: list[_Heading] = []  # of the last place
+        self._next: deque[_Heading] = deque()  # behind it
         for begin in np.flatnonzero(_headings(own)).tolist():
             at = int(line_ends.searchsorted(begin, side="right"))
             end = int(line_ends[at]) if at < len(line_ends) else len(ids)
-            self._all.append(_Heading(begin, end, _level(own, begin)))
+            self._next.append(_Heading(begin, end, _level(own, begin)))
 
     def above(self, place: int, most: int) -> npt.NDArray[np.uint32]:
-        """Return the tokens of the headings that a place stands under, the innermost where all are too many."""
-        path: list[_Heading] = []
-        for heading in self._all:
-            if heading.begin > place:
-                break
-            while path and path[-1].level >= heading.level:
-                path.pop()
-            if heading.begin < place:
-                path.append(heading)
+        """Return the tokens of the headings that a place stands under, the innermost where all are too many.
+
+        Each place lies behind the one that was asked for before."""
+        while self._next and self._next[0].begin < place:
+            heading = self._next.popleft()
+            while self._path and self._path[-1].level >= heading.level:
+                self._path.pop()
+            self._path.append(heading)
+        path = self._path
+        if self._next and self._next[0].begin == place:
+            path = [each for each in path if each.level < self._next[0].level]
         parts: list[npt.NDArray[np.uint32]] = []
         for heading in reversed(path):
             if heading.end > place or sum(map(len, parts)) + heading.end - heading.begin > most:
@@ -142,15 +146,16 @@ def split(ids: npt.NDArray[np.uint32], limit: int, marks: Marks, with_headings: 
 
     Each piece but the first begins with context: the headings above it, or the last token of the one before. So every
     token but the text's first is learned exactly once."""
-    strength = strengths(ids, marks)
-    headings = Headings(ids, marks) if with_headings else None
+    own = marks[ids]
+    strength = strengths(own)
+    headings = Headings(ids, own) if with_headings else None
     pieces: list[Piece] = []
     begin, context = 0, ids[:0]
     while len(ids) - begin > limit - len(context):
         room = limit - len(context)
         half = begin + max(1, room // 2)
         best = strength[half + 1 : begin + room + 1]
-        end = half + 1 + len(best) - 1 - int(np.argmax(best[::-1])) if len(best) and best.max() else begin + room
+        end = half + len(best) - int(np.argmax(best[::-1])) if len(best) and best.max() else begin + room
         pieces.append(_piece(ids, begin, end, context))
         begin = end
         context = headings.above(begin, limit // _CONTEXT_SHARE) if headings is not None else ids[:0]

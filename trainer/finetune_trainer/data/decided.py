@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-MAX_PLACES = 5  # of rows that are left out for one reason
+MAX_PLACES = 5  # that a report names of one thing
 _STAGE, _REASON, _DROP = b'"stage":"', b'"reason":"', b'"action":"drop"'
 
 

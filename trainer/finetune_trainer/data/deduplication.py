@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from finetune_api import defaults
 from finetune_api.duplicates import Copies, DeduplicationSpec
-from finetune_api.job import FineTuneJobSpec, MethodType
+from finetune_api.job import FineTuneJobSpec
+from finetune_trainer.methods import method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ def deduplication_of(spec: FineTuneJobSpec) -> Deduplication:
     """Return what a job does. It follows from the spec alone: every worker process does the same."""
     given = (spec.preprocessing and spec.preprocessing.deduplication) or DeduplicationSpec()
     exact = Copies(defaults.given(given.exact, defaults.EXACT_COPIES))
-    drops = spec.method.type is MethodType.CPT and exact is Copies.DROP
+    drops = exact is Copies.DROP and method_of(spec.method.type).drops_near_copies
     near = Copies(defaults.CPT_NEAR_COPIES if drops else defaults.NEAR_COPIES)
     return Deduplication(
         exact=exact,

@@ -82,7 +82,8 @@ def require_rows_fit(partitions: Path, spool: Path, rows: int, limit_bytes: int)
 
 def require_pairs_fit(spool: Path, limit_bytes: int) -> None:
     """Raise PREPARE_TOO_SMALL where the rows do not fit beside the pairs that are made of them."""
-    _require(2 * size_of(spool), limit_bytes, "disk for rated answers and the pairs that are made of them")
+    needed = 2 * size_of(spool) - sketch_bytes(spool)  # near copies are looked for before
+    _require(needed, limit_bytes, "disk for rated answers and the pairs that are made of them")
 
 
 def require_arrays_fit(spool: Path, division: Division, limit_bytes: int) -> None:

@@ -16,11 +16,10 @@ from finetune_api.defaults import HOLDOUT_FRACTION, MAX_HELD_OUT_ROWS, MIN_ROWS_
 from finetune_trainer.data.accounts import RowPlace
 from finetune_trainer.data.buckets import (
     CHUNK,
-    GROUP,
     HASHED,
     Buckets,
     alone,
-    gathered,
+    copies_in,
     group_of_each,
     groups_of,
 )
@@ -210,10 +209,9 @@ def _mark_copies(buckets: Buckets, bucket: int, use: npt.NDArray[np.uint8], copy
     firsts = groups_of(buckets.pieces(bucket))
     if (firsts["rows"] > 1).any():
         for piece in buckets.pieces(bucket):
-            of = firsts["row"][group_of_each(firsts, piece)]
-            is_copy = of != piece["row"]
-            use[piece["row"][is_copy]] |= np.uint8(_COPY)
-            copy_of[piece["row"][is_copy]] = of[is_copy]
+            copies = copies_in(firsts, piece)
+            use[copies.rows] |= np.uint8(_COPY)
+            copy_of[copies.rows] = copies.of
     return len(firsts)
 
 
@@ -228,13 +226,15 @@ class _Room(NamedTuple):
 
 def _chosen(buckets: Buckets, rows: Array, use: npt.NDArray[np.uint8], room: _Room) -> Iterator[tuple[int, Array]]:
     """Yield the clusters of each bucket that are held out, as far as there is room."""
+
+    def without_copies(piece: Array) -> Array:
+        own = piece[(use[piece["row"]] & _COPY) == 0]
+        return alone(own, examples=rows["examples"][own["row"]])
+
     for bucket in range(buckets.count):
         if not room.rows:
             return
-        groups = np.empty(0, dtype=GROUP)
-        for piece in buckets.pieces(bucket):
-            own = piece[(use[piece["row"]] & _COPY) == 0]
-            groups = gathered(groups, alone(own, examples=rows["examples"][own["row"]]))
+        groups = groups_of(buckets.pieces(bucket), without_copies)
         taken, room = _taken(groups, room)
         yield bucket, taken
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.buckets import GROUP, Buckets, alone, gathered, group_of_each
+from finetune_trainer.data.buckets import Buckets, alone, copies_in, groups_of
 from finetune_trainer.data.left_out import Why
 from finetune_trainer.data.told_groups import ToldGroups
 
@@ -39,20 +39,19 @@ def find_copies(
     """Write into `left_out` which rows say the same as one that goes on, and which one that is.
 
     rows: (rows,) ROW; file_weights: (files,) of the dataset of each; left_out: (rows,) LEFT_OUT; path: for a file."""
+
+    def worth(piece: Array) -> Array:
+        records = rows[piece["row"]]
+        return alone(piece, records["weight"] * file_weights[records["file"]])
+
     buckets = Buckets(path, rows)
     found = ExactCopies(ToldGroups(place_of))
     for bucket in range(buckets.count):
-        groups = np.empty(0, dtype=GROUP)
-        for piece in buckets.pieces(bucket):
-            records = rows[piece["row"]]
-            worth = records["weight"] * file_weights[records["file"]]
-            groups = gathered(groups, alone(piece, worth))
+        groups = groups_of(buckets.pieces(bucket), worth)
         found.told.add(groups, lambda bucket=bucket: buckets.pieces(bucket))
         if (groups["rows"] > 1).any():
             for piece in buckets.pieces(bucket):
-                kept = groups["row"][group_of_each(groups, piece)]
-                is_copy = kept != piece["row"]
-                copies, kept = piece["row"][is_copy], kept[is_copy]
+                copies, kept = copies_in(groups, piece)
                 left_out["why"][copies], left_out["of"][copies] = Why.COPY, kept
                 found.copies += len(copies)
                 found.weighted += int((rows["weight"][copies] != rows["weight"][kept]).sum())

@@ -11,7 +11,7 @@ from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
-from finetune_api.spdx import MAX_EXPRESSION_CHARS, NotAnExpressionError, is_allowed, names_in
+from finetune_api.spdx import MAX_EXPRESSION_CHARS, NotAnExpressionError, may_use, names_in
 from finetune_trainer.data.problems import Drop
 
 # Names in the report for what has none there: what a row says may be data.
@@ -68,12 +68,7 @@ def _counted_as(said: str, wanted: dict[str, str]) -> str:
 
 
 def _is_wanted(said: str, wanted: dict[str, str]) -> bool:
-    if said.casefold() in wanted:
-        return True
-    try:
-        return is_allowed(said, wanted)
-    except NotAnExpressionError:
-        return False
+    return said.casefold() in wanted or may_use(said, wanted)
 
 
 @cache

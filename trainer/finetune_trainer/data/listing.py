@@ -133,14 +133,12 @@ def _match(store: Store, uri: str, takes_documents: bool) -> _Matched:
     """Return what a URI matches; a file that is named itself is data, whatever its name.
 
     Beside files of rows a document is none: a dataset that was downloaded has a README.md beside its rows."""
-    found = store.match(uri, _MAX_FILES)
+    found, folder = store.match(uri, _MAX_FILES), uri[: fixed_prefix(uri).rfind("/") + 1]
     if not is_pattern(uri) and not uri.endswith("/"):
-        folder = uri[: uri.rfind("/") + 1]
         return _Matched(found, [], [], are_documents=takes_documents and document_of(uri) is not None, folder=folder)
-    begin = fixed_prefix(uri).rfind("/") + 1
-    matched, documents = _Matched([], [], []), list[ObjectInfo]()
+    matched, documents = _Matched([], [], [], folder=folder), list[ObjectInfo]()
     for info in found:
-        if any(_NO_DATA.fullmatch(part) for part in info.uri[begin:].split("/")):
+        if any(_NO_DATA.fullmatch(part) for part in info.uri[len(folder) :].split("/")):
             matched.hidden.append(info.uri)
         elif notation_of(info.uri) is not None:
             matched.data.append(info)
@@ -149,7 +147,7 @@ def _match(store: Store, uri: str, takes_documents: bool) -> _Matched:
         else:
             matched.others.append(info.uri)
     if documents and not matched.data:
-        return matched._replace(data=documents, are_documents=True, folder=fixed_prefix(uri)[:begin])
+        return matched._replace(data=documents, are_documents=True)
     return matched._replace(beside=[info.uri for info in documents])
 
 

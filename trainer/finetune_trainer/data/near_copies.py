@@ -9,12 +9,12 @@ of equally long ones that of the lowest hash, then, in order, each row that is n
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.buckets import CHUNK, GROUP, Buckets, alone, first_of_each, gathered, group_of_each
+from finetune_trainer.data.buckets import CHUNK, Buckets, alone, first_of_each, group_of_each, groups_of
 from finetune_trainer.data.components import Components
 from finetune_trainer.data.left_out import Why
 from finetune_trainer.data.mapped import mapped, new_mapped
@@ -56,17 +56,22 @@ class Sketched:
 
     def are_alike(self, one: int, other: int) -> bool:
         """Return whether so much of all that two rows say is the same."""
-        asked, more_asked = self._asked(one), self._asked(other)
-        said, more_said = self._said(one), self._said(other)
-        return _share([(asked, more_asked), (said, more_said)]) >= self._similarity
+        return _share(self._shared_asked(one, other), self._shared_said(one, other)) >= self._similarity
 
     def are_copies(self, one: int, other: int) -> bool:
         """Return whether two rows are near copies: alike, what they answer by itself too, and rated alike."""
         if self.rows["label"][one] != self.rows["label"][other]:
             return False
-        if _share([(self._said(one), self._said(other))]) < self._similarity:
+        said = self._shared_said(one, other)
+        if _share(said) < self._similarity:
             return False
-        return self.are_alike(one, other)
+        return _share(self._shared_asked(one, other), said) >= self._similarity
+
+    def _shared_asked(self, one: int, other: int) -> "_Shared":
+        return _shared(self._asked(one), self._asked(other))
+
+    def _shared_said(self, one: int, other: int) -> "_Shared":
+        return _shared(self._said(one), self._said(other))
 
     def _asked(self, row: int) -> npt.NDArray[np.uint32]:
         begin = int(self._begins[row])
@@ -77,14 +82,23 @@ class Sketched:
         return self._shingles[begin : begin + int(self.sizes["said"][row])]
 
 
-def _share(pairs: list[tuple[Array, Array]]) -> float:
+class _Shared(NamedTuple):
+    """How many hashes are in both of two sets, and in one of them at least."""
+
+    both: int
+    every: int
+
+
+def _shared(one: Array, other: Array) -> _Shared:
+    one, other = _comparable(one, other)
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return _Shared(both, len(one) + len(other) - both)
+
+
+def _share(*parts: _Shared) -> float:
     """Return the Jaccard similarity of two rows, each of several sets: what is in both of all that is in one."""
-    shared = every = 0
-    for one, other in pairs:
-        one, other = _comparable(one, other)
-        both = len(np.intersect1d(one, other, assume_unique=True))
-        shared, every = shared + both, every + len(one) + len(other) - both
-    return shared / every if every else 1.0
+    both, every = sum(each.both for each in parts), sum(each.every for each in parts)
+    return both / every if every else 1.0
 
 
 def _comparable(one: Array, other: Array) -> tuple[Array, Array]:
@@ -152,7 +166,7 @@ def _meeting(pieces: Iterator[Array]) -> Iterator[list[int]]:
     for piece in pieces:
         both = piece if firsts is None else np.concatenate([firsts, piece])
         both = both[np.lexsort((both["row"], both["high"]))]
-        is_first = first_of_each(both)
+        is_first = first_of_each(both["high"], both["low"])
         firsts = both[is_first]
         begins = np.flatnonzero(is_first)
         sizes = np.diff(np.append(begins, len(both)))
@@ -181,9 +195,7 @@ def _resolve(
     beat: Callable[[], None],
 ) -> None:
     """Choose which rows of the clusters in a bucket go on."""
-    groups = np.empty(0, dtype=GROUP)
-    for piece in buckets.pieces(bucket):
-        groups = gathered(groups, alone(piece, _worth(sketched, piece["row"])))
+    groups = groups_of(buckets.pieces(bucket), lambda piece: alone(piece, _worth(sketched, piece["row"])))
     found.told.add(groups, lambda: buckets.pieces(bucket))
     if not (groups["rows"] > 1).any():
         return

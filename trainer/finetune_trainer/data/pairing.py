@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.data.accounts import Ledger
-from finetune_trainer.data.buckets import CHUNK, Buckets
+from finetune_trainer.data.buckets import CHUNK, Buckets, first_of_each
 from finetune_trainer.data.division import JOINED
 from finetune_trainer.data.examples import TokenRun, Tree
 from finetune_trainer.data.mapped import mapped, new_mapped
@@ -125,8 +125,8 @@ def _found(spooled: _Spooled, path: Path, fates: npt.NDArray[np.uint8], left_out
         hashed = np.concatenate(pieces)
         hashed = hashed[spooled.rows["label"][hashed["row"]] != 0]
         hashed = hashed[np.lexsort((hashed["row"], hashed["low"], hashed["high"]))]
-        changes = (hashed["high"][1:] != hashed["high"][:-1]) | (hashed["low"][1:] != hashed["low"][:-1])
-        for rows in np.split(hashed["row"].astype(np.int64), np.flatnonzero(changes) + 1):
+        begins = np.flatnonzero(first_of_each(hashed["high"], hashed["low"]))[1:]
+        for rows in np.split(hashed["row"].astype(np.int64), begins):
             yield _of_prompt(spooled, rows, fates)
 
 

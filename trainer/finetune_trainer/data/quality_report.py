@@ -4,13 +4,13 @@ from typing import Any
 
 from finetune_api import defaults
 from finetune_api.errors import StageError
-from finetune_api.job import FineTuneJobSpec, PreprocessingSpec
+from finetune_api.job import FineTuneJobSpec
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
 from finetune_api.run import MAX_ARG_CHARS
-from finetune_api.text_quality import RULES, QualitySpec
-from finetune_trainer.data.accounts import FieldPlace, Ledger
-from finetune_trainer.data.stages.quality import JUDGED, LANGUAGE, STAGE, judge_of
+from finetune_api.text_quality import RULES
+from finetune_trainer.data.accounts import FieldPlace, Ledger, most_first
+from finetune_trainer.data.stages.quality import JUDGED, LANGUAGE, STAGE, judge_of, quality_of
 
 _PLACES_IN_WORDS = 2
 _REASONS = tuple(dict.fromkeys(rule.reason for rule in RULES.values()))
@@ -47,7 +47,7 @@ def language_report(ledger: Ledger) -> dict[str, int]:
     counts = {
         name.removeprefix(LANGUAGE): rows for name, rows in ledger.counted[STAGE].items() if name.startswith(LANGUAGE)
     }
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return most_first(counts)
 
 
 def require_few_poor(spec: FineTuneJobSpec, ledger: Ledger) -> None:
@@ -69,8 +69,7 @@ def require_few_poor(spec: FineTuneJobSpec, ledger: Ledger) -> None:
 
 
 def _max_fraction(spec: FineTuneJobSpec) -> float:
-    given = (spec.preprocessing or PreprocessingSpec()).quality or QualitySpec()
-    return defaults.given(given.max_dropped_fraction, defaults.MAX_POOR_FRACTION)
+    return defaults.given(quality_of(spec).max_dropped_fraction, defaults.MAX_POOR_FRACTION)
 
 
 def _found(ledger: Ledger) -> list[str]:

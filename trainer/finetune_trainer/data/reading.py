@@ -1,7 +1,7 @@
 """Files to checked rows, in order: which of them are broken, and when that ends the job."""
 
 import logging
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -76,7 +76,6 @@ def checked_rows(
     work_dir: Path,
     formats: list[DatasetFormat],
     select: Select = every_row,
-    processes: int = 1,
     template: str = PLAIN,
 ) -> Iterator[Checked]:
     """Valid rows of one dataset, in order; its format is appended to `formats` before the first.
@@ -86,17 +85,13 @@ def checked_rows(
     Raises WRONG_FORMAT, BROKEN_ROW, BROKEN_FILE, INPUT_CHANGED.
     """
     choices = choices_for(inputs, choices)
-    with closing(
-        RawReader(store, ledger, inputs, unread_columns(choices), work_dir, processes, template).rows()
-    ) as rows:
+    with closing(RawReader(store, ledger, inputs, unread_columns(choices), work_dir, template=template).rows()) as rows:
         peeked = list(peek(rows))
-        found = shape_of(inputs, given, ledger, peeked, method, choices)
+        found = shape_of(inputs, given, ledger, peeked, method, choices, len(formats))
         if found is None:
             _count_broken(ledger, bad, peeked, method, choices)
             raise bad.error()
         formats.append(found.shape)
-        if choices.preference.model_fields_set and peeked:
-            detect.check_preference(found.shape, choices, len(formats) - 1, decoded_values(peeked))
         choices = replace(choices, told_by=found.told_by)
         decoded = ((file, decode_row(row)) for file, row in chain(_given_away(peeked), rows))
         yield from valid_rows(ledger, bad, select(decoded), found.shape, choices)
@@ -114,16 +109,18 @@ def shape_of(
     peeked: list[PlacedRow],
     method: MethodType,
     choices: RowChoices,
+    dataset: int,
 ) -> detect.Detected | None:
-    """Return the format of a dataset; None when no row is an object. Raises WRONG_FORMAT."""
+    """Return the format of a dataset of this number; None when no row is an object.
+
+    Raises WRONG_FORMAT, and what `check_preference` does."""
     if inputs.documents:
-        return detect.Detected(DatasetFormat.TEXT, "its files are documents, which have")
-    return detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
-
-
-def decoded_values(peeked: Sequence[PlacedRow]) -> Iterator[object]:
-    """Yield the values of rows, decoded."""
-    return (decode_row(row).value for _, row in peeked)
+        found = detect.Detected(DatasetFormat.TEXT, "its files are documents, which have")
+    else:
+        found = detect.given_shape(given) if given else detect_format(ledger, peeked, method, choices)
+    if found is not None and peeked and choices.preference.model_fields_set:
+        detect.check_preference(found.shape, choices, dataset, (decode_row(row).value for _, row in peeked))
+    return found
 
 
 def unread_columns(choices: RowChoices) -> Collection[str]:

@@ -16,9 +16,12 @@ def redacted_shape(value: object, depth: int = 0) -> str:
         fields = cast(dict[str, object], value)
         if depth == _MAX_DEPTH:
             return f"{{{len(fields)} fields}}"
-        said = [f"{shown(name)}: {redacted_shape(fields[name], depth + 1)}" for name in list(fields)[:_MAX_FIELDS]]
+        said = [
+            f"{shortened(shown(name), MAX_SHAPE_CHARS)}: {redacted_shape(fields[name], depth + 1)}"
+            for name in list(fields)[:_MAX_FIELDS]
+        ]
         said += [f"{len(fields) - _MAX_FIELDS} more"] if len(fields) > _MAX_FIELDS else []
-        return shortened(f"{{{', '.join(said)}}}", MAX_SHAPE_CHARS)
+        return f"{{{', '.join(said)}}}"[:MAX_SHAPE_CHARS]
     if isinstance(value, list):
         items = cast(list[object], value)
         if not items:
@@ -26,7 +29,7 @@ def redacted_shape(value: object, depth: int = 0) -> str:
         if depth == _MAX_DEPTH:
             return f"[{len(items)} values]"
         more = f", {len(items) - 1} more" if len(items) > 1 else ""
-        return shortened(f"[{redacted_shape(items[0], depth + 1)}{more}]", MAX_SHAPE_CHARS)
+        return f"[{redacted_shape(items[0], depth + 1)}{more}]"[:MAX_SHAPE_CHARS]
     return _kind(value)
 
 

@@ -6,7 +6,6 @@ once their texts, or the time they took, are much.
 """
 
 import resource
-import signal
 import sys
 import time
 from datetime import datetime
@@ -18,7 +17,7 @@ import orjson
 from finetune_api.redact import shortened
 from finetune_api.row_words import MAX_LINE_BYTES
 from finetune_trainer.data.answers import everything, learnable, marks_differ
-from finetune_trainer.data.child import streams
+from finetune_trainer.data.child import allow_cpu, streams
 from finetune_trainer.data.containment import Dress, Lost, Part, dresses, lost, of_unique_words, shape_of
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.opened_reasoning import with_openings
@@ -69,7 +68,7 @@ class Writer:
         A sequence is [text, spans]; words are of the code or the template's own literals."""
         chat = Chat(row["messages"], row["learned"], row.get("tools"), row.get("template_kwargs") or {})
         try:
-            _allow(self._row_cpu_s)
+            allow_cpu(self._row_cpu_s)
             opened = with_openings(self._template, chat)
             return self._written(opened, {Note.OPENING_ADDED} if opened is not chat else set())
         except AnswerError as error:
@@ -79,17 +78,17 @@ class Writer:
         except (MemoryError, RecursionError) as error:
             return [None, [Problem.TEMPLATE_FAILED, "", type(error).__name__]]
         finally:
-            _allow(0)
+            allow_cpu(0)
 
     def _written(self, chat: Chat, noted: set[Note]) -> list[Any]:
         key = shape_of(chat)
         shape = self._shapes.get(key)
         if shape is None:
-            _allow(self._row_cpu_s)
+            allow_cpu(self._row_cpu_s)
             shape = self._tried(chat)
             if len(self._shapes) < _MAX_SHAPES:
                 self._shapes[key] = shape
-        _allow(self._row_cpu_s)
+        allow_cpu(self._row_cpu_s)
         sequences, notes, gone = self._rendered(shape.dress.on(chat))
         if sum(len(each.text) for each in sequences) > MAX_TEXT:
             words = f"it makes more than {MAX_TEXT // 2**20} Mi characters of the row"
@@ -176,11 +175,6 @@ def _failure(template: ChatTemplate, dress: Dress) -> str | None:
     return None
 
 
-def _allow(cpu_s: float) -> None:
-    """SIGPROF ends the process after so much CPU: a loop in C heeds no Python handler. 0 allows any."""
-    signal.setitimer(signal.ITIMER_PROF, cpu_s)
-
-
 def _told(error: Exception) -> str:
     """Return what an error says that comes from the template alone, with its line."""
     line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -195,14 +189,14 @@ def main() -> int:
     if begin is None:
         return 0
     setup = orjson.loads(begin)
-    _allow(setup["row_cpu_s"])
+    allow_cpu(setup["row_cpu_s"])
     try:
         template = ChatTemplate(setup["source"], setup["special_tokens"], datetime.fromisoformat(setup["now"]))
     except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
         write_frame(replies, orjson.dumps({"problem": _told(error)}))
         return 0
     fails_always = failure_of_all(template)
-    _allow(0)
+    allow_cpu(0)
     write_frame(replies, orjson.dumps({"problem": None, "fails_always": fails_always}))
     writer = Writer(template, setup)
     while (request := read_frame(requests, MAX_MESSAGE_BYTES)) is not None:

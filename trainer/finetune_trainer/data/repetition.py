@@ -5,9 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.spans import Block, Bools, Hashes, Ints, Spans, mixed
+from finetune_trainer.data.spans import MAX_TEXTS, Block, Bools, Hashes, Ints, Spans, mixed
 
-MAX_TEXTS = 2**12  # of a block: the high bits of a key are for them
 _TEXT_SHIFT, _HASH_SHIFT = np.uint64(52), np.uint64(12)
 _STEP = np.uint64(0x9FB21C651E98DF25)
 

@@ -1,7 +1,7 @@
 """report.json: what became of every row, how long rows are, how fast it went. No content."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.batches import CHUNK, Mix
-from finetune_trainer.data.accounts import FileAccount, Ledger
+from finetune_trainer.data.accounts import FileAccount, Ledger, most_first
 from finetune_trainer.data.examples import Examples
 from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.passes import computed_tokens, passes
@@ -49,7 +49,7 @@ def funnel(ledger: Ledger, chain: Sequence[Stage], ignored: Sequence[str], secon
         "ignored_files_total": len(ignored),
         "changed": dict(sorted(ledger.changes.items())),
         "counted": {stage: dict(sorted(counts.items())) for stage, counts in sorted(ledger.counted.items())},
-        "ignored_fields": _most_first(ledger.ignored_fields),
+        "ignored_fields": most_first(ledger.ignored_fields),
         "stages": {
             stage: {"seconds": round(spent, 3), "bytes_per_second": round(size_bytes / spent) if spent else None}
             for stage, spent in seconds.items()
@@ -63,11 +63,7 @@ def licenses(index: int, field: str, files: Sequence[FileAccount]) -> dict[str, 
     for account in files:
         taken.update(account.licenses)
         left.update(account.left_licenses)
-    return {"dataset": index, "field": field, "taken": _most_first(taken), "left_out": _most_first(left)}
-
-
-def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return {"dataset": index, "field": field, "taken": most_first(taken), "left_out": most_first(left)}
 
 
 def shares(plan: StepPlan, mix: Mix, examples: npt.NDArray[Any]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_CHARACTERS = 2**19  # of a text: what follows is not looked at
+MAX_TEXTS = 2**12  # of a block: the high bits of a key are for them
 _MAX_BLOCK_BYTES = 2**20  # of the texts that are looked at together, but for the last one
 
 Ints = npt.NDArray[np.int64]
@@ -53,7 +54,7 @@ _VALUES = _values()
 @cache
 def _powers(base: int) -> Hashes:
     """Return the powers of a base modulo 2^64, for as many bytes as a block may have."""
-    found = np.full(_MAX_BLOCK_BYTES + 4 * MAX_CHARACTERS + 3, base, dtype=np.uint64)
+    found = np.full(_MAX_BLOCK_BYTES + 4 * MAX_CHARACTERS + MAX_TEXTS + 3, base, dtype=np.uint64)
     found[0] = 1
     return np.cumprod(found, dtype=np.uint64)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import re2
 
-from finetune_trainer.data.repetition import MAX_TEXTS, Floats, Repeated, WordRuns, repeated
-from finetune_trainer.data.spans import Block, Bools, Ints, Spans, blocks
+from finetune_trainer.data.repetition import Floats, Repeated, WordRuns, repeated
+from finetune_trainer.data.spans import MAX_TEXTS, Block, Bools, Ints, Spans, blocks
 
 _SHORT_LINE = 30  # characters, as FineWeb has it
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")  # Gopher's
@@ -113,38 +113,16 @@ class _Figures:
         return self._block.per_text(self._block.text_of(_places(self._block, _LOREM)))
 
     @cached_property
-    def _lines_again(self) -> Repeated:
+    def lines_again(self) -> Repeated:
         return repeated(self._block, self._block.lines)
 
     @cached_property
-    def _paragraphs_again(self) -> Repeated:
+    def paragraphs_again(self) -> Repeated:
         return repeated(self._block, self._block.paragraphs)
 
-    @property
-    def repeated_lines(self) -> Floats:
-        return self._lines_again.pieces
-
-    @property
-    def repeated_line_characters(self) -> Floats:
-        return self._lines_again.characters
-
-    @property
-    def repeated_paragraphs(self) -> Floats:
-        return self._paragraphs_again.pieces
-
-    @property
-    def repeated_paragraph_characters(self) -> Floats:
-        return self._paragraphs_again.characters
-
     @cached_property
-    def _runs(self) -> WordRuns:
+    def runs(self) -> WordRuns:
         return WordRuns(self._block)
-
-    def most_said(self, size: int) -> Floats:
-        return self._runs.most_said(size)
-
-    def repeated_words(self, size: int) -> Floats:
-        return self._runs.repeated(size)
 
 
 _SIZES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -162,17 +140,17 @@ _FIGURES: dict[str, Callable[[_Figures], Floats]] = {
     "max_boilerplate_lines": lambda each: each.boilerplate_lines,
     "min_line_punctuation": lambda each: each.line_punctuation,
     "max_short_lines": lambda each: each.short_lines,
-    "max_repeated_lines": lambda each: each.repeated_lines,
-    "max_repeated_line_characters": lambda each: each.repeated_line_characters,
-    "max_repeated_paragraphs": lambda each: each.repeated_paragraphs,
-    "max_repeated_paragraph_characters": lambda each: each.repeated_paragraph_characters,
+    "max_repeated_lines": lambda each: each.lines_again.pieces,
+    "max_repeated_line_characters": lambda each: each.lines_again.characters,
+    "max_repeated_paragraphs": lambda each: each.paragraphs_again.pieces,
+    "max_repeated_paragraph_characters": lambda each: each.paragraphs_again.characters,
     **{
-        f"max_most_said_{word}_words": lambda each, size=size: each.most_said(size)
+        f"max_most_said_{word}_words": lambda each, size=size: each.runs.most_said(size)
         for word, size in _SIZES.items()
         if size < 5
     },
     **{
-        f"max_repeated_{word}_words": lambda each, size=size: each.repeated_words(size)
+        f"max_repeated_{word}_words": lambda each, size=size: each.runs.repeated(size)
         for word, size in _SIZES.items()
         if size >= 5
     },
@@ -205,26 +183,20 @@ def _ellipses(block: Block) -> Ints:
 
 
 def _begin_with(block: Block, spans: Spans, marks: Sequence[str]) -> Bools:
-    return _have(block, spans.begins, spans, marks)
+    return np.logical_or.reduce([_have(block, spans.begins, spans, mark.encode()) for mark in marks])
 
 
 def _end_with(block: Block, spans: Spans, marks: Sequence[str]) -> Bools:
-    found = np.zeros(len(spans), dtype=bool)
-    for mark in marks:
-        found |= _have(block, spans.ends - len(mark.encode()), spans, [mark])
-    return found
+    every = (mark.encode() for mark in marks)
+    return np.logical_or.reduce([_have(block, spans.ends - len(mark), spans, mark) for mark in every])
 
 
-def _have(block: Block, places: Ints, spans: Spans, marks: Sequence[str]) -> Bools:
-    """Return which spans have one of the marks from these places on."""
-    found = np.zeros(len(spans), dtype=bool)
-    for mark in marks:
-        wanted = mark.encode()
-        if len(wanted) > 1 and block.is_ascii and not mark.isascii():
-            continue
-        at = np.maximum(places, 0)
-        is_there = (places >= spans.begins) & (at + len(wanted) <= spans.ends)
-        for more, byte in enumerate(wanted):
-            is_there &= block.bytes[np.minimum(at + more, len(block.bytes) - 1)] == byte
-        found |= is_there
+def _have(block: Block, places: Ints, spans: Spans, mark: bytes) -> Bools:
+    """Return which spans have the mark from these places on."""
+    if block.is_ascii and not mark.isascii():
+        return np.zeros(len(spans), dtype=bool)
+    at = np.maximum(places, 0)
+    found = (places >= spans.begins) & (at + len(mark) <= spans.ends)
+    for more, byte in enumerate(mark):
+        found &= block.bytes[np.minimum(at + more, len(block.bytes) - 1)] == byte
     return found

@@ -38,7 +38,8 @@ def whole_numbers_in(value: object, path: str) -> Iterator[tuple[str, int]]:
         yield path, value
     elif isinstance(value, Mapping):
         for at, (name, each) in enumerate(cast(Mapping[str, Any], value).items()):
-            yield from whole_numbers_in(each, field_path(path, name, at))
+            if not isinstance(each, str):  # most are that, and a path takes longer than the look
+                yield from whole_numbers_in(each, field_path(path, name, at))
     elif isinstance(value, list):
         for at, each in enumerate(cast(list[Any], value)):
             yield from whole_numbers_in(each, f"{path}[{at}]")

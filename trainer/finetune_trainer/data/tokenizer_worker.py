@@ -5,7 +5,6 @@ the limits below, or is no plain error of the file, ends the process; the parent
 """
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from finetune_trainer.data.added_tokens import TokenNamesError, add_named_tokens
-from finetune_trainer.data.child import limit_data, streams
+from finetune_trainer.data.child import allow_cpu, limit_data, streams
 from finetune_trainer.data.encoders import FastDiffersError
 from finetune_trainer.data.frames import read_frame, write_frame
 from finetune_trainer.data.tokens import RowTokenizer, Tokens
@@ -82,11 +81,6 @@ def _require_measured(texts: Sequence[str], found: Sequence[Any]) -> None:
             )
 
 
-def _allow_cpu(seconds: float) -> None:
-    """SIGPROF ends the process after so much more CPU time, of all threads: a loop in Rust heeds no Python handler."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
 def _encoded(rows: RowTokenizer, request: dict[str, Any]) -> list[Tokens]:
     texts: list[str] = request["texts"]
     match request["kind"]:
@@ -139,7 +133,7 @@ def main() -> int:
         return 0
     setup = json.loads(written)
     allowed_s: float = limits["load_cpu_s"]
-    _allow_cpu(allowed_s)
+    allow_cpu(allowed_s)
     try:
         rows = _load(setup, content)
     except _UnusableError as error:
@@ -157,17 +151,17 @@ def main() -> int:
     while (body := read_frame(requests, _MAX_REQUEST_BYTES)) is not None:
         request = orjson.loads(body)
         if request["kind"] == "decode":
-            _allow_cpu(limits["load_cpu_s"])
+            allow_cpu(limits["load_cpu_s"])
             text = rows.decode(request["ids"])[:_MAX_DECODED]
             write_frame(replies, orjson.dumps({"problem": None, "text": text.encode(errors="replace").decode()}))
             continue
         if rows.encoders.is_due:
             began_s = time.process_time()
-            _allow_cpu(limits["load_cpu_s"])
+            allow_cpu(limits["load_cpu_s"])
             rows.encoders.try_fast()
             allowed_s += time.process_time() - began_s
         allowed_s += CPU_S_PER_MIB * sum(map(len, request["texts"])) / 2**20
-        _allow_cpu(max(1.0, allowed_s - time.process_time()))
+        allow_cpu(max(1.0, allowed_s - time.process_time()))
         _reply(replies, rows, request)
     return 0
 

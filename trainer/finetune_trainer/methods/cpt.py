@@ -43,6 +43,7 @@ CPT = Method(
     examples=_examples,
     too_long=TooLong(defaults.CPT_TOO_LONG),
     quality_preset=QualityPreset.DOCUMENTS,
+    drops_near_copies=True,
     needs_end_token=True,
     longest_tokens=defaults.TEXT_SEQUENCE_LENGTH,
     ranks=defaults.CPT_LORA_RANKS,

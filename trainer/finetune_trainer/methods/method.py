@@ -83,6 +83,7 @@ class Method:
     pairs: Callable[[TokenRun, TokenRun], Tree] | None = None
     too_long: TooLong  # what becomes of rows that are too long, by default
     quality_preset: QualityPreset = QualityPreset.CHAT  # which rules rows are judged by, by default
+    drops_near_copies: bool = False  # by default, where it drops copies
     needs_end_token: bool  # whether every row ends with the tokenizer's end token
 
     # The plan

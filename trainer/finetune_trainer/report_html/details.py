@@ -15,7 +15,6 @@ SECTIONS = {
     "quality": ("Quality", "What was measured of the words, and which thresholds they passed."),
     "languages": ("Languages", "In which languages the rows are, as far as it is told from their words."),
     "duplicates": ("Duplicates", "Rows that say the same, or nearly the same, and the largest groups of them."),
-    "leaks": ("Leaks", "Rows with words of the evaluation sets that were named: they would make them worthless."),
     "pii": ("Personal data", "What was found, by its type; never what it was."),
     "licenses": ("Licences", "Under which terms the rows come."),
 }
@@ -56,7 +55,8 @@ def _tables(title: str, value: object) -> Iterator[Table]:
     if fields and all(isinstance(each, dict) and not _is_deep(each) for each in fields.values()):
         yield from _of_list(title, [{"": name, **cast(dict[str, object], each)} for name, each in fields.items()])
         return
-    single = [(_words(name), each) for name, each in fields.items() if not isinstance(each, dict | list) and each != ""]
+    said = {name: each for name, each in fields.items() if each not in ("", None)}
+    single = [(_words(name), each) for name, each in said.items() if not isinstance(each, dict | list)]
     if single:
         yield _table(title, (), single)
     for name, each in fields.items():

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from finetune_api.printable import printable_lines
 from finetune_api.redact import shortened
 from finetune_api.row_words import row_words
-from finetune_trainer.data.taught import NOTE_WORDS
+from finetune_trainer.data.accounts import most_first
 from finetune_trainer.report_html.charts import Bar, bars, histogram
 from finetune_trainer.report_html.details import details_of
 from finetune_trainer.report_html.warnings import warnings
@@ -25,7 +25,8 @@ MAX_LINES = 30  # of any other table
 MAX_ROWS = 60  # that are shown as they are learned, where they are asked for
 MAX_ROW_CHARS = 4_000  # of one of them
 _MAX_TEXT_CHARS = 400  # of any one thing that is named
-_BEHIND = ("render", "tokenise", "length", "pair")  # stages behind the chain; the split is the last
+_BEFORE = ("extract", "license", "read")  # stages before the chain, and behind it
+_BEHIND = ("render", "tokenise", "length", "duplicates", "pair", "split")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 Report = Mapping[str, Any]
@@ -39,7 +40,7 @@ def report_page(report: Report, rows: Sequence["ShownRow"] = ()) -> bytes:
         "warnings": warnings(report),
         "funnel": _funnel(report),
         "drops": _drops(report),
-        "changes": [(_changed(code), code, count) for code, count in _most_first(report["changed"])[:MAX_LINES]],
+        "changes": [(f"it {row_words(code)}", code, n) for code, n in _most_first(report["changed"])[:MAX_LINES]],
         "lengths": _lengths(report),
         "shares": _shares(report),
         "files": _largest(report["files"]),
@@ -92,7 +93,7 @@ def _name(uri: str) -> str:
 
 
 def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+    return list(most_first(counts).items())
 
 
 def _headline(report: Report) -> str:
@@ -112,7 +113,7 @@ def _stages(report: Report) -> dict[str, int]:
     for file in report["files"]:
         for stage, rows in file["dropped_by_stage"].items():
             found[stage] = found.get(stage, 0) + rows
-    order = ["extract", "read", *report["chain"], *_BEHIND]
+    order = [*_BEFORE, *report["chain"], *_BEHIND]
     return dict(sorted(found.items(), key=lambda each: order.index(each[0]) if each[0] in order else len(order)))
 
 
@@ -146,10 +147,6 @@ def _drops(report: Report) -> list[_Dropped]:
         places = [nothing_more | place for place in report["drop_places"].get(reason, ())]
         found.append(_Dropped(reason, f"it {row_words(reason)}", rows, rows / max(1, report["rows_in"]), places))
     return found
-
-
-def _changed(code: str) -> str:
-    return NOTE_WORDS.get(code) or f"it {row_words(code)}"
 
 
 def _lengths(report: Report) -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """One child process that reads documents, which is replaced when a document ends it."""
 
+import errno
+import os
 import signal
 import threading
 import time
@@ -15,7 +17,7 @@ from finetune_trainer.data.problems import Drop, LeftOut
 _MODULE = "finetune_trainer.data.documents.worker"
 MAX_REQUEST_BYTES = 2**16
 READY = b"ready"  # its first message
-NO_MEMORY = 70  # its exit code
+NO_MEMORY, NO_SPACE = 70, 71  # its exit codes
 MEMORY_BYTES = 2**30  # of the child's data, of which Python and the libraries take a tenth
 DOCUMENT_CPU_S = 120  # of one document: thousands of pages of a PDF take a few seconds
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
@@ -36,18 +38,20 @@ class Extractor:
     def extract(self, path: Path, kind: DocumentKind, out: Path) -> LeftOut | None:
         """Write what a document says to `out`, or return why nothing of it can be used.
 
-        Raises MemoryError when the kernel, or somebody else, kills the child."""
+        Raises MemoryError when the kernel, or somebody else, kills the child, and OSError where the disk is full."""
         process = self._running()
         request = orjson.dumps({"path": str(path), "kind": kind, "out": str(out)})
         began_s = time.monotonic()
         replies = child.exchange(process, request, max_bytes=MAX_REQUEST_BYTES)
         if replies is not None:
-            return LeftOut(*_told(replies[0])) if replies[0] else None
+            return _told(replies[0]) if replies[0] else None
         waited_s = time.monotonic() - began_s
         was_killed = child.was_killed(process) and waited_s < child.REPLY_TIMEOUT_S
         self._end()
         if was_killed:
             raise MemoryError(f"{_MODULE} was killed")
+        if process.returncode == NO_SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
         return _of_end(process.returncode, waited_s)
 
     def close(self) -> None:
@@ -77,9 +81,9 @@ class Extractor:
             child.end(process)
 
 
-def _told(reply: bytes) -> tuple[Drop, str]:
+def _told(reply: bytes) -> LeftOut:
     drop, words = orjson.loads(reply)
-    return Drop(drop), words
+    return LeftOut(Drop(drop), words)
 
 
 def _of_end(code: int | None, waited_s: float) -> LeftOut:

@@ -3,6 +3,7 @@
 import mailbox
 from collections.abc import Iterator
 from email import message_from_binary_file
+from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.message import Message
 from itertools import islice
@@ -67,7 +68,7 @@ def _content(part: Message) -> str:
     charset = part.get_content_charset()
     try:
         return content.decode(charset or "utf-8")
-    except (LookupError, UnicodeDecodeError):
+    except (LookupError, ValueError):
         pass
     try:
         return decoded(content)
@@ -79,5 +80,5 @@ def _subject(message: Message) -> str:
     given = str(message.get("subject") or "")
     try:
         return str(make_header(decode_header(given)))
-    except (LookupError, ValueError):  # of an unknown encoding, or one that it has not
+    except (LookupError, ValueError, HeaderParseError):  # of an unknown encoding, or one that it has not
         return given

@@ -210,11 +210,11 @@ class _Writer:
         """Yield the text, a line or what is between two at a time."""
         held = ""
         for at in range(len(self._lines)):
-            text = self._text(at)
+            between = self._between(at) if at else ""
+            text = self._text(at, is_more=between == " ")
             if not at:
                 held = text
                 continue
-            between = self._between(at)
             if between == " " and (hyphen := _HYPHEN.search(held)) and text[:1].islower():
                 held = held[: hyphen.start()] + self._unhyphenated(hyphen[1], text)
                 continue
@@ -229,13 +229,13 @@ class _Writer:
         joined, hyphened = (self._words[(begin + mark + end).casefold()] for mark in ("", "-"))
         return begin + ("-" if hyphened > joined else "") + rest
 
-    def _text(self, at: int) -> str:
+    def _text(self, at: int, *, is_more: bool) -> str:
+        """Return what is written of a line. is_more: whether it goes on with the line before it."""
         line = self._lines[at]
         if at in self._tables:
             return "| " + " | ".join(cell.text for cell in line.cells) + " |"
         level = self._level(line)
         if level:
-            is_more = at > 0 and self._between(at) == " "
             return line.text if is_more else f"{'#' * level} {line.text}"
         return _BULLET_ALONE.sub("- ", line.text, count=1) if _BULLET_ALONE.match(line.text) else line.text
 

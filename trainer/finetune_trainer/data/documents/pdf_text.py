@@ -19,7 +19,7 @@ _MAX_CHARACTERS = 500_000  # of a page: a large sheet of figures has a tenth
 _WORD = re.compile("[^\\s\x02\ufffe]+[\x02\ufffe]?")  # the last character: a hyphen at the end of a line
 _GAP = 1.0  # heights of a line: what is farther from the word before it is another segment
 _LIGATURES = str.maketrans(
-    {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ft", "ﬆ": "st", "\x02": "\xad", "\ufffe": "\xad"}
+    {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ft", "ﬆ": "st", "\ufffe": "\xad"}
 )
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
 from finetune_trainer.data.documents.found import Found, NoTextError, plain, titled
 from finetune_trainer.data.problems import Drop
 
@@ -28,8 +30,6 @@ def decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         if mark:
             raise NoTextError(Drop.BROKEN_DOCUMENT, f"it is no valid {encoding}, as its first bytes say") from error
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding
-
         text = bytes_to_str(content, detect_encoding(content) or "windows-1252", fallback_encodings=("windows-1252",))
     if "\0" in text:
         raise NoTextError(Drop.BROKEN_DOCUMENT, "it holds NUL characters, so it is no text")

@@ -1,6 +1,5 @@
 """Documents of a dataset to raw rows, in order: several are fetched and read at once, in bounded memory and disk."""
 
-import hashlib
 import re
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -15,6 +14,7 @@ import orjson
 
 from finetune_trainer.data.documents.extractor import Extractors
 from finetune_trainer.data.file_kinds import DocumentKind
+from finetune_trainer.data.files import HashingReader
 from finetune_trainer.data.frames import read_frame
 from finetune_trainer.data.problems import Drop, LeftOut, ReadDocument
 from finetune_trainer.data.raw_rows import RawRow, raw_document, raw_left_out
@@ -24,7 +24,6 @@ MAX_DOCUMENT_BYTES = 512 * 2**20  # of an object: what is larger is hardly one d
 _THREADS = 16  # that fetch them: a request takes tens of milliseconds, whatever it fetches
 _AHEAD = 64  # documents that are fetched or read before their turn
 _AHEAD_BYTES = 2**28  # of them, as they lie in the bucket, unless it is one alone
-_CHUNK_BYTES = 2**20
 _MAX_RATIO = 2**15  # of text to what it is packed in: deflate makes 1,032 bytes of one, and XML refers to a text again
 _MOST_ROWS_BYTES = 2**29  # of a document: its text and what JSON adds
 _MAX_FRAME_BYTES = 2**28
@@ -116,22 +115,18 @@ def _has_room(ahead_bytes: Sequence[int], document: Document) -> bool:
 
 def _one(store: Store, document: Document, path: Path, extractors: Extractors) -> Extracted:
     """Fetch one document and have it read."""
-    digest = hashlib.sha256()
-    size_bytes = 0
     with store.open(document.uri) as source, path.open("wb") as copy:
-        while chunk := source.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size_bytes += len(chunk)
-            if size_bytes <= MAX_DOCUMENT_BYTES:
+        reader = HashingReader(source)
+        for chunk in reader:
+            if reader.size_bytes <= MAX_DOCUMENT_BYTES:
                 copy.write(chunk)
     out = path.with_suffix(".rows")
-    if size_bytes > MAX_DOCUMENT_BYTES:
+    if reader.size_bytes > MAX_DOCUMENT_BYTES:
         left_out = LeftOut(Drop.DOCUMENT_TOO_LARGE, f"more than {MAX_DOCUMENT_BYTES // 2**20} MiB")
     else:
         left_out = extractors.extract(path, document.kind, out)
     path.unlink()
     if left_out is not None:
         out.unlink(missing_ok=True)
-    return Extracted(
-        f"sha256:{digest.hexdigest()}", size_bytes, out if left_out is None else None, left_out, document.source
-    )
+    rows = out if left_out is None else None
+    return Extracted(reader.digest, reader.size_bytes, rows, left_out, document.source)

@@ -4,16 +4,16 @@
 says goes into a file beside it, a frame a row; the reply is empty, or says why nothing of it can be used.
 """
 
+import errno
 import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import orjson
 
-from finetune_trainer.data.child import limit_data, streams
-from finetune_trainer.data.documents.extractor import MAX_REQUEST_BYTES, NO_MEMORY, READY
+from finetune_trainer.data.child import allow_cpu, limit_data, streams
+from finetune_trainer.data.documents.extractor import MAX_REQUEST_BYTES, NO_MEMORY, NO_SPACE, READY
 from finetune_trainer.data.documents.found import Found, NoTextError, parts
 from finetune_trainer.data.documents.kinds import READERS
 from finetune_trainer.data.file_kinds import DocumentKind
@@ -71,7 +71,7 @@ def main() -> int:
     limit_data(limits["memory_bytes"])
     write_frame(replies, READY)
     while (request := read_frame(requests, MAX_REQUEST_BYTES)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, limits["cpu_s"])  # a loop in C heeds no Python handler
+        allow_cpu(limits["cpu_s"])
         write_frame(replies, _answer(orjson.loads(request)))
     return 0
 
@@ -81,3 +81,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except MemoryError:
         os._exit(NO_MEMORY)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os._exit(NO_SPACE)

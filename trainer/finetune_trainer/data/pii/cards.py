@@ -29,7 +29,8 @@ def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG00
     for match in _DIGITS.finditer(subject.content):
         begin, end = match.span()
         is_inside = subject.content[begin - 1 : begin] in (b".", b",", b"+", b"#", b"_", b"-") and begin > 0
-        if is_inside or subject.content[end : end + 1] == b"_":
+        after = subject.content[end : end + 2]
+        if is_inside or after[:1] == b"_" or (after[:1] == b"." and after[1:].isdigit()):
             continue
         groups = [
             Span(begin + each.start(), begin + each.end()) for each in _GROUP.finditer(subject.said(Span(begin, end)))

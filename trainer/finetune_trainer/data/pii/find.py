@@ -78,9 +78,9 @@ def find(text: str, regions: Regions = EVERYWHERE, field: str = "") -> list[Foun
         return []
     subject = Subject(said + text)
     spans = [_Typed(_ALL[at].type, span) for at in triggered for span in _ALL[at].find(subject, regions)]
+    apart = _apart(spans)
     found: list[Found] = []
-    for type_, span in _apart(spans):
-        begin, end = subject.in_text(span)
+    for (type_, span), (begin, end) in zip(apart, subject.in_text(each.span for each in apart), strict=True):
         if begin >= len(said):
             found.append(Found(type_, begin - len(said), end - len(said), subject.said(span)))
     return found

@@ -5,7 +5,7 @@ What JSON writes as an escape, such as `\\u0040` or `\\n`, is read as the charac
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import re2
@@ -69,15 +69,16 @@ class Subject:
             self._plain = self._pieces.plain
         self.content = self._plain.encode()
 
-    def in_text(self, span: Span) -> Span:
-        """Return the characters of the text at which a part of the content lies."""
-        begin, end = span
-        if len(self.content) != len(self._plain):
-            begin = len(self.content[:begin].decode(errors="ignore"))
-            end = begin + len(self.content[span.begin : end].decode(errors="ignore"))
-        if self._pieces is not None:
-            begin, end = self._pieces.source(begin).begin, self._pieces.source(end - 1).end
-        return Span(begin, end)
+    def in_text(self, spans: Iterable[Span]) -> Iterator[Span]:
+        """Yield the characters of the text at which parts of the content lie. spans: in order, none over another."""
+        at = characters = 0
+        for span in spans:
+            characters += len(self.content[at : span.begin].decode(errors="ignore"))
+            begin, characters = characters, characters + len(self.said(span))
+            end, at = characters, span.end
+            if self._pieces is not None:
+                begin, end = self._pieces.source(begin).begin, self._pieces.source(end - 1).end
+            yield Span(begin, end)
 
     def before(self, begin: int, size: int = _CONTEXT_BYTES) -> str:
         """Return what stands before a place, in small letters."""

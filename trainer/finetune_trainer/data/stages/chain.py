@@ -6,11 +6,10 @@ from itertools import groupby
 
 from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec, PreprocessingSpec
-from finetune_api.text_quality import QualitySpec
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.stages.pii import pii_stage
-from finetune_trainer.data.stages.quality import quality_stages
+from finetune_trainer.data.stages.quality import quality_of, quality_stages
 from finetune_trainer.data.stages.repair import REPAIR
 from finetune_trainer.data.stages.stage import Stage
 from finetune_trainer.data.stages.unanswered import UNANSWERED
@@ -24,7 +23,7 @@ def chain_of(spec: FineTuneJobSpec, pii_key: bytes | None = None) -> tuple[Stage
     """Return the stages of a job, in order. They follow from the spec, and from the key of its pseudonyms where it has
     any: every worker process has the same."""
     given = spec.preprocessing or PreprocessingSpec()
-    repair = () if (given.quality or QualitySpec()).repair is False else (REPAIR,)
+    repair = () if quality_of(spec).repair is False else (REPAIR,)
     return (*repair, WEIGHTLESS, UNANSWERED, *quality_stages(spec), pii_stage(given.pii, pii_key))
 
 

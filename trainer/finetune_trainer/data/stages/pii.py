@@ -21,7 +21,7 @@ from finetune_trainer.data.pii.replacing import placeholder, pseudonym, replaced
 from finetune_trainer.data.problems import Change, Drop
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.rows import Row
-from finetune_trainer.data.stages.stage import Decision, Stage, Staged
+from finetune_trainer.data.stages.stage import Stage, Staged
 
 NAME = "pii"
 FOUND, CHANGED, ROWS, ROWS_DROPPED = "found", "changed", "rows", "rows_dropped"  # counters: each, a dot and a type
@@ -80,15 +80,15 @@ def _run(treatment: Treatment, rows: Sequence[Checked]) -> Staged:
         if not fields:
             staged.rows.append(item)
             continue
-        _count(staged, item, fields, treatment)
         does = {treatment.actions[each.type] for said in fields for each in said.found}
+        _count(staged, item, fields, treatment, is_dropped=PiiAction.DROP in does)
         if PiiAction.DROP in does:
-            staged.decisions.append(_decision(item, Action.DROP, Drop.PERSONAL_DATA, fields))
+            staged.decide(item, Action.DROP, Drop.PERSONAL_DATA, _told(fields))
         elif does.isdisjoint(_REPLACING):
             staged.rows.append(item)
         else:
             staged.rows.append(item.with_row(_replaced(item.row, fields, treatment)))
-            staged.decisions.append(_decision(item, Action.CHANGE, Change.PERSONAL_DATA, fields))
+            staged.decide(item, Action.CHANGE, Change.PERSONAL_DATA, _told(fields))
     return staged
 
 
@@ -120,11 +120,10 @@ def _replaced(row: Row, fields: Sequence[_Field], treatment: Treatment) -> Row:
     return with_values(row, new)
 
 
-def _count(staged: Staged, item: Checked, fields: Sequence[_Field], treatment: Treatment) -> None:
+def _count(staged: Staged, item: Checked, fields: Sequence[_Field], treatment: Treatment, *, is_dropped: bool) -> None:
     """Count what was found in a row: a text that it holds twice counts once."""
     once = {(_name(each.path), each.text): each for each in reversed(fields)}
     counts = Counter(found.type for each in once.values() for found in each.found)
-    is_dropped = any(treatment.actions[type_] is PiiAction.DROP for type_ in counts)
     for type_, count in counts.items():
         action = treatment.actions[type_]
         staged.counters[f"{FOUND}.{type_}"] += count
@@ -135,12 +134,12 @@ def _count(staged: Staged, item: Checked, fields: Sequence[_Field], treatment: T
         staged.places.setdefault(type_, []).append(FieldPlace(item.file, item.number, path))
 
 
-def _decision(item: Checked, action: Action, reason: Drop | Change, fields: Sequence[_Field]) -> Decision:
-    """Return what was done to a row. Its detail has the types that are in each field, with how many there are."""
+def _told(fields: Sequence[_Field]) -> str:
+    """Return the types that are in each field, with how many there are."""
     told: list[str] = []
     for path, _, found in fields[:_MOST_FIELDS_TOLD]:
         counts = Counter(each.type for each in found)
         told.append(f"{path}: " + ", ".join(f"{type_} {count}" for type_, count in sorted(counts.items())))
     if len(fields) > _MOST_FIELDS_TOLD:
         told.append(f"and {len(fields) - _MOST_FIELDS_TOLD} more fields")
-    return Decision(file=item.file, row=item.number, action=action, reason=reason, detail="; ".join(told))
+    return "; ".join(told)

@@ -25,7 +25,7 @@ from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.repetition import Floats
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.spans import Bools
-from finetune_trainer.data.stages.stage import Decision, Stage, Staged
+from finetune_trainer.data.stages.stage import Stage, Staged
 from finetune_trainer.data.text_figures import OF_TEXTS, figures
 from finetune_trainer.methods import method_of
 
@@ -61,13 +61,14 @@ class Judge:
             staged.counters[LANGUAGE + language.language] += 1
             poor = [name for name in self.thresholds if failed[name][at]]
             if self.languages and language.is_told and language.asked < _MIN_ASKED:
-                self._drop(staged, item, Drop.OTHER_LANGUAGE, language.language)
+                staged.decide(item, Action.DROP, Drop.OTHER_LANGUAGE, language.language)
                 continue
             reasons = list(dict.fromkeys(RULES[name].reason for name in poor))
             for reason in reasons[: 1 if self.drops else None]:
                 staged.count(reason, FieldPlace(item.file, item.number, ""))
             if poor and self.drops:
-                self._drop(staged, item, reasons[0], _words(poor[0], found[poor[0]][at], self.thresholds[poor[0]]))
+                words = _words(poor[0], found[poor[0]][at], self.thresholds[poor[0]])
+                staged.decide(item, Action.DROP, reasons[0], words)
             else:
                 staged.rows.append(item)
         return staged
@@ -86,14 +87,15 @@ class Judge:
             found[name] = np.array([_OF_ANSWERS[name](each) for each in answers], dtype=np.float64)
         return found
 
-    def _drop(self, staged: Staged, item: Checked, reason: str, detail: str) -> None:
-        decision = Decision(file=item.file, row=item.number, action=Action.DROP, reason=reason, detail=detail)
-        staged.decisions.append(decision)
+
+def quality_of(spec: FineTuneJobSpec) -> QualitySpec:
+    """Return what a job says of the quality of its texts."""
+    return (spec.preprocessing or PreprocessingSpec()).quality or QualitySpec()
 
 
 def judge_of(spec: FineTuneJobSpec) -> Judge:
     """Return how the rows of a job are judged."""
-    given = (spec.preprocessing or PreprocessingSpec()).quality or QualitySpec()
+    given = quality_of(spec)
     preset = given.preset or method_of(spec.method.type).quality_preset
     return Judge(preset, thresholds_of(preset, given.thresholds), tuple(given.languages or ()))
 

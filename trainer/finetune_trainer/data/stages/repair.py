@@ -8,7 +8,7 @@ from finetune_trainer.data.problems import Change
 from finetune_trainer.data.prose import prose
 from finetune_trainer.data.reading import Checked
 from finetune_trainer.data.repairs import repaired
-from finetune_trainer.data.stages.stage import Decision, Stage, Staged
+from finetune_trainer.data.stages.stage import Stage, Staged
 
 
 def _run(rows: Sequence[Checked]) -> Staged:
@@ -23,10 +23,8 @@ def _run(rows: Sequence[Checked]) -> Staged:
             for change in found.changes:
                 first_path.setdefault(change, path)
         staged.rows.append(item.with_row(with_texts(item.row, texts)) if texts else item)
-        staged.decisions.extend(
-            Decision(file=item.file, row=item.number, action=Action.CHANGE, reason=change, detail=path)
-            for change, path in first_path.items()
-        )
+        for change, path in first_path.items():
+            staged.decide(item, Action.CHANGE, change, path)
     return staged
 
 

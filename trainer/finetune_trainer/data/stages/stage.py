@@ -31,6 +31,10 @@ class Staged:
     counters: Counter[str] = field(default_factory=Counter[str])
     places: dict[str, list[FieldPlace]] = field(default_factory=dict[str, list[FieldPlace]])
 
+    def decide(self, item: Checked, action: Action, reason: str, detail: str = "") -> None:
+        """Say what was done to a row."""
+        self.decisions.append(Decision(file=item.file, row=item.number, action=action, reason=reason, detail=detail))
+
     def count(self, reason: str, where: FieldPlace) -> None:
         """Count a row for a reason, and that it is an example of it."""
         self.counters[reason] += 1
@@ -57,6 +61,5 @@ def dropping(rows: Sequence[Checked], why: Callable[[Checked], str | None], deta
         if reason is None:
             staged.rows.append(item)
         else:
-            decision = Decision(file=item.file, row=item.number, action=Action.DROP, reason=reason, detail=detail)
-            staged.decisions.append(decision)
+            staged.decide(item, Action.DROP, reason, detail)
     return staged
