@@ -17,7 +17,7 @@ def success(cluster: testbed.Cluster, namespace: str, name: str) -> None:
     print(f"$ kubectl get ftj {name} -n {namespace} -o wide")
     print(cluster.kubectl("get", "ftj", name, "-n", namespace, "-o", "wide"))
     print(f"data      {watch.data_summary(status['data'])}")
-    print(f"report    {status['data']['reportUri']}")
+    print(f"report    {status['data']['reportPageUri']}")
     if metrics.get("evalLoss") is not None:
         print(f"held out  loss {metrics.get('baseEvalLoss', float('nan')):.3f} before, {metrics['evalLoss']:.3f} after")
     _answers(bucket.read_json(cluster, artifact["uri"].rstrip("/") + "/eval.json"))

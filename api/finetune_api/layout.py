@@ -23,11 +23,6 @@ LOGS = f"{JOB}/logs"
 METRICS = f"{JOB}/metrics.jsonl"
 
 
-def page_of(report_uri: str) -> str:
-    """Return the URI of the page that lies beside a report.json."""
-    return f"{report_uri.removesuffix(REPORT)}{REPORT_PAGE}" if report_uri.endswith(REPORT) else report_uri
-
-
 def join(uri: str, *parts: str) -> str:
     """Join with single slashes, whatever `uri` ends in."""
     return "/".join([uri.rstrip("/"), *parts])

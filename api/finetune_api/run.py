@@ -46,6 +46,7 @@ _URI_BASE = "uri_base"  # in a message whose URIs had to be shortened: what they
 _URIS = (
     ("plan", "uri"),
     ("data", "reportUri"),
+    ("data", "reportPageUri"),
     ("checkpoint", "uri"),
     ("artifact", "uri"),
     ("artifact", "manifestUri"),

@@ -100,7 +100,11 @@ class DataStatus(ApiModel):
     rows_held_out: Count = Field(description="Rows kept for evaluation.")
     dropped: list[DroppedRows] = Field(max_length=10, description="Rows left out, by reason.")
     digest: Digest = Field(description="SHA-256 over the prepared data.")
-    report_uri: Uri = Field(description="report.json in the bucket; report.html beside it is the same for people.")
+    report_uri: Uri = Field(description="report.json in the bucket: the rows of every file, for programs.")
+    report_page_uri: Uri | None = Field(
+        default=None,
+        description="report.html in the bucket: the same for people. Absent: an older trainer has written none.",
+    )
 
 
 class MethodFigure(ApiModel):

@@ -5,7 +5,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from finetune_api.layout import page_of
 from finetune_api.quality import FIGURE_WORDS
 from finetune_api.row_words import row_words
 from finetune_cli.screen import table
@@ -39,7 +38,7 @@ def describe(job: dict[str, Any], console: Console) -> None:
     if data:
         console.print(
             f"\n[bold]Data[/]  {data['rowsIn']:,} rows in {count_files(data['files'])}: "
-            f"{data['rowsUsed']:,} to train on, {data['rowsHeldOut']:,} held out; {page_of(data['reportUri'])}",
+            f"{data['rowsUsed']:,} to train on, {data['rowsHeldOut']:,} held out; {data.get('reportPageUri', data['reportUri'])}",
             soft_wrap=True,
         )
         _table(

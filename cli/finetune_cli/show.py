@@ -10,7 +10,6 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from finetune_api.job import StartPolicy
-from finetune_api.layout import page_of
 from finetune_api.names import Stage
 from finetune_api.printable import printable
 from finetune_api.quality import FIGURE_WORDS, WATCHED_FIGURE, Quality, concern_words, verdict
@@ -158,7 +157,7 @@ def show_prepared(console: Console, data: DataStatus, plan: PlanStatus) -> None:
     )
     for drop in data.dropped:
         _more(console, f"{drop.rows:,} dropped", f"each {row_words(drop.reason)} ({drop.reason})")
-    _more(console, "report", page_of(data.report_uri))
+    _more(console, "report", data.report_page_uri or data.report_uri)
     rows = "" if plan.rows is None else f" read {plan.rows:,} rows ({plan.distinct_rows or 0:,} different ones)"
     learned = f"{plan.label_tokens:,} of them learned from"
     console.print(

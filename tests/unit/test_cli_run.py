@@ -90,6 +90,7 @@ PREPARED: dict[str, Any] = {
             "dropped": [{"reason": "too_long", "rows": 40}],
             "digest": DIGEST,
             "reportUri": "file:///report.json",
+            "reportPageUri": "file:///report.html",
         },
     },
 }

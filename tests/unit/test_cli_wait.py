@@ -161,15 +161,20 @@ def test_describe_shows_all_there_is():
             "rowsUsed": 8,
             "rowsHeldOut": 1,
             "dropped": [{"reason": "too_long", "rows": 1}],
-            "reportUri": "s3://r",
+            "reportUri": "s3://r/report.json",
+            "reportPageUri": "s3://r/report.html",
         },
         attempts=[{"number": 1, "stage": "train", "class": "Disruption", "reason": "Disrupted", "exitCode": 30}],
         artifacts=[{"type": "Adapter", "uri": "s3://a", "digest": DIGEST}],
     )
     output = io.StringIO()
     describe(found, Console(file=output, width=200))
-    expected = ["as [told]", "20 steps", "few tokens", "10 rows", "too_long", "Disruption", "s3://a", DIGEST]
+    page = "s3://r/report.html"
+    expected = ["as [told]", "20 steps", "few tokens", "10 rows", page, "too_long", "Disruption", "s3://a", DIGEST]
     assert [text for text in expected if text not in output.getvalue()] == []
+    del found["status"]["data"]["reportPageUri"]  # as an older trainer leaves it
+    describe(found, Console(file=output, width=200))
+    assert "s3://r/report.json" in output.getvalue()
 
 
 def test_in_a_narrow_terminal_a_table_cuts_nothing_and_breaks_no_name_of_a_field():

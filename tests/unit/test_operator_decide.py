@@ -1218,7 +1218,12 @@ def test_the_status_stays_below_8_kib_in_the_worst_case(letter: str):
     world = World(recovery={"maxRetries": 20})
     world.status = {
         "plan": {**PLAN, "uri": f"{run_uri}/.job/plan.json", "resolved": resolved},
-        "data": {**DATA, "dropped": dropped, "reportUri": f"{run_uri}/.job/report.json"},
+        "data": {
+            **DATA,
+            "dropped": dropped,
+            "reportUri": f"{run_uri}/.job/report.json",
+            "reportPageUri": f"{run_uri}/.job/report.html",
+        },
         "artifacts": [{**ARTIFACT, "uri": f"{run_uri}/adapter/", "manifestUri": f"{run_uri}/adapter/manifest.json"}],
         "checkpoints": checkpoints,
         "attempts": [{**closed, **times}] * 9 + [{"number": 10, "stage": "train", "class": "Running"}],

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from data_run import chats, context, jsonl, prepare_run, put, write_model
 from finetune_api.errors import StageError
-from finetune_api.layout import DECISIONS, REPORT, REPORT_PAGE, page_of
+from finetune_api.layout import DECISIONS, REPORT, REPORT_PAGE
 from finetune_cli.errors import CommandError, Exit
 from finetune_cli.main import app
 from finetune_trainer import prepare
@@ -47,7 +47,7 @@ def test_a_prepared_job_leaves_a_page_beside_its_report_with_the_way_of_its_rows
     prepared = prepare_run(tmp_path, QUARANTINE)
     page = page_in(tmp_path)
     assert prepared.result.data is not None
-    assert Path(page_of(prepared.result.data.report_uri).removeprefix("file://")).read_text() == page
+    assert prepared.result.data.report_page_uri == (tmp_path / RUN / REPORT_PAGE).as_uri()
     assert "52 rows in 2 files: " in page
     assert "a.jsonl row 42, messages" in page
     assert "it has no assistant message to learn from" in page

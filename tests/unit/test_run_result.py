@@ -64,6 +64,7 @@ def any_result(draw: st.DrawFn) -> RunResult:
         dropped=st.lists(dropped, max_size=10),
         digest=st.just(DIGEST),
         reportUri=st.just(join(run_uri, ".job/report.json")),  # by its alias, or hypothesis makes up another one
+        reportPageUri=st.just(join(run_uri, ".job/report.html")),
     )
     checkpoint = CheckpointStatus(
         step=draw(COUNTS), uri=join(run_uri, ".job/checkpoints/00000012-1/manifest.json"), digest=DIGEST
@@ -107,6 +108,7 @@ def test_every_result_fits_in_bytes_and_the_operator_reads_what_it_decides_by(re
     if result.data is not None:
         assert kept.data is not None
         assert kept.data.report_uri == result.data.report_uri
+        assert kept.data.report_page_uri == result.data.report_page_uri
         assert sum(drop.rows for drop in kept.data.dropped) == sum(drop.rows for drop in result.data.dropped)
 
 

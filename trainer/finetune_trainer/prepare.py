@@ -608,5 +608,6 @@ def _result(ctx: StageContext, plan: RunPlan, read: StepPlan, ledger: Ledger, di
             dropped=ledger.dropped_rows(),
             digest=digest,
             report_uri=join(run_uri, REPORT),
+            report_page_uri=join(run_uri, REPORT_PAGE),
         ),
     )
