@@ -36,9 +36,10 @@ def describe(job: dict[str, Any], console: Console) -> None:
     _table(console, ("dataset", *_ORIGIN.values()), _origins(job.get("spec") or {}))
     data: dict[str, Any] = status.get("data") or {}
     if data:
+        report = data.get("reportPageUri", data["reportUri"])
         console.print(
             f"\n[bold]Data[/]  {data['rowsIn']:,} rows in {count_files(data['files'])}: "
-            f"{data['rowsUsed']:,} to train on, {data['rowsHeldOut']:,} held out; {data.get('reportPageUri', data['reportUri'])}",
+            f"{data['rowsUsed']:,} to train on, {data['rowsHeldOut']:,} held out; {report}",
             soft_wrap=True,
         )
         _table(

@@ -19,6 +19,7 @@ SECOND_NAMESPACE = "finetune-e2e-second"  # watched too, and without a job: a te
 OPERATOR_IMAGE = os.environ.get("FINETUNE_OPERATOR_IMAGE", "localhost/finetune-operator:dev")
 TRAINER_IMAGE = os.environ.get("FINETUNE_TRAINER_IMAGE", "localhost/finetune-trainer:dev")
 GRACE_S = 20
+GOVERNED = "governed"  # a runtime that takes data under MIT alone
 GUEST = ("guest", "guest-secret-key")  # an account with rights in no bucket
 SCRAPED = {"e2e.finetune.dev/scrape": "true"}
 # About half a minute of steps, so that it can be hit in the middle again and again.
@@ -162,11 +163,12 @@ def _values() -> dict[str, object]:
         "prepare": {"cpu": "900m", "memory": "1Gi", "ephemeralStorage": "1Gi"},
         "podLabels": SCRAPED,
     }
+    policy = {"contact": "legal@example.com", "allowedLicenses": ["MIT"]}
     return {
         "image": {**split(OPERATOR_IMAGE), "pullPolicy": "Never"},
         "trainerImage": split(TRAINER_IMAGE),
         "watchNamespaces": [NAMESPACE, SECOND_NAMESPACE],
-        "runtimes": {"default": runtime},
+        "runtimes": {"default": runtime, GOVERNED: {**runtime, "policy": policy}},
         "podLabels": SCRAPED,
         "env": {
             "FINETUNE_PROGRESS_INTERVAL_S": "2",
