@@ -1,4 +1,5 @@
-"""What becomes of rows that say the same as others, or nearly so: `preprocessing.deduplication`."""
+"""What becomes of rows that say the same as others, or nearly so, and of those that evaluation sets have too:
+`preprocessing.deduplication` and `preprocessing.decontaminateAgainst`."""
 
 from enum import StrEnum
 
@@ -7,6 +8,11 @@ from pydantic import ConfigDict, Field
 from finetune_api import defaults
 from finetune_api.base import ApiModel
 from finetune_api.cel import rules
+from finetune_api.objects import DnsName
+from finetune_api.uris import FilesUri
+
+MAX_EVALUATION_SETS = 20
+SHARED_WORDS = 13  # as GPT-3 counts them (arXiv 2005.14165, appendix C): fewer are often a way of speaking
 
 
 class Copies(StrEnum):
@@ -54,4 +60,14 @@ class DeduplicationSpec(ApiModel):
         le=1,
         description="From which share of common runs of words on, of all that two rows have, they are near copies "
         f"(Jaccard similarity). Absent: {defaults.SIMILARITY}.",
+    )
+
+
+class EvaluationSetSpec(ApiModel):
+    """Rows that are to be kept out of training."""
+
+    name: DnsName = Field(description="What report and decisions call it. Example: gsm8k")
+    uri: FilesUri = Field(
+        description="A file, a folder ending in /, or a pattern, as in datasets[].uri, of rows of any shape, all texts "
+        "of which are compared, or of documents. Example: s3://evaluation/gsm8k/*.parquet"
     )

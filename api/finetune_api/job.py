@@ -12,37 +12,17 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints
 
 from finetune_api import defaults
-from finetune_api.base import ApiModel, Uri
+from finetune_api.base import ApiModel
 from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
 from finetune_api.documents import DocumentsSpec
-from finetune_api.duplicates import DeduplicationSpec
+from finetune_api.duplicates import MAX_EVALUATION_SETS, SHARED_WORDS, DeduplicationSpec, EvaluationSetSpec
 from finetune_api.governance import OriginSpec
 from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
 from finetune_api.pii import PiiSpec
 from finetune_api.replay import ReplaySpec
 from finetune_api.text_quality import QualitySpec
-
-# The CLI also takes file:///… and exchanges this one rule for it: what runs there needs no cluster and no bucket.
-S3_URI_RULE = "self.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/ ].*$')"
-
-_FOLDER = Field(
-    json_schema_extra=rules(
-        (S3_URI_RULE, "write s3://BUCKET/FOLDER, for example s3://models/smollm2"),
-        ("!self.matches('[*?]')", "write one folder; patterns with * and ? are for datasets"),
-    )
-)
-FolderUri = Annotated[Uri, _FOLDER]
-# The keys of a run, some 150 characters longer, must still be keys of S3 and fit into a Uri.
-OutputUri = Annotated[str, StringConstraints(max_length=512), _FOLDER]
-FilesUri = Annotated[
-    Uri,
-    Field(
-        json_schema_extra=rules(
-            (S3_URI_RULE, "write s3://BUCKET/PATH, for example s3://data/chat/*.jsonl"),
-        )
-    ),
-]
+from finetune_api.uris import FilesUri, FolderUri, OutputUri
 
 
 class AdapterMode(StrEnum):
@@ -566,6 +546,20 @@ class PreprocessingSpec(ApiModel):
         default=None,
         description="What becomes of rows that say the same as others. Absent: as the fields in it say.",
     )
+    decontaminate_against: list[EvaluationSetSpec] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_EVALUATION_SETS,
+        description="Evaluation sets that the model is to be measured by later: rows that share "
+        f"{SHARED_WORDS} words in a row with one of them are dropped, so that it does not learn the answers. "
+        "Absent: rows are compared with none.",
+        json_schema_extra=rules(
+            (
+                "self.all(a, self.filter(b, b.name == a.name).size() <= 1)",
+                "two evaluation sets have the same name; give each its own",
+            ),
+        ),
+    )
 
 
 class Schedule(StrEnum):
@@ -830,6 +824,12 @@ class FineTuneJobSpec(ApiModel):
                 f"!self.datasets.exists(d, {_OUTPUT_FOLDER}.startsWith({_IS_FILE} ? d.uri + '/' : {_FIXED_PART}))",
                 "output.uri lies inside a dataset, so that the next job would read it as data; "
                 "write a folder that no dataset's uri covers",
+            ),
+            (
+                "!has(self.preprocessing) || !has(self.preprocessing.decontaminateAgainst)"
+                " || !self.preprocessing.decontaminateAgainst.exists(e, self.datasets.exists(d, d.uri == e.uri))",
+                "preprocessing.decontaminateAgainst names a dataset's own uri, so that all its rows would be dropped; "
+                "remove it there, or from datasets",
             ),
             (
                 f"!self.datasets.exists(d, d.uri.startsWith({_OUTPUT_FOLDER}))",

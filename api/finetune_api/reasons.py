@@ -182,6 +182,9 @@ class Fault(StrEnum):
     WRONG_FORMAT = "WrongFormat"
     TOO_MANY_LONG_ROWS = "TooManyLongRows"
     TOO_MANY_POOR_ROWS = "TooManyPoorRows"
+    EVALUATION_SET_UNREADABLE = "EvaluationSetUnreadable"
+    EVALUATION_SET_SAYS_NOTHING = "EvaluationSetSaysNothing"
+    EVALUATION_SETS_TOO_LARGE = "EvaluationSetsTooLarge"
     NO_TRAINING_DATA = "NoTrainingData"
     ONE_SIDED_THUMBS = "OneSidedThumbs"
     INPUT_CHANGED = "InputChanged"
@@ -402,6 +405,20 @@ FAULTS: dict[Fault, FaultText] = {
         "preprocessing.quality.maxDroppedFraction allows {allowed} %: {table}. decisions.jsonl in .job/ or "
         "finetune data check names the rows; raise maxDroppedFraction to go on without them, or write other thresholds "
         "or preset: Off",
+    ),
+    Fault.EVALUATION_SET_UNREADABLE: FaultText(
+        Reason.DATA_INVALID,
+        "the evaluation set of {field} cannot be read, so that no row can be kept out for it: {problem}",
+    ),
+    Fault.EVALUATION_SET_SAYS_NOTHING: FaultText(
+        Reason.DATA_INVALID,
+        "the evaluation set of {field} has {rows} rows, and no text of {words} words by which rows could be found that "
+        "share it; name the files with its questions, or remove it",
+    ),
+    Fault.EVALUATION_SETS_TOO_LARGE: FaultText(
+        Reason.DATA_INVALID,
+        "the evaluation sets up to {field} have more than {limit} different runs of {words} words; name fewer or "
+        "smaller ones",
     ),
     Fault.NO_TRAINING_DATA: FaultText(
         Reason.DATA_INVALID,

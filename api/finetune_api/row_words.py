@@ -58,6 +58,7 @@ ROW_WORDS: dict[str, str] = {
     "it",
     "other_license": "is under a licence that datasets[].licenses does not allow",
     "unknown_license": "does not say which licence it is under, by which datasets[].licenses chooses rows",
+    "in_evaluation_set": "shares 13 words in a row with an evaluation set of preprocessing.decontaminateAgainst",
     "duplicate": "says the same as another row, which is kept (ref)",
     "near_duplicate": "says nearly the same as another row, which is kept (ref)",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",

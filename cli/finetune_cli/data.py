@@ -123,6 +123,7 @@ def check(target: str, model: str | None, method: MethodType, console: Console, 
         first, *more = found.lines
         console.print(first, markup=False, soft_wrap=True)
         _say_quality(found.report, console)
+        _say_leaks(found.report["leaks"], console)
         _say_pii(found.report["pii"], console)
         for line in more:
             console.print(line, markup=False, soft_wrap=True)
@@ -208,6 +209,16 @@ def _say_rows(found: Mapping[str, Any], ctx: "StageContext", console: Console) -
             console.print(f"dropped {rows:,} rows in all: {reason}", markup=False, soft_wrap=True)
     for reason, rows in found["changed"].items():
         console.print(f"changed {rows:,} of {rows_in:,} rows: {_words(reason)}", markup=False, soft_wrap=True)
+
+
+def _say_leaks(leaks: Mapping[str, Any], console: Console) -> None:
+    """Say how many rows evaluation sets have too. leaks: as in report.json."""
+    for each in leaks.get("sets", ()):
+        told = f"leaks   {each['left_out']:,} rows share {leaks['words']} words in a row with {each['name']}"
+        short = f", of which {each['short_rows']:,} are too short to be found" if each["short_rows"] else ""
+        console.print(f"{told} ({each['rows']:,} rows{short})", markup=False, soft_wrap=True)
+    if leaks.get("advice"):
+        console.print(f"        {leaks['advice']}", markup=False, soft_wrap=True)
 
 
 def _say_pii(pii: Mapping[str, Any], console: Console) -> None:

@@ -18,8 +18,9 @@ from jsonschema import Draft4Validator  # OpenAPI 3.0, which CRDs use, has draft
 from jsonschema.exceptions import ValidationError
 
 from finetune_api.crd import Schema, object_schema
-from finetune_api.job import S3_URI_RULE, DpoLoss
+from finetune_api.job import DpoLoss
 from finetune_api.names import API_VERSION, KIND
+from finetune_api.uris import S3_URI_RULE
 
 # Without a cluster, files of this machine will do as well.
 LOCAL_URI_RULE = S3_URI_RULE + " || self.matches('^file:///[^ ].*$')"

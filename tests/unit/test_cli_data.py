@@ -277,6 +277,18 @@ def test_check_says_what_personal_data_there_is_and_what_becomes_of_it(tmp_path:
     assert "ada@" not in said
 
 
+def test_check_says_which_evaluation_sets_rows_share_words_with(tmp_path: Path):
+    question = "a train leaves the town at noon and another one follows it an hour later"
+    put(tmp_path, a_jsonl=jsonl([*chats(20), chat(question, "two")]))
+    (tmp_path / "tasks.jsonl").write_bytes(jsonl([{"q": question}, {"q": "short"}]))
+    named = [{"name": "tasks", "uri": (tmp_path / "tasks.jsonl").as_uri()}]
+    code, said = check(job(tmp_path, {"preprocessing": {"decontaminateAgainst": named}}))
+    assert code == Exit.SUCCEEDED
+    assert "a.jsonl row 21: it shares 13 words in a row" in said
+    told = "leaks   1 rows share 13 words in a row with tasks (2 rows, of which 1 are too short to be found)"
+    assert told in said
+
+
 def test_check_says_what_prepare_would_and_writes_nothing(tmp_path: Path):
     put(tmp_path, a_jsonl=jsonl([*chats(30), {"messages": []}]))
     quarantine = {"preprocessing": {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}}

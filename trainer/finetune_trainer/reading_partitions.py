@@ -33,7 +33,7 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
 
     fence: None where nothing may be written to the job's output. Raises what `read_datasets` does."""
     ctx, model, reading = stage.ctx, stage.model, begin(stage)
-    found, too_long = reading.rendering, reading.too_long
+    found, too_long, evaluation = reading.rendering, reading.too_long, stage.evaluation
     rules = Rules(
         **rules_of_model(model),
         spec=ctx.config.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
@@ -44,6 +44,8 @@ def read_in_partitions(stage: PrepareStage, spool: Spool, fence: Fence | None) -
         quarantine=reading.bad.quarantine,
         renderer=found,
         pii_key=None if stage.pii_key is None else stage.pii_key.hex(),
+        evaluation_runs=None if evaluation is None else str(evaluation.runs.folder),
+        evaluation_digest=None if evaluation is None else evaluation.runs.digest,
     )
     merged = Merged(reading.bad, too_long)
     resources = stage.resources
@@ -120,7 +122,9 @@ def _frames(stage: PrepareStage, rules: Rules) -> list[bytes]:
 
 
 def _identity(stage: PrepareStage, rules: Rules) -> bytes:
-    """Return all that is made of rows depends on, beside the rows: the time only where the template tells it."""
+    """Return all that is made of rows depends on, beside the rows: the time only where the template tells it, and of
+    evaluation sets what they say, wherever that lies."""
+    rules = replace(rules, evaluation_runs=None)
     if rules.renderer is not None and _TELLS_TIME not in rules.renderer["source"]:
         rules = replace(rules, renderer=rules.renderer | {"now": None})
     return b"".join(_frames(stage, rules))

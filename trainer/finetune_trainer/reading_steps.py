@@ -41,6 +41,8 @@ from finetune_trainer.data.detect import check_given
 from finetune_trainer.data.documents.reading import PLAIN
 from finetune_trainer.data.encoders import FAST, FastDiffersError
 from finetune_trainer.data.end_token import require_end_token
+from finetune_trainer.data.evaluation_sets import EvaluationSets, read_evaluation_sets
+from finetune_trainer.data.leaks_report import leaks_report
 from finetune_trainer.data.licenses import check_license
 from finetune_trainer.data.listing import Inputs, find_files
 from finetune_trainer.data.model_facts import Model, read_model
@@ -86,6 +88,7 @@ class RowsStage:
     formats: list[DatasetFormat] = field(default_factory=list[DatasetFormat])
     files: list[range] = field(default_factory=list[range])  # of each dataset, as indices into the ledger
     ignored: list[str] = field(default_factory=list[str])
+    evaluation: EvaluationSets | None = None  # once they are read, of a job that names any
 
     @property
     def method(self) -> Method:
@@ -190,7 +193,9 @@ def opened(ctx: StageContext, model: Model) -> Generator[PrepareStage]:
 
 
 def find_inputs(stage: RowsStage) -> list[Inputs]:
-    """Find the files of all datasets. Raises what `find_files` does."""
+    """Find the files of all datasets, and read the evaluation sets that their rows are compared with.
+
+    Raises what `find_files` and `read_evaluation_sets` do."""
     inputs = find_files(
         stage.ctx.store,
         stage.ctx.config.spec.datasets,
@@ -199,6 +204,10 @@ def find_inputs(stage: RowsStage) -> list[Inputs]:
     )
     stage.files = [each.files for each in inputs]
     stage.ignored = [uri for each in inputs for uri in each.ignored]
+    named = stage.preprocessing.decontaminate_against
+    if named:
+        ctx = stage.ctx
+        stage.evaluation = read_evaluation_sets(ctx.store, named, ctx.work_dir, ctx.reporter.touch)
     return inputs
 
 
@@ -217,7 +226,9 @@ def funnel(stage: RowsStage, seconds: dict[str, float]) -> dict[str, Any]:
     """Return what a report says of the rows, whatever became of the job. seconds: by stage."""
     spec = stage.ctx.config.spec
     told = report.funnel(stage.ledger, chain_of(spec), stage.ignored, seconds)
-    return {**told, **quality_parts(spec, stage.ledger), "pii": _pii(stage), "licenses": _licenses(stage)}
+    leaks = leaks_report(stage.evaluation.sets if stage.evaluation else (), stage.ledger)
+    told |= {**quality_parts(spec, stage.ledger), "leaks": leaks}
+    return {**told, "pii": _pii(stage), "licenses": _licenses(stage)}
 
 
 def _pii(stage: RowsStage) -> dict[str, Any]:
@@ -240,7 +251,7 @@ def dataset_rows(
 ) -> Iterator[Iterator[Checked]]:
     """Yield the valid rows of each dataset, all of which are to be taken before the next."""
     ctx, spec = stage.ctx, stage.ctx.config.spec
-    chain = chain_of(spec, stage.pii_key)
+    chain = chain_of(spec, stage.pii_key, stage.evaluation and stage.evaluation.runs)
     for dataset, choices, files in zip(spec.datasets, dataset_choices(stage), inputs, strict=True):
         checked = checked_rows(
             ctx.store,

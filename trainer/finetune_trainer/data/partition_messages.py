@@ -26,7 +26,8 @@ from finetune_trainer.runplan import ModelFacts
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What is the same for all rows of a job. renderer: as `renderer_of` takes it, None without a chat template.
-    pii_key: of the pseudonyms, as hexadecimal digits; no process writes it anywhere."""
+    pii_key: of the pseudonyms, as hexadecimal digits; no process writes it anywhere. evaluation_runs: the folder of
+    what evaluation sets say, None without any, and evaluation_digest: of what lies there."""
 
     spec: dict[str, Any]
     facts: dict[str, Any]
@@ -41,6 +42,8 @@ class Rules:
     quarantine: bool
     renderer: dict[str, Any] | None
     pii_key: str | None = field(default=None, repr=False)
+    evaluation_runs: str | None = None
+    evaluation_digest: str | None = None
 
     def model(self, tokenizer: Any) -> Model:
         """Return the model as a worker knows it."""

@@ -20,6 +20,7 @@ from finetune_trainer.data.problems import Broken
 from finetune_trainer.data.raw_rows import decode_row, read_rows
 from finetune_trainer.data.reading import Checked, DecodedRows, valid_rows
 from finetune_trainer.data.renderer import Renderer
+from finetune_trainer.data.shared_runs import SharedRuns
 from finetune_trainer.data.sketches import Sketcher
 from finetune_trainer.data.spool import Spool
 from finetune_trainer.data.stages.chain import chain_of, through
@@ -37,7 +38,8 @@ class PartitionWork:
         self._rules, self._model = rules, model
         self._renderer = None if rules.renderer is None else renderer_of(rules.renderer)
         spec = FineTuneJobSpec.model_validate(rules.spec)
-        self._chain = chain_of(spec, None if rules.pii_key is None else bytes.fromhex(rules.pii_key))
+        runs = None if rules.evaluation_runs is None else SharedRuns(Path(rules.evaluation_runs))
+        self._chain = chain_of(spec, None if rules.pii_key is None else bytes.fromhex(rules.pii_key), runs)
         self._method = method_of(spec.method.type)
         documents = spec.preprocessing and spec.preprocessing.documents
         self._with_headings = bool(documents and documents.heading_context)

@@ -85,6 +85,7 @@ class Drop(StrEnum):
     NO_LABEL = "no_label"
     OTHER_LICENSE = "other_license"
     UNKNOWN_LICENSE = "unknown_license"
+    IN_EVALUATION_SET = "in_evaluation_set"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
     DUPLICATE_HELD_OUT = "duplicate_of_held_out"

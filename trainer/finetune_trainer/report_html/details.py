@@ -15,6 +15,7 @@ SECTIONS = {
     "quality": ("Quality", "What was measured of the words, and which thresholds they passed."),
     "languages": ("Languages", "In which languages the rows are, as far as it is told from their words."),
     "duplicates": ("Duplicates", "Rows that say the same, or nearly the same, and the largest groups of them."),
+    "leaks": ("Leaks", "Rows that say what an evaluation set says, which are left out, and how far sets can be found."),
     "pii": ("Personal data", "What was found, by its type; never what it was."),
     "licenses": ("Licences", "Under which terms the rows come."),
 }

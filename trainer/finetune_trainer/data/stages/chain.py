@@ -8,6 +8,8 @@ from finetune_api.errors import StageError
 from finetune_api.job import FineTuneJobSpec, PreprocessingSpec
 from finetune_trainer.data.accounts import Action, Ledger, RowPlace
 from finetune_trainer.data.reading import Checked
+from finetune_trainer.data.shared_runs import SharedRuns
+from finetune_trainer.data.stages.leaks import leaks_stages
 from finetune_trainer.data.stages.pii import pii_stage
 from finetune_trainer.data.stages.quality import quality_of, quality_stages
 from finetune_trainer.data.stages.repair import REPAIR
@@ -19,12 +21,15 @@ _MAX_ROWS = 256  # of a batch
 _MAX_BYTES = 2**20  # of a batch in memory, but for its last row
 
 
-def chain_of(spec: FineTuneJobSpec, pii_key: bytes | None = None) -> tuple[Stage, ...]:
-    """Return the stages of a job, in order. They follow from the spec, and from the key of its pseudonyms where it has
-    any: every worker process has the same."""
+def chain_of(
+    spec: FineTuneJobSpec, pii_key: bytes | None = None, evaluation: SharedRuns | None = None
+) -> tuple[Stage, ...]:
+    """Return the stages of a job, in order. They follow from the spec, and from the key of its pseudonyms and what its
+    evaluation sets say where it has any: every worker process has the same."""
     given = spec.preprocessing or PreprocessingSpec()
     repair = () if quality_of(spec).repair is False else (REPAIR,)
-    return (*repair, WEIGHTLESS, UNANSWERED, *quality_stages(spec), pii_stage(given.pii, pii_key))
+    leaks = leaks_stages(given.decontaminate_against, evaluation)
+    return (*repair, WEIGHTLESS, UNANSWERED, *leaks, *quality_stages(spec), pii_stage(given.pii, pii_key))
 
 
 def through(chain: Sequence[Stage], rows: Iterable[Checked], ledger: Ledger) -> Iterator[Checked]:
