@@ -1,10 +1,11 @@
-"""Whatever a data file has become, its rows are accounted for or its end is named: `make fuzz` looks at more."""
+"""Whatever a data file or document has become, its rows are accounted for or its end named: `make fuzz` sees more."""
 
 from fuzzing import changed, fuzz
 
 
-def test_changed_files_of_every_notation_lose_no_row_without_a_word() -> None:
+def test_changed_files_of_every_notation_and_kind_of_document_lose_nothing_without_a_word() -> None:
     ends = fuzz(seed=12, count=2000)
+    assert {"broken_document", "empty_document"} <= set(ends), "documents are among them"
     assert ends["whole"] > 100, "some files are hardly changed"
     assert ends["broken rows"] > 100
     assert len(ends) >= 5, "the changes reach several ends"

@@ -1,8 +1,8 @@
 """`make fuzz`: changed files through the readers of data, to see that no byte is lost without a word.
 
-A small valid file of each notation is changed by a seeded generator and read as a job reads it. Whatever it has become,
-it ends by a named reason or all of its rows are accounted for; nothing of its content is in a message; time and memory
-stay bounded. A finding names seed and number, with which `changed` makes the same bytes again.
+A small valid file of each notation, and of each kind of documents, is changed by a seeded generator and read as a job
+reads it. Whatever it has become, it ends by a named reason or all of its rows are accounted for; nothing of its content
+is in a message; time and memory stay bounded. A finding names seed and number, with which `changed` makes it again.
 """
 
 import csv
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +33,16 @@ from finetune_api.reasons import FAULTS
 from finetune_api.run import StorageConfig
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.bad_rows import BadRows
+from finetune_trainer.data.documents.extractor import Extractors
+from finetune_trainer.data.file_kinds import DocumentKind, document_of
 from finetune_trainer.data.listing import find_files
 from finetune_trainer.data.parquet import ParquetDecoder
+from finetune_trainer.data.problems import LeftOut
 from finetune_trainer.data.raw_rows import decode_row
 from finetune_trainer.data.reading import checked_rows
 from finetune_trainer.data.shapes import RowChoices
 from finetune_trainer.store import open_store
+from fuzzed_documents import PACKED, read_document, texts
 
 SECRET = "zebra7f3a"  # in the texts of all rows, and in no message
 MAX_SECONDS = 60  # for one small file, on however busy a machine
@@ -101,6 +105,7 @@ KINDS = (
     Kind("a.jsonl.gz", _json_lines, gz),
     Kind("a.csv.zst", lambda: _separated(","), _zstd),
     Kind("a.parquet", _parquet, share=5),
+    *(Kind(name, make, PACKED.get(name), share=4) for name, make in texts(SECRET).items()),
 )
 
 
@@ -164,20 +169,23 @@ class Outcome:
 class Reader:
     """Reads one changed file after another, as a job reads its data, in a folder that it has for itself."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, parquet: ParquetDecoder, extractors: Extractors) -> None:
+        self._parquet, self._extractors = parquet, extractors
         self._data, self._work = folder / "data", folder / "work"
         self._data.mkdir()
         self._work.mkdir()
         self._store = open_store(StorageConfig())
 
-    def read(self, file: Changed, parquet: ParquetDecoder) -> Outcome:
+    def read(self, file: Changed) -> Outcome:
         """Raises AssertionError for what must not be, whatever the file is."""
         path = self._data / file.name
         path.write_bytes(file.content)
         decisions = self._work / "decisions.jsonl"
         try:
             if file.name.endswith(".parquet"):
-                return self._table(path, parquet)
+                return self._table(path)
+            if (kind := document_of(file.name)) is not None:
+                return self._document(path, kind)
             with Ledger(decisions) as ledger:
                 return self._rows(ledger, file)
         except StageError as error:
@@ -202,7 +210,12 @@ class Reader:
             _require_untouched(file.unpacked, outcome)
         return outcome
 
-    def _table(self, path: Path, decoder: ParquetDecoder) -> Outcome:
+    def _document(self, path: Path, kind: DocumentKind) -> Outcome:
+        found = read_document(path, kind, self._work / "rows", self._extractors, SECRET)
+        return Outcome(found.drop.value) if isinstance(found, LeftOut) else Outcome(None, found, found)
+
+    def _table(self, path: Path) -> Outcome:
+        decoder = self._parquet
         decoded = [decode_row(row) for row in decoder.rows(path, path.as_uri())]
         assert [each.number for each in decoded] == list(range(1, len(decoded) + 1)), "numbers of rows have gaps"
         assert len(decoded) == decoder.facts.rows, "a row of the table is lost"
@@ -256,14 +269,18 @@ def _bounded(seconds: int) -> Generator[None]:
 def fuzz(seed: int, count: int, tell: Callable[[int], None] = lambda _: None) -> Counter[str]:
     """Read so many changed files; returns how often each end came. What is raised has a note with seed and number."""
     ends: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, ParquetDecoder(()) as parquet:
-        reader = Reader(Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ParquetDecoder(()) as parquet,
+        closing(Extractors(1)) as extractors,
+    ):
+        reader = Reader(Path(folder), parquet, extractors)
         first_bytes = 0
         for number in range(count):
             file = changed(seed, number)
             try:
                 with _bounded(MAX_SECONDS):
-                    outcome = reader.read(file, parquet)
+                    outcome = reader.read(file)
             except BaseException as error:
                 error.add_note(f"seed {seed}, number {number}: {file.name}")
                 raise

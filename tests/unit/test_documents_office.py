@@ -96,6 +96,18 @@ def test_each_mail_of_a_mailbox_is_a_row_and_attachments_are_counted(tmp_path: P
     assert prepared.report["changed"].get("attachments_left_out") == 1
 
 
+def test_a_mailbox_whose_first_lines_are_not_ascii_is_read(tmp_path: Path) -> None:
+    box = b"".join(b"From j\xfcrgen@example.org Sat Nov 28 00:00:00 2026\nSubject: A\n\n%d\n\n" % at for at in range(2))
+    assert [each.text for each in read(tmp_path, "a.mbox", box)] == ["A\n\n0", "A\n\n1"]
+
+
+def test_a_word_document_of_which_a_part_is_damaged_is_left_out(tmp_path: Path) -> None:
+    content = docx_bytes()
+    with pytest.raises(NoTextError) as caught:
+        read(tmp_path, "a.docx", content.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+    assert caught.value.drop is Drop.BROKEN_DOCUMENT
+
+
 @pytest.mark.parametrize("name", ["a.docx", "a.epub", "a.mbox", "a.eml"])
 @pytest.mark.parametrize("content", [b"PK\x03\x04broken", b"\x00" * 99, b"no such thing"], ids=["cut", "zeros", "text"])
 def test_what_is_not_what_its_name_says_is_left_out(tmp_path: Path, name: str, content: bytes) -> None:

@@ -9,6 +9,8 @@ from finetune_trainer.data.problems import Drop
 
 MAX_UNPACKED_BYTES = 256 * 2**20  # of all files of an archive that are read
 _MAX_FILES = 20_000
+# What reading a file of an archive that is damaged ends with.
+DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, RuntimeError, UnicodeDecodeError)
 _ENCRYPTED = 1  # flag of a file in an archive
 
 
@@ -35,7 +37,7 @@ class Archive:
         try:
             with self._zip.open(info) as stream:
                 content = stream.read(self._left_bytes + 1)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+        except DAMAGED as error:
             raise NoTextError(Drop.BROKEN_DOCUMENT, "a file in it is damaged") from error
         self._left_bytes -= len(content)
         if self._left_bytes < 0:

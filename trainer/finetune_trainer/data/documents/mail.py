@@ -2,7 +2,7 @@
 
 import mailbox
 from collections.abc import Iterator
-from email import message_from_binary_file
+from email import message_from_binary_file, message_from_bytes
 from email.errors import HeaderParseError
 from email.header import decode_header, make_header
 from email.message import Message
@@ -38,7 +38,7 @@ def read_mailbox(path: Path) -> Iterator[Found]:
         for count, key in enumerate(box.iterkeys(), 1):
             if count > _MAX_MESSAGES:
                 raise NoTextError(Drop.DOCUMENT_TOO_LARGE, f"more than {_MAX_MESSAGES:,} messages")
-            yield _found(box[key])
+            yield _found(message_from_bytes(box.get_bytes(key)))  # box[key] ends at a first line that is not ASCII
     finally:
         box.close()
 

@@ -10,12 +10,14 @@ from docx.opc.exceptions import PackageNotFoundError
 from docx.table import Table
 from docx.text.paragraph import Paragraph
 
-from finetune_trainer.data.documents.archives import Archive
+from finetune_trainer.data.documents.archives import DAMAGED, Archive
 from finetune_trainer.data.documents.found import Found, NoTextError, tidy, titled
 from finetune_trainer.data.problems import Drop
 
 _HEADING = re.compile(r"heading ([1-9])", re.IGNORECASE)
 _MAX_LEVEL = 6
+# What python-docx ends with where the file or its XML is damaged, or its elements are not those that it looks for.
+_NO_WORD = (*DAMAGED, PackageNotFoundError, AttributeError, KeyError, SyntaxError, ValueError)
 _OLD_FORMAT = b"\xd0\xcf\x11\xe0"  # of Word before 2007, and of what has a password
 
 
@@ -27,10 +29,11 @@ def read_docx(path: Path) -> list[Found]:
     Archive(path).require_bounded()
     try:
         document: Any = docx.Document(str(path))
-        blocks = list(document.iter_inner_content())
-    except (PackageNotFoundError, KeyError, ValueError, SyntaxError) as error:  # lxml's errors are of syntax
+        text = "".join(_written(list(document.iter_inner_content())))
+        title = document.core_properties.title
+    except _NO_WORD as error:
         raise NoTextError(Drop.BROKEN_DOCUMENT, "no Word document can be read of it") from error
-    return [Found(tidy("".join(_written(blocks))), titled(document.core_properties.title))]
+    return [Found(tidy(text), titled(title))]
 
 
 def _written(blocks: list[Any]) -> Iterator[str]:
