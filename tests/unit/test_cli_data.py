@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import spec_cases
-from data_run import CHATML, HIDDEN, LAYERS, chat, chats, jsonl, put, write_model
+from data_cli import check, job
+from data_run import CHATML, HIDDEN, LAYERS, chat, chats, jsonl, put
 from finetune_api.job import MethodType
 from finetune_cli import data
 from finetune_cli.errors import CommandError, Exit
@@ -29,36 +29,10 @@ UNROLLED = (
 )
 
 
-def job(tmp: Path, spec: dict[str, Any] | None = None) -> str:
-    """Write a job over data/ and model/ in the folder; returns its path."""
-    if not (tmp / "model").exists():
-        write_model(tmp / "model")
-    written = spec_cases.base()
-    written["spec"] = {
-        "model": {"uri": (tmp / "model").as_uri()},
-        "method": {"type": "SFT"},
-        "datasets": [{"uri": (tmp / "data").as_uri() + "/"}],
-        "output": {"uri": (tmp / "out").as_uri()},
-        **(spec or {}),
-    }
-    (tmp / "job.yaml").write_text(json.dumps(written))
-    return str(tmp / "job.yaml")
-
-
 def shown(target: str, most: int = 3, row: str | None = None, model: str | None = None) -> list[dict[str, Any]]:
     output = io.StringIO()
     assert data.show(target, most, row, True, model, SFT, cleaned(Console(file=output))) == Exit.SUCCEEDED
     return json.loads(output.getvalue())
-
-
-def check(target: str, model: str | None = None, method: MethodType = SFT) -> tuple[int, str]:
-    """Return the exit code and what was said, the error included."""
-    output = io.StringIO()
-    try:
-        code = data.check(target, model, method, cleaned(Console(file=output)))
-    except CommandError as error:
-        return error.code, f"{output.getvalue()}{error}"
-    return code, output.getvalue()
 
 
 def test_rows_are_shown_as_they_are_learned_and_dropped_ones_with_their_reason(tmp_path: Path):
