@@ -103,6 +103,21 @@ def test_passes_of_an_evaluation_and_a_new_activity_show_that_it_does_not_stand_
     assert reporter.progress().seconds_since_step == 0
 
 
+def test_a_time_that_another_thread_notes_while_progress_waits_for_it_is_in_the_past(
+    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Contended:
+        """A lock that another thread had, which noted a step and a checkpoint before it let go."""
+
+        def __enter__(self) -> None:
+            reporter._step_at_s = reporter._checkpoint_at_s = time.monotonic()
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(reporter, "_lock", Contended())
+    assert reporter.progress().seconds_since_step >= 0
+
+
 def test_the_time_of_every_activity_is_counted(reporter: Reporter, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = time.monotonic() + 100
     monkeypatch.setattr(serve.time, "monotonic", lambda: now_s)

@@ -71,8 +71,8 @@ class Reporter:
         if unknown := fields.keys() - Progress.model_fields.keys():
             raise TypeError(f"Progress has no {', '.join(sorted(unknown))}")
         known = {name: finite(value) for name, value in fields.items()}
-        now_s = time.monotonic()
         with self._lock:
+            now_s = time.monotonic()
             if "step" in known and known["step"] != self._fields.get("step"):
                 self._step_at_s = now_s
                 bind_step(cast("int", known["step"]))
@@ -93,8 +93,8 @@ class Reporter:
 
     def progress(self) -> Progress:
         """Where the stage is now. Raises pydantic.ValidationError for a field of a wrong type."""
-        now_s = time.monotonic()
         with self._lock:
+            now_s = time.monotonic()  # read with the lock held: whoever had it meanwhile has noted no later time
             since = {
                 "seconds_since_step": now_s - self._step_at_s,
                 "seconds_since_checkpoint": now_s - self._checkpoint_at_s,
