@@ -45,3 +45,9 @@ def test_of_a_chain_of_adapters_each_dataset_is_named_once_and_not_for_ever() ->
     found = joined(own, earlier)
     assert len(found) == MAX_EARLIER
     assert [each.uri for each in found[:3]] == ["s3://data/1/", "s3://data/0/", "s3://data/2/"]
+
+
+@pytest.mark.parametrize("how", [None, RESTRICTED])
+def test_a_long_chain_of_adapters_stays_as_confidential_as_its_oldest_data(how: Confidentiality | None) -> None:
+    earlier = [*(of(PUBLIC, f"s3://data/{number}/") for number in range(300)), of(how, "s3://data/oldest/")]
+    assert highest(joined([of(PUBLIC)], earlier)) == how

@@ -2,6 +2,7 @@
 
 An adapter that goes on with another one has learned that one's data too, and says so."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from pydantic import Field
@@ -44,9 +45,19 @@ def highest(origins: Iterable[DataOrigin]) -> Confidentiality | None:
 
 
 def joined(own: Sequence[DataOrigin], earlier: Sequence[DataOrigin]) -> list[DataOrigin]:
-    """Return both without repetition, the own first, and so many that a chain of jobs does not grow for ever."""
-    found = {each.model_dump_json(): each for each in (*own, *earlier)}
-    return list(found.values())[:MAX_EARLIER]
+    """Return both without repetition, the own first, and so many that a chain of jobs does not grow for ever.
+
+    Those of which it is not said how confidential they are, and the most confidential ones, are kept before others:
+    so `highest` of what is kept is that of all."""
+    found = list({each.model_dump_json(): each for each in (*own, *earlier)}.values())
+    if len(found) > MAX_EARLIER:
+        found.sort(key=_caution, reverse=True)
+    return found[:MAX_EARLIER]
+
+
+def _caution(origin: DataOrigin) -> float:
+    """Return how much `highest` depends on it."""
+    return math.inf if origin.confidentiality is None else origin.confidentiality.rank
 
 
 def as_record(origin: DataOrigin) -> dict[str, object]:
