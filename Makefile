@@ -103,6 +103,7 @@ demo-down:  ## Stop the demo's cluster
 bench: assets testbed images  ## Write the tables in bench/results
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.preference
+	$(BIN)/python -m bench.preference_learns
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.operator

@@ -1,4 +1,4 @@
-"""Preference methods on SmolLM2-135M: ours, TRL's trainers and a plain loop on the same tokens, and whether they learn.
+"""Preference methods on SmolLM2-135M: ours, TRL's trainers and a plain loop on the same tokens.
 
 Pairs have answers of 200 tokens under prompts of 50, 300 and 1,500. Every run is a process of its own with pinned
 threads, in fp32, from the same adapter. A run's speed counts the steps but the first, and what is computed of the
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import child, preference_trainers, tables
-from bench.preference_learns import Learned, learns
 from bench.preference_trainers import Timed
 from bench.preference_work import ANSWER_TOKENS, Case, PreferenceWork
 from bench.workload import RANK, Workload
@@ -120,32 +119,11 @@ def _header(steps: int) -> list[str]:
     ]
 
 
-def _learned(found: list[Learned]) -> str:
-    rows = [
-        [
-            each.name,
-            str(each.rows),
-            "" if each.likelier is None else f"{each.likelier[0]:.2f}",
-            "" if each.likelier is None else f"{each.likelier[1]:.2f}",
-            f"{each.accuracy[0]:.2f}",
-            f"{each.accuracy[1]:.2f}",
-            f"{each.seconds:.0f}",
-        ]
-        for each in found
-    ]
-    header = ["", "held-out rows", "right answer likelier, before", "after", "reward accuracy, before", "after", "s"]
-    return (
-        "SmolLM2-135M-Instruct learned sums of two digits by SFT, right answers and wrong ones of the same length "
-        "alike; then each method from that adapter (`model.adapterFrom`), both jobs as a user runs them. Of sums that "
-        "were held out:\n\n" + tables.table(header, rows)
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    names = [*(case.name for case in CASES), "learns"]
+    names = [case.name for case in CASES]
     parser.add_argument("--only", nargs="+", choices=names, help="leave the others out; writes no table")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--digest", help=argparse.SUPPRESS)
@@ -163,15 +141,12 @@ def main() -> None:
 
     wanted, model_folder = arguments.only or names, ensure_model()
     rows: list[list[str]] = []
-    learned: list[Learned] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         for case, trainers in CASES.items():
             if case.name in wanted:
                 folder = Path(temporary, case.name)
                 work = PreferenceWork.prepare(folder, case, model_folder, arguments.steps, arguments.threads)
                 rows += _measured(case, trainers, work, arguments.threads)
-        if "learns" in wanted:
-            learned = learns(Path(temporary, "learns"), model_folder, arguments.threads)
     body = (
         f"SmolLM2-135M-Instruct, LoRA rank {RANK} on all linear layers, fp32, {arguments.threads} threads; "
         f"{arguments.steps} steps, answers of {ANSWER_TOKENS} tokens; the first step is left out of the speeds.\n\n"
@@ -182,8 +157,7 @@ def main() -> None:
         "divided by those of the prompt once and both answers, the most that computing prompts once could gain. Losses "
         f"agree to {SAME_LOSS} at the first and the last step, or this table is not written; of ORPO, whose likelihood "
         "TRL takes over the prompt too, the log odds ratio of the first step does. Peak memory is that of the whole "
-        "process.\n\n"
-        "## It learns\n\n" + _learned(learned)
+        "process."
     )
     if arguments.only:
         print(body)
