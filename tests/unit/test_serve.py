@@ -110,7 +110,8 @@ def test_a_time_that_another_thread_notes_while_progress_waits_for_it_is_in_the_
         """A lock that another thread had, which noted a step and a checkpoint before it let go."""
 
         def __enter__(self) -> None:
-            reporter._step_at_s = reporter._checkpoint_at_s = time.monotonic()
+            for name in ("_step_at_s", "_checkpoint_at_s"):
+                monkeypatch.setattr(reporter, name, time.monotonic())
 
         def __exit__(self, *_: object) -> None: ...
 
