@@ -47,9 +47,9 @@ def measure(who: str, texts: Path, model: Path) -> Run:
         if who == "ours":
             command = [sys.executable, "-m", "bench.documents", "--ours", str(texts), str(model), folder]
         else:
-            command = [str(python_with(PEERS)), str(_PEER_SCRIPT), who, str(texts), str(model), folder]
+            command = [str(python_with(PEERS)), "-P", str(_PEER_SCRIPT), who, str(texts), str(model), folder]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        env |= {"PYTHONPATH": str(ROOT), "HF_HOME": folder}
+        env |= {"HF_HOME": folder} | ({"PYTHONPATH": str(ROOT)} if who == "ours" else {})
         every = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {max(every)})
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

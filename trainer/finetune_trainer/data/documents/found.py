@@ -10,7 +10,6 @@ _MAX_TITLE = 200  # characters
 _NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 _LINE_END = re.compile("\r\n?")
 _BLANK_LINES = re.compile("\n[ \t\n]*\n")
-_TRAILING = re.compile("[ \t]+(?=\n|$)")
 _BREAKS = ("\n\n", "\n", " ")  # where a text is best cut, the best first
 
 
@@ -33,12 +32,14 @@ class NoTextError(Exception):
 
 def plain(text: str) -> str:
     """Return a text with lines as they end everywhere, and without what is no character."""
-    return _NO_CHARACTER.sub("", _LINE_END.sub("\n", text))
+    lines = _LINE_END.sub("\n", text) if "\r" in text else text
+    return lines if lines.isascii() and "\0" not in lines else _NO_CHARACTER.sub("", lines)
 
 
 def tidy(text: str) -> str:
     """Return a text that was made of a layout: no spaces at the ends of lines, one empty line between paragraphs."""
-    return _BLANK_LINES.sub("\n\n", _TRAILING.sub("", plain(text))).strip()
+    lines = [line.rstrip(" \t") for line in plain(text).split("\n")]
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
 def titled(title: str | None) -> str:

@@ -28,8 +28,8 @@ _NO_CONTENT = (
 _CONTENT = ("main", "[role=main]", "article", "#content", "#main", "div.body")  # the first that is there
 _LEAST_SHARE = 0.3  # of a page's text: what holds less is not its content, but a part of that
 _CODE = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
-_BOX = re.compile(  # around all of a cell or an item
-    r"(<(?:t[dh]|li)\b[^>]{0,500}>)\s*<(?:p|div)\b[^>]{0,500}>|</(?:p|div)>\s*(?=</(?:t[dh]|li)>)", re.IGNORECASE
+_BOX = re.compile(  # around all of a cell or an item. Begins with a character, which is quickly looked for
+    r"<(?:((?:t[dh]|li)\b[^>]{0,500}>)\s*<(?:p|div)\b[^>]{0,500}>|/(?:p|div)>\s*(?=</(?:t[dh]|li)>))", re.IGNORECASE
 )
 _OF_LISTS = re.compile(r"^[ ]*(?:</?(?:ul|ol|li)>)+[ ]*\n", re.MULTILINE)
 _ITEM = re.compile(r"^(?:  )?([ ]*)<li>", re.MULTILINE)
@@ -46,7 +46,7 @@ def read_html(path: Path) -> list[Found]:
 
 def of_html(text: str, main_content: bool = True) -> Found:
     """Return the content of a page and its title. main_content: whether it has navigation to be left out."""
-    tree: Any = HTMLTree.parse(_BOX.sub(r"\1", text))
+    tree: Any = HTMLTree.parse(_BOX.sub(_without_box, text))
     title = titled(tree.title)
     if not main_content:
         return Found(_markdown(_written(tree, ("script", "style"))), title)
@@ -60,6 +60,10 @@ def of_html(text: str, main_content: bool = True) -> Found:
     return Found(_markdown(whole), title)
 
 
+def _without_box(found: re.Match[str]) -> str:
+    return f"<{found[1]}" if found[1] else ""
+
+
 def _written(tree: Any, skipped: tuple[str, ...]) -> str:
     """Return what a page says, in the few elements that tell its form."""
     return extract_plain_text(
@@ -71,8 +75,8 @@ def _markdown(written: str) -> str:
     parts = _CODE.split(written)
     for at, part in enumerate(parts):
         if at % 2 == 0:
-            listed = _ITEM.sub(r"\1- ", _OF_LISTS.sub(_end_of_list, part))
-            parts[at] = _ROW.sub(_row, listed)
+            listed = _ITEM.sub(r"\1- ", _OF_LISTS.sub(_end_of_list, part)) if "<" in part else part
+            parts[at] = _ROW.sub(_row, listed) if "\t\t" in listed else listed
     return tidy(html.unescape(_TAG.sub(_of_tag, "".join(parts))))
 
 
