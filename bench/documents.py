@@ -22,7 +22,15 @@ from bench.document_texts import ensure_texts
 from bench.environments import python_with
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("datatrove[io,processing]==0.10.0", "datasets==4.8.4", "tokenizers==0.22.2", "ftfy==6.3.1", "py3langid==0.4.0")
+PEERS = (
+    "datatrove[io,processing]==0.10.0",
+    "spacy",
+    "orjson",
+    "datasets==4.8.4",
+    "tokenizers==0.22.2",
+    "ftfy==6.3.1",
+    "py3langid==0.4.0",
+)
 _TIMEOUT_S = 3600
 _PEER_SCRIPT = ROOT / "bench" / "document_peers.py"
 _NAMES = {
