@@ -111,6 +111,7 @@ BROKEN: dict[str, tuple[str, bytes, Drop, str]] = {
     "a wrong mark": ("a.txt", b"\xff\xfea", Drop.BROKEN_DOCUMENT, "no valid utf-16-le"),
     "gzip": ("a.md", gzip.compress(b"x" * 99, mtime=0), Drop.BROKEN_DOCUMENT, "holds NUL characters"),
     "a page of navigation": ("a.html", b"<html><body><script>x</script></body></html>", Drop.EMPTY_DOCUMENT, ""),
+    "a page whose content is empty": ("a.html", b"<html><body><main></main></body></html>", Drop.EMPTY_DOCUMENT, ""),
 }
 
 

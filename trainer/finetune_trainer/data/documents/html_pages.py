@@ -27,6 +27,7 @@ _NO_CONTENT = (
 )
 _CONTENT = ("main", "[role=main]", "article", "#content", "#main", "div.body")  # the first that is there
 _LEAST_SHARE = 0.3  # of a page's text: what holds less is not its content, but a part of that
+_SURE_SHARE = 0.6  # of all that is in a page, menus and scripts included, from which on no more is asked
 _CODE = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
 _BOX = re.compile(  # around all of a cell or an item. Begins with a character, which is quickly looked for
     r"<(?:((?:t[dh]|li)\b[^>]{0,500}>)\s*<(?:p|div)\b[^>]{0,500}>|/(?:p|div)>\s*(?=</(?:t[dh]|li)>))", re.IGNORECASE
@@ -46,18 +47,27 @@ def read_html(path: Path) -> list[Found]:
 
 def of_html(text: str, main_content: bool = True) -> Found:
     """Return the content of a page and its title. main_content: whether it has navigation to be left out."""
-    tree: Any = HTMLTree.parse(_BOX.sub(_without_box, text))
+    boxed = _BOX.sub(_without_box, text)
+    tree: Any = HTMLTree.parse(boxed)
     title = titled(tree.title)
     if not main_content:
         return Found(_markdown(_written(tree, ("script", "style"))), title)
-    whole = _written(tree, _NO_CONTENT)
+    whole: str | None = None
+    size = 0 if tree.body is None else len(tree.body.text or "")
     for selector in _CONTENT:
         content = None if tree.body is None else tree.body.query_selector(selector)
-        if content is not None:
-            part = _written(HTMLTree.parse(content.html), _NO_CONTENT)
-            if len(part) >= _LEAST_SHARE * len(whole):
-                return Found(_markdown(part), title)
-    return Found(_markdown(whole), title)
+        if content is None:
+            continue
+        content.remove()
+        tree.body.replace_children(content)  # takes a tenth of the time in which its HTML is parsed
+        part = _written(tree, _NO_CONTENT)
+        if len(part) >= _SURE_SHARE * size:
+            return Found(_markdown(part), title)
+        tree = HTMLTree.parse(boxed)
+        whole = _written(tree, _NO_CONTENT) if whole is None else whole
+        if len(part) >= _LEAST_SHARE * len(whole):
+            return Found(_markdown(part), title)
+    return Found(_markdown(_written(tree, _NO_CONTENT) if whole is None else whole), title)
 
 
 def _without_box(found: re.Match[str]) -> str:
