@@ -3,7 +3,8 @@
 Rows are conversations cut from real text (Python's own sources and the demo's dataset), the same each time. Each run is
 a process of its own, of an eighth of the rows and of all of them; what more rows cost more is the speed, in MB for each
 second of CPU of the whole process tree, so that starting does not count. Prepare's own processes
-tell the parts; the tree's memory is that of both sizes. Fails where both commits make other numbers of tokens.
+tell the parts; the tree's memory is that of both sizes. Fails where both commits make other numbers of tokens, but for
+1 in 10,000.
 """
 
 import argparse
@@ -35,6 +36,7 @@ SIZES = 8  # the smaller size is so many times as small
 _TIMEOUT_S = 3600
 _SAMPLE_S = 0.1
 _MAX_LENGTH = 2048
+_MOST_OTHER_TOKENS = 1e-4  # of all: ours puts damaged characters right, which the base commit did not
 _PARTS = {
     "render_worker": "render",
     "tokenizer_worker": "tokenise",
@@ -263,8 +265,8 @@ def main() -> None:
                     print(f"{name} {size}: {told}", file=sys.stderr, flush=True)
         one_core = [measure("ours", folder / size / "rows.jsonl", model, ROOT, cores=1) for size in sizes]
         parts = cpu_s_by_part(folder / "1x" / "rows.jsonl", model, folder)
-    tokens = {name: runs[name, "8x"][0].tokens for name in names if name != "trl"}
-    if len(set(tokens.values())) != 1:
+    tokens = {name: runs[name, "8x"][0].tokens or 0 for name in names if name != "trl"}
+    if max(tokens.values()) - min(tokens.values()) > _MOST_OTHER_TOKENS * max(tokens.values()):
         raise SystemExit(f"not the same tokens, so this is not the same work: {tokens}")
     body = _body(names, runs, size_bytes, one_core, parts)
     if arguments.write:
@@ -305,8 +307,8 @@ def _body(
     each = {part: [f"{spent_s:.2f}", f"{size_bytes / SIZES / 1e6 / spent_s:.1f}"] for part, spent_s in parts_s.items()}
     return (
         f"SmolLM2-135M-Instruct's tokenizer, {size_bytes / 1e6:g} MB of conversations and an eighth of them; loss on "
-        "answers for ours, on all tokens for TRL. Both commits made the same number of tokens, or this table is not "
-        "written.\n\n"
+        "answers for ours, on all tokens for TRL. Both commits made the same number of tokens but for 1 in 10,000, "
+        "or this table is not written.\n\n"
         + tables.table(header, rows)
         + "\n\nSeconds of CPU by process, of seven eighths of the rows:\n\n"
         + tables.table(["", *(_NAMES[name] for name in ours)], shares)

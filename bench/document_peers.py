@@ -1,5 +1,7 @@
 """What `bench.documents` compares with, in an environment of its own, written as their documentation says."""
 
+# pyright: reportMissingImports=false, reportUnknownLambdaType=false
+
 import hashlib
 import json
 import re

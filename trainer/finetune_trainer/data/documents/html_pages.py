@@ -55,11 +55,12 @@ def of_html(text: str, main_content: bool = True) -> Found:
     whole: str | None = None
     size = 0 if tree.body is None else len(tree.body.text or "")
     for selector in _CONTENT:
-        content = None if tree.body is None else tree.body.query_selector(selector)
-        if content is None:
+        body = tree.body
+        content = None if body is None else body.query_selector(selector)
+        if body is None or content is None:
             continue
         content.remove()
-        tree.body.replace_children(content)  # takes a tenth of the time in which its HTML is parsed
+        body.replace_children(content)  # takes a tenth of the time in which its HTML is parsed
         part = _written(tree, _NO_CONTENT)
         if len(part) >= _SURE_SHARE * size:
             return Found(_markdown(part), title)
