@@ -49,7 +49,10 @@ _BY_CUE = compiled(rf"""{_CUE}{_IS}(?:(?i:bearer)\s)?["'`]?([A-Za-z0-9_+/=.~!$%^
 _LEAST_BITS = 3.0  # of a character, over the whole word
 _LEAST_CHARS = 16  # of a word of letters and digits; with other signs in it, _LEAST_WITH_SIGNS
 _LEAST_WITH_SIGNS, _MOST_CHARS = 12, 512
-_NAME = re.compile(r"[A-Za-z_.\-/]+|(?:[A-Za-z]+[_.\-/])+[A-Za-z0-9]{1,4}|\d[\d.,:/-]*|[a-z]+://.*", re.DOTALL)
+_NAME = re.compile(
+    r"[A-Za-z_.\-/]+|(?:[A-Za-z]+[_.\-/])+[A-Za-z0-9]{1,4}|\d[\d.,:/-]*|[a-z]+://.*|(?:[\w-]+\.)+[a-z]{2,}/.*",
+    re.DOTALL,
+)
 
 
 def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG001 (of the interface)

@@ -21,7 +21,7 @@ _NAMED = compiled(
 _CUE = re.compile(
     r"(?:\bgps\b|\blat|\blo?ng?\b|\bgeo|coord|koordinat|posi[tz]ion|location|located|standort|ubicaci|posición|@)"
 )
-_BEHIND = 8  # bytes behind a pair in which a word may say so
+_BEHIND = 16  # bytes behind a pair in which a word may say so
 _LEAST_DECIMALS = 4  # of a pair that nothing but a word before it calls a place
 _MOST_LATITUDE, _MOST_LONGITUDE = 90.0, 180.0
 
@@ -49,10 +49,10 @@ def _follows_number(subject: Subject, begin: int) -> bool:
     return re.search(r"[\d.][\s,;]{0,2}\Z", subject.before(begin, 4)) is not None
 
 
-def _is_place(subject: Subject, latitude: Span, longitude: Span) -> bool:
-    return (
-        abs(float(subject.said(latitude))) <= _MOST_LATITUDE and abs(float(subject.said(longitude))) <= _MOST_LONGITUDE
-    )
+def _is_place(subject: Subject, one: Span, other: Span) -> bool:
+    """Whether the numbers are a place, in either order: maps say the latitude first, GeoJSON the longitude."""
+    low, high = sorted(abs(float(subject.said(each))) for each in (one, other))
+    return low <= _MOST_LATITUDE and high <= _MOST_LONGITUDE
 
 
 COORDINATES = Recogniser(

@@ -1,4 +1,4 @@
-"""E-mail addresses, also with letters beyond ASCII, in URLs (`%40`), and with `(at)` in the place of `@`."""
+"""E-mail addresses, also with letters beyond ASCII, at an IP address, and with `(at)` for `@`."""
 
 import re
 from collections.abc import Iterator
@@ -10,15 +10,24 @@ from finetune_trainer.data.pii.subject import Span, Subject, compiled
 _LETTER = r"\p{Latin}\p{Greek}\p{Cyrillic}\p{N}"
 _LOCAL = rf"[{_LETTER}_][{_LETTER}._+'~-]*"
 _ADDRESS = compiled(
-    rf"{_LOCAL}(?:@|%40)[{_LETTER}-]+(?:\.[{_LETTER}-]+)+"
+    rf"{_LOCAL}@[{_LETTER}-]+(?:\.[{_LETTER}-]+)+"
     rf"|(?i:{_LOCAL}\s?[(\[{{]\s?at\s?[)\]}}]\s?[{_LETTER}-]+"
-    rf"(?:(?:\.|\s?[(\[{{]\s?(?:dot|punkt|point)\s?[)\]}}]\s?)[{_LETTER}-]+)+)"
+    rf"(?:(?:\.|\s?[(\[{{]\s?(?:dot|punkt|point|\.)\s?[)\]}}]\s?)[{_LETTER}-]+)+)"
+)
+_AT_IP = compiled(rf"{_LOCAL}@(?:\[\d{{1,3}}(?:\.\d{{1,3}}){{3}}\]|\d{{1,3}}(?:\.\d{{1,3}}){{3}}\b)")
+# As lists of mail write them: in brackets, or with both signs as words.
+_SPELT = (
+    compiled(rf"[(<]({_LOCAL} at [{_LETTER}-]+(?:\.[{_LETTER}-]+)+)[)>]"),
+    compiled(rf"(?i)\b({_LOCAL} at [{_LETTER}-]+(?: dot [{_LETTER}-]+)+)\b"),
 )
 _LAST_LABEL = re.compile(r"(?:[^\W\d_]{2,}|xn--[a-z0-9-]+)\Z", re.IGNORECASE)
-_PARTS = re.compile(r"\.|\s?[(\[{]\s?(?:dot|punkt|point)\s?[)\]}]\s?", re.IGNORECASE)
+_PARTS = re.compile(r"\.| dot |\s?[(\[{]\s?(?:dot|punkt|point|\.)\s?[)\]}]\s?", re.IGNORECASE)
 _FILES = frozenset(
     ("png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "bmp", "css", "js", "ts", "py", "html", "htm", "json", "pdf")
 )
+
+
+_SMALL = 32  # four numbers below it are the version of a package
 
 
 def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG001 (of the interface)
@@ -29,6 +38,15 @@ def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG00
         last = _PARTS.split(subject.said(Span(begin, end)))[-1]
         if _LAST_LABEL.match(last) and last.lower() not in _FILES:
             yield Span(begin, end)
+    for match in _AT_IP.finditer(subject.content):
+        octets = [int(each) for each in subject.said(Span(*match.span())).rpartition("@")[2].strip("[]").split(".")]
+        if _SMALL <= max(octets) < 256:
+            yield Span(*match.span())
+    for match in (each for spelt in _SPELT for each in spelt.finditer(subject.content)):
+        last = _PARTS.split(subject.said(Span(*match.span(1))))[-1]
+        if _LAST_LABEL.match(last):
+            yield Span(*match.span(1))
 
 
-EMAIL = Recogniser(PiiType.EMAIL, r"(?i:[^\s@\"'(<>\[{,;:]@[^\s@]|%40|[(\[{]\s?at\s?[)\]}])", _found)
+_TRIGGER = r"(?i:[^\s@\"'(<>\[{,;:]@[^\s@]|[(\[{]\s?at\s?[)\]}]| at [^\s()<>]+\.[^\s()<>]+[)>]| at [^\s]+ dot )"
+EMAIL = Recogniser(PiiType.EMAIL, _TRIGGER, _found)

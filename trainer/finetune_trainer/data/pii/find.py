@@ -1,6 +1,7 @@
 """Find personal data and secrets in a text: which families may have something there, what they find, what overlaps."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -78,12 +79,26 @@ def find(text: str, regions: Regions = EVERYWHERE, field: str = "") -> list[Foun
         return []
     subject = Subject(said + text)
     spans = [_Typed(_ALL[at].type, span) for at in triggered for span in _ALL[at].find(subject, regions)]
-    apart = _apart(spans)
+    apart = _apart(list(_joined(spans)))
     found: list[Found] = []
     for (type_, span), (begin, end) in zip(apart, subject.in_text(each.span for each in apart), strict=True):
         if begin >= len(said):
             found.append(Found(type_, begin - len(said), end - len(said), subject.said(span)))
     return found
+
+
+def _joined(spans: list[_Typed]) -> Iterator[_Typed]:
+    """Yield the parts of the text that are of one type: where two of a type overlap, the end of one must not stay."""
+    last: _Typed | None = None
+    for each in sorted(spans, key=lambda each: (_ORDER[each.type], each.span)):
+        if last is not None and last.type is each.type and each.span.begin < last.span.end:
+            last = _Typed(last.type, Span(last.span.begin, max(last.span.end, each.span.end)))
+            continue
+        if last is not None:
+            yield last
+        last = each
+    if last is not None:
+        yield last
 
 
 def _apart(spans: list[_Typed]) -> list[_Typed]:

@@ -9,7 +9,7 @@ from finetune_trainer.data.pii.recogniser import Recogniser, Regions
 from finetune_trainer.data.pii.subject import Span, Subject, compiled
 
 _V4 = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
-_ADDRESS = compiled(rf"\b{_V4}\b|[0-9A-Fa-f:]*:[0-9A-Fa-f]{{0,4}}:[0-9A-Fa-f:]*(?:{_V4})?")
+_ADDRESS = compiled(rf"\b{_V4}\b|::[fF]{{4}}:{_V4}\b|[0-9A-Fa-f:]*:[0-9A-Fa-f]{{0,4}}:[0-9A-Fa-f:]*(?:{_V4})?")
 _IS_VERSION = re.compile(
     r"(?:\b(?:versions?|ver|v|release|rel|build|firmware|kernel|driver|chapter|section|clause|paragraph|kapitel|"
     r"abschnitt|schema|oid)|§+)\W{0,3}\Z"
@@ -58,7 +58,10 @@ def _is_v6(said: str) -> bool:
         address = IPv6Address(said)
     except AddressValueError:
         return False
-    is_given = int(address) >> 112 in _UNICAST or said.count(":") == _ALL_GROUPS
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_global
+    is_hardware = all(len(each) == 2 for each in said.split(":"))  # EUI-64
+    is_given = int(address) >> 112 in _UNICAST or (said.count(":") == _ALL_GROUPS and not is_hardware)
     return is_given and address.is_global
 
 

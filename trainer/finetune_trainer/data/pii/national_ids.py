@@ -65,6 +65,14 @@ def _is_nino(number: str) -> bool:
     return number[:2].upper() not in _NOT_A_NINO
 
 
+_HEXADECIMAL = re.compile("[0-9A-F]+")
+
+
+def _is_pan(number: str) -> bool:
+    """Whether it is a PAN, and not the id of a message, which has no letter behind F."""
+    return pan.is_valid(number) and not _HEXADECIMAL.fullmatch(number)
+
+
 _S = "[ -]?"
 _NINO = r"(?i:[a-ceghj-prstw-z][a-ceghj-nprstw-z] ?\d{2} ?\d{2} ?\d{2} ?[a-d])"
 _CODICE = r"(?i:[a-z]{6}[0-9lmnp-v]{2}[abcdehlmprst][0-9lmnp-v]{2}[a-z][0-9lmnp-v]{3}[a-z])"
@@ -87,7 +95,7 @@ NATIONAL_IDS = (
     NationalId("GB", "NHS number", rf"\d{{3}}{_S}\d{{3}}{_S}\d{{4}}", nhs.is_valid, r"\bnhs\b"),
     NationalId("IE", "PPS number", r"\d{7}[A-W][ABHW]?", pps.is_valid),
     NationalId("IN", "Aadhaar", rf"[2-9]\d{{3}}{_S}\d{{4}}{_S}\d{{4}}", aadhaar.is_valid, r"aadhaar|aadhar|uidai"),
-    NationalId("IN", "PAN", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", pan.is_valid),
+    NationalId("IN", "PAN", r"[A-Z]{3}[ABCFGHJLPT][A-Z]\d{4}[A-Z]", _is_pan),
     NationalId("IT", "codice fiscale", _CODICE, codicefiscale.is_valid),
     NationalId("KR", "resident registration number", r"\d{6}-[1-8]\d{6}", rrn.is_valid),
     NationalId("MX", "CURP", r"[A-Z]{4}\d{6}[HMX][A-Z]{5}[0-9A-Z]\d", curp.is_valid),

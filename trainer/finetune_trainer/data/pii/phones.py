@@ -30,12 +30,24 @@ _CALLED = re.compile(
     r"(?:[^\d\n]{0,32}|[^\d\n]{0,8}:\s{0,4})\Z"
 )
 _NAMED_BEHIND = re.compile(r"\W{0,3}(?:cell|mobile|home|work|office|fax|tel|mobil|privat|portable|cellulare|móvil)\b")
-_OF_ANOTHER = re.compile(
-    r"(?:\b(?:order|invoice|account|ticket|tracking|parcel|serial|isbn|issn|version|release|build|part|article|model|sku|"
+_THINGS = (
+    r"order|invoice|account|ticket|tracking|parcel|serial|isbn|issn|version|release|build|part|article|model|sku|"
     r"case|ref|reference|transaction|receipt|batch|policy|contract|patent|bestell\w*|rechnung\w*|auftrag\w*|kunden\w*|"
-    r"commande|facture|pedido|factura|ordine|fattura|id|no|nr|number|nummer|nº|n°)|#)[^\w\n]{0,3}"
+    r"commande|facture|pedido|factura|ordine|fattura|boundary"
+)
+_OF_ANOTHER = re.compile(
+    rf"(?:(?:\b|_)(?:{_THINGS}|id|no|nr|number|nummer|nº|n°)|#)[^\w\n]{{0,3}}"
     r"(?:(?:no|nr|num|number|nummer|id|is|code)\b[^\w\n]{0,3}){0,2}\Z"
 )
+_NUMBERED = re.compile(rf"(?:\b|_)(?:{_THINGS})[ _-](?:no|nr|num|number|nummer)\b\W{{0,3}}(?:(?:is|ist)\W{{1,3}})?\Z")
+_STATE = re.compile(r"\b[A-Z]{2}[ ]{1,3}\Z")
+_ZIP = re.compile(r"\d{5}-\d{4}")
+_VERSION = r"\d+(?:\.\d+){2,3}"
+_VERSIONS = re.compile(rf"\(?{_VERSION}[ /]\(?{_VERSION}\)?|\d{{1,2}}\.\d\.\d+(?:\.\d+)*")
+_COUNTED = ("01234567890123456789", "98765432109876543210")  # digits that nobody dials
+_PAIRS = re.compile(r"\d\d(?: \d\d)+")
+_PAIR = re.compile(r"\d\d")
+_OF_A_HOST = re.compile(rb"\.[a-z]")  # behind it
 _DATE = re.compile(
     r"\(?(?:(?:19|20)\d\d([-./])\d{1,2}\1\d{1,2}|\d{1,2}([-./])\d{1,2}\2(?:19|20)?\d\d|"
     r"(?:19|20)\d\d ?[-/] ?(?:19|20)\d\d)(?:\D.*)?",
@@ -69,6 +81,9 @@ def _found(subject: Subject, regions: Regions) -> Iterator[Span]:
         ]
         first = taken = 0
         while first < len(words):
+            if subject.said(words[first]) == "/":  # between two numbers
+                first += 1
+                continue
             is_behind_digits = first > 0 and not taken and subject.content[words[first].begin] not in b"+("
             taken = 0 if is_behind_digits else _longest(subject, words[first : first + _MOST_WORDS], regions)
             if taken:
@@ -83,21 +98,57 @@ def _longest(subject: Subject, words: list[Span], regions: Regions) -> int:
     if before.isalnum() or before in (b"_", b"$") or (before in (b".", b"-", b"/") and not begins_sure):
         return 0
     said_before = subject.before(words[0].begin)
+    if _is_minute(subject, words[0]) or (_NUMBERED.search(said_before) and not begins_sure):
+        return 0
     is_of_another = _OF_ANOTHER.search(said_before) is not None
     called_before = _CALLED.search(said_before) is not None
     for count in range(len(words), 0, -1):
         begin, end = words[0].begin, words[count - 1].end
-        text = _EXTENSION.sub("", subject.said(Span(begin, end)))
-        if sum(map(str.isdigit, text)) not in _DIGITS or subject.content[end : end + 1] in (b"%", b"_"):
+        text = _EXTENSION.sub("", subject.said(_bare(subject, Span(begin, end))))
+        if (
+            sum(map(str.isdigit, text)) not in _DIGITS
+            or text.count("(") != text.count(")")
+            or _is_cut(subject, words, count)
+        ):
             continue
         is_called = called_before or _NAMED_BEHIND.match(subject.after(end, 16)) is not None
+        if not is_called and _OF_A_HOST.match(subject.content[end : end + 2]):
+            continue
+        if (
+            not is_called
+            and _PAIRS.fullmatch(text)
+            and count < len(words)
+            and _PAIR.fullmatch(subject.said(words[count]))
+        ):
+            continue  # a list of such pairs
+        if _ZIP.fullmatch(text) and _STATE.search(subject.said(Span(max(0, begin - 6), begin))):
+            continue
         if _is_number(_Written(text, is_called, is_of_another and not is_called), regions):
             return count
     return 0
 
 
+def _is_minute(subject: Subject, word: Span) -> bool:
+    """Whether a word is the end of a time of the day."""
+    content, begin = subject.content, word.begin
+    return word.end - begin == 2 and content[begin - 1 : begin] == b":" and content[begin - 2 : begin - 1].isdigit()
+
+
+def _is_cut(subject: Subject, words: list[Span], count: int) -> bool:
+    """Whether the first words end within something else: a share, a name, a time of the day, the next number."""
+    end = words[count - 1].end
+    after = subject.content[end : end + 3]
+    if after[:1] in (b"%", b"_") or (after[:1] == b":" and after[1:].isdigit() and len(after) == 3):
+        return True
+    slash = next((at for at in range(count) if subject.said(words[at]) == "/"), 0)
+    return slash > 0 and sum(map(str.isdigit, subject.said(Span(words[0].begin, words[slash].begin)))) in _DIGITS
+
+
 def _is_number(written: _Written, regions: Regions) -> bool:
     text = written.text
+    digits = "".join(filter(str.isdigit, text))
+    if _VERSIONS.fullmatch(text) or any(digits in counted for counted in _COUNTED):
+        return False
     if written.is_of_another or _DATE.fullmatch(text) or (_NUMBER.fullmatch(text) and not written.is_called):
         return False
     abroad = _ABROAD.match(text)
@@ -106,13 +157,12 @@ def _is_number(written: _Written, regions: Regions) -> bool:
         if judged.is_valid or (judged.is_possible and "+" in abroad.group()):
             return written.is_called or written.has_groups or "+" in abroad.group()
         if "+" in abroad.group():
-            return False
+            return written.is_called
     is_american = _NANP.fullmatch(text) is not None
     is_formed = is_american or _TRUNK.fullmatch(text) is not None
     if not (written.is_called or is_formed or _BARE_TRUNK.fullmatch(text)):
         return False
     asked = regions & _NANP_REGIONS if is_american and not written.is_called else regions
-    digits = "".join(filter(str.isdigit, text))
     plans = [_plan(region) for region in sorted(asked)]
     if any(plan.has(digits) for plan in plans):
         return True

@@ -1,6 +1,7 @@
 """A text as recognisers read it: digits of all scripts as 0 to 9, one kind of space and hyphen, nothing invisible.
 
-What JSON writes as an escape, such as `\\u0040` or `\\n`, is read as the character that it stands for."""
+What JSON, HTML or a URL write as an escape, such as `\\u0040`, `&#64;` or `%40`, is read as the character that it
+stands for."""
 
 import re
 import unicodedata
@@ -19,7 +20,10 @@ _HYPHENS = (*range(0x2010, 0x2014), 0x2212, 0xFE58, 0xFE63)
 _FULL_WIDTH = range(0xFF01, 0xFF5F)  # the letters, digits and signs of ASCII, for use among Chinese ones
 _LAST_DIGITS = 0x20000  # no digit lies behind
 _REMOVED = "\x7f"  # stands for what is taken out
-_IS_OTHERWISE = re.compile(r"""\\+(?:u([0-9A-Fa-f]{4})|([nrt/"']))|\x7f+""")
+_IS_OTHERWISE = re.compile(
+    r"""\\+(?:u([0-9A-Fa-f]{4})|([nrt/"']))|\x7f+|%(40|2[0Bb])|&#(?:[xX]([0-9A-Fa-f]{2})|([0-9]{2,3}));"""
+)
+_OF_WEB = re.compile(r"%(?:40|2[0Bb])|&#")  # how escapes begin that triggers would not see
 _ESCAPED = {"n": "\n", "r": "\n", "t": "\t"}
 
 
@@ -99,7 +103,8 @@ def gated(text: str) -> bytes:
 
     No trigger asks what stands before it, so that those of the content are among those of this."""
     plain = _translated(text)
-    return Subject(text).content if "\\u" in plain or _REMOVED in plain else plain.encode()
+    is_escaped = "\\u" in plain or _REMOVED in plain or (("%" in plain or "&#" in plain) and _OF_WEB.search(plain))
+    return Subject(text).content if is_escaped else plain.encode()
 
 
 def _translated(text: str) -> str:
@@ -151,11 +156,12 @@ class _Pieces:
 
 def _meant(escape: re.Match[str]) -> str:
     """Return the character that an escape stands for; none for what nobody sees."""
-    code, sign = escape.groups()
+    code, sign, of_url, of_html, decimal = escape.groups()
     if sign is not None:
         return _ESCAPED.get(sign, sign)
-    if code is None:
+    hexadecimal = code or of_url or of_html
+    if hexadecimal is None and decimal is None:
         return ""
-    meant = chr(int(code, 16))
+    meant = chr(int(hexadecimal, 16) if hexadecimal else int(decimal))
     plain = _PLAIN.get(ord(meant), meant)
     return " " if plain in ("", _REMOVED) or "\ud800" <= plain <= "\udfff" else plain
