@@ -631,6 +631,14 @@ class HyperparametersSpec(ApiModel):
 class EvaluationSpec(ApiModel):
     """What is measured on rows that are not trained on."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.groupBy) || !has(self.holdoutFraction) || self.holdoutFraction > 0.0",
+                "with holdoutFraction: 0 no row is held out; leave groupBy out, or write a larger holdoutFraction",
+            ),
+        )
+    )
     holdout_fraction: float | None = Field(
         default=None,
         ge=0,
@@ -639,6 +647,12 @@ class EvaluationSpec(ApiModel):
         "All of them are measured before the first and after the last step, between them a sample of at most "
         f"{defaults.MAX_HELD_OUT_ROWS}. Absent: {defaults.HOLDOUT_FRACTION}, at most {defaults.MAX_HELD_OUT_ROWS} "
         f"rows; none of fewer than {defaults.MIN_ROWS_TO_HOLD_OUT}.",
+    )
+    group_by: FieldName | None = Field(
+        default=None,
+        description="A field of the rows, such as user or document, with a text or a whole number: rows of one value "
+        "are trained on or held out together, with their near copies, so that what is measured is not known by another row "
+        "of the same value. A row without it is broken. Absent: rows are divided by their content alone.",
     )
 
 

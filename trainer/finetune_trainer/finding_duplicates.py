@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.duplicates import Copies, DeduplicationSpec
+from finetune_api.job import EvaluationSpec
 from finetune_trainer.data.buckets import CHUNK, Buckets, group_of_each, groups_of
 from finetune_trainer.data.components import Components
 from finetune_trainer.data.deduplication import deduplication_of
@@ -18,6 +19,7 @@ from finetune_trainer.data.mapped import mapped, new_mapped
 from finetune_trainer.data.near_copies import NearCopies, Sketched, find_near_copies
 from finetune_trainer.data.problems import Drop
 from finetune_trainer.data.spool import CLUSTER, ROW
+from finetune_trainer.data.told_groups import ToldGroups
 from finetune_trainer.reading_steps import PrepareStage
 
 Array = npt.NDArray[Any]
@@ -48,25 +50,34 @@ def find_duplicates(stage: PrepareStage, folder: Path) -> Duplicates:
     def place_of(row: int) -> str:
         return stage.ledger.ref(int(rows[row]["file"]), int(rows[row]["number"]))
 
+    group_by = (stage.ctx.config.spec.evaluation or EvaluationSpec()).group_by
     exact = find_copies(rows, _file_weights(stage), left_out, folder / "hashes", place_of, beat)
     if chosen.exact is not Copies.OFF:
         report["exact"] = {"action": chosen.exact, "copies": exact.copies, **exact.told.report()}
         _tell_exact(stage, given.exact, chosen.exact, exact)
     clusters: Array | None = None
-    if chosen.near is not Copies.OFF and len(rows):
+    if not len(rows) or (chosen.near is Copies.OFF and group_by is None):
+        _keep(left_out, {Why.COPY: chosen.exact})
+        _drop(stage, rows, left_out)
+        return Duplicates(left_out, clusters, report)
+    components = Components(rows, folder / "components")
+    clusters = new_mapped(folder / "clusters", CLUSTER, len(rows))
+    if chosen.near is not Copies.OFF:
         sketched = Sketched(folder, rows, chosen.similarity)
-        components = Components(rows, folder / "components")
-        clusters = new_mapped(folder / "clusters", CLUSTER, len(rows))
         near = find_near_copies(folder, sketched, components, left_out, clusters, place_of, beat)
         report["near"] = {"action": chosen.near, "similarity": chosen.similarity, "copies": near.copies}
         report["near"] |= near.told.report()
         _tell_near(stage, given.near, chosen.near, near, chosen.similarity)
-        _join_copies(components, left_out)
-        _keep(left_out, {Why.NEAR_COPY: chosen.near})  # those that go on become pairs too
-        if stage.method.pairs is not None:
-            _join_prompts(components, folder, rows, left_out, beat)
-        components.write(clusters)
-    _keep(left_out, {Why.COPY: chosen.exact})
+    _join_copies(components, left_out)
+    _keep(left_out, {Why.NEAR_COPY: chosen.near, Why.COPY: chosen.exact})  # those that go on become pairs too
+    if stage.method.pairs is not None:
+        _join_prompts(components, folder, rows, left_out, beat)
+    if group_by is not None:
+        groups = join_groups(components, folder, left_out, place_of, beat)
+        report["groups"] = {"column": group_by, "values": groups.values, **groups.told.report()}
+        text = f"{groups.values:,} values; rows of one are trained on or held out together, with their near copies"
+        stage.choices.note("evaluation.groupBy", group_by, text)
+    components.write(clusters)
     _drop(stage, rows, left_out)
     return Duplicates(left_out, clusters, report)
 
@@ -123,6 +134,34 @@ def _join_prompts(components: Components, folder: Path, rows: Array, left_out: A
             firsts = groups["row"][group_of_each(groups, rated)]
             components.join_each(rated["row"].tolist(), firsts.tolist())
         beat()
+
+
+@dataclass
+class Groups:
+    """Rows of one value of a field each. values: how many there are; told: of those with several rows."""
+
+    told: ToldGroups
+    values: int = 0
+
+
+def join_groups(
+    components: Components, folder: Path, left_out: Array, place_of: Callable[[int], str], beat: Callable[[], None]
+) -> Groups:
+    """Join the rows of each value. left_out: (rows,) LEFT_OUT, those that belong to no value any more."""
+    hashes = mapped(folder / "groups", CLUSTER)
+    found = Groups(ToldGroups(place_of))
+    if not len(hashes):
+        return found
+    buckets = Buckets(folder / "hashes", hashes, left_out["why"])
+    for bucket in range(buckets.count):
+        groups = groups_of(buckets.pieces(bucket))
+        found.values += len(groups)
+        found.told.add(groups, lambda bucket=bucket: buckets.pieces(bucket))
+        for piece in buckets.pieces(bucket):
+            firsts = groups["row"][group_of_each(groups, piece)]
+            components.join_each(piece["row"].tolist(), firsts.tolist())
+        beat()
+    return found
 
 
 def _keep(left_out: Array, actions: dict[Why, Copies]) -> None:

@@ -88,6 +88,7 @@ class JobPartitions:
             preference=choices.preference.model_dump(mode="json", exclude_none=True),
             license_field=choices.license_field,
             licenses=list(choices.licenses),
+            group_field=choices.group_field,
         )
 
     def rows_of(self, partition: Partition) -> DecodedRows:

@@ -194,12 +194,19 @@ def _choose_holdout(choices: Choices, division: Division, given: float | None) -
     held_out, field = division.held_out, "evaluation.holdoutFraction"
     if given and not held_out:
         text = f"as written: of {division.distinct:,} distinct rows it is none, so nothing is measured; write more"
+        if division.smallest > 1:
+            text += f", as the smallest cluster of rows that belong together has {division.smallest:,}"
         choices.note(field, given, text)
     reason = f"{held_out:,} of {division.distinct:,} distinct rows"
     if held_out == defaults.MAX_HELD_OUT_ROWS:
         reason += ", the most unless a fraction is written"
     if not held_out:
         reason = f"fewer than {defaults.MIN_ROWS_TO_HOLD_OUT} distinct rows: none are held out"
+        if division.distinct >= defaults.MIN_ROWS_TO_HOLD_OUT:
+            reason = (
+                f"none of {division.distinct:,} distinct rows: the smallest cluster of rows that belong together has "
+                f"{division.smallest:,}; write a larger evaluation.holdoutFraction"
+            )
     choices.pick(field, given, defaults.HOLDOUT_FRACTION if held_out else 0.0, reason)
 
 

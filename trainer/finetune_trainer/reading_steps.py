@@ -396,8 +396,10 @@ def dataset_choices(stage: RowsStage) -> list[RowChoices]:
     """Choose how the rows of each dataset are read."""
     learns_all = stage.method.labels(stage.ctx.config.spec.method) is LossOn.ALL
     system_messages, same_role = _message_choices(stage)
+    evaluation = stage.ctx.config.spec.evaluation
+    group_by = evaluation and evaluation.group_by
     return [
-        replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all)
+        replace(_row_choices(dataset, system_messages, same_role), learns_all=learns_all, group_field=group_by)
         for dataset in stage.ctx.config.spec.datasets
     ]
 

@@ -121,6 +121,7 @@ class _Shown:
         answers: Sequence[str] = (),
         label: int = 0,  # noqa: ARG002
         prompt_hash: bytes = b"",  # noqa: ARG002
+        group_hash: bytes = b"",  # noqa: ARG002
         sketch: Sketch | None = None,  # noqa: ARG002
     ) -> None:
         """Keep one row."""

@@ -15,7 +15,7 @@ from finetune_api.reasons import DISK_FIELDS, MEMORY_FIELDS, Fault
 from finetune_trainer.batches import ORDER_BYTES
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.division import DIVIDING_BYTES, Division
-from finetune_trainer.data.spool import EXAMPLE, ROW, SEGMENT, SKETCH_FILES, prepared_bytes
+from finetune_trainer.data.spool import COMPARED_FILES, EXAMPLE, ROW, SEGMENT, prepared_bytes
 from finetune_trainer.step_plan import READ_BYTES, STEP_BYTES, StepPlan
 
 _GIB = 2**30
@@ -25,7 +25,7 @@ _PROCESS_BYTES = 2**28  # what prepare takes once its rows are read
 
 class DiskUse(NamedTuple):
     """Bytes of disk. partitions: of those in work, at most; table: the largest; rows: all that were read; sketches: by
-    which near copies among them are found."""
+    which those that belong together are found."""
 
     decisions: int
     partitions: int
@@ -82,7 +82,7 @@ def require_rows_fit(partitions: Path, spool: Path, rows: int, limit_bytes: int)
 
 def require_pairs_fit(spool: Path, limit_bytes: int) -> None:
     """Raise PREPARE_TOO_SMALL where the rows do not fit beside the pairs that are made of them."""
-    needed = 2 * size_of(spool) - sketch_bytes(spool)  # near copies are looked for before
+    needed = 2 * size_of(spool) - sketch_bytes(spool)  # these are looked for before
     _require(needed, limit_bytes, "disk for rated answers and the pairs that are made of them")
 
 
@@ -107,8 +107,8 @@ def _require(needed_bytes: int, limit_bytes: int, what: str, field: str = DISK_F
 
 
 def sketch_bytes(spool: Path) -> int:
-    """Return the bytes of what near copies are found by."""
-    return sum(size_of(spool / name) for name in SKETCH_FILES)
+    """Return the bytes of what rows are compared by."""
+    return sum(size_of(spool / name) for name in COMPARED_FILES)
 
 
 def size_of(path: Path) -> int:

@@ -89,6 +89,7 @@ class Division:
     held_out: int  # rows
     dropped: int  # rows that are copies of held-out ones
     left_out: int = 0  # rows that were for nothing before
+    smallest: int = 0  # distinct rows of the smallest cluster, where none could be held out
     joined: Array = field(default_factory=lambda: np.empty(0, dtype=JOINED))
 
     @property
@@ -173,6 +174,7 @@ def divide(
             use[found] |= np.where(is_copy, _DROPPED, _HELD_OUT).astype(np.uint8)
             held_out, dropped = held_out + int((~is_copy).sum()), dropped + int(is_copy.sum())
         beat()
+    smallest = 0 if held_out else _smallest(buckets, use)
     path.unlink()
     return Division(
         rows=rows,
@@ -183,6 +185,7 @@ def divide(
         held_out=held_out,
         dropped=dropped,
         left_out=before,
+        smallest=smallest,
     )
 
 
@@ -222,6 +225,16 @@ class _Room(NamedTuple):
     rows: int
     examples: int | None
     is_untouched: bool = True
+
+
+def _smallest(buckets: Buckets, use: npt.NDArray[np.uint8]) -> int:
+    """Return how many distinct rows the smallest cluster has; 0 without any."""
+    found: list[int] = []
+    for bucket in range(buckets.count):
+        own = (piece[(use[piece["row"]] & _COPY) == 0] for piece in buckets.pieces(bucket))
+        groups = groups_of(own)
+        found += [int(groups["rows"].min())] if len(groups) else []
+    return min(found, default=0)
 
 
 def _chosen(buckets: Buckets, rows: Array, use: npt.NDArray[np.uint8], room: _Room) -> Iterator[tuple[int, Array]]:

@@ -82,6 +82,7 @@ class Task:
     preference: dict[str, Any]
     license_field: str | None
     licenses: list[str]
+    group_field: str | None
     most_rows: int | None = None
 
     @property
@@ -96,6 +97,7 @@ class Task:
             preference=PreferenceSpec.model_validate(self.preference),
             license_field=self.license_field,
             licenses=tuple(self.licenses),
+            group_field=self.group_field,
         )
 
 

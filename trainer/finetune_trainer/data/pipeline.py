@@ -94,6 +94,7 @@ class Sink(Protocol):
         answers: Sequence[str] = (),
         label: int = 0,
         prompt_hash: bytes = b"",
+        group_hash: bytes = b"",
         sketch: Sketch | None = None,
     ) -> None:
         """Take one row, as the spool does. answers: what is said of each sequence of an example, as chosen."""
@@ -383,6 +384,7 @@ class Pipeline:
             answers=member_names(item.row),
             label=kind_of(item.row).label(item.row),
             prompt_hash=prompt_hash(item.row) if self.pairs else b"",
+            group_hash=item.group_hash,
             sketch=sketch,
         )
 

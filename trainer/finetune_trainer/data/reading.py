@@ -21,6 +21,7 @@ from finetune_trainer.data.licenses import RowLicenses
 from finetune_trainer.data.listing import Inputs
 from finetune_trainer.data.problems import Broken, LeftOut, ReadDocument
 from finetune_trainer.data.raw_rows import PlacedRow, RawRow, decode_row
+from finetune_trainer.data.row_groups import group_hash
 from finetune_trainer.data.rows import Row
 from finetune_trainer.data.shapes import Found, RowChoices, read_row
 from finetune_trainer.data.text_rows import text_rows
@@ -44,13 +45,16 @@ def every_row(rows: DecodedRows) -> DecodedRows:
 
 
 class Checked(NamedTuple):
-    """A valid row: index of its file, its number there, what it says, the hash of that, and its size in memory."""
+    """A valid row: index of its file, its number there, what it says, the hash of that, and its size in memory.
+
+    group_hash: equal for rows that are held out together; empty where the job names no field for that."""
 
     file: int
     number: int
     row: Row
     content_hash: bytes
     held_bytes: int
+    group_hash: bytes = b""
 
     def with_row(self, row: Row) -> "Checked":
         """Return it with the row that a stage has made of its own."""
@@ -125,7 +129,7 @@ def shape_of(
 
 def unread_columns(choices: RowChoices) -> Collection[str]:
     """Return the names of columns that are passed over."""
-    return METADATA.union(choices.ignored).difference(choices.columns, [choices.license_field])
+    return METADATA.union(choices.ignored).difference(choices.columns, [choices.license_field, choices.group_field])
 
 
 def peek(rows: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
@@ -170,18 +174,25 @@ def valid_rows(
                 ledger.license(file, number, said, licenses.field)
             if said.drop is not None:
                 continue
+        group = _group(value, choices)
         checked = _check(value, data_format, of_tables if ledger.files[file].is_table else choices)
         if isinstance(checked, Broken):
             bad.add(file, number, "read", checked, value)
+        elif isinstance(group, Broken):
+            bad.add(file, number, "read", group, value)
         elif not bad.failing:
             found, hashed = checked
             ledger.ignore_fields(sorted(found.passed_over))
             ledger.change(file, number, found.changes)
-            yield Checked(file, number, found.row, hashed, held_bytes)
+            yield Checked(file, number, found.row, hashed, held_bytes, group)
         if bad.failing and bad.counted_enough:
             break
     if bad.failing:
         raise bad.error()
+
+
+def _group(value: object, choices: RowChoices) -> bytes | Broken:
+    return b"" if choices.group_field is None else group_hash(value, choices.group_field)
 
 
 def _check(value: object, data_format: DatasetFormat, choices: RowChoices) -> tuple[Found, bytes] | Broken:

@@ -33,7 +33,8 @@ class RowChoices:
     """What the job chose about the rows of a dataset. columns: by the name that the files use, the name used here.
     nulls_are_absent: whether a null inside tools and calls is what a table fills in. learns_all: whether the job learns
     every token, so that no message can be kept from it. told_by: what says that the dataset's rows have their shape.
-    licenses: by which of their own licences, in license_field, rows are chosen; none: all are taken."""
+    licenses: by which of their own licences, in license_field, rows are chosen; none: all are taken. group_field: whose
+    value says which rows are held out together, as the files call it."""
 
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: frozenset[str] = frozenset()
@@ -45,6 +46,7 @@ class RowChoices:
     preference: PreferenceSpec = field(default_factory=PreferenceSpec)
     license_field: str | None = None
     licenses: tuple[str, ...] = ()
+    group_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
         reading = RowReader(row, choices)
         found = shape.to_row(reading)
         read = (kind_of(found).only_fields(found) or shape.reads) | reading.also_read
-        passed_over = _passed_over(row, read, found)
+        passed_over = _passed_over(row, read | _group_field(choices), found)
     except RefusedError as refused:
         broken = _of_another_shape(row, shape_name, choices) or _rated(refused.broken, shape_name)
         return broken if broken.problem is Problem.OTHER_SHAPE else _in_their_names(broken, choices)
@@ -293,6 +293,12 @@ def read_row(value: object, shape_name: DatasetFormat, choices: RowChoices) -> F
         frozenset(reading.changes | reading.messages.changes),
         frozenset(passed_over | reading.messages.passed_over),
     )
+
+
+def _group_field(choices: RowChoices) -> frozenset[str]:
+    """Return the field that is read for the split alone, as it is called here."""
+    name = choices.group_field
+    return frozenset() if name is None else frozenset((choices.columns.get(name, name),))
 
 
 def _of_another_shape(row: Mapping[str, Any], shape_name: DatasetFormat, choices: RowChoices) -> Broken | None:

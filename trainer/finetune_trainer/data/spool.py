@@ -41,11 +41,12 @@ SEGMENT = np.dtype([("length", "<u4"), ("parent", "<u4")])
 _COPY_BYTES = 2**20
 CLUSTER = np.dtype([("hash_high", "<u8"), ("hash_low", "<u8")])  # a hash, as rows have one of their content
 # prompts: (rows,) CLUSTER, empty unless rows are to be paired
+# groups: (rows,) CLUSTER, empty unless rows of one value of a field are held out together
 # sizes: (rows,) SIZES, bands: (rows, bands) hashes, shingles: hashes of each row in turn, of what is asked, then of
 # what is said; empty unless near copies are looked for
 SIZES = np.dtype([("asked", "<u4"), ("said", "<u4"), ("size_bytes", "<u4")])
-SKETCH_FILES = ("sizes", "bands", "shingles")
-FILES = ("tokens", "labels", "segments", "rows", "examples", "prompts", *SKETCH_FILES)
+COMPARED_FILES = ("sizes", "bands", "shingles", "groups")
+FILES = ("tokens", "labels", "segments", "rows", "examples", "prompts", *COMPARED_FILES)
 
 
 class Spool:
@@ -88,14 +89,17 @@ class Spool:
         answers: Sequence[str] = (),  # noqa: ARG002 (only for people)
         label: int = 0,
         prompt_hash: bytes = b"",
+        group_hash: bytes = b"",
         sketch: Sketch | None = None,
     ) -> None:
         """Add one row of the input. prompt_tokens: of its first flat sequence, before what is to be answered; label: 1
         where its answer is a good one, -1 for a bad one, 0 where nothing says so; prompt_hash: by which rows are
-        paired, of all rows or of none; sketch: by which near copies are found, of all rows or of none."""
+        paired, of all rows or of none; group_hash: equal for rows that are held out together, of all rows or of none;
+        sketch: by which near copies are found, of all rows or of none."""
         if sketch is not None:
             self._write_sketch(sketch)
-        self._files["prompts"].write(_halves(prompt_hash) if prompt_hash else b"")
+        for name, digest in (("prompts", prompt_hash), ("groups", group_hash)):
+            self._files[name].write(_halves(digest) if digest else b"")
         record = np.array((*_hash(content_hash), file, number, len(examples), prompt_tokens, weight, label), dtype=ROW)
         self._files["rows"].write(record.tobytes())
         for tree in examples:
