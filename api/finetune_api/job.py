@@ -651,8 +651,8 @@ class EvaluationSpec(ApiModel):
     group_by: FieldName | None = Field(
         default=None,
         description="A field of the rows, such as user or document, with a text or a whole number: rows of one value "
-        "are trained on or held out together, with their near copies, so that what is measured is not known by another row "
-        "of the same value. A row without it is broken. Absent: rows are divided by their content alone.",
+        "are trained on or held out together, with their near copies, so that what is measured is not known by another "
+        "row of the same value. A row without it is broken. Absent: rows are divided by their content alone.",
     )
 
 
