@@ -55,7 +55,10 @@ def problems(job: dict[str, Any], old: dict[str, Any] | None = None, *, local: b
     errors = sorted(_validator().iter_errors(job), key=lambda error: error.json_path)
     found = [line for error in errors for line in _words(error)] or list(_too_large(job, ""))
     # As in the API server: rules are not run on what has not the right shape.
-    return (found or _told_once(_broken_rules(schema, job, old, "", local)))[:MAX_PROBLEMS]
+    if not found:
+        before = None if old is None else _declared(schema, old)
+        found = _told_once(_broken_rules(schema, _declared(schema, job), before, "", local))
+    return found[:MAX_PROBLEMS]
 
 
 def _told_once(lines: Iterable[str]) -> list[str]:
@@ -181,6 +184,18 @@ def _places_of(name: str, node: Schema, place: str) -> Iterator[str]:
 def _letters(name: str) -> str:
     """Return the name as learning_rate, LearningRate and learningRate have it in common."""
     return re.sub("[^a-z]", "", name.lower())
+
+
+def _declared(schema: Schema, value: Any) -> Any:
+    """Return the value as rules see it in the API server: whole numbers are of the type that the schema declares."""
+    if schema.get("type") == "number" and isinstance(value, int):
+        return float(value)
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        return {name: _declared(properties.get(name, {}), each) for name, each in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_declared(schema["items"], each) for each in cast(list[Any], value)]
+    return value
 
 
 def _broken_rules(schema: Schema, value: Any, old: Any, place: str, local: bool) -> Iterator[str]:
