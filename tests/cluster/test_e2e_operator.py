@@ -57,7 +57,7 @@ def _essence(status: dict[str, Any]) -> dict[str, Any]:
     """What two runs of the same spec must agree in: no times, no names, no places."""
     metrics = {key: status["metrics"][key] for key in ("trainLoss", "evalLoss", "baseEvalLoss")}
     plan = {key: status["plan"][key] for key in ("steps", "trainTokens", "labelTokens", "memoryBytes", "resolved")}
-    data = {key: value for key, value in status["data"].items() if key != "reportUri"}
+    data = {key: value for key, value in status["data"].items() if key not in ("reportUri", "reportPageUri")}
     return {
         "phase": status["phase"],
         "conditions": {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]},

@@ -65,7 +65,7 @@ def test_rows_of_one_value_are_held_out_together_wherever_they_stand(tmp_path: P
 
 @pytest.mark.parametrize("near", ["Off", "Report", "Drop"])
 def test_values_whose_rows_are_copies_of_one_another_are_held_out_together(tmp_path: Path, near: str) -> None:
-    rows = [{**chat(prose(at, 20), prose(at + 50, 20)), "user": at} for at in range(40)]
+    rows: list[dict[str, Any]] = [{**chat(prose(at, 20), prose(at + 50, 20)), "user": at} for at in range(40)]
     long = rows[0]["messages"][1]["content"]
     rows += [{**chat(prose(0, 20), f"{long} indeed"), "user": 1}, {**rows[2], "user": 3}]
     put(tmp_path, a_jsonl=jsonl(rows))
