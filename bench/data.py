@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 
@@ -156,26 +157,31 @@ def one(who: str, rows: Path, model: Path, folder: Path) -> dict[str, object]:
 
 
 def _prepare(rows: Path, model: Path, folder: Path) -> dict[str, object]:
+    spec = {
+        "method": {"type": "SFT"},
+        "datasets": [{"uri": rows.as_uri()}],
+        "preprocessing": {"maxSequenceLength": _MAX_LENGTH},
+        "evaluation": {"holdoutFraction": 0.01},
+    }
+    report = prepare_here(folder, model, spec, cpu_count=2)
+    return {"tokens": report["lengths"]["tokens"], "library": report.get("tokenizer", {}).get("library", "tokenizers")}
+
+
+def prepare_here(folder: Path, model: Path, spec: dict[str, Any], cpu_count: int) -> dict[str, Any]:
+    """Prepare in this process, as its container does but for the judgement of the model; return report.json."""
     from finetune_api.layout import REPORT, join
     from finetune_api.run import CONTRACT_VERSION, RunConfig
     from finetune_trainer.__main__ import main
 
-    leave_out_the_model(model)
+    _leave_out_the_model(model)
     config = RunConfig.model_validate(
         {
             "contract_version": CONTRACT_VERSION,
             "job": {"name": "bench", "namespace": "bench", "uid": "1a2b3c4d"},
-            "spec": {
-                "model": {"uri": model.as_uri()},
-                "method": {"type": "SFT"},
-                "datasets": [{"uri": rows.as_uri()}],
-                "preprocessing": {"maxSequenceLength": _MAX_LENGTH},
-                "evaluation": {"holdoutFraction": 0.01},
-                "output": {"uri": (folder / "out").as_uri()},
-            },
+            "spec": {**spec, "model": {"uri": model.as_uri()}, "output": {"uri": (folder / "out").as_uri()}},
             "run_uri": (folder / "out" / "bench").as_uri(),
             "storage": {},
-            "resources": {"cpu_count": 2, "memory_bytes": 16 * 2**30, "disk_bytes": 50 * 2**30, "gpus": 0},
+            "resources": {"cpu_count": cpu_count, "memory_bytes": 16 * 2**30, "disk_bytes": 50 * 2**30, "gpus": 0},
             "work_dir": str(folder / "work"),
             "http_port": 0,
             "termination_log": str(folder / "termination-log"),
@@ -185,11 +191,10 @@ def _prepare(rows: Path, model: Path, folder: Path) -> dict[str, object]:
     code = main(["prepare", "--config", f"{folder}/run.json", "--attempt", "1", "--result", f"{folder}/result.json"])
     if code != 0:
         raise SystemExit((folder / "result.json").read_text())
-    report = json.loads(Path(join(config.run_uri, REPORT).removeprefix("file://")).read_bytes())
-    return {"tokens": report["lengths"]["tokens"], "library": report.get("tokenizer", {}).get("library", "tokenizers")}
+    return json.loads(Path(join(config.run_uri, REPORT).removeprefix("file://")).read_bytes())
 
 
-def leave_out_the_model(model: Path) -> None:
+def _leave_out_the_model(model: Path) -> None:
     """Have the model's structure not judged, which loads torch: the base commit did not do it."""
     if importlib.util.find_spec("finetune_trainer.data.structure") is None:
         return

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import tables
-from bench.data import SIZES
+from bench.data import SIZES, prepare_here
 from bench.document_texts import ensure_texts
 from bench.environments import python_with
 
@@ -74,37 +74,13 @@ def measure(who: str, texts: Path, model: Path) -> Run:
 
 
 def ours(texts: Path, model: Path, folder: Path) -> dict[str, int]:
-    """Prepare in this process, as its container does but for the judgement of the model's structure."""
-    from bench.data import leave_out_the_model
-    from finetune_api.layout import REPORT, join
-    from finetune_api.run import CONTRACT_VERSION, RunConfig
-    from finetune_trainer.__main__ import main
-
-    leave_out_the_model(model)
-    config = RunConfig.model_validate(
-        {
-            "contract_version": CONTRACT_VERSION,
-            "job": {"name": "bench", "namespace": "bench", "uid": "1a2b3c4d"},
-            "spec": {
-                "model": {"uri": model.as_uri()},
-                "method": {"type": "CPT"},
-                "datasets": [{"uri": texts.as_uri()}],
-                "preprocessing": {"quality": {"preset": "Web", "maxDroppedFraction": 1}},
-                "output": {"uri": (folder / "out").as_uri()},
-            },
-            "run_uri": (folder / "out" / "bench").as_uri(),
-            "storage": {},
-            "resources": {"cpu_count": 1, "memory_bytes": 16 * 2**30, "disk_bytes": 50 * 2**30, "gpus": 0},
-            "work_dir": str(folder / "work"),
-            "http_port": 0,
-            "termination_log": str(folder / "termination-log"),
-        }
-    )
-    (folder / "run.json").write_text(config.to_json())
-    code = main(["prepare", "--config", f"{folder}/run.json", "--attempt", "1", "--result", f"{folder}/result.json"])
-    if code != 0:
-        raise SystemExit((folder / "result.json").read_text())
-    report = json.loads(Path(join(config.run_uri, REPORT).removeprefix("file://")).read_bytes())
+    """Prepare in this process."""
+    spec = {
+        "method": {"type": "CPT"},
+        "datasets": [{"uri": texts.as_uri()}],
+        "preprocessing": {"quality": {"preset": "Web", "maxDroppedFraction": 1}},
+    }
+    report = prepare_here(folder, model, spec, cpu_count=1)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + children
     return {"rows": report["rows_in"] - sum(report["dropped"].values()), "peak_bytes": peak * 1024}

@@ -12,7 +12,6 @@ from finetune_api.objects import DnsName
 from finetune_api.uris import FilesUri
 
 MAX_EVALUATION_SETS = 20
-SHARED_WORDS = 13  # as GPT-3 counts them (arXiv 2005.14165, appendix C): fewer are often a way of speaking
 
 
 class Copies(StrEnum):

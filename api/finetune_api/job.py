@@ -16,11 +16,12 @@ from finetune_api.base import ApiModel
 from finetune_api.cel import matching, rules
 from finetune_api.data_files import listed_documents, listed_endings
 from finetune_api.documents import DocumentsSpec
-from finetune_api.duplicates import MAX_EVALUATION_SETS, SHARED_WORDS, DeduplicationSpec, EvaluationSetSpec
+from finetune_api.duplicates import MAX_EVALUATION_SETS, DeduplicationSpec, EvaluationSetSpec
 from finetune_api.governance import OriginSpec
 from finetune_api.objects import DnsName, DnsSubdomain, LocalObjectRef
 from finetune_api.pii import PiiSpec
 from finetune_api.replay import ReplaySpec
+from finetune_api.row_words import SHARED_WORDS
 from finetune_api.text_quality import QualitySpec
 from finetune_api.uris import FilesUri, FolderUri, OutputUri
 

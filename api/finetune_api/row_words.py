@@ -8,6 +8,7 @@ MAX_DEPTH = 64
 MAX_VALUES = 500_000  # of JSON in one row: numbers of token ids are fewer, and in 8 MiB there is room for millions
 MAX_MESSAGES = 512
 MAX_ANSWERS = 64  # to one prompt
+SHARED_WORDS = 13  # as GPT-3 counts them (arXiv 2005.14165, appendix C): fewer are often a way of speaking
 MIN_ROW_WEIGHT, MAX_ROW_WEIGHT = 1e-6, 1e6  # of one row, unless it is 0: what is beyond is rather another figure
 
 ROW_WORDS: dict[str, str] = {
@@ -58,7 +59,8 @@ ROW_WORDS: dict[str, str] = {
     "it",
     "other_license": "is under a licence that datasets[].licenses does not allow",
     "unknown_license": "does not say which licence it is under, by which datasets[].licenses chooses rows",
-    "in_evaluation_set": "shares 13 words in a row with an evaluation set of preprocessing.decontaminateAgainst",
+    "in_evaluation_set": f"shares {SHARED_WORDS} words in a row with an evaluation set of "
+    "preprocessing.decontaminateAgainst",
     "duplicate": "says the same as another row, which is kept (ref)",
     "near_duplicate": "says nearly the same as another row, which is kept (ref)",
     "duplicate_of_held_out": "says the same as a row that is held out, and would spoil its loss",

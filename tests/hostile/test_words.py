@@ -142,7 +142,7 @@ def _job(text: str) -> dict[str, Any]:
             "metrics": {"loss": text},
             "conditions": [condition, {**condition, "type": "QualityConcern"}, {**condition, "type": "Succeeded"}],
             "plan": {**PLAN, "uri": text, "resolved": [{"field": text, "value": text, "reason": text}]},
-            "data": {**DATA, "reportPageUri": text, "dropped": [{"reason": text, "rows": 1}]},
+            "data": {**DATA, "reportUri": text, "reportPageUri": text, "dropped": [{"reason": text, "rows": 1}]},
             "attempts": [{"number": 1, "stage": text, "class": text, "reason": text, "exitCode": 1}],
             "artifacts": [{"type": text, "uri": text, "digest": text}],
         },
@@ -157,7 +157,8 @@ def _shown_by_run(console: Console, text: str) -> None:
     sample = {"prompt": text, "base": text, "tuned": text}
     with show.StageView(console, Stage.TRAIN, 1) as view:
         view.update(Progress(stage=Stage.TRAIN, attempt=1, activity="Training", total_steps=9, trouble=trouble))
-    data = DataStatus.model_validate({**DATA, "reportPageUri": text, "dropped": [{"reason": text[:64], "rows": 1}]})
+    uris = {"reportUri": text, "reportPageUri": text}
+    data = DataStatus.model_validate({**DATA, **uris, "dropped": [{"reason": text[:64], "rows": 1}]})
     show.show_prepared(console, data, plan)
     show.show_changed_data(console, [text, text])
     show.show_gone(console, text)

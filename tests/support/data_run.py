@@ -271,7 +271,11 @@ def put(tmp: Path, **files: bytes) -> None:
 def prepare_run(tmp: Path, spec: dict[str, Any] | None = None, attempt: int = 1) -> Prepared:
     """Run the stage and read back what it wrote."""
     ctx = context(tmp, spec or {}, attempt)
-    result = prepare.run(ctx)
+    return read_back(tmp, prepare.run(ctx))
+
+
+def read_back(tmp: Path, result: RunResult) -> Prepared:
+    """Return what a stage in `tmp` wrote."""
     folder = tmp / "out" / "bot-1a2b3" / ".job"
     return Prepared(
         result=result,

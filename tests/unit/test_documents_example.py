@@ -1,6 +1,5 @@
 """examples/documents.yaml on a folder as a team has it, through both stages on this machine, to a committed adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import spec_cases
-from data_run import Prepared, accounted, context, train_context
+from data_run import Prepared, accounted, context, read_back, train_context
 from finetune_cli.load import load_job
 from finetune_trainer import prepare, train
-from finetune_trainer.runplan import RunPlan
 from finetune_trainer.stop import StopFlag
 from team_folder import BROKEN, COPY, NEAR_COPY, PLANTED, planted_in, team_folder
 from tiny_run import byte_tokenizer, tiny_config, tiny_model
@@ -54,13 +52,7 @@ def prepared(folder: Path) -> Prepared:
     assert result.plan is not None
     trained = train.run(train_context(ctx, result.plan.digest, folder / "train"), StopFlag(60))
     assert trained.artifact is not None
-    written = folder / "out/bot-1a2b3/.job"
-    return Prepared(
-        result=result,
-        plan=RunPlan.model_validate_json((written / "plan.json").read_bytes()),
-        report=json.loads((written / "report.json").read_bytes()),
-        decisions=[json.loads(line) for line in (written / "decisions.jsonl").read_bytes().splitlines()],
-    )
+    return read_back(folder, result)
 
 
 def dropped(prepared: Prepared) -> dict[str, str]:

@@ -1,8 +1,6 @@
 """Rows that say what a named evaluation set says are left out, counted by set, whoever reads them."""
 
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_run import GIB, Prepared, accounted, chat, chats, context, jsonl, prepare_run, prose, put
-from finetune_api.duplicates import SHARED_WORDS
+from data_run import Prepared, accounted, chat, chats, context, jsonl, prepare_run, prose, put
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.run import RunResources
-from finetune_trainer import kept_partitions, prepare
-from finetune_trainer.data import partitions, shared_runs
+from finetune_api.row_words import SHARED_WORDS
+from finetune_trainer import prepare
+from finetune_trainer.data import shared_runs
 from finetune_trainer.data.shared_runs import RunsWriter, SharedRuns, TooManyRunsError, runs_of
 from finetune_trainer.report_html.page import report_page
 from finetune_trainer.shown import Wanted, check_unrendered, show
+from partition_run import cut_partitions, keep_partitions, with_workers
 
 NONE_HELD_OUT = {"evaluation": {"holdoutFraction": 0}}
 QUESTION = "a train leaves the town at noon and another one follows it an hour later on the same track"
@@ -252,28 +250,16 @@ def many(folder: Path) -> dict[str, Any]:
     return against(folder, trains_jsonl=jsonl([{"q": QUESTION}]), bridges_jsonl=jsonl([{"q": OTHER}]))
 
 
-def four_cores(process: int) -> set[int]:
-    return set(range(4))
-
-
 @pytest.fixture
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let partitions be small and kept ones stay where they are."""
-
-    def stay(_: kept_partitions.KeptPartitions) -> None:
-        pass
-
-    monkeypatch.setattr(os, "sched_getaffinity", four_cores)
-    monkeypatch.setattr(partitions, "MIN_PARTITION_BYTES", SMALL)
-    monkeypatch.setattr(partitions, "MAX_PARTITION_BYTES", SMALL)
-    monkeypatch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+    cut_partitions(monkeypatch, SMALL)
+    keep_partitions(monkeypatch)
 
 
 def prepared_by(folder: Path, spec: dict[str, Any], workers: int, attempt: int = 1) -> dict[str, Any]:
     """Prepare with so many workers; return report.json without what is about time and disk."""
-    ctx = context(folder, spec, attempt)
-    granted = RunResources(cpu_count=workers, memory_bytes=64 * GIB, disk_bytes=10 * GIB, gpus=0)
-    prepare.run(replace(ctx, config=ctx.config.model_copy(update={"prepare_resources": granted})))
+    prepare.run(with_workers(context(folder, spec, attempt), workers))
     return json.loads((folder / "out/bot-1a2b3/.job/report.json").read_text())
 
 

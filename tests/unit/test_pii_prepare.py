@@ -1,7 +1,6 @@
 """A job with personal data, prepared: what is left holds none of it, and figures say what was found, and where."""
 
 import logging
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -12,13 +11,13 @@ import numpy as np
 import orjson
 import pytest
 
-from data_run import GIB, byte_bpe, chats, context, jsonl, put
+from data_run import byte_bpe, chats, context, jsonl, put
 from finetune_api.errors import StageError
-from finetune_api.run import RunConfig, RunResources, RunResult
-from finetune_trainer import kept_partitions, prepare
+from finetune_api.run import RunResult
+from finetune_trainer import prepare
 from finetune_trainer.context import StageContext
-from finetune_trainer.data import partitions
 from finetune_trainer.shown import Wanted, check_unrendered, show
+from partition_run import cut_partitions, keep_partitions, with_workers
 
 MAIL, PHONE, CARD = "ada.lovelace@example.org", "+1 415-555-2671", "4111 1111 1111 1111"
 TOKEN = "ghp_" + "a1B2c3D4e5F6" * 3
@@ -49,12 +48,8 @@ def job(folder: Path, pii: dict[str, Any] | None, workers: int = 1) -> StageCont
     """Return a prepare stage over two files. workers: for which its pod has cores."""
     put(folder, a_jsonl=jsonl(rows(60)), b_jsonl=jsonl(rows(30)))
     (folder / "key").write_text(SECRET)
-    ctx = context(folder, {"preprocessing": {"pii": pii}} if pii else {})
-    granted = RunResources(cpu_count=workers, memory_bytes=64 * GIB, disk_bytes=10 * GIB, gpus=0)
-    config: RunConfig = ctx.config.model_copy(
-        update={"prepare_resources": granted, "pii_key_path": str(folder / "key")}
-    )
-    return replace(ctx, config=config)
+    ctx = with_workers(context(folder, {"preprocessing": {"pii": pii}} if pii else {}), workers)
+    return replace(ctx, config=ctx.config.model_copy(update={"pii_key_path": str(folder / "key")}))
 
 
 def sought() -> list[bytes]:
@@ -74,21 +69,11 @@ def report_of(folder: Path) -> dict[str, Any]:
     return orjson.loads((folder / "out/bot-1a2b3/.job/report.json").read_bytes())
 
 
-def four_cores(process: int) -> set[int]:
-    return set(range(4))
-
-
 @pytest.fixture
 def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let partitions be small and kept ones stay where they are."""
-
-    def stay(_: kept_partitions.KeptPartitions) -> None:
-        pass
-
-    monkeypatch.setattr(os, "sched_getaffinity", four_cores)
-    monkeypatch.setattr(partitions, "MIN_PARTITION_BYTES", SMALL)
-    monkeypatch.setattr(partitions, "MAX_PARTITION_BYTES", SMALL)
-    monkeypatch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+    cut_partitions(monkeypatch, SMALL)
+    keep_partitions(monkeypatch)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

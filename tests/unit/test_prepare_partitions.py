@@ -22,7 +22,7 @@ import pytest
 from data_run import CHATML, GIB, chat, chats, context, jsonl, prose, put, write_model
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.run import Progress, RunResources
+from finetune_api.run import Progress
 from finetune_trainer import kept_partitions, prepare
 from finetune_trainer.commit import Fence
 from finetune_trainer.data import disk, partitions, worker_pool
@@ -30,6 +30,7 @@ from finetune_trainer.data.encoders import FAST, HUGGING_FACE, Choice
 from finetune_trainer.data.field_names import METADATA
 from finetune_trainer.data.partition_messages import PartitionResult
 from finetune_trainer.serve import Reporter
+from partition_run import cut_partitions, keep_partitions, with_workers
 
 BROKEN = b"not json\n" + jsonl([{"messages": [{"role": "user", "content": "no answer"}]}])
 QUARANTINE = {"onBadRow": "Quarantine", "maxBrokenFraction": 0.5}
@@ -174,11 +175,9 @@ def left(folder: Path) -> dict[str, str]:
 def run(
     folder: Path, spec: dict[str, Any], workers: int, attempt: int = 1, born: datetime | None = None
 ) -> prepare.RunResult:
-    ctx = context(folder, spec, attempt)
-    granted = RunResources(cpu_count=workers, memory_bytes=64 * GIB, disk_bytes=10 * GIB, gpus=0)
+    ctx = with_workers(context(folder, spec, attempt), workers)
     job = ctx.config.job.model_copy(update={"created_at": born})
-    config = ctx.config.model_copy(update={"prepare_resources": granted, "job": job})
-    return prepare.run(replace(ctx, config=config))
+    return prepare.run(replace(ctx, config=ctx.config.model_copy(update={"job": job})))
 
 
 @pytest.mark.parametrize(
@@ -260,18 +259,12 @@ def test_the_disk_that_is_taken_stays_within_what_the_plan_says(
         assert not (work / "partitions").exists()
 
 
-def four_cores(process: int) -> set[int]:
-    return set(range(4))
-
-
 @pytest.fixture
 def sized(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let so many cores be usable, and partitions have so many bytes."""
 
     def size(size_bytes: int) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", four_cores)
-        monkeypatch.setattr(partitions, "MIN_PARTITION_BYTES", size_bytes)
-        monkeypatch.setattr(partitions, "MAX_PARTITION_BYTES", size_bytes)
+        cut_partitions(monkeypatch, size_bytes)
 
     return size
 
@@ -479,10 +472,6 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(workers: int, tmp_path: P
     assert left(tmp_path) == whole, "and its partitions are gone"
 
 
-def stay(_: kept_partitions.KeptPartitions) -> None:
-    """Leave finished partitions where they are, as a store may that does not delete them."""
-
-
 def made(folder: Path) -> dict[str, str]:
     """Return what is left, but for the partitions, which tell of the time that they took."""
     return {name: digest for name, digest in left(folder).items() if not name.startswith("partitions/")}
@@ -498,7 +487,7 @@ def test_parts_are_known_by_their_rows_and_by_what_reads_them_and_not_by_the_tim
 
     def kept(spec: dict[str, Any], born: datetime) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+            keep_partitions(patch)
             run(tmp_path, spec, 1, born=born)
         return report_of(tmp_path)["kept_rows"]
 
@@ -520,7 +509,7 @@ def test_parts_of_a_template_that_tells_the_time_are_known_by_it(tmp_path: Path,
     found: list[int] = []
     for born in (BORN, BORN, BORN + timedelta(days=40)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kept_partitions.KeptPartitions, "tidy", stay)
+            keep_partitions(patch)
             run(tmp_path, {}, 1, born=born)
         found.append(report_of(tmp_path)["kept_rows"])
     assert found == [0, 200, 0]
@@ -624,9 +613,7 @@ def test_a_store_that_is_away_for_a_moment_while_parts_are_kept_ends_no_attempt_
 
 
 def run_on_disk(folder: Path, disk_bytes: int, memory_bytes: int = 4 * GIB) -> prepare.RunResult:
-    ctx = context(folder, {"method": {"type": "CPT"}})
-    granted = RunResources(cpu_count=1, memory_bytes=memory_bytes, disk_bytes=disk_bytes, gpus=0)
-    return prepare.run(replace(ctx, config=ctx.config.model_copy(update={"prepare_resources": granted})))
+    return prepare.run(with_workers(context(folder, {"method": {"type": "CPT"}}), 1, memory_bytes, disk_bytes))
 
 
 def test_a_disk_that_cannot_suffice_is_refused_as_soon_as_that_is_sure(tmp_path: Path, sized: Any) -> None:

@@ -1,8 +1,6 @@
 """Rows of one value of a field are trained on or held out together, with all that belongs to them."""
 
-import os
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_run import GIB, Prepared, accounted, chat, chats, context, jsonl, prepare_run, prose, put
+from data_run import Prepared, accounted, chat, chats, context, jsonl, prepare_run, prose, put
 from finetune_api.errors import StageError
 from finetune_api.reasons import Fault
-from finetune_api.run import RunResources
 from finetune_trainer import prepare
-from finetune_trainer.data import partitions
 from finetune_trainer.data.components import Components
 from finetune_trainer.data.left_out import LEFT_OUT
 from finetune_trainer.data.problems import Broken, Problem
 from finetune_trainer.data.row_groups import group_hash
 from finetune_trainer.data.spool import CLUSTER, ROW
 from finetune_trainer.finding_duplicates import join_groups
+from partition_run import cut_partitions, with_workers
 
 BY_USER = {"evaluation": {"groupBy": "user", "holdoutFraction": 0.3}}
 SMALL = 2_000
@@ -185,21 +182,13 @@ def test_where_every_value_has_more_rows_than_are_to_be_held_out_the_plan_says_h
     assert "the smallest cluster of rows that belong together has 20" in resolved.reason
 
 
-def four_cores(process: int) -> set[int]:
-    return set(range(4))
-
-
 def test_the_division_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", four_cores)
-    monkeypatch.setattr(partitions, "MIN_PARTITION_BYTES", SMALL)
-    monkeypatch.setattr(partitions, "MAX_PARTITION_BYTES", SMALL)
+    cut_partitions(monkeypatch, SMALL)
     rows = by_users(200, 25)
     put(tmp_path, a_jsonl=jsonl(rows[:150]), b_jsonl=jsonl(rows[150:]))
     decided: set[bytes] = set()
     for workers in (1, 2, 4):
-        ctx = context(tmp_path, BY_USER, workers)
-        granted = RunResources(cpu_count=workers, memory_bytes=64 * GIB, disk_bytes=10 * GIB, gpus=0)
-        prepare.run(replace(ctx, config=ctx.config.model_copy(update={"prepare_resources": granted})))
+        prepare.run(with_workers(context(tmp_path, BY_USER, workers), workers))
         decided.add((tmp_path / "out/bot-1a2b3/.job/decisions.jsonl").read_bytes())
     assert len(decided) == 1
     assert b"hold_out" in decided.pop()

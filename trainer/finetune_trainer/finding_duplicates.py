@@ -55,11 +55,10 @@ def find_duplicates(stage: PrepareStage, folder: Path) -> Duplicates:
     if chosen.exact is not Copies.OFF:
         report["exact"] = {"action": chosen.exact, "copies": exact.copies, **exact.told.report()}
         _tell_exact(stage, given.exact, chosen.exact, exact)
-    clusters: Array | None = None
     if not len(rows) or (chosen.near is Copies.OFF and group_by is None):
         _keep(left_out, {Why.COPY: chosen.exact})
         _drop(stage, rows, left_out)
-        return Duplicates(left_out, clusters, report)
+        return Duplicates(left_out, None, report)
     components = Components(rows, folder / "components")
     clusters = new_mapped(folder / "clusters", CLUSTER, len(rows))
     if chosen.near is not Copies.OFF:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from finetune_api.duplicates import SHARED_WORDS, EvaluationSetSpec
+from finetune_api.duplicates import EvaluationSetSpec
 from finetune_api.errors import StageError
 from finetune_api.job import DatasetSpec
 from finetune_api.reasons import Fault
 from finetune_api.redact import shortened
-from finetune_api.row_words import row_words
+from finetune_api.row_words import SHARED_WORDS, row_words
 from finetune_api.run import MAX_ARG_CHARS
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.field_names import ROLE, ROLES, SYSTEM, TOOLS

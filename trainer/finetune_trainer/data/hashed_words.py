@@ -84,6 +84,22 @@ def mixed(hashes: Hashes, more: Hashes) -> Hashes:
     return hashes ^ (hashes >> HALF_BITS)
 
 
+class RunStarts(NamedTuple):
+    """(runs,) the text that each run of words is of, and its first word."""
+
+    of_text: Places
+    words: Places
+
+
+def run_starts(counts: Places, sizes: Places | int) -> RunStarts:
+    """Return where all runs of words begin, none of which goes beyond its text. counts: (texts,) words of each; sizes:
+    words of its runs."""
+    many = np.maximum(0, counts - sizes + 1)
+    of_text = np.repeat(np.arange(len(counts)), many)
+    first = np.cumsum(counts) - counts - (np.cumsum(many) - many)  # word of a text's first run, less its place
+    return RunStarts(of_text, np.arange(len(of_text)) + first[of_text])
+
+
 def _hashed(buffer: bytes, begins: Places, ends: Places) -> Hashes:
     """(words,) the hash of each word, the same in every process."""
     lanes = np.ndarray((len(buffer) - 7,), dtype="<u8", buffer=buffer, strides=(1,))  # eight bytes from each on

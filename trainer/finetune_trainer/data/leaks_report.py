@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_api.duplicates import SHARED_WORDS
+from finetune_api.row_words import SHARED_WORDS
 from finetune_trainer.data.accounts import Ledger
 from finetune_trainer.data.evaluation_sets import EvaluationSet
 from finetune_trainer.data.stages.leaks import NAME

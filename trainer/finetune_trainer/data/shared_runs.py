@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.duplicates import SHARED_WORDS
-from finetune_trainer.data.hashed_words import ODD, Hashes, Places, mixed, words_of
+from finetune_api.row_words import SHARED_WORDS
+from finetune_trainer.data.hashed_words import ODD, Hashes, Places, mixed, run_starts, words_of
 from finetune_trainer.data.mapped import mapped
 
 Array = npt.NDArray[Any]
@@ -40,10 +40,7 @@ class Runs(NamedTuple):
 def runs_of(texts: Sequence[str]) -> Runs:
     """Return all runs of SHARED_WORDS words in texts, none of which goes beyond its text."""
     words, counts, _ = words_of(texts)
-    many = np.maximum(0, counts - (SHARED_WORDS - 1))
-    of_text = np.repeat(np.arange(len(counts)), many)
-    first = np.cumsum(counts) - counts - (np.cumsum(many) - many)  # word of a text's first run, less its place
-    starts = np.arange(len(of_text)) + first[of_text]
+    of_text, starts = run_starts(counts, SHARED_WORDS)
     hashes = np.full(len(starts), ODD)
     for place in range(SHARED_WORDS):
         hashes = mixed(hashes, words[starts + place])
@@ -105,12 +102,23 @@ def _filter_of(runs: Hashes) -> npt.NDArray[np.uint8]:
     size = min(_LARGEST_FILTER, max(_LEAST_FILTER, wanted))
     bits = np.zeros(2**size // 8, dtype=np.uint8)
     if len(runs):
-        places = runs >> np.uint64(64 - size)
-        within = (np.uint8(1) << (places & np.uint64(7)).astype(np.uint8)).astype(np.uint8)
-        of_byte = (places >> np.uint64(3)).astype(np.int64)
+        of_byte, within = _filter_places(runs, np.uint64(64 - size))
         firsts = np.flatnonzero(np.concatenate([[True], of_byte[1:] != of_byte[:-1]]))
         bits[of_byte[firsts]] = np.bitwise_or.reduceat(within, firsts)
     return bits
+
+
+class _FilterPlaces(NamedTuple):
+    """(runs,) the byte of the filter that each is looked for in, and its bit there."""
+
+    byte: Places
+    bit: npt.NDArray[np.uint8]
+
+
+def _filter_places(runs: Hashes, shift: np.uint64) -> _FilterPlaces:
+    places = runs >> shift
+    bit = np.uint8(1) << (places & np.uint64(7)).astype(np.uint8)
+    return _FilterPlaces((places >> np.uint64(3)).astype(np.int64), bit.astype(np.uint8))
 
 
 class SharedRuns:
@@ -136,9 +144,8 @@ class SharedRuns:
         """Return for each row, which are its texts, the sets that share a run with it: bit N stands for set N."""
         texts = [text for row in rows for text in row]
         of_text, hashes = runs_of(texts)
-        places = hashes >> self._shift
-        bits = self._filter[(places >> np.uint64(3)).astype(np.int64)]
-        passed = np.flatnonzero((bits >> (places & np.uint64(7)).astype(np.uint8)) & np.uint8(1))
+        places = _filter_places(hashes, self._shift)
+        passed = np.flatnonzero(self._filter[places.byte] & places.bit)
         sought = hashes[passed]
         at = np.minimum(np.searchsorted(self._runs, sought), max(0, len(self._runs) - 1))
         found = self._runs[at] == sought if len(self._runs) else np.zeros(len(sought), dtype=np.bool_)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.hashed_words import HALF_BITS, ODD, Hashes, Places, mixed, words_of
+from finetune_trainer.data.hashed_words import HALF_BITS, ODD, Hashes, Places, mixed, run_starts, words_of
 
 SHINGLE_WORDS, SHORT_SHINGLE_WORDS, SHORT_WORDS = 5, 2, 20
 MAX_SHINGLES = 2**14  # of a row's prompt, and of its answers: of more, those with the smallest hashes stand for all
@@ -65,11 +65,8 @@ def _runs(words: Hashes, counts: Places, row_of: Places, place_of: Hashes, rows:
     """Return the shingles of all parts. counts: (parts,) words of each."""
     row_words = np.bincount(row_of, weights=counts, minlength=rows)
     sizes = np.where(row_words[row_of] < SHORT_WORDS, SHORT_SHINGLE_WORDS, SHINGLE_WORDS)
-    sizes = np.minimum(sizes, counts)  # a part with fewer words is one shingle
-    many = np.where(counts > 0, counts - sizes + 1, 0)
-    of_part = np.repeat(np.arange(len(counts)), many)
-    first = np.cumsum(counts) - counts - (np.cumsum(many) - many)  # word of a part's first shingle, less its place
-    starts = np.arange(len(of_part)) + first[of_part]
+    sizes = np.maximum(1, np.minimum(sizes, counts))  # a part with fewer words is one shingle
+    of_part, starts = run_starts(counts, sizes)
     hashes = (place_of[of_part] + np.uint64(1)) * ODD
     own = sizes[of_part]
     for place in range(SHINGLE_WORDS):

@@ -20,6 +20,7 @@ _SPELT = (
     compiled(rf"[(<]({_LOCAL} at [{_LETTER}-]+(?:\.[{_LETTER}-]+)+)[)>]"),
     compiled(rf"(?i)\b({_LOCAL} at [{_LETTER}-]+(?: dot [{_LETTER}-]+)+)\b"),
 )
+_SMALL = 32  # four numbers below it are the version of a package
 _LAST_LABEL = re.compile(r"(?:[^\W\d_]{2,}|xn--[a-z0-9-]+)\Z", re.IGNORECASE)
 _PARTS = re.compile(r"\.| dot |\s?[(\[{]\s?(?:dot|punkt|point|\.)\s?[)\]}]\s?", re.IGNORECASE)
 _FILES = frozenset(
@@ -27,25 +28,25 @@ _FILES = frozenset(
 )
 
 
-_SMALL = 32  # four numbers below it are the version of a package
-
-
 def _found(subject: Subject, regions: Regions) -> Iterator[Span]:  # noqa: ARG001 (of the interface)
     for match in _ADDRESS.finditer(subject.content):
         begin, end = match.span()
         while subject.content[end - 1 : end] == b"-":
             end -= 1
-        last = _PARTS.split(subject.said(Span(begin, end)))[-1]
+        last = _last_label(subject, Span(begin, end))
         if _LAST_LABEL.match(last) and last.lower() not in _FILES:
             yield Span(begin, end)
-    for match in _AT_IP.finditer(subject.content):
-        octets = [int(each) for each in subject.said(Span(*match.span())).rpartition("@")[2].strip("[]").split(".")]
+    for span in (Span(*match.span()) for match in _AT_IP.finditer(subject.content)):
+        octets = [int(each) for each in subject.said(span).rpartition("@")[2].strip("[]").split(".")]
         if _SMALL <= max(octets) < 256:
-            yield Span(*match.span())
-    for match in (each for spelt in _SPELT for each in spelt.finditer(subject.content)):
-        last = _PARTS.split(subject.said(Span(*match.span(1))))[-1]
-        if _LAST_LABEL.match(last):
-            yield Span(*match.span(1))
+            yield span
+    for span in (Span(*match.span(1)) for spelt in _SPELT for match in spelt.finditer(subject.content)):
+        if _LAST_LABEL.match(_last_label(subject, span)):
+            yield span
+
+
+def _last_label(subject: Subject, address: Span) -> str:
+    return _PARTS.split(subject.said(address))[-1]
 
 
 _TRIGGER = r"(?i:[^\s@\"'(<>\[{,;:]@[^\s@]|[(\[{]\s?at\s?[)\]}]| at [^\s()<>]+\.[^\s()<>]+[)>]| at [^\s]+ dot )"
